@@ -1,0 +1,1 @@
+"""The low-rank layer and, one file each, the methods that start it."""

@@ -1,0 +1,115 @@
+"""The one adapter layer: y = x W^T + bias + s * (((x' A^T) * d) B^T) * b, with x' = dropout(x).
+
+Shapes: x (tokens, in), W (out, in), A (r, in), B (out, r), d (r,), b (out,). W is frozen and may be stored in NF4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from pissa_cli.adapters.start import Factors
+from pissa_cli.quant import packed_weight, read
+
+FACTOR_NAMES = ("A", "B", "d", "b")
+
+
+class LowRank(nn.Module):
+    """A linear layer with a frozen base (nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit) and factors.
+
+    Factors in `trains` are fp32 parameters, the others fp32 buffers; products run in the dtype of x, or of autocast.
+    """
+
+    def __init__(self, base: nn.Module, factors: Factors, trains: frozenset[str], scale: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = scale
+        self.dropout = dropout
+        for name in FACTOR_NAMES:
+            factor = factors.get(name)
+            if name in trains and factor is not None:
+                self.register_parameter(name, nn.Parameter(factor))
+            else:
+                self.register_buffer(name, factor)
+
+    def factors(self) -> Factors:
+        """The factors that are there, by name."""
+        return {name: factor for name in FACTOR_NAMES if (factor := getattr(self, name)) is not None}
+
+    def base_weight(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in) in `dtype`, read back from its store."""
+        packed = packed_weight(self.base)
+        if packed is not None:
+            return read(packed, dtype)
+        weight: Tensor = self.base.weight.to(dtype)  # type: ignore[assignment,operator,union-attr]
+        return weight.T if isinstance(self.base, Conv1D) else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        dropped = functional.dropout(x, self.dropout, self.training)
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        y: Tensor = LowRankFunction.apply(
+            x, dropped, self.base_weight, bias, self.A, self.B, self.d, self.b, self.scale
+        )
+        return y
+
+
+class LowRankFunction(torch.autograd.Function):
+    """Saves x' and h = x' A^T; reads W again in the backward pass instead of keeping it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor,
+        read_weight: Callable[[torch.dtype], Tensor],
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        d: Tensor | None,
+        b: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        rows = dropped.flatten(0, -2)
+        h = rows @ A.to(x.dtype).T
+        hd = h if d is None else h * d.to(x.dtype)
+        y = functional.linear(x, read_weight(x.dtype), None if bias is None else bias.to(x.dtype))
+        flat = y.view(-1, y.shape[-1])
+        if b is None:
+            flat.addmm_(hd, B.to(x.dtype).T, alpha=scale)
+        else:
+            flat.addcmul_(hd @ B.to(x.dtype).T, b.to(x.dtype), value=scale)
+        ctx.save_for_backward(dropped, h, A, B, d, b)
+        ctx.read_weight, ctx.scale = read_weight, scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        dropped, h, A, B, d, b = ctx.saved_tensors
+        needs_x, needs_dropped, _, _, needs_A, needs_B, needs_d, needs_b, _ = ctx.needs_input_grad
+        dtype, scale = dropped.dtype, ctx.scale
+        grad = grads[0].flatten(0, -2)
+        scaled = grad if b is None else grad * b.to(dtype)
+        hd = h if d is None else h * d.to(dtype)
+        grad_hd = (scaled @ B.to(dtype)) * scale
+        grad_h = grad_hd if d is None else grad_hd * d.to(dtype)
+        grad_x = grad_dropped = grad_A = grad_B = grad_d = grad_b = None
+        if needs_x:
+            grad_x = (grad @ ctx.read_weight(dtype)).view_as(dropped)
+        if needs_dropped:
+            grad_dropped = (grad_h @ A.to(dtype)).view_as(dropped)
+        if needs_A:
+            grad_A = (grad_h.T @ dropped.flatten(0, -2)).to(A.dtype)
+        if needs_B:
+            grad_B = (scaled.T @ hd).to(B.dtype) * scale
+        if needs_d:
+            grad_d = (grad_hd * h).sum(0).to(d.dtype)
+        if needs_b:
+            grad_b = (grad * (hd @ B.to(dtype).T)).sum(0).to(b.dtype) * scale
+        return grad_x, grad_dropped, None, None, grad_A, grad_B, grad_d, grad_b, None

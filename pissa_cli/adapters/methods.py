@@ -1,0 +1,12 @@
+"""The table of methods. A new one is a file beside this one, an options class in `recipe.py`, and a line here.
+
+`full` trains the weights themselves and has no row.
+"""
+
+from __future__ import annotations
+
+from pissa_cli.adapters.lora import LORA
+from pissa_cli.adapters.pissa import PISSA
+from pissa_cli.adapters.start import Method
+
+METHODS: dict[str, Method] = {"lora": LORA, "pissa": PISSA}

@@ -1,0 +1,26 @@
+"""The exceptions meant for users. Raised in the leaves, rendered once, at the edge in `pissa_cli.cli`."""
+
+from __future__ import annotations
+
+
+class PissaError(Exception):
+    """Something failed while running (exit code 1). `hint` says what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(PissaError):
+    """The user's input is wrong: recipe, flags, files or data (exit code 2)."""
+
+    exit_code = 2
+
+
+class Interrupted(PissaError):
+    """The run was stopped by a signal after a checkpoint was written (exit code 130)."""
+
+    exit_code = 130

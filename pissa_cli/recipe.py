@@ -1,0 +1,175 @@
+"""The recipe: one strict schema for all commands, and for every value the place it came from. Knows no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A part of the recipe. Unknown keys and wrong types are errors; values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(Section):
+    name: str = Field(min_length=1, description="alias (a file in configs/model), Hub id, or local folder")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+    bits: Literal[4, 16, 32] = Field(16, description="how frozen weights are stored: 4 = NF4, 16 = bf16, 32 = fp32")
+    double_quant: bool = Field(False, description="quantize the NF4 block scales as well (0.37 bits a weight less)")
+    task: Literal["causal-lm"] = Field("causal-lm", description="what the model is trained for")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class AdapterBase(Section):
+    rank: int = Field(16, ge=1, description="r: columns of B, rows of A")
+    alpha: float | None = Field(None, gt=0, description="scale s = alpha / rank; default: rank, so that s = 1")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="all-linear (every linear layer but the output head) or a list of name endings"
+    )
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / r, the factor in front of B A."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @field_validator("targets")
+    @classmethod
+    def _some_targets(cls, targets: str | list[str]) -> str | list[str]:
+        if not targets or any(not name for name in targets):
+            raise ValueError("name at least one layer, or 'all-linear'; no empty names")
+        return targets
+
+
+class LoraOptions(AdapterBase):
+    method: Literal["lora"] = "lora"
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
+
+
+class PissaOptions(AdapterBase):
+    method: Literal["pissa"] = "pissa"
+    svd: Literal["fast", "exact"] = Field("fast", description="fast: seeded block Krylov; exact: LAPACK / cuSOLVER")
+    passes: int | None = Field(None, ge=1, description="T of QPiSSA (4 bits only); default 5")
+    dropout: float = Field(0.0, description="must stay 0: the SVD start is exact only without dropout")
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, dropout: float) -> float:
+        if dropout:
+            raise ValueError("pissa needs dropout 0 (the start would not be the base model); remove the key")
+        return dropout
+
+
+class FullOptions(Section):
+    method: Literal["full"] = "full"
+
+
+AdapterOptions = Annotated[LoraOptions | PissaOptions | FullOptions, Field(discriminator="method")]
+
+LEARNING_RATES = {"lora": 2e-4, "pissa": 2e-5, "full": 1e-5}
+"""`train.lr` where the recipe gives none. PiSSA: paper, section 5; at LoRA's rate it trains worse."""
+
+
+class DataSection(Section):
+    train: str | None = Field(None, description="training rows: jsonl, json, csv or parquet file, or id[:subset[:split]]")
+    eval: str | None = Field(None, description="held-out rows, same forms")
+    format: Literal["alpaca", "prompt", "chat", "text"] = Field("alpaca", description="what the rows hold")
+    columns: dict[str, str] = Field({}, description="our field: their column, e.g. {instruction: query, output: response}")
+    template: str | None = Field(None, description="text with {instruction} and {output} (alpaca); default: PiSSA's")
+    max_length: int = Field(512, ge=8, description="tokens an example may have; longer ones are cut at the end")
+    limit: int | None = Field(None, ge=1, description="use the first N rows")
+    packing: bool = Field(False, description="lay the examples of a micro-batch out in one row without padding")
+
+
+class TrainSection(Section):
+    lr: float | None = Field(None, gt=0, description="peak learning rate; default by method: pissa 2e-5, lora 2e-4, full 1e-5")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; default 1")
+    steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    batch_size: int = Field(32, ge=1, description="examples in one optimizer step, over all processes")
+    micro_batch_size: int = Field(8, ge=1, description="examples in one forward pass on one device")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    warmup: float = Field(0.03, ge=0, description="share of all steps if below 1, else a number of steps")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    optimizer: Literal["adamw", "paged-adamw-8bit"] = Field("adamw", description="the latter from bitsandbytes")
+    precision: Literal["bf16", "fp32"] | None = Field(None, description="of the products; default fp32 if model.bits is 32")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    eval_every: int | None = Field(None, ge=1, description="steps between losses on data.eval; default: at the end only")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at the end only")
+    keep: int = Field(2, ge=1, description="checkpoints kept, the newest")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+class EvalSection(Section):
+    bench: list[str] = Field([], description="benchmarks: gsm8k, loss")
+    data: dict[str, str] = Field({}, description="bench: file, instead of the published data on the Hub")
+    limit: int | None = Field(None, ge=1, description="score the first N questions")
+    batch_size: int = Field(16, ge=1, description="prompts generated together")
+    max_new_tokens: int = Field(1024, ge=1, description="longest answer")
+
+
+class HubSection(Section):
+    repo: str | None = Field(None, description="user/name to push to; default <user>/<base>-<method>-r<rank>")
+    private: bool = Field(False)
+
+
+class Recipe(Section):
+    """Everything a run needs. `pissa_cli.recipe_file.load` makes one from files and flags."""
+
+    model: ModelSection
+    adapter: AdapterOptions = Field(default_factory=PissaOptions)
+    data: DataSection = Field(default_factory=DataSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    hub: HubSection = Field(default_factory=HubSection)
+    output: str = Field("out", min_length=1, description="the run folder")
+    seed: int = Field(42, ge=0, lt=2**63, description="of everything random")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Recipe:
+        adapter, bits = self.adapter, self.model.bits
+        if isinstance(adapter, FullOptions) and bits == 4:
+            raise ValueError("adapter.method full cannot train 4-bit weights; set model.bits to 16 or 32, or use pissa")
+        if isinstance(adapter, PissaOptions) and adapter.passes is not None and adapter.passes > 1 and bits != 4:
+            raise ValueError("adapter.passes repeats the split against 4-bit rounding; set model.bits to 4 or remove it")
+        if self.model.double_quant and bits != 4:
+            raise ValueError("model.double_quant needs model.bits 4")
+        if self.train.precision == "fp32" and bits == 16:
+            raise ValueError("train.precision fp32 over 16-bit weights: set model.bits to 32, or precision to bf16")
+        return self
+
+    @property
+    def precision(self) -> Literal["bf16", "fp32"]:
+        """The dtype of the products: as written, else fp32 over 32-bit weights and bf16 over the rest."""
+        return self.train.precision or ("fp32" if self.model.bits == 32 else "bf16")
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate: as written, else the method's default."""
+        return self.train.lr if self.train.lr is not None else LEARNING_RATES[self.adapter.method]
+
+    @property
+    def passes(self) -> int:
+        """T, the number of split-and-quantize passes: 1 unless QPiSSA."""
+        if not isinstance(self.adapter, PissaOptions) or self.model.bits != 4:
+            return 1
+        return self.adapter.passes or 5
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe file, for editors. `use` and the model's name in a block make both optional there."""
+    schema = Recipe.model_json_schema()
+    schema["title"] = "pissa recipe"
+    schema["properties"]["use"] = {
+        "type": "object",
+        "description": "section: name of a block in configs/<section>",
+        "additionalProperties": {"type": "string"},
+    }
+    schema.pop("required", None)
+    return schema

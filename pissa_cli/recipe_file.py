@@ -1,0 +1,243 @@
+"""From files and flags to a checked recipe: default < block < recipe < named flag < --set, with the source of each value."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pissa_cli.errors import UsageError
+from pissa_cli.recipe import AdapterOptions, Recipe
+from pissa_cli.yamlfile import KeyPath, Value, parse_scalar, read_flat
+
+PACKAGE = Path(__file__).resolve().parent
+ADAPTER_OPTIONS: dict[str, type[BaseModel]] = {
+    options.model_fields["method"].default: options for options in get_args(get_args(AdapterOptions)[0])
+}
+SECTIONS = [name for name, field in Recipe.model_fields.items() if name not in ("output", "seed")]
+RUN_RECIPE = "recipe.yaml"
+RUN_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe, and where each of its values that is not a default was written."""
+
+    recipe: Recipe
+    sources: Mapping[KeyPath, str]
+
+
+def shipped(kind: str) -> Path:
+    """The folder `configs` or `recipes`: inside an installed package, beside it in a checkout."""
+    inside = PACKAGE / kind
+    return inside if inside.is_dir() else PACKAGE.parent / kind
+
+
+def load(target: str | None, flags: Mapping[KeyPath, tuple[str, Any]], sets: Sequence[str] = ()) -> Loaded:
+    """Load a recipe file, a run folder, or (with no target) the run in the output folder, else defaults plus flags.
+
+    flags: `{("adapter", "rank"): ("--rank", 128)}`, those that were given; sets: texts such as "train.lr=3e-4".
+    Raises UsageError naming the key's whole path, file and line, and the nearest valid key.
+    """
+    given = {key: Value(value, flag) for key, (flag, value) in flags.items()}
+    given |= dict(_parse_set(text) for text in sets)
+    if target is None:
+        folder = Path(str(given[("output",)].value if ("output",) in given else "out"))
+        target = str(folder) if holds_run(folder) else None
+    file = find_recipe(target) if target is not None else None
+    flat: dict[KeyPath, Value] = dict(read_flat(file)) if file else {}
+    if file and file.name == RUN_RECIPE and (file.parent / RUN_MANIFEST).is_file():
+        flat[("output",)] = Value(str(file.parent), "the run folder")
+    flat |= given
+    values = _blocks(flat)
+    alias = _alias(flat)
+    if alias is not None:
+        values |= _read_block("model", alias)
+        del flat[("model", "name")]
+    values |= {key: value for key, value in flat.items() if key[0] != "use"}
+    _locate_paths(values, file)
+    return Loaded(_validate(values), {key: value.source for key, value in values.items()})
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether `pissa init` or `pissa train` has made this folder."""
+    return (folder / RUN_RECIPE).is_file() and (folder / RUN_MANIFEST).is_file()
+
+
+def find_recipe(target: str) -> Path:
+    """The YAML file of a target: a run folder, a path, or the name of a recipe, the user's own before the shipped ones."""
+    path = Path(target)
+    if path.is_dir() and not (path / RUN_RECIPE).is_file():
+        named = [folder for folder in (Path("recipes"), shipped("recipes")) if (folder / f"{target}.yaml").is_file()]
+        if not named:
+            raise UsageError(f"{target}: not a run folder (no {RUN_RECIPE} in it)", "give a recipe, or run `pissa init` first")
+        return named[0] / f"{target}.yaml"
+    if path.is_dir():
+        return path / RUN_RECIPE
+    short = target.removeprefix("recipes/").removesuffix(".yaml")
+    for candidate in (path, Path("recipes") / f"{short}.yaml", shipped("recipes") / f"{short}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = _names(shipped("recipes"))
+    near = difflib.get_close_matches(short, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"shipped recipes: {', '.join(known)}"
+    raise UsageError(f"{target}: no such recipe or run folder", hint)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, with every default written out; enough to run again."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def listing(loaded: Loaded) -> list[tuple[str, str, str]]:
+    """Rows (key, value, source) of every value of the recipe, defaults included."""
+    rows: list[tuple[str, str, str]] = []
+
+    def walk(value: Any, path: KeyPath) -> None:
+        if isinstance(value, dict) and (value or len(path) < 2):
+            for key, child in value.items():
+                walk(child, (*path, key))
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+            rows.append((".".join(path), text, loaded.sources.get(path, "default")))
+
+    walk(loaded.recipe.model_dump(mode="json"), ())
+    return rows
+
+
+def _parse_set(text: str) -> tuple[KeyPath, Value]:
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UsageError(f"--set {text}: expected key=value, e.g. --set train.lr=2e-5")
+    return tuple(key.split(".")), Value(parse_scalar(value), f"--set {key}")
+
+
+def _blocks(flat: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:
+    """The values of the blocks that `use` names."""
+    uses = {key[1:]: value for key, value in flat.items() if key[0] == "use"}
+    values: dict[KeyPath, Value] = {}
+    for key, value in uses.items():
+        if len(key) != 1 or key[0] not in SECTIONS or not isinstance(value.value, str):
+            name = ".".join(("use", *key))
+            raise UsageError(f"{value.source}: {name}: expected `use: {{section: block}}`", f"sections: {', '.join(SECTIONS)}")
+        values |= _read_block(key[0], value)
+    return values
+
+
+def _alias(flat: Mapping[KeyPath, Value]) -> Value | None:
+    """The model's name if it is that of a block (`mistral-7b`); a folder of that name wins."""
+    name = flat.get(("model", "name"))
+    if name is None or not isinstance(name.value, str) or Path(name.value).exists():
+        return None
+    return name if _block_file("model", name.value) else None
+
+
+def _block_file(section: str, name: str) -> Path | None:
+    for candidate in (Path(name), Path("configs") / section / f"{name}.yaml", shipped("configs") / section / f"{name}.yaml"):
+        if candidate.suffix == ".yaml" and candidate.is_file():
+            return candidate
+    return None
+
+
+def _read_block(section: str, name: Value) -> dict[KeyPath, Value]:
+    file = _block_file(section, name.value)
+    if file is None:
+        known = _names(shipped("configs") / section)
+        near = difflib.get_close_matches(name.value, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"blocks of {section}: {', '.join(known) or 'none'}"
+        raise UsageError(f"{name.source}: no block '{name.value}' in configs/{section}", hint)
+    return {(section, *key): value for key, value in read_flat(file).items()}
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def _locate_paths(values: dict[KeyPath, Value], file: Path | None) -> None:
+    """Make local paths absolute: from the working directory, else from the recipe's folder, else from the package."""
+    roots = [Path(), *([file.parent] if file else []), PACKAGE]
+    for key, value in values.items():
+        is_path = key in (("model", "name"), ("data", "train"), ("data", "eval")) or key[:2] == ("eval", "data")
+        if is_path and isinstance(value.value, str) and value.value:
+            found = next((root / value.value for root in roots if (root / value.value).exists()), None)
+            if found is not None:
+                values[key] = Value(str(found.resolve()), value.source)
+
+
+def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        node = tree
+        for part in key[:-1]:
+            child = node.setdefault(part, {})
+            if not isinstance(child, dict):
+                raise UsageError(f"{value.source}: {'.'.join(key)}: '{part}' was given as a single value elsewhere")
+            node = child
+        if isinstance(node.get(key[-1]), dict) and not isinstance(value.value, dict):
+            raise UsageError(f"{value.source}: {'.'.join(key)}: expected a section with keys, found {value.value!r}")
+        node[key[-1]] = value.value
+    if "model" not in tree or not isinstance(tree["model"], dict) or "name" not in tree["model"]:
+        known = ", ".join(_names(shipped("configs") / "model"))
+        raise UsageError("model.name: no model given", f"name one with --model: a folder, a Hub id or an alias ({known})")
+    if isinstance(tree.get("adapter"), dict):
+        tree["adapter"].setdefault("method", "pissa")
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError("\n".join(_messages(error, values, tree))) from None
+
+
+def _messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict[str, Any]) -> list[str]:
+    """One line a faulty key: source, whole path, what is wrong, nearest valid key. Unions report each key once."""
+    by_path: dict[KeyPath, list[str]] = {}
+    for item in error.errors(include_url=False):
+        path = tuple(str(part) for part in item["loc"])
+        if path[:1] == ("adapter",) and len(path) > 1 and path[1] in ADAPTER_OPTIONS:
+            path = ("adapter", *path[2:])
+        while path and path not in values and path[:-1] in values:
+            path = path[:-1]
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            text = _unknown_key(path, tree)
+        elif item["type"] == "union_tag_invalid":
+            path, text = ("adapter", "method"), f"unknown method; known: {', '.join(ADAPTER_OPTIONS)}"
+        else:
+            text = f"{text[0].lower()}{text[1:]}"
+            if path in values:
+                text += f" (found {values[path].value!r})"
+        by_path.setdefault(path, []).append(text)
+    lines = []
+    for path, texts in by_path.items():
+        source = values[path].source if path in values else next((v.source for k, v in values.items() if k[: len(path)] == path), "")
+        lines.append(": ".join(part for part in (source if path else "", ".".join(path), " or ".join(texts)) if part))
+    return lines
+
+
+def _unknown_key(path: KeyPath, tree: dict[str, Any]) -> str:
+    section, key = path[:-1], path[-1]
+    known = _keys(section, tree)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        return f"unknown key; did you mean '{'.'.join((*section, near[0]))}'?"
+    owners = [name for name in SECTIONS if key in _keys((name,), tree)]
+    if owners:
+        return f"misplaced key; it belongs under '{owners[0]}'"
+    if section == ("adapter",) and (methods := [name for name, o in ADAPTER_OPTIONS.items() if key in o.model_fields]):
+        return f"method {tree['adapter'].get('method')} has no such option (it is one of {', '.join(methods)}); remove it"
+    return f"unknown key; known here: {', '.join(known)}"
+
+
+def _keys(section: KeyPath, tree: dict[str, Any]) -> list[str]:
+    if not section:
+        return ["use", *Recipe.model_fields]
+    if section == ("adapter",):
+        adapter = tree.get("adapter")
+        method = adapter.get("method", "pissa") if isinstance(adapter, dict) else "pissa"
+        return list(ADAPTER_OPTIONS[method].model_fields) if method in ADAPTER_OPTIONS else []
+    model = Recipe.model_fields[section[0]].annotation if section[0] in Recipe.model_fields else None
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
