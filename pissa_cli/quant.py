@@ -38,17 +38,15 @@ class Packed:
 
 
 def pack(store: Store, weight: Tensor) -> Packed | Tensor:
-    """Store `weight` (out, in): NF4 blocks run along rows of the (out, in) matrix."""
+    """Store `weight` (out, in) fp32: NF4 blocks run along rows of the (out, in) matrix."""
     if store.bits != 4:
         return weight.to(store.dtype)
     from bitsandbytes import functional
 
     data, state = functional.quantize_4bit(
-        weight.to(store.dtype).contiguous(),
-        blocksize=BLOCK_SIZE,
-        quant_type="nf4",
-        compress_statistics=store.double_quant,
+        weight.contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=store.double_quant
     )
+    state.dtype = store.dtype
     return Packed(data, state)
 
 

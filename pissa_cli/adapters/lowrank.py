@@ -52,7 +52,7 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        dropped = functional.dropout(x, self.dropout, self.training)
+        dropped = functional.dropout(x, self.dropout, self.training) if self.dropout else None
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         y: Tensor = LowRankFunction.apply(
             x, dropped, self.base_weight, bias, self.A, self.B, self.d, self.b, self.scale
@@ -61,13 +61,13 @@ class LowRank(nn.Module):
 
 
 class LowRankFunction(torch.autograd.Function):
-    """Saves x' and h = x' A^T; reads W again in the backward pass instead of keeping it."""
+    """Saves x' (x itself where `dropped` is None) and h = x' A^T; reads W again in the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        dropped: Tensor,
+        dropped: Tensor | None,
         read_weight: Callable[[torch.dtype], Tensor],
         bias: Tensor | None,
         A: Tensor,
@@ -76,8 +76,8 @@ class LowRankFunction(torch.autograd.Function):
         b: Tensor | None,
         scale: float,
     ) -> Tensor:
-        rows = dropped.flatten(0, -2)
-        h = rows @ A.to(x.dtype).T
+        inner = x if dropped is None else dropped
+        h = inner.flatten(0, -2) @ A.to(x.dtype).T
         hd = h if d is None else h * d.to(x.dtype)
         y = functional.linear(x, read_weight(x.dtype), None if bias is None else bias.to(x.dtype))
         flat = y.view(-1, y.shape[-1])
@@ -85,15 +85,15 @@ class LowRankFunction(torch.autograd.Function):
             flat.addmm_(hd, B.to(x.dtype).T, alpha=scale)
         else:
             flat.addcmul_(hd @ B.to(x.dtype).T, b.to(x.dtype), value=scale)
-        ctx.save_for_backward(dropped, h, A, B, d, b)
-        ctx.read_weight, ctx.scale = read_weight, scale
+        ctx.save_for_backward(inner, h, A, B, d, b)
+        ctx.read_weight, ctx.scale, ctx.shared = read_weight, scale, dropped is None
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        dropped, h, A, B, d, b = ctx.saved_tensors
+        inner, h, A, B, d, b = ctx.saved_tensors
         needs_x, needs_dropped, _, _, needs_A, needs_B, needs_d, needs_b, _ = ctx.needs_input_grad
-        dtype, scale = dropped.dtype, ctx.scale
+        dtype, scale = inner.dtype, ctx.scale
         grad = grads[0].flatten(0, -2)
         scaled = grad if b is None else grad * b.to(dtype)
         hd = h if d is None else h * d.to(dtype)
@@ -101,11 +101,14 @@ class LowRankFunction(torch.autograd.Function):
         grad_h = grad_hd if d is None else grad_hd * d.to(dtype)
         grad_x = grad_dropped = grad_A = grad_B = grad_d = grad_b = None
         if needs_x:
-            grad_x = (grad @ ctx.read_weight(dtype)).view_as(dropped)
+            grad_x = grad @ ctx.read_weight(dtype)
+            if ctx.shared:
+                grad_x.addmm_(grad_h, A.to(dtype))
+            grad_x = grad_x.view_as(inner)
         if needs_dropped:
-            grad_dropped = (grad_h @ A.to(dtype)).view_as(dropped)
+            grad_dropped = (grad_h @ A.to(dtype)).view_as(inner)
         if needs_A:
-            grad_A = (grad_h.T @ dropped.flatten(0, -2)).to(A.dtype)
+            grad_A = (grad_h.T @ inner.flatten(0, -2)).to(A.dtype)
         if needs_B:
             grad_B = (scaled.T @ hd).to(B.dtype) * scale
         if needs_d:

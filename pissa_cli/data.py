@@ -1,0 +1,289 @@
+"""From rows to tokens: prompt templates, masks, truncation, a cache by content, and the layout of a micro-batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.recipe import DataSection
+from pissa_cli.rows import Row, is_local, read_rows
+from pissa_cli.weights import load_tensors, save_tensors
+
+INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+INTRO_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+TEMPLATE = INTRO + "### Instruction:\n{instruction}\n\n### Response:{output}\n"
+"""PiSSA's template (its train.py): nothing between 'Response:' and the answer, a newline before end-of-text."""
+TEMPLATE_INPUT = INTRO_INPUT + "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:{output}\n"
+FIELDS = {"alpaca": ("instruction", "output"), "prompt": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
+IGNORED = -100
+CUT = "answer cut off entirely by data.max_length"
+BATCH = 1000
+
+
+@dataclass
+class Examples:
+    """Tokenized examples: `ids` (sum of lengths,) int32, `targets` likewise bool (True where the loss counts),
+    `offsets` (n + 1,) int64 where each begins; and what happened on the way."""
+
+    ids: Tensor
+    targets: Tensor
+    offsets: Tensor
+    unusable: dict[str, list[int]] = field(default_factory=dict)
+    num_cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def length(self, index: int) -> int:
+        """Tokens of one example."""
+        return int(self.offsets[index + 1] - self.offsets[index])
+
+    def num_targets(self, index: int) -> int:
+        """Tokens of one example that are predicted; the first token never is."""
+        begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        return int(self.targets[begin + 1 : end].sum())
+
+
+def load_examples(source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, cache: Path | None) -> Examples:
+    """Tokenize `source` by the recipe's `data` section, or take the tokens from the cache.
+
+    Raises UsageError for a missing column (the columns are listed) and for a set without a usable row.
+    """
+    if section.format == "chat" and not tokenizer.chat_template:
+        raise UsageError("data.format chat: this tokenizer has no chat template", "use format alpaca or prompt")
+    if section.template is not None and not all(part in section.template for part in ("{instruction}", "{output}")):
+        raise UsageError("data.template: needs {instruction} and {output}")
+    path = cache / f"{_cache_key(source, section, tokenizer)}.safetensors" if cache and is_local(source) else None
+    if path is not None and path.is_file() and (cached := _read_cache(path)) is not None:
+        return cached
+    examples = _tokenize(source, section, tokenizer)
+    if path is not None:
+        _write_cache(path, examples)
+    return examples
+
+
+def render(row: Row, section: DataSection) -> tuple[str, str]:
+    """(prompt, answer) of a row that is not a chat. Raises ValueError, with the reason, for an unusable row."""
+    fields = {name: row.get(section.columns.get(name, name)) for name in FIELDS[section.format]}
+    for name, value in fields.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            fields[name] = str(value)
+        elif not isinstance(value, str):
+            raise ValueError(f"'{section.columns.get(name, name)}' is {'missing' if value is None else 'not text'}")
+    if section.format == "text":
+        return "", fields["text"]
+    if section.format == "prompt":
+        return fields["prompt"], fields["completion"]
+    extra = row.get(section.columns.get("input", "input"))
+    return _fill(section, fields["instruction"], extra if isinstance(extra, str) else "", fields["output"])
+
+
+def question_prompt(question: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that asks a model trained by this `data` section a question."""
+    if section.format == "chat":
+        messages = [{"role": "user", "content": question}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return _fill(section, question, "", "")[0] if section.format == "alpaca" else question
+
+
+def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bool) -> dict[str, Tensor]:
+    """One micro-batch as the model takes it, labels not yet shifted.
+
+    Padded: (n, longest) on the right. Packed: (1, sum of lengths), position ids starting again at each example,
+    from which transformers builds a block-diagonal attention mask.
+    """
+    parts = [slice(int(examples.offsets[i]), int(examples.offsets[i + 1])) for i in indices]
+    ids = [examples.ids[part].long() for part in parts]
+    labels = []
+    for part, tokens in zip(parts, ids, strict=True):
+        label = tokens.masked_fill(~examples.targets[part], IGNORED)
+        label[0] = IGNORED
+        labels.append(label)
+    if packing:
+        positions = torch.cat([torch.arange(len(tokens)) for tokens in ids])
+        return {"input_ids": torch.cat(ids)[None], "position_ids": positions[None], "labels": torch.cat(labels)[None]}
+
+    def pad(rows: list[Tensor], value: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    mask = pad([torch.ones_like(tokens) for tokens in ids], 0)
+    return {"input_ids": pad(ids, pad_id), "attention_mask": mask, "labels": pad(labels, IGNORED)}
+
+
+def _fill(section: DataSection, instruction: str, extra: str, output: str) -> tuple[str, str]:
+    template = section.template or (TEMPLATE_INPUT if extra else TEMPLATE)
+    before, _, after = template.partition("{output}")
+    prompt = before.replace("{input}", extra).replace("{instruction}", instruction)
+    return prompt, output + after
+
+
+def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    ids: list[list[int]] = []
+    targets: list[list[bool]] = []
+    unusable: dict[str, list[int]] = {}
+    num_cut = 0
+    batch: list[tuple[int, Row]] = []
+
+    def flush() -> None:
+        nonlocal num_cut
+        for (number, _), result in zip(batch, _encode([row for _, row in batch], section, tokenizer), strict=True):
+            if isinstance(result, str):
+                unusable.setdefault(result, []).append(number)
+                continue
+            tokens, mask = result
+            cut_tokens, cut_mask = tokens[: section.max_length], mask[: section.max_length]
+            if not any(cut_mask[1:]):
+                unusable.setdefault(CUT if any(mask[1:]) else "no answer to learn from", []).append(number)
+                continue
+            num_cut += len(cut_tokens) < len(tokens)
+            ids.append(cut_tokens)
+            targets.append(cut_mask)
+        batch.clear()
+
+    columns: dict[str, None] = {}
+    for number, row in read_rows(source, section.limit):
+        if isinstance(row, str):
+            unusable.setdefault(row, []).append(number)
+            continue
+        if len(columns) < 100:
+            columns |= dict.fromkeys(row)
+        batch.append((number, row))
+        if len(batch) == BATCH:
+            _require_columns(source, section, columns)
+            flush()
+    _require_columns(source, section, columns)
+    flush()
+    if not ids:
+        detail = "; ".join(f"{reason}: {len(rows)}" for reason, rows in unusable.items()) or "it is empty"
+        raise UsageError(f"{source}: no usable row ({detail})")
+    lengths = torch.tensor([0, *(len(tokens) for tokens in ids)])
+    flat = torch.tensor([token for tokens in ids for token in tokens], dtype=torch.int32)
+    mask = torch.tensor([target for flags in targets for target in flags], dtype=torch.bool)
+    return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut)
+
+
+def _require_columns(source: str, section: DataSection, columns: dict[str, None]) -> None:
+    for name in FIELDS[section.format]:
+        column = section.columns.get(name, name)
+        if columns and column not in columns:
+            raise UsageError(
+                f"{source}: no column '{column}' (for '{name}' of format {section.format}); it has: {', '.join(columns)}",
+                f"map it in the recipe: data: {{columns: {{{name}: <one of these>}}}}",
+            )
+
+
+Encoded = tuple[list[int], list[bool]]
+
+
+def _encode(rows: list[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[Encoded | str]:
+    """(tokens, mask) of each row, or why it cannot be used."""
+    if section.format == "chat":
+        return [_encode_chat(row, section, tokenizer) for row in rows]
+    results: list[Encoded | str] = []
+    texts: list[tuple[int, str, str]] = []
+    for row in rows:
+        results.append("")
+        try:
+            texts.append((len(results) - 1, *render(row, section)))
+        except ValueError as error:
+            results[-1] = str(error)
+    if not texts:
+        return results
+    prompts = tokenizer([prompt for _, prompt, _ in texts])["input_ids"]
+    wholes = tokenizer([prompt + answer for _, prompt, answer in texts])["input_ids"]
+    for (index, prompt, answer), prompt_ids, whole_ids in zip(texts, prompts, wholes, strict=True):
+        results[index] = _join(prompt, answer, prompt_ids, whole_ids, tokenizer)
+    return results
+
+
+def _join(
+    prompt: str, answer: str, prompt_ids: list[int], whole_ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> Encoded:
+    """Prompt and answer tokens, ended by end-of-text. A token never spans the two: generation starts at the boundary."""
+    eos = tokenizer.eos_token_id
+    if not prompt:
+        prompt_ids = []
+    elif prompt_ids and prompt_ids[-1] == eos:
+        prompt_ids = prompt_ids[:-1]
+    answer_ids = whole_ids[len(prompt_ids) :]
+    if whole_ids[: len(prompt_ids)] != prompt_ids:
+        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if not answer_ids or answer_ids[-1] != eos:
+        answer_ids = [*answer_ids, eos]
+    return [*prompt_ids, *answer_ids], [False] * len(prompt_ids) + [True] * len(answer_ids)
+
+
+def _encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Encoded | str:
+    """Tokens of a conversation by the model's own template; the assistant's turns are the targets."""
+    column = section.columns.get("messages", "messages")
+    messages = row.get(column)
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+        return f"'{column}' is not a list of messages with role and content"
+
+    def text(upto: int, ask: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=ask))
+
+    try:
+        whole = text(len(messages), False)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = [(text(i, True), text(i + 1, False)) for i in turns]
+    except Exception as error:  # templates raise what they like
+        return f"the chat template refuses it ({next(iter(str(error).splitlines()), type(error).__name__)})"
+    if not spans:
+        return "no assistant message"
+    if any(not whole.startswith(before) or not whole.startswith(upto) for before, upto in spans):
+        return "the chat template rewrites earlier turns"
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    mask = [
+        any(len(before) <= begin and end <= len(upto) and end > begin for before, upto in spans)
+        for begin, end in encoded["offset_mapping"]
+    ]
+    return encoded["input_ids"], mask
+
+
+def _cache_key(source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+    whole = xxhash.xxh3_128()
+    with Path(source).open("rb") as file:
+        while chunk := file.read(2**24):
+            whole.update(chunk)
+    options: dict[str, Any] = section.model_dump(exclude={"train", "eval", "packing"})
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    identity = backend.to_str() if backend is not None else repr(tokenizer)
+    for part in (json.dumps(options, sort_keys=True), identity, str(tokenizer.chat_template), str(tokenizer.eos_token)):
+        whole.update(part.encode())
+    return f"{Path(source).suffix[1:]}-v1-{whole.hexdigest()}"
+
+
+def _write_cache(path: Path, examples: Examples) -> None:
+    """Keep the tokens; a cache that cannot be written costs time, not the run."""
+    notes = json.dumps({"unusable": examples.unusable, "num_cut": examples.num_cut}).encode()
+    tensors = {"ids": examples.ids, "targets": examples.targets, "offsets": examples.offsets}
+    tensors["notes"] = torch.frombuffer(bytearray(notes), dtype=torch.uint8)
+    temporary = path.with_suffix(f".{xxhash.xxh3_64_hexdigest(str(id(examples)))}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(temporary, tensors)
+        temporary.replace(path)
+    except (OSError, PissaError):
+        temporary.unlink(missing_ok=True)
+
+
+def _read_cache(path: Path) -> Examples | None:
+    try:
+        tensors = load_tensors(path)
+        notes = json.loads(bytes(tensors.pop("notes").tolist()))
+        return Examples(**tensors, **notes)
+    except (PissaError, KeyError, ValueError, TypeError):
+        return None

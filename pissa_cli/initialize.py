@@ -1,0 +1,320 @@
+"""`init`: split every target weight, tensor by tensor from disk, and record how it was done."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pissa_cli import __version__, quant
+from pissa_cli.adapters.methods import METHODS
+from pissa_cli.adapters.start import Factors, Layer, Method, Start
+from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.model import (
+    DTYPES,
+    Linear,
+    linear_layers,
+    match_targets,
+    require_finite,
+    resolve_base,
+    skeleton,
+    target_modules,
+)
+from pissa_cli.recipe import FullOptions, Recipe
+from pissa_cli.recipe_file import dump
+from pissa_cli.rundir import Run, peft_config, whole_folder, write_json, write_peft, write_text
+from pissa_cli.svd import frobenius_norm, nuclear_norm
+from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, open_weights
+
+STORED_IN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+START_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+Progress = Callable[[int, int, str], None]
+"""Called with (tensors done, tensors in all, name of the tensor)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What init is going to do; made without writing anything, so that bad input leaves no trace."""
+
+    folder: Path
+    weights: Weights
+    linears: list[Linear]
+    targets: list[Linear]
+
+    def num_trainable(self, recipe: Recipe) -> int:
+        """Numbers that train."""
+        if isinstance(recipe.adapter, FullOptions):
+            return self.num_total()
+        return sum(recipe.adapter.rank * (layer.num_in + layer.num_out) for layer in self.targets)
+
+    def num_total(self) -> int:
+        """Numbers of the base model."""
+        return sum(torch.Size(shape).numel() for shape in self.weights.shapes.values())
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Find and check the base, its targets and the rank. Raises UsageError; writes nothing."""
+    folder = resolve_base(recipe.model)
+    weights = open_weights(folder)
+    linears = linear_layers(skeleton(folder, recipe.model.trust_remote_code), weights)
+    adapter = recipe.adapter
+    if isinstance(adapter, FullOptions):
+        return Plan(folder, weights, linears, [])
+    targets = match_targets(linears, adapter.targets)
+    for layer in targets:
+        if adapter.rank > min(layer.num_out, layer.num_in):
+            raise UsageError(
+                f"adapter.rank: {adapter.rank} is above the smallest dimension of {layer.name} "
+                f"({layer.num_out} x {layer.num_in})",
+                f"use at most {min(min(t.num_out, t.num_in) for t in targets)}, or leave that layer out of adapter.targets",
+            )
+    return Plan(folder, weights, linears, targets)
+
+
+def initialize(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Make the run folder of `recipe` and return its manifest; a run of the same recipe is left as it is.
+
+    Raises UsageError for bad input and for a folder that holds something else; nothing is written then.
+    """
+    run = Run(Path(recipe.output))
+    if run.exists():
+        manifest = run.read_manifest()
+        require_same_start(run, manifest, recipe)
+        return manifest
+    if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+        raise UsageError(f"{run.folder}: exists and is not a run folder", "name another with --output")
+    return _write_run(recipe, plan(recipe), run, progress)
+
+
+def require_same_start(run: Run, manifest: dict[str, Any], recipe: Recipe) -> None:
+    """Refuse to go on in a folder whose start was made from another model, adapter or seed."""
+    wanted = _start_of(recipe)
+    for key, value in manifest["start"].items():
+        if wanted.get(key) != value:
+            raise UsageError(
+                f"{run.folder}: this run was made with {key} = {value!r}, the recipe says {wanted.get(key)!r}",
+                "name another folder with --output, or remove this one",
+            )
+
+
+def require_base(run: Run, manifest: dict[str, Any]) -> Path:
+    """The folder of the weights this run was made on (`base/`, or the dense base), checked by fingerprint."""
+    name = manifest["base"]["folder"]
+    folder = run.base if run.base.is_dir() else Path(name)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: the base model of this run is gone", "bring it back, or run init again")
+    expected = manifest["base"]["stored_fingerprint" if run.base.is_dir() else "fingerprint"]
+    found = fingerprint(open_weights(folder))
+    if found != expected:
+        raise UsageError(
+            f"{folder}: not the model this run was made on (fingerprint {found}, expected {expected})",
+            "the adapter is only valid on its own base; use that, or start a new run",
+        )
+    return folder
+
+
+def _start_of(recipe: Recipe) -> dict[str, Any]:
+    """The values that determine the start, flattened; what may differ between two commands on one run is left out."""
+    start = {f"model.{key}": value for key, value in recipe.model.model_dump(mode="json").items()}
+    start |= {f"adapter.{key}": value for key, value in recipe.adapter.model_dump(mode="json").items()}
+    return {**start, "seed": recipe.seed}
+
+
+def _write_run(recipe: Recipe, plan: Plan, run: Run, progress: Progress) -> dict[str, Any]:
+    began = time.time()
+    adapter = recipe.adapter
+    base = {"name": recipe.model.name, "revision": recipe.model.revision, "folder": str(plan.folder.resolve())}
+    manifest: dict[str, Any] = {
+        "format": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "versions": _versions(),
+        "start": _start_of(recipe),
+        "base": base,
+        "method": adapter.method,
+    }
+    with whole_folder(run.folder) as folder:
+        staged = Run(folder)
+        if isinstance(adapter, FullOptions):
+            base["fingerprint"] = fingerprint(plan.weights)
+        else:
+            method = METHODS[adapter.method]
+            writer = ShardWriter(staged.base) if recipe.model.bits == 4 else None
+            factors, layers = {}, []
+            whole, stored = Fingerprint(), Fingerprint()
+            for number, item in enumerate(_work(recipe, plan, method)):
+                whole.add(item.tensor, item.original)
+                if item.start is not None:
+                    factors[item.name] = {key: f.cpu() for key, f in item.start.factors.items()}
+                    layers.append(item.figures)
+                if writer is not None:
+                    for name, tensor in item.stored().items():
+                        stored.add(name, tensor)
+                        writer.add(name, tensor)
+                progress(number + 1, len(plan.weights.files), item.tensor)
+            names = [layer.name for layer in plan.targets]
+            config = peft_config(
+                base=str(run.base.absolute()) if writer else recipe.model.name,
+                rank=adapter.rank,
+                scale=adapter.scale,
+                targets=target_modules(names, plan.linears),
+                fan_in_fan_out=writer is None and plan.targets[0].transposed,
+            )
+            write_peft(staged.init, {name: factors[name] for name in names}, config)
+            base["fingerprint"] = whole.digest()
+            manifest |= {"rank": adapter.rank, "scale": adapter.scale, "passes": recipe.passes, "layers": layers}
+            if writer is not None:
+                writer.close()
+                base |= {"stored_fingerprint": stored.digest(), "stored_bytes": writer.total_bytes}
+                _copy_side_files(plan, staged.base, recipe)
+            manifest["base_bytes"] = plan.weights.num_bytes()
+        manifest["seconds"] = round(time.time() - began, 3)
+        write_text(staged.recipe, dump(recipe))
+        write_json(staged.manifest, manifest)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One tensor of the base after init: the original, and what became of it."""
+
+    tensor: str
+    name: str
+    original: Tensor
+    frozen: quant.Packed | Tensor | None
+    start: Start | None
+    figures: dict[str, Any]
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of `base/`, by the names of the model's own parameters."""
+        if isinstance(self.frozen, quant.Packed):
+            return self.frozen.tensors(f"{self.name}.weight")
+        return {self.tensor: self.original}
+
+
+def _work(recipe: Recipe, plan: Plan, method: Method) -> Iterator[_Item]:
+    """Every tensor of the base in file order. On a CPU, one tensor to a thread; at most as many are in memory."""
+    linears = {layer.tensor: layer for layer in plan.linears}
+    targets = {layer.name for layer in plan.targets}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads = torch.get_num_threads()
+    workers = 1 if device.type == "cuda" else threads
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: deque[Future[_Item]] = deque()
+        try:
+            for tensor in plan.weights.files:
+                linear = linears.get(tensor)
+                chosen = linear is not None and linear.name in targets
+                waiting.append(pool.submit(_one_tensor, recipe, plan.weights, tensor, linear, method if chosen else None, device))
+                if len(waiting) >= workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+    torch.set_num_threads(threads)
+
+
+def _one_tensor(
+    recipe: Recipe, weights: Weights, tensor: str, linear: Linear | None, method: Method | None, device: torch.device
+) -> _Item:
+    original = weights.read(tensor)
+    if linear is None or (method is None and recipe.model.bits != 4):
+        return _Item(tensor, tensor, original, None, None, {})
+    W = original.to(device).float()
+    W = W.T.contiguous() if linear.transposed else W
+    require_finite(tensor, W)
+    dtype = original.dtype if recipe.model.bits == 4 else {16: torch.bfloat16, 32: torch.float32}[recipe.model.bits]
+    store = quant.Store(recipe.model.bits, dtype, recipe.model.double_quant)
+    if method is None:
+        return _Item(tensor, linear.name, original, quant.pack(store, W), None, {})
+    adapter = recipe.adapter
+    assert not isinstance(adapter, FullOptions)
+    layer = Layer(linear.name, adapter.rank, adapter.scale, recipe.seed, store)
+    start = method.start(W, layer, {**adapter.model_dump(), "passes": recipe.passes})
+    figures = {"name": linear.name, "kind": linear.kind, "shape": [linear.num_out, linear.num_in], "rank": adapter.rank}
+    figures |= start.figures | _errors(W, start, store, adapter.scale, linear.name)
+    return _Item(tensor, linear.name, original, start.frozen, start, figures)
+
+
+def _errors(W: Tensor, start: Start, store: quant.Store, scale: float, name: str) -> dict[str, float]:
+    """How far the start is from W: relative for a dense store; for NF4 in both norms, beside plain NF4's."""
+    A, B = start.factors["A"], start.factors["B"]
+    error = torch.addmm(quant.read(start.frozen), B, A, alpha=scale).sub_(W)
+    norm = max(frobenius_norm(W), 1e-30)
+    if store.bits != 4:
+        relative = frobenius_norm(error) / norm
+        if relative > START_TOLERANCE[store.dtype]:
+            raise PissaError(f"{name}: the split does not give the weight back (relative error {relative:.1e})")
+        return {"start_error": relative}
+    figures = {"start_error": frobenius_norm(error) / norm}
+    figures |= {"frobenius": frobenius_norm(error), "nuclear": nuclear_norm(error)}
+    error = quant.read(quant.pack(store, W)).sub_(W)
+    return figures | {"plain_frobenius": frobenius_norm(error), "plain_nuclear": nuclear_norm(error)}
+
+
+def _copy_side_files(plan: Plan, target: Path, recipe: Recipe) -> None:
+    """config.json with its quantization_config, and the tokenizer's and other small files, into `base/`."""
+    from transformers import AutoConfig
+
+    copy_side_files(plan.folder, target)
+    linear_names = {layer.name for layer in plan.linears}
+    model = skeleton(plan.folder, recipe.model.trust_remote_code)
+    dense = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in linear_names]
+    config = AutoConfig.from_pretrained(plan.folder, trust_remote_code=recipe.model.trust_remote_code)
+    store = quant.Store(4, DTYPES[recipe.precision], recipe.model.double_quant)
+    content = config.to_dict() | {"quantization_config": quant.config(store, _name(DTYPES[recipe.precision]), dense)}
+    write_json(target / "config.json", content)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what is not weights: configuration, tokenizer, chat template, licence."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        suffixes = (".json", ".model", ".txt", ".jinja", ".py")
+        if path.is_file() and (path.name.endswith(suffixes) or path.name.startswith("LICENSE")):
+            if not path.name.endswith(".index.json"):
+                shutil.copyfile(path, target / path.name)
+
+
+def summarize(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The layers of a manifest by kind, and all of them: counts, means, and NF4 error reductions in percent."""
+    layers = manifest.get("layers", [])
+    kinds = list(dict.fromkeys(layer["kind"] for layer in layers))
+    groups = [(kind, [layer for layer in layers if layer["kind"] == kind]) for kind in kinds]
+    rows = []
+    for kind, members in [*groups, ("all", layers)] if layers else []:
+        row: dict[str, Any] = {"kind": kind, "layers": len(members), "rank": members[0]["rank"]}
+        for key in ("energy", "start_error", "nuclear", "frobenius", "plain_nuclear", "plain_frobenius"):
+            if key in members[0]:
+                row[key] = sum(member[key] for member in members) / len(members)
+        for norm in ("nuclear", "frobenius"):
+            if norm in row and row[f"plain_{norm}"] > 0:
+                row[f"{norm}_reduction"] = 100 * (1 - row[norm] / row[f"plain_{norm}"])
+        rows.append(row)
+    return rows
+
+
+def start_factors(factors: dict[str, Factors]) -> int:
+    """Numbers in the factors of an adapter."""
+    return sum(f.numel() for layer in factors.values() for f in layer.values())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors")
+    found = {package: importlib.metadata.version(package) for package in packages}
+    return {"pissa": __version__, "python": platform.python_version(), **found}

@@ -1,0 +1,211 @@
+"""Find a base model, its linear layers and their tensors; load it and attach adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from pissa_cli import quant
+from pissa_cli.adapters.lowrank import LowRank
+from pissa_cli.adapters.start import Factors, Method
+from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.recipe import ModelSection
+from pissa_cli.weights import Weights
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the model: weight (out, in), stored transposed on disk by GPT-2's Conv1D."""
+
+    name: str
+    tensor: str
+    num_out: int
+    num_in: int
+    transposed: bool
+
+    @property
+    def kind(self) -> str:
+        """The last part of the name, e.g. q_proj."""
+        return self.name.rsplit(".", 1)[-1]
+
+
+def resolve_base(section: ModelSection) -> Path:
+    """The folder of the base model; one on the Hub is downloaded to the shared cache.
+
+    Raises UsageError for a folder without config.json, and for a model that cannot be reached.
+    """
+    path = Path(section.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{path}: not a model folder (no config.json)")
+        return path
+    if path.is_absolute() or section.name.startswith(".") or section.name.count("/") > 1:
+        raise UsageError(f"{section.name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(section.name, revision=section.revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{section.name}: cannot get this model from the Hub ({type(error).__name__}: {reason})",
+            "check the id and the network, or give a local folder: --model path/to/folder",
+        ) from None
+
+
+def skeleton(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The model on the meta device: every module and shape, no weights."""
+    config = _config(folder, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return cast(
+                PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            )
+    except ValueError as error:
+        raise UsageError(f"{folder}: not a causal language model ({_first_line(error)})") from None
+
+
+def linear_layers(model: PreTrainedModel, weights: Weights) -> list[Linear]:
+    """Every linear layer but the output head, with the tensor on disk that holds its weight."""
+    head = model.get_output_embeddings()
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            num_in, num_out = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
+            tensor = disk_name(f"{name}.weight", model.base_model_prefix, weights)
+            layers.append(Linear(name, tensor, num_out, num_in, isinstance(module, Conv1D)))
+    return layers
+
+
+def disk_name(parameter: str, prefix: str, weights: Weights) -> str:
+    """The tensor of a parameter: by its own name, or without the base model's prefix (GPT-2's `transformer.`)."""
+    for name in (parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"):
+        if name in weights.files:
+            return name
+    raise UsageError(f"{weights.folder}: no tensor for {parameter}; its names differ from transformers'")
+
+
+def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear]:
+    """The layers that `adapter.targets` names: all, or those whose name is or ends in one of the list.
+
+    Raises UsageError, listing the kinds of linear layers there are, for an entry that matches none.
+    """
+    if targets == "all-linear":
+        return layers
+    chosen: dict[str, Linear] = {}
+    for target in targets:
+        found = [layer for layer in layers if layer.name == target or layer.name.endswith(f".{target}")]
+        if not found:
+            kinds = ", ".join(sorted({layer.kind for layer in layers}))
+            raise UsageError(f"adapter.targets: '{target}' matches no linear layer", f"this model has: {kinds}")
+        chosen |= {layer.name: layer for layer in found}
+    return [layer for layer in layers if layer.name in chosen]
+
+
+def load_model(folder: Path, section: ModelSection, precision: str) -> PreTrainedModel:
+    """The base with its weights on the CPU: dense in the dtype of `model.bits`, or NF4 from a run's `base/`.
+
+    What NF4 leaves dense (embeddings, norms, head) gets the dtype of the products.
+    """
+    dtype = {16: torch.bfloat16, 32: torch.float32, 4: DTYPES[precision]}[section.bits]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=section.trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{folder}: transformers cannot load this model ({_first_line(error)})") from None
+    quant.set_compute_dtype(model, DTYPES[precision])
+    return cast(PreTrainedModel, model)
+
+
+def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base, padding on the right."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}: no usable tokenizer ({_first_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def attach(
+    model: PreTrainedModel, factors: dict[str, Factors], method: Method, scale: float, dropout: float = 0.0
+) -> None:
+    """Put a low-rank layer around every layer that `factors` names.
+
+    For a method that moves the base, a dense weight becomes the residual W - s B A of these (initial) factors;
+    an NF4 weight is the residual already. Frozen parameters stop requiring gradients.
+    """
+    model.requires_grad_(False)
+    modules = dict(model.named_modules())
+    for name, layer_factors in factors.items():
+        base = modules.get(name)
+        if base is None:
+            raise UsageError(f"the adapter has a layer {name} that the model lacks", "this is not its base model")
+        device = next(base.parameters()).device
+        here = {key: factor.to(device) for key, factor in layer_factors.items()}
+        if method.moves_base and quant.packed_weight(base) is None:
+            subtract(base, here["A"], here["B"], scale)
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, LowRank(base, here, method.trains, scale, dropout))
+
+
+@torch.no_grad()
+def subtract(base: nn.Module, A: Tensor, B: Tensor, scale: float) -> None:
+    """W <- W - s B A, computed in fp32 and rounded once."""
+    weight = cast(nn.Parameter, base.weight)
+    W = weight.T if isinstance(base, Conv1D) else weight
+    W.copy_(torch.addmm(W.float(), B, A, alpha=-scale))
+
+
+def lowrank_layers(model: nn.Module) -> dict[str, LowRank]:
+    """The low-rank layers by the name of the linear layer they stand for."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
+
+
+def target_modules(targets: Iterable[str], layers: list[Linear]) -> list[str]:
+    """PEFT's `target_modules`: the kinds of layer if they name exactly these layers, else the full names."""
+    names = set(targets)
+    kinds = {name.rsplit(".", 1)[-1] for name in names}
+    same = {layer.name for layer in layers if layer.kind in kinds} == names
+    return sorted(kinds if same else names)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(parameters that train, all parameters), counting an NF4 weight by the numbers it stands for."""
+    train = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = 0
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        total += state.shape.numel() if state is not None else p.numel()
+    return train, total
+
+
+def _config(folder: Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{folder / 'config.json'}: transformers cannot read it ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return text[:300] or type(error).__name__
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a weight with NaN or infinite values before it spoils everything after it."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise PissaError(f"{name}: the weight holds NaN or infinite values", "this checkpoint is damaged")

@@ -1,0 +1,112 @@
+"""Read rows of data: jsonl, json, csv and parquet files, or a data set on the Hub. A bad row is named, not lost."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pissa_cli.errors import UsageError
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def read_rows(source: str, limit: int | None = None) -> Iterator[tuple[int, Row | str]]:
+    """(number, row) of each row, counted from 1 (jsonl: the line); a text instead of a row says why it is unusable.
+
+    `source` is a file, or `id`, `id:subset` or `id:subset:split` of a data set on the Hub (split: train).
+    Raises UsageError for a missing, unreadable or unknown file, and a data set that cannot be reached.
+    """
+    rows = _file_rows(Path(source)) if _is_file(source) else _hub_rows(source)
+    for count, row in enumerate(rows):
+        if count == limit:
+            return
+        yield row
+
+
+def is_local(source: str) -> bool:
+    """Whether the rows come from a file that is there."""
+    return Path(source).is_file()
+
+
+def _is_file(source: str) -> bool:
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UsageError(f"{source}: unknown kind of data file", f"use one of {', '.join(SUFFIXES)}")
+        return True
+    if path.is_dir() or path.is_absolute() or path.suffix in SUFFIXES or source.startswith("."):
+        raise UsageError(f"{source}: no such data file")
+    return False
+
+
+def _file_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
+    try:
+        if path.suffix == ".parquet":
+            yield from enumerate(_parquet_rows(path), start=1)
+        elif path.suffix == ".jsonl":
+            yield from _json_lines(path)
+        elif path.suffix == ".json":
+            yield from enumerate(_json_list(path), start=1)
+        else:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                for number, row in enumerate(csv.DictReader(file), start=1):
+                    yield number, row if None not in row and None not in row.values() else "wrong number of columns"
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (OSError, csv.Error) as error:
+        raise UsageError(f"{path}: cannot read: {error}") from None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    yield number, "not JSON in UTF-8"
+                    continue
+                yield number, row if isinstance(row, dict) else "not a JSON object"
+
+
+def _json_list(path: Path) -> Iterator[Row | str]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not valid JSON ({error})", "one object a line belongs into a .jsonl file") from None
+    if not isinstance(content, list):
+        raise UsageError(f"{path}: expected a JSON list of rows")
+    for row in content:
+        yield row if isinstance(row, dict) else "not a JSON object"
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except ArrowInvalid as error:
+        raise UsageError(f"{path}: not a readable parquet file ({error})") from None
+
+
+def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
+    name, *rest = source.split(":")
+    if len(rest) > 2:
+        raise UsageError(f"{source}: expected id, id:subset or id:subset:split")
+    import datasets
+
+    try:
+        subset = rest[0] if rest and rest[0] else None
+        rows = datasets.load_dataset(name, subset, split=rest[1] if len(rest) == 2 else "train")
+    except Exception as error:  # the Hub, the network and the data set's own files each raise their own kinds
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise UsageError(
+            f"{name}: cannot get this data set from the Hub ({type(error).__name__}: {reason})",
+            "check the id and the network, or give a local jsonl, json, csv or parquet file",
+        ) from None
+    yield from enumerate(rows, start=1)

@@ -1,0 +1,227 @@
+"""The run folder: what lies where, how it is written whole or not at all, and adapters as PEFT files."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pissa_cli.adapters.start import Factors
+from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.weights import load_tensors, save_tensors
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PROVENANCE = "pissa.json"
+_PEFT_PREFIX = "base_model.model."
+_PEFT_FACTORS = {"A": "lora_A.weight", "B": "lora_B.weight"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The paths of a run folder."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    @property
+    def init(self) -> Path:
+        return self.folder / "init"
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        return self.folder / "merged"
+
+    @property
+    def quantized(self) -> Path:
+        return self.folder / "quantized"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def exists(self) -> bool:
+        """Whether init finished here."""
+        return self.manifest.is_file() and self.recipe.is_file()
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest; UsageError if there is none, or it is not one of ours."""
+        if not self.exists():
+            raise UsageError(f"{self.folder}: not a run folder", "run `pissa init` or `pissa train` first")
+        return read_json(self.manifest)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; UsageError names a file that is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: missing or damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected a JSON object")
+    return content
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file under a temporary name, then rename it into place."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _disk_error(path, error) from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `final` when the block ends well, and vanishes otherwise.
+
+    `final` is replaced if it is there. Folders that a killed process left behind are removed first.
+    """
+    prefix = f".{final.name}.tmp-"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in final.parent.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = final.parent / f"{prefix}{secrets.token_hex(4)}"
+        temporary.mkdir()
+    except OSError as error:
+        raise _disk_error(final, error) from None
+    try:
+        yield temporary
+        _sync(temporary)
+        if final.is_dir() and any(final.iterdir()):
+            old = final.parent / f"{prefix}old-{secrets.token_hex(4)}"
+            final.rename(old)
+            temporary.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(final)
+    except OSError as error:
+        raise _disk_error(final, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_peft(folder: Path, factors: dict[str, Factors], config: dict[str, Any]) -> None:
+    """A PEFT LoRA folder. factors: layer name -> {"A": (r, in), "B": (out, r)}; config: see `peft_config`."""
+    tensors = {
+        f"{_PEFT_PREFIX}{layer}.{_PEFT_FACTORS[key]}": tensor.detach().float().cpu().contiguous()
+        for layer, layer_factors in factors.items()
+        for key, tensor in layer_factors.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / PEFT_WEIGHTS, tensors)
+    write_json(folder / PEFT_CONFIG, config)
+
+
+def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Factors]]:
+    """The configuration and factors of a PEFT LoRA folder, fp32. UsageError for files that are not what they claim."""
+    config = read_json(folder / PEFT_CONFIG)
+    names = {suffix: key for key, suffix in _PEFT_FACTORS.items()}
+    factors: dict[str, Factors] = {}
+    for key, tensor in load_tensors(folder / PEFT_WEIGHTS).items():
+        layer, _, suffix = key.removeprefix(_PEFT_PREFIX).rpartition(".lora_")
+        if f"lora_{suffix}" not in names:
+            raise UsageError(f"{folder / PEFT_WEIGHTS}: unexpected tensor {key}", "only LoRA A and B are understood")
+        factors.setdefault(layer, {})[names[f"lora_{suffix}"]] = tensor.float()
+    for layer, pair in factors.items():
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise UsageError(f"{folder / PEFT_WEIGHTS}: A and B of {layer} do not belong together")
+    return config, factors
+
+
+def peft_config(base: str, rank: int, scale: float, targets: list[str], fan_in_fan_out: bool) -> dict[str, Any]:
+    """PEFT's adapter_config.json of a LoRA adapter with s = lora_alpha / r.
+
+    `init_lora_weights` is always true: any other value makes PEFT decompose the base again on loading.
+    """
+    alpha = scale * rank
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "fan_in_fan_out": fan_in_fan_out,
+        "bias": "none",
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "inference_mode": True,
+    }
+
+
+def save_checkpoint(run: Run, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
+    """Write checkpoints/step-N (one safetensors file for each entry of `tensors`, and state.json), drop the oldest."""
+    final = run.checkpoints / f"step-{step}"
+    with whole_folder(final) as folder:
+        for name, content in tensors.items():
+            save_tensors(folder / f"{name}.safetensors", content)
+        write_json(folder / "state.json", {"step": step, **state})
+    for old in _checkpoint_folders(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_checkpoint(run: Run) -> Path | None:
+    """The newest checkpoint; what lies under its final name is whole."""
+    folders = _checkpoint_folders(run)
+    return folders[-1] if folders else None
+
+
+def _checkpoint_folders(run: Run) -> list[Path]:
+    numbered = [(path.name.removeprefix("step-"), path) for path in run.checkpoints.glob("step-*")]
+    return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdigit())]
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's files to the disk, so that the rename never outruns their content."""
+    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _disk_error(path: Path, error: OSError) -> PissaError:
+    return PissaError(f"{path}: cannot write: {error.strerror or error}", "nothing was lost; what was saved before is intact")

@@ -1,0 +1,161 @@
+"""Safetensors checkpoints, tensor by tensor: read, fingerprint and write without ever holding the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pissa_cli.errors import PissaError, UsageError
+
+SHARD_BYTES = 256 * 2**20
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a checkpoint folder: name -> file, in the order of the files."""
+
+    folder: Path
+    files: dict[str, Path]
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU. The file is mapped for this tensor alone, so that memory does not pile up."""
+        with safe_open(self.files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def num_bytes(self) -> int:
+        """The size of the files together."""
+        return sum(file.stat().st_size for file in set(self.files.values()))
+
+
+def open_weights(folder: Path) -> Weights:
+    """Read the headers of all shards of `folder` and check them against each other.
+
+    Raises UsageError for a folder without safetensors, a shard that is missing, cut short or not safetensors,
+    and tensors of the index that their shard does not hold.
+    """
+    index: dict[str, str] = {}
+    if (folder / INDEX).is_file():
+        try:
+            index = json.loads((folder / INDEX).read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{folder / INDEX}: damaged index ({error!r})") from None
+        shards = list(dict.fromkeys(index.values()))
+    elif (folder / SINGLE).is_file():
+        shards = [SINGLE]
+    else:
+        raise UsageError(f"{folder}: no {SINGLE} or {INDEX}", "pissa reads safetensors only; convert the model first")
+    files: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in shards:
+        path = folder / shard
+        if path.parent != folder or not path.is_file():
+            raise UsageError(f"{path}: this shard of the index is missing", "download the model again")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.offset_keys():
+                    files[name] = path
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path}: truncated or damaged safetensors file ({error})", "download it again") from None
+    missing = [name for name, shard in index.items() if files.get(name) != folder / shard]
+    if missing:
+        raise UsageError(f"{folder / index[missing[0]]}: tensor {missing[0]} of the index is not in this shard")
+    return Weights(folder, files, shapes)
+
+
+class Fingerprint:
+    """A hash over names, dtypes, shapes and bytes of tensors; the same whatever the order or the sharding."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        self._parts[name] = f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(raw)}"
+
+    def digest(self) -> str:
+        lines = "\n".join(f"{name} {part}" for name, part in sorted(self._parts.items()))
+        return f"xxh3:{xxhash.xxh3_128_hexdigest(lines.encode())}"
+
+
+def fingerprint(weights: Weights) -> str:
+    """The fingerprint of a checkpoint on disk."""
+    whole = Fingerprint()
+    for name in weights.files:
+        whole.add(name, weights.read(name))
+    return whole.digest()
+
+
+class ShardWriter:
+    """Writes tensors as they come to `folder`, in shards of about 256 MB; `close` writes the index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self.total_bytes = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._pending[name] = tensor.detach().contiguous().cpu()
+        self.total_bytes += tensor.numel() * tensor.element_size()
+        if sum(t.numel() * t.element_size() for t in self._pending.values()) >= SHARD_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        if self._pending:
+            self._flush()
+        total = len(self._shards)
+        if total == 1:
+            self._temporary(0).rename(self.folder / SINGLE)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            final = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+            self._temporary(number).rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2))
+
+    def _flush(self) -> None:
+        save_tensors(self._temporary(len(self._shards)), self._pending)
+        self._shards.append(list(self._pending))
+        self._pending = {}
+
+    def _temporary(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.part"
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file; a failing disk is a PissaError that names the file."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors writes 0600
+    except (OSError, SafetensorError) as error:
+        raise PissaError(f"{path}: cannot write: {error}", "free some space; what was saved before is intact") from None
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read one safetensors file whole; a missing or damaged file is a UsageError that names it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(_tensors(file))
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: missing or damaged ({error})") from None
+
+
+def _tensors(file: safe_open) -> Iterator[tuple[str, Tensor]]:
+    for name in file.keys():  # noqa: SIM118 - not a dict
+        yield name, file.get_tensor(name)
