@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.loss import IGNORED
 from pissa_cli.recipe import DataSection
 from pissa_cli.rows import Row, is_local, read_rows
 from pissa_cli.weights import load_tensors, save_tensors
@@ -26,8 +28,12 @@ INTRO_INPUT = (
 TEMPLATE = INTRO + "### Instruction:\n{instruction}\n\n### Response:{output}\n"
 """PiSSA's template (its train.py): nothing between 'Response:' and the answer, a newline before end-of-text."""
 TEMPLATE_INPUT = INTRO_INPUT + "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:{output}\n"
-FIELDS = {"alpaca": ("instruction", "output"), "prompt": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
-IGNORED = -100
+FIELDS = {
+    "alpaca": ("instruction", "output"),
+    "prompt": ("prompt", "completion"),
+    "chat": ("messages",),
+    "text": ("text",),
+}
 CUT = "answer cut off entirely by data.max_length"
 BATCH = 1000
 
@@ -56,7 +62,9 @@ class Examples:
         return int(self.targets[begin + 1 : end].sum())
 
 
-def load_examples(source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, cache: Path | None) -> Examples:
+def load_examples(
+    source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, cache: Path | None
+) -> Examples:
     """Tokenize `source` by the recipe's `data` section, or take the tokens from the cache.
 
     Raises UsageError for a missing column (the columns are listed) and for a set without a usable row.
@@ -96,6 +104,12 @@ def question_prompt(question: str, section: DataSection, tokenizer: PreTrainedTo
         messages = [{"role": "user", "content": question}]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     return _fill(section, question, "", "")[0] if section.format == "alpaca" else question
+
+
+def chunk_by_length(examples: Examples, indices: list[int], size: int) -> list[list[int]]:
+    """Micro-batches of examples of like length. Their order has no meaning: a step's loss is one average."""
+    ordered = sorted(indices, key=examples.length)
+    return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
 
 
 def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bool) -> dict[str, Tensor]:
@@ -201,8 +215,8 @@ def _encode(rows: list[Row], section: DataSection, tokenizer: PreTrainedTokenize
             results[-1] = str(error)
     if not texts:
         return results
-    prompts = tokenizer([prompt for _, prompt, _ in texts])["input_ids"]
-    wholes = tokenizer([prompt + answer for _, prompt, answer in texts])["input_ids"]
+    prompts = tokenizer([prompt for _, prompt, _ in texts], verbose=False)["input_ids"]
+    wholes = tokenizer([prompt + answer for _, prompt, answer in texts], verbose=False)["input_ids"]
     for (index, prompt, answer), prompt_ids, whole_ids in zip(texts, prompts, wholes, strict=True):
         results[index] = _join(prompt, answer, prompt_ids, whole_ids, tokenizer)
     return results
@@ -229,7 +243,9 @@ def _encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerB
     """Tokens of a conversation by the model's own template; the assistant's turns are the targets."""
     column = section.columns.get("messages", "messages")
     messages = row.get(column)
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
+    ):
         return f"'{column}' is not a list of messages with role and content"
 
     def text(upto: int, ask: bool) -> str:
@@ -245,7 +261,7 @@ def _encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerB
         return "no assistant message"
     if any(not whole.startswith(before) or not whole.startswith(upto) for before, upto in spans):
         return "the chat template rewrites earlier turns"
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     mask = [
         any(len(before) <= begin and end <= len(upto) and end > begin for before, upto in spans)
         for begin, end in encoded["offset_mapping"]
@@ -271,7 +287,7 @@ def _write_cache(path: Path, examples: Examples) -> None:
     notes = json.dumps({"unusable": examples.unusable, "num_cut": examples.num_cut}).encode()
     tensors = {"ids": examples.ids, "targets": examples.targets, "offsets": examples.offsets}
     tensors["notes"] = torch.frombuffer(bytearray(notes), dtype=torch.uint8)
-    temporary = path.with_suffix(f".{xxhash.xxh3_64_hexdigest(str(id(examples)))}.tmp")
+    temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(temporary, tensors)

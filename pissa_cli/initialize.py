@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pissa_cli import __version__, quant
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.adapters.start import Factors, Layer, Method, Start
+from pissa_cli.adapters.start import Layer, Method, Start
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.model import (
     DTYPES,
@@ -32,11 +32,10 @@ from pissa_cli.model import (
 )
 from pissa_cli.recipe import FullOptions, Recipe
 from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import Run, peft_config, whole_folder, write_json, write_peft, write_text
+from pissa_cli.rundir import Run, peft_config, read_json, whole_folder, write_json, write_peft, write_text
 from pissa_cli.svd import frobenius_norm, nuclear_norm
 from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, open_weights
 
-STORED_IN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 START_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 Progress = Callable[[int, int, str], None]
 """Called with (tensors done, tensors in all, name of the tensor)."""
@@ -175,7 +174,7 @@ def _write_run(recipe: Recipe, plan: Plan, run: Run, progress: Progress) -> dict
             if writer is not None:
                 writer.close()
                 base |= {"stored_fingerprint": stored.digest(), "stored_bytes": writer.total_bytes}
-                _copy_side_files(plan, staged.base, recipe)
+                write_nf4_config(plan.folder, staged.base, recipe, plan.linears, recipe.model.double_quant)
             manifest["base_bytes"] = plan.weights.num_bytes()
         manifest["seconds"] = round(time.time() - began, 3)
         write_text(staged.recipe, dump(recipe))
@@ -195,9 +194,9 @@ class _Item:
     figures: dict[str, Any]
 
     def stored(self) -> dict[str, Tensor]:
-        """The tensors of `base/`, by the names of the model's own parameters."""
+        """The tensors of `base/`, by the names of the base's own files."""
         if isinstance(self.frozen, quant.Packed):
-            return self.frozen.tensors(f"{self.name}.weight")
+            return self.frozen.tensors(self.tensor)
         return {self.tensor: self.original}
 
 
@@ -214,7 +213,9 @@ def _work(recipe: Recipe, plan: Plan, method: Method) -> Iterator[_Item]:
             for tensor in plan.weights.files:
                 linear = linears.get(tensor)
                 chosen = linear is not None and linear.name in targets
-                waiting.append(pool.submit(_one_tensor, recipe, plan.weights, tensor, linear, method if chosen else None, device))
+                waiting.append(
+                    pool.submit(_one_tensor, recipe, plan.weights, tensor, linear, method if chosen else None, device)
+                )
                 if len(waiting) >= workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -263,17 +264,15 @@ def _errors(W: Tensor, start: Start, store: quant.Store, scale: float, name: str
     return figures | {"plain_frobenius": frobenius_norm(error), "plain_nuclear": nuclear_norm(error)}
 
 
-def _copy_side_files(plan: Plan, target: Path, recipe: Recipe) -> None:
-    """config.json with its quantization_config, and the tokenizer's and other small files, into `base/`."""
-    from transformers import AutoConfig
-
-    copy_side_files(plan.folder, target)
-    linear_names = {layer.name for layer in plan.linears}
-    model = skeleton(plan.folder, recipe.model.trust_remote_code)
-    dense = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in linear_names]
-    config = AutoConfig.from_pretrained(plan.folder, trust_remote_code=recipe.model.trust_remote_code)
-    store = quant.Store(4, DTYPES[recipe.precision], recipe.model.double_quant)
-    content = config.to_dict() | {"quantization_config": quant.config(store, _name(DTYPES[recipe.precision]), dense)}
+def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[Linear], double_quant: bool) -> None:
+    """The side files of `source` in `target`, and a config.json that says which layers are NF4 and which are not."""
+    copy_side_files(source, target)
+    names = {layer.name for layer in linears}
+    modules = skeleton(source, recipe.model.trust_remote_code).named_modules()
+    dense = [name for name, module in modules if isinstance(module, torch.nn.Linear) and name not in names]
+    content = read_json(source / "config.json")
+    compute_dtype = str(DTYPES[recipe.precision]).removeprefix("torch.")
+    content["quantization_config"] = quant.config(double_quant, compute_dtype, dense)
     write_json(target / "config.json", content)
 
 
@@ -303,15 +302,6 @@ def summarize(manifest: dict[str, Any]) -> list[dict[str, Any]]:
                 row[f"{norm}_reduction"] = 100 * (1 - row[norm] / row[f"plain_{norm}"])
         rows.append(row)
     return rows
-
-
-def start_factors(factors: dict[str, Factors]) -> int:
-    """Numbers in the factors of an adapter."""
-    return sum(f.numel() for layer in factors.values() for f in layer.values())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _versions() -> dict[str, str]:

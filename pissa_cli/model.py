@@ -69,9 +69,7 @@ def skeleton(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     config = _config(folder, trust_remote_code)
     try:
         with torch.device("meta"):
-            return cast(
-                PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            )
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     except ValueError as error:
         raise UsageError(f"{folder}: not a causal language model ({_first_line(error)})") from None
 

@@ -87,14 +87,14 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             module.compute_type_is_set = True
 
 
-def config(store: Store, compute_dtype: str, dense_modules: list[str]) -> dict[str, Any]:
+def config(double_quant: bool, compute_dtype: str, dense_modules: list[str]) -> dict[str, Any]:
     """`quantization_config` of a transformers checkpoint whose linear layers, but `dense_modules`, are NF4."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": store.double_quant,
+        "bnb_4bit_use_double_quant": double_quant,
         "bnb_4bit_compute_dtype": compute_dtype,
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": dense_modules,

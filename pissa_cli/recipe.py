@@ -72,10 +72,14 @@ LEARNING_RATES = {"lora": 2e-4, "pissa": 2e-5, "full": 1e-5}
 
 
 class DataSection(Section):
-    train: str | None = Field(None, description="training rows: jsonl, json, csv or parquet file, or id[:subset[:split]]")
+    train: str | None = Field(
+        None, description="training rows: jsonl, json, csv or parquet file, or id[:subset[:split]]"
+    )
     eval: str | None = Field(None, description="held-out rows, same forms")
     format: Literal["alpaca", "prompt", "chat", "text"] = Field("alpaca", description="what the rows hold")
-    columns: dict[str, str] = Field({}, description="our field: their column, e.g. {instruction: query, output: response}")
+    columns: dict[str, str] = Field(
+        {}, description="our field: their column, e.g. {instruction: query, output: response}"
+    )
     template: str | None = Field(None, description="text with {instruction} and {output} (alpaca); default: PiSSA's")
     max_length: int = Field(512, ge=8, description="tokens an example may have; longer ones are cut at the end")
     limit: int | None = Field(None, ge=1, description="use the first N rows")
@@ -83,7 +87,9 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    lr: float | None = Field(None, gt=0, description="peak learning rate; default by method: pissa 2e-5, lora 2e-4, full 1e-5")
+    lr: float | None = Field(
+        None, gt=0, description="peak learning rate; default by method: pissa 2e-5, lora 2e-4, full 1e-5"
+    )
     epochs: float | None = Field(None, gt=0, description="passes over the data; default 1")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     batch_size: int = Field(32, ge=1, description="examples in one optimizer step, over all processes")
@@ -93,9 +99,13 @@ class TrainSection(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     optimizer: Literal["adamw", "paged-adamw-8bit"] = Field("adamw", description="the latter from bitsandbytes")
-    precision: Literal["bf16", "fp32"] | None = Field(None, description="of the products; default fp32 if model.bits is 32")
+    precision: Literal["bf16", "fp32"] | None = Field(
+        None, description="of the products; default fp32 if model.bits is 32"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    eval_every: int | None = Field(None, ge=1, description="steps between losses on data.eval; default: at the end only")
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between losses on data.eval; default: at the end only"
+    )
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at the end only")
     keep: int = Field(2, ge=1, description="checkpoints kept, the newest")
 
@@ -137,7 +147,9 @@ class Recipe(Section):
         if isinstance(adapter, FullOptions) and bits == 4:
             raise ValueError("adapter.method full cannot train 4-bit weights; set model.bits to 16 or 32, or use pissa")
         if isinstance(adapter, PissaOptions) and adapter.passes is not None and adapter.passes > 1 and bits != 4:
-            raise ValueError("adapter.passes repeats the split against 4-bit rounding; set model.bits to 4 or remove it")
+            raise ValueError(
+                "adapter.passes repeats the split against 4-bit rounding; set model.bits to 4 or remove it"
+            )
         if self.model.double_quant and bits != 4:
             raise ValueError("model.double_quant needs model.bits 4")
         if self.train.precision == "fp32" and bits == 16:

@@ -75,7 +75,9 @@ def find_recipe(target: str) -> Path:
     if path.is_dir() and not (path / RUN_RECIPE).is_file():
         named = [folder for folder in (Path("recipes"), shipped("recipes")) if (folder / f"{target}.yaml").is_file()]
         if not named:
-            raise UsageError(f"{target}: not a run folder (no {RUN_RECIPE} in it)", "give a recipe, or run `pissa init` first")
+            raise UsageError(
+                f"{target}: not a run folder (no {RUN_RECIPE} in it)", "give a recipe, or run `pissa init` first"
+            )
         return named[0] / f"{target}.yaml"
     if path.is_dir():
         return path / RUN_RECIPE
@@ -124,7 +126,9 @@ def _blocks(flat: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:
     for key, value in uses.items():
         if len(key) != 1 or key[0] not in SECTIONS or not isinstance(value.value, str):
             name = ".".join(("use", *key))
-            raise UsageError(f"{value.source}: {name}: expected `use: {{section: block}}`", f"sections: {', '.join(SECTIONS)}")
+            raise UsageError(
+                f"{value.source}: {name}: expected `use: {{section: block}}`", f"sections: {', '.join(SECTIONS)}"
+            )
         values |= _read_block(key[0], value)
     return values
 
@@ -138,7 +142,11 @@ def _alias(flat: Mapping[KeyPath, Value]) -> Value | None:
 
 
 def _block_file(section: str, name: str) -> Path | None:
-    for candidate in (Path(name), Path("configs") / section / f"{name}.yaml", shipped("configs") / section / f"{name}.yaml"):
+    for candidate in (
+        Path(name),
+        Path("configs") / section / f"{name}.yaml",
+        shipped("configs") / section / f"{name}.yaml",
+    ):
         if candidate.suffix == ".yaml" and candidate.is_file():
             return candidate
     return None
@@ -183,7 +191,9 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
         node[key[-1]] = value.value
     if "model" not in tree or not isinstance(tree["model"], dict) or "name" not in tree["model"]:
         known = ", ".join(_names(shipped("configs") / "model"))
-        raise UsageError("model.name: no model given", f"name one with --model: a folder, a Hub id or an alias ({known})")
+        raise UsageError(
+            "model.name: no model given", f"name one with --model: a folder, a Hub id or an alias ({known})"
+        )
     if isinstance(tree.get("adapter"), dict):
         tree["adapter"].setdefault("method", "pissa")
     try:
@@ -213,7 +223,11 @@ def _messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dic
         by_path.setdefault(path, []).append(text)
     lines = []
     for path, texts in by_path.items():
-        source = values[path].source if path in values else next((v.source for k, v in values.items() if k[: len(path)] == path), "")
+        source = (
+            values[path].source
+            if path in values
+            else next((v.source for k, v in values.items() if k[: len(path)] == path), "")
+        )
         lines.append(": ".join(part for part in (source if path else "", ".".join(path), " or ".join(texts)) if part))
     return lines
 
@@ -228,7 +242,9 @@ def _unknown_key(path: KeyPath, tree: dict[str, Any]) -> str:
     if owners:
         return f"misplaced key; it belongs under '{owners[0]}'"
     if section == ("adapter",) and (methods := [name for name, o in ADAPTER_OPTIONS.items() if key in o.model_fields]):
-        return f"method {tree['adapter'].get('method')} has no such option (it is one of {', '.join(methods)}); remove it"
+        return (
+            f"method {tree['adapter'].get('method')} has no such option (it is one of {', '.join(methods)}); remove it"
+        )
     return f"unknown key; known here: {', '.join(known)}"
 
 

@@ -190,7 +190,9 @@ def peft_config(base: str, rank: int, scale: float, targets: list[str], fan_in_f
     }
 
 
-def save_checkpoint(run: Run, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    run: Run, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
+) -> Path:
     """Write checkpoints/step-N (one safetensors file for each entry of `tensors`, and state.json), drop the oldest."""
     final = run.checkpoints / f"step-{step}"
     with whole_folder(final) as folder:
@@ -224,4 +226,6 @@ def _sync(folder: Path) -> None:
 
 
 def _disk_error(path: Path, error: OSError) -> PissaError:
-    return PissaError(f"{path}: cannot write: {error.strerror or error}", "nothing was lost; what was saved before is intact")
+    return PissaError(
+        f"{path}: cannot write: {error.strerror or error}", "nothing was lost; what was saved before is intact"
+    )

@@ -157,5 +157,5 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _tensors(file: safe_open) -> Iterator[tuple[str, Tensor]]:
-    for name in file.keys():  # noqa: SIM118 - not a dict
+    for name in file.keys():  # not a dict
         yield name, file.get_tensor(name)

@@ -37,7 +37,7 @@ class Value:
 def parse_scalar(text: str) -> Any:
     """The value of `c` in `--set a.b=c`, read by the rules of the files."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise UsageError(f"cannot read {text!r} as a YAML value: {error}") from None
 
@@ -93,7 +93,8 @@ def _flatten(node: yaml.MappingNode, prefix: KeyPath, path: Path, flat: dict[Key
         full = (*prefix, key)
         if key in seen:
             raise UsageError(
-                f"{path}:{line}: duplicate key '{'.'.join(full)}', first given in line {seen[key]}", "remove one of them"
+                f"{path}:{line}: duplicate key '{'.'.join(full)}', first given in line {seen[key]}",
+                "remove one of them",
             )
         seen[key] = line
         if isinstance(value_node, yaml.MappingNode) and value_node.value:

@@ -1,0 +1,1 @@
+"""Benchmarks, one file each, and the engine that generates their answers."""

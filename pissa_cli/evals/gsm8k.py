@@ -1,0 +1,50 @@
+"""GSM8K, as the PiSSA repository scores it: the number after the last "The answer is: ", rounded, equal to the gold one."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from pissa_cli.rows import Row
+
+HUB_DATA = "openai/gsm8k:main:test"
+MARKER = "The answer is: "
+_NUMBER = re.compile(r"[-+]?\d*[.,/]?\d+")
+
+
+def question(row: Row) -> str:
+    """The question of a row. Raises KeyError for a row without one."""
+    return str(row["question"])
+
+
+def gold(row: Row) -> str:
+    """The reference answer: what follows '####' in GSM8K's own rows."""
+    return str(row["answer"]).rpartition("####")[2].strip()
+
+
+def extract(output: str) -> int | None:
+    """The answer in a model's output; None if there is none.
+
+    Follows the reference protocol to the letter: of what follows the last marker the first number counts, with at
+    most one of `.,/` inside (so "1,234,567" reads 1234), a fraction is divided, and everything is rounded half to even.
+    """
+    before, marker, after = output.rpartition(MARKER)
+    if not marker:
+        return None
+    match = _NUMBER.search(after)
+    if match is None:
+        return None
+    text = match.group().replace(",", "")
+    try:
+        return round(Fraction(text) if "/" in text else float(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return None
+
+
+def score(output: str, reference: str) -> bool:
+    """Whether the extracted answer equals the reference ("1,250" reads 1250)."""
+    answer = extract(output)
+    try:
+        return answer is not None and float(answer) == float(reference.replace(",", ""))
+    except ValueError:
+        return False

@@ -1,0 +1,273 @@
+"""`merge` and `quantize`: stream a run into one dense or one NF4 model, check it against the run, put it on the Hub."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pissa_cli import __version__, quant
+from pissa_cli.adapters.start import Factors
+from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.exported import adapter_files, load_result
+from pissa_cli.initialize import copy_side_files, write_nf4_config
+from pissa_cli.loss import autocast
+from pissa_cli.model import Linear, linear_layers, load_model, load_tokenizer, skeleton
+from pissa_cli.recipe import FullOptions, Recipe
+from pissa_cli.recipe_file import dump
+from pissa_cli.rundir import Run, read_json, whole_folder, write_json, write_text
+from pissa_cli.svd import frobenius_norm
+from pissa_cli.weights import ShardWriter, Weights, open_weights
+
+Progress = Callable[[int, int, str], None]
+PROBES = (
+    "The capital of the country lies on a river, and most of its people work",
+    "Below is an instruction that describes a task.",
+    "def add(a, b):\n    return",
+    "Anna has 12 apples and gives 5 of them to her brother. She has",
+)
+"""Prompts on which two forms of a model are compared."""
+MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Largest ||difference of logits|| / ||logits|| that rounding the merged weights to this dtype explains."""
+
+
+def merge(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Write `merged/`, W + s B A rounded once to the dtype of the base, and compare its logits with the adapter's.
+
+    From a QPiSSA run W is the 4-bit residual read back, so that nothing is approximated.
+    Raises PissaError, leaving no `merged/`, if the logits differ by more than rounding.
+    """
+    run = Run(Path(recipe.output))
+    run.read_manifest()
+    if isinstance(recipe.adapter, FullOptions):
+        raise UsageError(f"{run.folder}: full fine-tuning has no adapter to merge; {run.merged} is the model already")
+    folder, config, factors = adapter_files(run)
+    scale = config["lora_alpha"] / config["r"]
+    weights = open_weights(folder)
+    with whole_folder(run.merged) as target:
+        writer = ShardWriter(target)
+        dtypes: set[torch.dtype] = set()
+        dense = _dense_tensors(recipe, folder, weights, factors, scale)
+        for number, (name, linear, tensor) in enumerate(dense):
+            if linear is not None:
+                dtypes.add(tensor.dtype)
+            writer.add(name, tensor)
+            progress(number + 1, len(weights.files), name)
+        writer.close()
+        copy_side_files(folder, target)
+        model_config = read_json(target / "config.json")
+        model_config.pop("quantization_config", None)
+        write_json(target / "config.json", model_config)
+        write_text(target / "README.md", _model_card(recipe, Path(folder)))
+        difference = _compare(recipe, run, target, max(MERGE_TOLERANCE[dtype] for dtype in dtypes))
+    return {"path": str(run.merged), "bytes": writer.total_bytes, **difference}
+
+
+def quantize(
+    recipe: Recipe, model_folder: Path | None, output: Path, progress: Progress = lambda *_: None
+) -> dict[str, Any]:
+    """Write an NF4 transformers folder of a run's merged weights, or of a dense model folder.
+
+    Returns sizes, the relative Frobenius error over the quantized weights, and perplexity before and after
+    (on `data.eval` where the recipe has it, else on four built-in prompts, which says little).
+    """
+    run = Run(Path(recipe.output))
+    if model_folder is None and isinstance(recipe.adapter, FullOptions):
+        run.read_manifest()
+        model_folder = run.merged
+    if model_folder is None:
+        folder, config, factors = adapter_files(run)
+        scale = config["lora_alpha"] / config["r"]
+    else:
+        folder, factors, scale = model_folder, {}, 1.0
+        if "quantization_config" in read_json(folder / "config.json"):
+            raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output}: exists already", "remove it, or name another with --output")
+    weights = open_weights(folder)
+    error = norm = 0.0
+    with whole_folder(output) as target:
+        writer = ShardWriter(target)
+        dense_bytes = 0
+        dense = _dense_tensors(recipe, folder, weights, factors, scale)
+        for number, (name, linear, tensor) in enumerate(dense):
+            dense_bytes += tensor.numel() * tensor.element_size()
+            parts = {name: tensor}
+            if linear is not None:
+                W = (tensor.T if linear.transposed else tensor).float().contiguous()
+                packed = quant.pack(quant.Store(4, tensor.dtype, recipe.model.double_quant), W)
+                assert isinstance(packed, quant.Packed)
+                error += frobenius_norm(quant.read(packed).sub_(W)) ** 2
+                norm += frobenius_norm(W) ** 2
+                parts = packed.tensors(name)
+            for part, content in parts.items():
+                writer.add(part, content)
+            progress(number + 1, len(weights.files), name)
+        writer.close()
+        model = skeleton(folder, recipe.model.trust_remote_code)
+        linears = linear_layers(model, weights)
+        write_nf4_config(folder, target, recipe, linears, recipe.model.double_quant)
+        before, after, data = _perplexities(recipe, run, model_folder, target)
+    return {
+        "path": str(output),
+        "bytes": writer.total_bytes,
+        "dense_bytes": dense_bytes,
+        "relative_error": math.sqrt(error / max(norm, 1e-300)),
+        "perplexity_before": before,
+        "perplexity_after": after,
+        "perplexity_data": data,
+    }
+
+
+def push(recipe: Recipe, folder: Path, repo: str | None) -> str:
+    """Upload a model folder to the Hub in one commit and return its address.
+
+    The repository is `repo`, `hub.repo`, or `<user>/<base>-<method>-r<rank>`; HF_ENDPOINT and HF_TOKEN are honoured.
+    Raises UsageError without a token and for a name the Hub refuses, PissaError when the upload fails.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if get_token() is None:
+        raise UsageError("no token for the Hub", "log in with `hf auth login`, or set HF_TOKEN")
+    api = HfApi()
+    try:
+        name = repo or recipe.hub.repo or f"{api.whoami()['name']}/{default_repo(recipe)}"
+        api.create_repo(name, private=recipe.hub.private, exist_ok=True)
+        commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Upload by pissa {__version__}")
+    except HFValidationError as error:
+        raise UsageError(f"hub.repo: {error}") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise PissaError(f"upload to the Hub failed: {reason}", f"{folder} is complete; try again with --push") from None
+    return str(commit.repo_url if hasattr(commit, "repo_url") else f"{api.endpoint}/{name}")
+
+
+def default_repo(recipe: Recipe) -> str:
+    """<base>-<method>-r<rank>, without the user."""
+    base = recipe.model.name.rstrip("/").rsplit("/", 1)[-1]
+    rank = "" if isinstance(recipe.adapter, FullOptions) else f"-r{recipe.adapter.rank}"
+    return f"{base}-{recipe.adapter.method}{rank}"
+
+
+def _dense_tensors(
+    recipe: Recipe, folder: Path, weights: Weights, factors: dict[str, Factors], scale: float
+) -> Iterator[tuple[str, Linear | None, Tensor]]:
+    """(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone."""
+    linears = {layer.tensor: layer for layer in linear_layers(skeleton(folder, recipe.model.trust_remote_code), weights)}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts: dict[str, list[str]] = {}
+    for name in weights.files:
+        owner = next((name[: len(t)] for t in _prefixes(name) if t in linears and name != t), None)
+        parts.setdefault(owner or name, []).append(name)
+    missing = set(factors) - {layer.name for layer in linears.values()}
+    if missing:
+        raise UsageError(f"the adapter has a layer {min(missing)} that {folder} lacks", "this is not its base model")
+    for name, members in parts.items():
+        linear = linears.get(name)
+        tensor = weights.read(name)
+        if linear is None or (len(members) == 1 and linear.name not in factors):
+            yield name, linear, tensor
+            continue
+        dtype, transposed = tensor.dtype, linear.transposed
+        if len(members) > 1:
+            packed = quant.unpack(name, {member: weights.read(member).to(device) for member in members})
+            W, dtype = quant.read(packed), packed.state.dtype
+        else:
+            W = (tensor.T if transposed else tensor).to(device).float()
+        if linear.name in factors:
+            pair = {key: factor.to(device) for key, factor in factors[linear.name].items()}
+            W = torch.addmm(W, pair["B"], pair["A"], alpha=scale)
+        yield name, linear, (W.T if transposed else W).to(dtype).contiguous().cpu()
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """a.b.c -> a.b.c, a.b, a."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _compare(recipe: Recipe, run: Run, merged: Path, tolerance: float) -> dict[str, float]:
+    """Logits of the adapter on its base against those of the merged model, on PROBES."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(merged, recipe.model)
+    bits = 32 if recipe.precision == "fp32" else 16
+    dense = recipe.model.model_copy(update={"bits": bits, "double_quant": False})
+    apart = _logits(load_result(run, recipe, device), tokenizer, recipe)
+    gc.collect()
+    together = _logits(load_model(merged, dense, recipe.precision).to(device).eval(), tokenizer, recipe)
+    largest = max(float((a - b).abs().max()) for a, b in zip(apart, together, strict=True))
+    squares = sum(frobenius_norm(a - b) ** 2 for a, b in zip(apart, together, strict=True))
+    relative = math.sqrt(squares / sum(frobenius_norm(a) ** 2 for a in apart))
+    if not relative <= tolerance:
+        raise PissaError(
+            f"the merged model's logits differ from the adapter's by {relative:.1e} (relative; allowed {tolerance:.0e})",
+            "nothing was written; please report this with the recipe and the model",
+        )
+    return {"max_logit_difference": largest, "relative_logit_difference": relative}
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[Tensor]:
+    logits = []
+    with autocast(recipe.model.bits, recipe.precision, model.device):
+        for probe in PROBES:
+            ids = torch.tensor([tokenizer(probe)["input_ids"]], device=model.device)
+            logits.append(model(input_ids=ids).logits.float().cpu())
+    return logits
+
+
+def _perplexities(recipe: Recipe, run: Run, dense: Path | None, quantized: Path) -> tuple[float, float, str]:
+    """Perplexity before and after quantization, and on what it was measured."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(quantized, recipe.model)
+    section = recipe.model.model_copy(update={"bits": 32 if recipe.precision == "fp32" else 16, "double_quant": False})
+    before = load_model(dense, section, recipe.precision).to(device) if dense else load_result(run, recipe, device)
+    first, data = _perplexity(before.eval(), tokenizer, recipe)
+    del before
+    gc.collect()
+    four = recipe.model.model_copy(update={"bits": 4})
+    after = load_model(quantized, four, recipe.precision).to(device).eval()
+    return first, _perplexity(after, tokenizer, recipe)[0], data
+
+
+@torch.no_grad()
+def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[float, str]:
+    from pissa_cli.data import chunk_by_length, collate, load_examples
+    from pissa_cli.loss import summed_loss
+
+    total, count = 0.0, 0
+    with autocast(recipe.model.bits, recipe.precision, model.device):
+        if recipe.data.eval is None:
+            for probe in PROBES:
+                ids = torch.tensor([tokenizer(probe)["input_ids"]], device=model.device)
+                total += float(summed_loss(model, {"input_ids": ids, "labels": ids}))
+                count += ids.shape[1] - 1
+            return math.exp(total / count), f"{len(PROBES)} built-in prompts"
+        section = recipe.data.model_copy(update={"limit": min(recipe.data.limit or 200, 200)})
+        examples = load_examples(recipe.data.eval, section, tokenizer, None)
+        for chunk in chunk_by_length(examples, list(range(len(examples))), recipe.train.micro_batch_size):
+            batch = collate(examples, chunk, tokenizer.pad_token_id or 0, packing=False)
+            total += float(summed_loss(model, {key: tensor.to(model.device) for key, tensor in batch.items()}))
+            count += sum(examples.num_targets(i) for i in chunk)
+    return math.exp(min(total / count, 700)), f"{recipe.data.eval} ({len(examples)} examples)"
+
+
+def _model_card(recipe: Recipe, base: Path) -> str:
+    name = recipe.model.name
+    lines = ["---", "library_name: transformers", "tags: [pissa]"]
+    if not Path(name).exists():
+        lines.append(f"base_model: {name}")
+    lines += ["---", "", f"# {default_repo(recipe)}", ""]
+    what = "" if isinstance(recipe.adapter, FullOptions) else f", rank {recipe.adapter.rank}"
+    shown = name if not Path(name).exists() else Path(name).name
+    lines += [f"{shown}, fine-tuned with `pissa {__version__}` (method {recipe.adapter.method}{what}) and merged.", ""]
+    public = recipe.model_copy(update={"output": "out"})
+    return "\n".join([*lines, "## Recipe", "", "```yaml", dump(public).rstrip(), "```", ""])

@@ -1,0 +1,63 @@
+"""The optimizer, its learning rate by step, and its state as plain tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pissa_cli.errors import UsageError
+from pissa_cli.recipe import TrainSection
+
+
+def make_optimizer(parameters: list[nn.Parameter], section: TrainSection, lr: float) -> torch.optim.Optimizer:
+    """AdamW with betas (0.9, 0.999), or bitsandbytes' paged 8-bit AdamW."""
+    if section.optimizer == "paged-adamw-8bit":
+        from bitsandbytes.optim import PagedAdamW8bit
+
+        paged: torch.optim.Optimizer = PagedAdamW8bit(parameters, lr=lr, weight_decay=section.weight_decay)
+        return paged
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=section.weight_decay)
+
+
+def learning_rate(step: int, total: int, section: TrainSection, peak: float) -> float:
+    """The rate of optimizer step `step` (from 0) of `total`, as transformers' schedules of the same names have it."""
+    warmup = math.ceil(section.warmup * total) if section.warmup < 1 else int(section.warmup)
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if section.schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return peak * max(0.0, 1 - progress) if section.schedule == "linear" else peak
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+    """The state as `{"parameter|key": tensor}`; Python numbers become 0-dimensional fp64 tensors."""
+    tensors = {}
+    for parameter, name in names.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            kept = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            tensors[f"{name}|{key}"] = kept.detach().cpu().clone()
+    return tensors
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` took. UsageError if it is the state of other parameters."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    states: dict[nn.Parameter, dict[str, Any]] = {}
+    for full, tensor in tensors.items():
+        name, _, key = full.rpartition("|")
+        if name not in parameters:
+            raise UsageError(f"the checkpoint's optimizer has a state for {name}, which does not train here")
+        parameter = parameters[name]
+        if tensor.dtype == torch.float64 and tensor.ndim == 0:
+            value: Any = int(tensor) if float(tensor).is_integer() else float(tensor)
+        else:  # AdamW keeps its step count on the CPU
+            value = tensor if tensor.ndim == 0 else tensor.to(parameter.device)
+        states.setdefault(parameter, {})[key] = value
+    for parameter, state in states.items():
+        optimizer.state[parameter] = state

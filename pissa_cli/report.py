@@ -1,0 +1,40 @@
+"""Pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def loss_picture(metrics: Path, picture: Path) -> None:
+    """The loss curve of one run."""
+    compare_losses({metrics.parent.name: metrics}, picture)
+
+
+def compare_losses(runs: dict[str, Path], picture: Path) -> None:
+    """Loss over steps of several runs in one picture: thin each step's, dots on data.eval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    for number, (label, metrics) in enumerate(runs.items()):
+        events = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        steps = [event["step"] for event in events]
+        losses = [event["loss"] for event in events]
+        axes.plot(steps, losses, color=f"C{number}", linewidth=1, label=f"{label}: training")
+        held_out = [(event["step"], event["eval_loss"]) for event in events if "eval_loss" in event]
+        if held_out:
+            xs, ys = zip(*held_out, strict=True)
+            axes.plot(xs, ys, color=f"C{number}", marker="o", linestyle="--", label=f"{label}: held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per target token)")
+    axes.grid(alpha=0.3)
+    if runs:
+        axes.legend()
+    figure.tight_layout()
+    temporary = picture.with_name(f".{picture.name}.tmp.png")
+    figure.savefig(temporary)
+    pyplot.close(figure)
+    temporary.replace(picture)

@@ -1,0 +1,404 @@
+"""`train`: one loop. Load the base and the start, take steps, save what is needed to take them again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub.constants import HF_HOME
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pissa_cli import report
+from pissa_cli.adapters.methods import METHODS
+from pissa_cli.data import Examples, chunk_by_length, collate, load_examples
+from pissa_cli.errors import Interrupted, PissaError, UsageError
+from pissa_cli.initialize import Progress, copy_side_files, initialize, require_base, require_same_start
+from pissa_cli.loss import autocast, summed_loss
+from pissa_cli.model import attach, load_model, load_tokenizer, lowrank_layers, parameter_counts, resolve_base
+from pissa_cli.optim import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+from pissa_cli.recipe import FullOptions, Recipe
+from pissa_cli.recipe_file import dump, load
+from pissa_cli.rundir import (
+    PEFT_CONFIG,
+    PROVENANCE,
+    Run,
+    latest_checkpoint,
+    read_json,
+    read_peft,
+    save_checkpoint,
+    whole_folder,
+    write_json,
+    write_peft,
+    write_text,
+)
+from pissa_cli.weights import load_tensors
+
+START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+MAY_CHANGE = {"data.eval", "data.packing"} | {
+    f"train.{key}"
+    for key in ("steps", "epochs", "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing")
+}
+Watch = Callable[[dict[str, Any]], None]
+"""Called with what goes to metrics.jsonl, and with {"note": text}."""
+
+
+@dataclass
+class Trainer:
+    """What a training step needs."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    names: dict[nn.Parameter, str]
+    examples: Examples
+    held_out: Examples | None
+    pad_id: int
+    total_steps: int
+
+
+def train(
+    recipe: Recipe, resume: bool = False, watch: Watch = lambda _: None, init_progress: Progress = lambda *_: None
+) -> dict[str, Any]:
+    """Train by the recipe, initializing first where that was not done. Returns the figures of the run.
+
+    Raises UsageError for bad input, Interrupted after the checkpoint that follows SIGINT or SIGTERM, and PissaError
+    for a loss that is not finite and for a disk that fails; earlier checkpoints stay whole.
+    """
+    run = Run(Path(recipe.output))
+    checkpoint = _check_run(run, recipe, resume)
+    if recipe.data.train is None:
+        raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
+    folder = require_base(run, run.read_manifest()) if run.exists() else resolve_base(recipe.model)
+    tokenizer = load_tokenizer(folder, recipe.model)
+    cache = Path(HF_HOME) / "pissa" / "tokens"
+    examples = load_examples(recipe.data.train, recipe.data, tokenizer, cache)
+    held_out = load_examples(recipe.data.eval, recipe.data, tokenizer, cache) if recipe.data.eval else None
+    for name, loaded in (("data.train", examples), ("data.eval", held_out)):
+        if loaded is not None:
+            _tell_unusable(name, loaded, watch)
+    manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
+    write_text(run.recipe, dump(recipe))
+    trainer = _setup(run, recipe, manifest, examples, held_out, tokenizer.pad_token_id or 0, checkpoint, watch)
+    first_step = _restore(trainer, checkpoint) if checkpoint else 0
+    _trim_metrics(run, first_step)
+    figures = _loop(run, trainer, first_step, watch)
+    _save_result(run, trainer, manifest)
+    report.loss_picture(run.metrics, run.folder / "loss.png")
+    return figures
+
+
+def _loop(run: Run, trainer: Trainer, first_step: int, watch: Watch) -> dict[str, Any]:
+    section, began, tokens = trainer.recipe.train, time.time(), 0
+    last_saved, losses, held_out_loss = first_step, [], None
+    with _stop_signals() as stopped, run.metrics.open("a", encoding="utf-8") as metrics:
+
+        def note(event: dict[str, Any]) -> None:
+            metrics.write(json.dumps(event) + "\n")
+            metrics.flush()
+            watch(event)
+
+        for step in range(first_step, trainer.total_steps):
+            step_began = time.time()
+            lr = learning_rate(step, trainer.total_steps, section, trainer.recipe.lr)
+            loss, grad_norm, step_tokens = train_step(trainer, step, lr)
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                kept = f"step {last_saved} is saved" if last_saved else "no checkpoint was saved yet"
+                raise PissaError(
+                    f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}: training has diverged; {kept}",
+                    f"lower train.lr (now {trainer.recipe.lr:g}) or train.max_grad_norm, and check the data",
+                )
+            losses.append(loss)
+            tokens += step_tokens
+            seconds = time.time() - step_began
+            event = {"step": step + 1, "steps": trainer.total_steps, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+            done = step + 1 == trainer.total_steps
+            if trainer.held_out and (done or (section.eval_every and (step + 1) % section.eval_every == 0)):
+                event["eval_loss"] = held_out_loss = evaluate_loss(trainer, trainer.held_out)
+            note(event | {"tokens": step_tokens, "seconds": round(seconds, 4)})
+            if done or stopped() or (section.save_every and (step + 1) % section.save_every == 0):
+                _save(run, trainer, step + 1)
+                last_saved = step + 1
+            if stopped() and not done:
+                raise Interrupted(f"stopped at step {step + 1} of {trainer.total_steps}", "go on with --resume")
+    return {
+        "steps": trainer.total_steps,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "eval_loss": held_out_loss,
+        "seconds": round(time.time() - began, 3),
+        "tokens": tokens,
+        "peak_memory_bytes": _peak_memory(),
+    }
+
+
+def train_step(trainer: Trainer, step: int, lr: float) -> tuple[float, float, int]:
+    """One optimizer step over `batch_size` examples: (loss averaged over their target tokens, gradient norm, tokens)."""
+    accelerator, examples, section = trainer.accelerator, trainer.examples, trainer.recipe.train
+    indices = step_examples(step, len(examples), section.batch_size, trainer.recipe.seed, _num_examples(trainer))
+    num_targets = sum(examples.num_targets(i) for i in indices)
+    share = indices[accelerator.process_index :: accelerator.num_processes]
+    micro_batches = chunk_by_length(examples, share, section.micro_batch_size)
+    trainer.model.train()
+    total = torch.zeros((), device=accelerator.device)
+    for number, chunk in enumerate(micro_batches):
+        last = number + 1 == len(micro_batches)
+        with contextlib.nullcontext() if last else accelerator.no_sync(trainer.model):
+            loss = _summed_loss(trainer, examples, chunk) / num_targets
+            accelerator.backward(loss * accelerator.num_processes)
+            total += loss.detach()
+    grad_norm = accelerator.clip_grad_norm_(trainer.model.parameters(), section.max_grad_norm)
+    loss_value, norm_value = float(accelerator.reduce(total, "sum")), float(grad_norm)
+    if math.isfinite(loss_value) and math.isfinite(norm_value):
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = lr
+        trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    return loss_value, norm_value, sum(examples.length(i) for i in indices)
+
+
+def step_examples(step: int, num: int, batch_size: int, seed: int, end: int | None) -> list[int]:
+    """The examples of a step: the data shuffled anew each epoch by (seed, epoch), cut into runs of `batch_size`."""
+    begin, stop = step * batch_size, (step + 1) * batch_size
+    stop = stop if end is None else min(stop, end)
+    chosen: list[int] = []
+    for epoch in range(begin // num, (stop - 1) // num + 1):
+        order = torch.randperm(num, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch & 2**63 - 1))
+        chosen += order[max(begin - epoch * num, 0) : stop - epoch * num].tolist()
+    return chosen
+
+
+@torch.no_grad()
+def evaluate_loss(trainer: Trainer, examples: Examples) -> float:
+    """The loss averaged over all target tokens of `examples`."""
+    trainer.model.eval()
+    chunks = chunk_by_length(examples, list(range(len(examples))), trainer.recipe.train.micro_batch_size)
+    mine = chunks[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
+    total = torch.zeros((), device=trainer.accelerator.device, dtype=torch.float64)
+    for chunk in mine:
+        total += _summed_loss(trainer, examples, chunk)
+    total = trainer.accelerator.reduce(total, "sum")
+    return float(total) / sum(examples.num_targets(i) for i in range(len(examples)))
+
+
+def _summed_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tensor:
+    batch = collate(examples, chunk, trainer.pad_id, trainer.recipe.data.packing)
+    device = trainer.accelerator.device
+    with autocast(trainer.recipe.model.bits, trainer.recipe.precision, device):
+        return summed_loss(trainer.model, {key: tensor.to(device) for key, tensor in batch.items()})
+
+
+def _check_run(run: Run, recipe: Recipe, resume: bool) -> Path | None:
+    """The checkpoint to go on from. Refuses to overwrite a run, and to resume one with another recipe."""
+    if not run.exists():
+        if resume:
+            raise UsageError(f"{run.folder}: nothing to resume", "start it without --resume")
+        return None
+    require_same_start(run, run.read_manifest(), recipe)
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        return None
+    if not resume:
+        raise UsageError(
+            f"{run.folder}: this run has reached {checkpoint.name}", "go on with --resume, or use another --output"
+        )
+    before = load(str(run.folder), {}).recipe
+    for name in ("data", "train"):
+        old, new = getattr(before, name).model_dump(), getattr(recipe, name).model_dump()
+        for key in old:
+            if old[key] != new[key] and f"{name}.{key}" not in MAY_CHANGE:
+                raise UsageError(
+                    f"{run.folder}: {name}.{key} was {old[key]!r} so far and is {new[key]!r} now",
+                    "resume with the same value, or start a new run with another --output",
+                )
+    return checkpoint
+
+
+def _setup(
+    run: Run,
+    recipe: Recipe,
+    manifest: dict[str, Any],
+    examples: Examples,
+    held_out: Examples | None,
+    pad_id: int,
+    checkpoint: Path | None,
+    watch: Watch,
+) -> Trainer:
+    accelerator = Accelerator()
+    torch.manual_seed(recipe.seed)
+    section = recipe.train
+    folder = run.base if run.base.is_dir() else Path(manifest["base"]["folder"])
+    model = load_model(folder, recipe.model, recipe.precision).to(accelerator.device)
+    trainer = Trainer(recipe, accelerator, model, None, {}, examples, held_out, pad_id, 0)  # type: ignore[arg-type]
+    trainer.total_steps = section.steps or math.ceil(_num_examples(trainer) / section.batch_size)  # type: ignore[operator]
+    if isinstance(recipe.adapter, FullOptions):
+        model.requires_grad_(True)
+    else:
+        before = _probe(trainer) if recipe.model.bits != 4 and checkpoint is None else None
+        _, factors = read_peft(run.init)
+        attach(model, factors, METHODS[recipe.adapter.method], recipe.adapter.scale, recipe.adapter.dropout)
+        if before is not None:
+            _require_same_loss(before, _probe(trainer), recipe.precision)
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    trainable, total = parameter_counts(model)
+    watch(
+        {
+            "note": f"{trainable:,} of {total:,} parameters train; {trainer.total_steps} steps of {section.batch_size} examples"
+        }
+    )
+    trainer.optimizer = make_optimizer(list(trainer.names), section, recipe.lr)
+    trainer.model, trainer.optimizer = accelerator.prepare(model, trainer.optimizer)
+    return trainer
+
+
+def _num_examples(trainer: Trainer) -> int | None:
+    """Examples of the whole run where the recipe counts epochs, None where it counts steps."""
+    if trainer.recipe.train.steps is not None:
+        return None
+    return max(1, round((trainer.recipe.train.epochs or 1) * len(trainer.examples)))
+
+
+def _probe(trainer: Trainer) -> float:
+    """The loss on a few examples, without dropout."""
+    few = list(range(min(4, len(trainer.examples))))
+    trainer.model.eval()
+    with torch.no_grad():
+        return float(_summed_loss(trainer, trainer.examples, few)) / sum(trainer.examples.num_targets(i) for i in few)
+
+
+def _require_same_loss(before: float, after: float, precision: str) -> None:
+    if not abs(after - before) <= START_TOLERANCE[precision] * max(1.0, abs(before)):
+        raise PissaError(
+            f"the loss with the adapter at step 0 is {after:.4f}, that of the base {before:.4f}; they must agree",
+            "the files in init/ do not belong to this base; remove the run folder and run init again",
+        )
+
+
+def _save(run: Run, trainer: Trainer, step: int) -> None:
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    tensors = {
+        "trained": {name: p.detach().cpu() for p, name in trainer.names.items()},
+        "optimizer": optimizer_tensors(_plain(trainer.optimizer), trainer.names),
+        "random": random,
+    }
+    if trainer.accelerator.is_main_process:
+        save_checkpoint(run, step, tensors, {"recipe_seed": trainer.recipe.seed}, trainer.recipe.train.keep)
+    trainer.accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def _restore(trainer: Trainer, checkpoint: Path) -> int:
+    trained = load_tensors(checkpoint / "trained.safetensors")
+    if set(trained) != set(trainer.names.values()):
+        raise UsageError(f"{checkpoint}: holds other parameters than this recipe trains")
+    for parameter, name in trainer.names.items():
+        parameter.copy_(trained[name])
+    restore_optimizer(_plain(trainer.optimizer), trainer.names, load_tensors(checkpoint / "optimizer.safetensors"))
+    random = load_tensors(checkpoint / "random.safetensors")
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    return int(read_json(checkpoint / "state.json")["step"])
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside Accelerate's wrapper."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def _save_result(run: Run, trainer: Trainer, manifest: dict[str, Any]) -> None:
+    """`adapter/` in PEFT files (or, for full fine-tuning, the model in `merged/`)."""
+    if not trainer.accelerator.is_main_process:
+        return
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = trainer.recipe.adapter
+    if isinstance(adapter, FullOptions):
+        with whole_folder(run.merged) as folder:
+            copy_side_files(Path(manifest["base"]["folder"]), folder)
+            model.save_pretrained(folder)
+        return
+    config, start = read_peft(run.init)
+    factors = {
+        name: {key: f.detach().cpu() for key, f in layer.factors().items()}
+        for name, layer in lowrank_layers(model).items()
+    }
+    if trainer.recipe.model.bits != 4:
+        method = METHODS[adapter.method]
+        factors = {
+            name: dict(zip("AB", method.on_plain_base(now, start[name]), strict=True)) for name, now in factors.items()
+        }
+    rank = next(iter(factors.values()))["A"].shape[0]
+    config |= {"r": rank, "lora_alpha": config["lora_alpha"] * rank / config["r"]}
+    provenance = {
+        "method": adapter.method,
+        "trained_rank": adapter.rank,
+        "exported_rank": rank,
+        "valid_on": config["base_model_name_or_path"],
+        "base_fingerprint": manifest["base"]["stored_fingerprint" if trainer.recipe.model.bits == 4 else "fingerprint"],
+    }
+    with whole_folder(run.adapter) as folder:
+        write_peft(folder, factors, config)
+        write_json(folder / PROVENANCE, provenance)
+    assert read_json(run.adapter / PEFT_CONFIG)["init_lora_weights"] is True
+
+
+def _trim_metrics(run: Run, first_step: int) -> None:
+    """Drop the lines of steps that are about to be taken again, and a line that a killed process left half-written."""
+    if not run.metrics.is_file():
+        return
+    kept = []
+    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= first_step:
+                kept.append(line)
+    write_text(run.metrics, "".join(f"{line}\n" for line in kept))
+
+
+def _tell_unusable(name: str, examples: Examples, watch: Watch) -> None:
+    for reason, rows in examples.unusable.items():
+        shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        watch({"note": f"{name}: {len(rows)} rows not used: {reason} (rows {shown})"})
+    if examples.num_cut:
+        watch({"note": f"{name}: {examples.num_cut} examples cut at data.max_length"})
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, _frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
