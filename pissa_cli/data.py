@@ -84,12 +84,7 @@ def load_examples(
 
 def render(row: Row, section: DataSection) -> tuple[str, str]:
     """(prompt, answer) of a row that is not a chat. Raises ValueError, with the reason, for an unusable row."""
-    fields = {name: row.get(section.columns.get(name, name)) for name in FIELDS[section.format]}
-    for name, value in fields.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            fields[name] = str(value)
-        elif not isinstance(value, str):
-            raise ValueError(f"'{section.columns.get(name, name)}' is {'missing' if value is None else 'not text'}")
+    fields = {name: _text(row, section.columns.get(name, name)) for name in FIELDS[section.format]}
     if section.format == "text":
         return "", fields["text"]
     if section.format == "prompt":
@@ -134,6 +129,15 @@ def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bo
 
     mask = pad([torch.ones_like(tokens) for tokens in ids], 0)
     return {"input_ids": pad(ids, pad_id), "attention_mask": mask, "labels": pad(labels, IGNORED)}
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.get(column)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"'{column}' is {'missing' if value is None else 'not text'}")
+    return value
 
 
 def _fill(section: DataSection, instruction: str, extra: str, output: str) -> tuple[str, str]:
@@ -193,7 +197,7 @@ def _require_columns(source: str, section: DataSection, columns: dict[str, None]
         column = section.columns.get(name, name)
         if columns and column not in columns:
             raise UsageError(
-                f"{source}: no column '{column}' (for '{name}' of format {section.format}); it has: {', '.join(columns)}",
+                f"{source}: no column '{column}' ('{name}' of format {section.format}); it has: {', '.join(columns)}",
                 f"map it in the recipe: data: {{columns: {{{name}: <one of these>}}}}",
             )
 
@@ -225,7 +229,7 @@ def _encode(rows: list[Row], section: DataSection, tokenizer: PreTrainedTokenize
 def _join(
     prompt: str, answer: str, prompt_ids: list[int], whole_ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> Encoded:
-    """Prompt and answer tokens, ended by end-of-text. A token never spans the two: generation starts at the boundary."""
+    """Prompt and answer tokens, ended by end-of-text. No token spans the two: generation starts at the boundary."""
     eos = tokenizer.eos_token_id
     if not prompt:
         prompt_ids = []
@@ -300,6 +304,6 @@ def _read_cache(path: Path) -> Examples | None:
     try:
         tensors = load_tensors(path)
         notes = json.loads(bytes(tensors.pop("notes").tolist()))
-        return Examples(**tensors, **notes)
+        return Examples(tensors["ids"], tensors["targets"], tensors["offsets"], notes["unusable"], notes["num_cut"])
     except (PissaError, KeyError, ValueError, TypeError):
         return None

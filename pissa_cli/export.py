@@ -131,11 +131,10 @@ def push(recipe: Recipe, folder: Path, repo: str | None) -> str:
     The repository is `repo`, `hub.repo`, or `<user>/<base>-<method>-r<rank>`; HF_ENDPOINT and HF_TOKEN are honoured.
     Raises UsageError without a token and for a name the Hub refuses, PissaError when the upload fails.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if get_token() is None:
-        raise UsageError("no token for the Hub", "log in with `hf auth login`, or set HF_TOKEN")
+    require_token()
     api = HfApi()
     try:
         name = repo or recipe.hub.repo or f"{api.whoami()['name']}/{default_repo(recipe)}"
@@ -145,8 +144,18 @@ def push(recipe: Recipe, folder: Path, repo: str | None) -> str:
         raise UsageError(f"hub.repo: {error}") from None
     except (HfHubHTTPError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PissaError(f"upload to the Hub failed: {reason}", f"{folder} is complete; try again with --push") from None
+        raise PissaError(
+            f"upload to the Hub failed: {reason}", f"{folder} is complete; try again with --push"
+        ) from None
     return str(commit.repo_url if hasattr(commit, "repo_url") else f"{api.endpoint}/{name}")
+
+
+def require_token() -> None:
+    """Raise UsageError if there is no token for the Hub."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise UsageError("no token for the Hub", "log in with `hf auth login`, or set HF_TOKEN")
 
 
 def default_repo(recipe: Recipe) -> str:
@@ -160,7 +169,9 @@ def _dense_tensors(
     recipe: Recipe, folder: Path, weights: Weights, factors: dict[str, Factors], scale: float
 ) -> Iterator[tuple[str, Linear | None, Tensor]]:
     """(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone."""
-    linears = {layer.tensor: layer for layer in linear_layers(skeleton(folder, recipe.model.trust_remote_code), weights)}
+    linears = {
+        layer.tensor: layer for layer in linear_layers(skeleton(folder, recipe.model.trust_remote_code), weights)
+    }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts: dict[str, list[str]] = {}
     for name in weights.files:
@@ -208,7 +219,7 @@ def _compare(recipe: Recipe, run: Run, merged: Path, tolerance: float) -> dict[s
     relative = math.sqrt(squares / sum(frobenius_norm(a) ** 2 for a in apart))
     if not relative <= tolerance:
         raise PissaError(
-            f"the merged model's logits differ from the adapter's by {relative:.1e} (relative; allowed {tolerance:.0e})",
+            f"the merged model's logits differ from the adapter's by {relative:.1e} (allowed: {tolerance:.0e})",
             "nothing was written; please report this with the recipe and the model",
         )
     return {"max_logit_difference": largest, "relative_logit_difference": relative}

@@ -75,7 +75,7 @@ def plan(recipe: Recipe) -> Plan:
             raise UsageError(
                 f"adapter.rank: {adapter.rank} is above the smallest dimension of {layer.name} "
                 f"({layer.num_out} x {layer.num_in})",
-                f"use at most {min(min(t.num_out, t.num_in) for t in targets)}, or leave that layer out of adapter.targets",
+                f"use at most {min(min(t.num_out, t.num_in) for t in targets)}, or take it out of adapter.targets",
             )
     return Plan(folder, weights, linears, targets)
 
@@ -122,6 +122,30 @@ def require_base(run: Run, manifest: dict[str, Any]) -> Path:
     return folder
 
 
+def memory_estimate(recipe: Recipe, plan: Plan) -> dict[str, int]:
+    """Bytes that training takes, by what takes them; activations are a rough figure for full-length examples."""
+    compute = DTYPES[recipe.precision].itemsize
+    dense = {4: compute, 16: 2, 32: 4}[recipe.model.bits]
+    in_linears = sum(layer.num_in * layer.num_out for layer in plan.linears)
+    packed = 0.5 + (0.127 if recipe.model.double_quant else 0.5) / 8 if recipe.model.bits == 4 else dense
+    trainable = plan.num_trainable(recipe)
+    state = 2 if recipe.train.optimizer == "paged-adamw-8bit" else 8
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    layers = len({layer.name.rpartition(".")[0] for layer in plan.linears})
+    per_token = sum(layer.num_in + layer.num_out for layer in plan.linears) * compute
+    if recipe.train.gradient_checkpointing:
+        per_token = 2 * per_token // max(1, layers // 2)
+    full = isinstance(recipe.adapter, FullOptions)
+    estimate = {
+        "weights": int(in_linears * packed + (plan.num_total() - in_linears) * dense),
+        "factors": 0 if full else trainable * 4,
+        "gradients": trainable * (dense if full else 4),
+        "optimizer": trainable * state,
+        "activations": tokens * per_token,
+    }
+    return estimate | {"total": sum(estimate.values())}
+
+
 def _start_of(recipe: Recipe) -> dict[str, Any]:
     """The values that determine the start, flattened; what may differ between two commands on one run is left out."""
     start = {f"model.{key}": value for key, value in recipe.model.model_dump(mode="json").items()}
@@ -132,7 +156,11 @@ def _start_of(recipe: Recipe) -> dict[str, Any]:
 def _write_run(recipe: Recipe, plan: Plan, run: Run, progress: Progress) -> dict[str, Any]:
     began = time.time()
     adapter = recipe.adapter
-    base = {"name": recipe.model.name, "revision": recipe.model.revision, "folder": str(plan.folder.resolve())}
+    base: dict[str, Any] = {
+        "name": recipe.model.name,
+        "revision": recipe.model.revision,
+        "folder": str(plan.folder.resolve()),
+    }
     manifest: dict[str, Any] = {
         "format": 1,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
@@ -280,10 +308,9 @@ def copy_side_files(source: Path, target: Path) -> None:
     """Copy what is not weights: configuration, tokenizer, chat template, licence."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
-        suffixes = (".json", ".model", ".txt", ".jinja", ".py")
-        if path.is_file() and (path.name.endswith(suffixes) or path.name.startswith("LICENSE")):
-            if not path.name.endswith(".index.json"):
-                shutil.copyfile(path, target / path.name)
+        wanted = path.suffix in (".json", ".model", ".txt", ".jinja", ".py") or path.name.startswith("LICENSE")
+        if path.is_file() and wanted and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
 
 
 def summarize(manifest: dict[str, Any]) -> list[dict[str, Any]]:

@@ -56,7 +56,8 @@ def read(stored: Packed | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return stored.to(dtype)
     from bitsandbytes import functional
 
-    return functional.dequantize_4bit(stored.data, stored.state).to(dtype)
+    weight: Tensor = functional.dequantize_4bit(stored.data, stored.state)
+    return weight.to(dtype)
 
 
 def unpack(name: str, tensors: dict[str, Tensor]) -> Packed:
@@ -78,13 +79,18 @@ def packed_weight(module: nn.Module) -> Packed | None:
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make every bitsandbytes layer that has no adapter compute in `dtype`."""
+    """Make every bitsandbytes layer compute in `dtype` with the scales it was given.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks a layer in place at its first inference, rounds its scales to bf16,
+    and fails on shapes that are no multiples of 32 x 64; that is turned off.
+    """
     import bitsandbytes
 
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype = dtype
             module.compute_type_is_set = True
+            module.support_avx512bf16_for_cpu = False
 
 
 def config(double_quant: bool, compute_dtype: str, dense_modules: list[str]) -> dict[str, Any]:

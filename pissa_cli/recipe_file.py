@@ -1,4 +1,4 @@
-"""From files and flags to a checked recipe: default < block < recipe < named flag < --set, with the source of each value."""
+"""From files and flags to a checked recipe: default < block < recipe < named flag < --set. Values keep their sources."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def find_recipe(target: str) -> Path:
-    """The YAML file of a target: a run folder, a path, or the name of a recipe, the user's own before the shipped ones."""
+    """The YAML file of a target: a run folder, a path, or the name of a recipe, the user's before the shipped ones."""
     path = Path(target)
     if path.is_dir() and not (path / RUN_RECIPE).is_file():
         named = [folder for folder in (Path("recipes"), shipped("recipes")) if (folder / f"{target}.yaml").is_file()]

@@ -100,11 +100,16 @@ def _orthonormal(block: Tensor) -> Tensor:
     for _ in range(2):
         factor, info = torch.linalg.cholesky_ex(result.T @ result)
         if info.item():
-            return torch.linalg.qr(block)[0]
+            return _householder(block)
         result = torch.linalg.solve_triangular(factor.T, result, upper=True, left=False)
     error = result.T @ result
     error.diagonal().sub_(1)
-    return result if float(error.abs().max()) < 1e-4 else torch.linalg.qr(block)[0]
+    return result if float(error.abs().max()) < 1e-4 else _householder(block)
+
+
+def _householder(block: Tensor) -> Tensor:
+    Q: Tensor = torch.linalg.qr(block).Q
+    return Q
 
 
 def _lanczos_nuclear_norm(weight: Tensor, probes: int, steps: int, source: torch.Generator) -> float:

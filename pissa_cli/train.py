@@ -31,7 +31,6 @@ from pissa_cli.optim import learning_rate, make_optimizer, optimizer_tensors, re
 from pissa_cli.recipe import FullOptions, Recipe
 from pissa_cli.recipe_file import dump, load
 from pissa_cli.rundir import (
-    PEFT_CONFIG,
     PROVENANCE,
     Run,
     latest_checkpoint,
@@ -95,7 +94,7 @@ def train(
     first_step = _restore(trainer, checkpoint) if checkpoint else 0
     _trim_metrics(run, first_step)
     figures = _loop(run, trainer, first_step, watch)
-    _save_result(run, trainer, manifest)
+    figures["result"] = str(_save_result(run, trainer, manifest))
     report.loss_picture(run.metrics, run.folder / "loss.png")
     return figures
 
@@ -117,7 +116,7 @@ def _loop(run: Run, trainer: Trainer, first_step: int, watch: Watch) -> dict[str
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 kept = f"step {last_saved} is saved" if last_saved else "no checkpoint was saved yet"
                 raise PissaError(
-                    f"step {step + 1}: the loss is {loss}, the gradient norm {grad_norm}: training has diverged; {kept}",
+                    f"step {step + 1}: training has diverged (loss {loss}, gradient norm {grad_norm}); {kept}",
                     f"lower train.lr (now {trainer.recipe.lr:g}) or train.max_grad_norm, and check the data",
                 )
             losses.append(loss)
@@ -127,7 +126,7 @@ def _loop(run: Run, trainer: Trainer, first_step: int, watch: Watch) -> dict[str
             done = step + 1 == trainer.total_steps
             if trainer.held_out and (done or (section.eval_every and (step + 1) % section.eval_every == 0)):
                 event["eval_loss"] = held_out_loss = evaluate_loss(trainer, trainer.held_out)
-            note(event | {"tokens": step_tokens, "seconds": round(seconds, 4)})
+            note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": _peak_memory()})
             if done or stopped() or (section.save_every and (step + 1) % section.save_every == 0):
                 _save(run, trainer, step + 1)
                 last_saved = step + 1
@@ -145,7 +144,7 @@ def _loop(run: Run, trainer: Trainer, first_step: int, watch: Watch) -> dict[str
 
 
 def train_step(trainer: Trainer, step: int, lr: float) -> tuple[float, float, int]:
-    """One optimizer step over `batch_size` examples: (loss averaged over their target tokens, gradient norm, tokens)."""
+    """One optimizer step over `batch_size` examples: (loss averaged over target tokens, gradient norm, tokens)."""
     accelerator, examples, section = trainer.accelerator, trainer.examples, trainer.recipe.train
     indices = step_examples(step, len(examples), section.batch_size, trainer.recipe.seed, _num_examples(trainer))
     num_targets = sum(examples.num_targets(i) for i in indices)
@@ -255,11 +254,8 @@ def _setup(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     trainable, total = parameter_counts(model)
-    watch(
-        {
-            "note": f"{trainable:,} of {total:,} parameters train; {trainer.total_steps} steps of {section.batch_size} examples"
-        }
-    )
+    steps = f"{trainer.total_steps} steps of {section.batch_size} examples"
+    watch({"note": f"{trainable:,} of {total:,} parameters train; {steps}"})
     trainer.optimizer = make_optimizer(list(trainer.names), section, recipe.lr)
     trainer.model, trainer.optimizer = accelerator.prepare(model, trainer.optimizer)
     return trainer
@@ -323,17 +319,15 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _save_result(run: Run, trainer: Trainer, manifest: dict[str, Any]) -> None:
+def _save_result(run: Run, trainer: Trainer, manifest: dict[str, Any]) -> Path:
     """`adapter/` in PEFT files (or, for full fine-tuning, the model in `merged/`)."""
-    if not trainer.accelerator.is_main_process:
-        return
     model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
     adapter = trainer.recipe.adapter
     if isinstance(adapter, FullOptions):
         with whole_folder(run.merged) as folder:
             copy_side_files(Path(manifest["base"]["folder"]), folder)
             model.save_pretrained(folder)
-        return
+        return run.merged
     config, start = read_peft(run.init)
     factors = {
         name: {key: f.detach().cpu() for key, f in layer.factors().items()}
@@ -356,7 +350,7 @@ def _save_result(run: Run, trainer: Trainer, manifest: dict[str, Any]) -> None:
     with whole_folder(run.adapter) as folder:
         write_peft(folder, factors, config)
         write_json(folder / PROVENANCE, provenance)
-    assert read_json(run.adapter / PEFT_CONFIG)["init_lora_weights"] is True
+    return run.adapter
 
 
 def _trim_metrics(run: Run, first_step: int) -> None:

@@ -82,7 +82,7 @@ class Fingerprint:
         self._parts: dict[str, str] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
         self._parts[name] = f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(raw)}"
 
     def digest(self) -> str:
@@ -121,7 +121,7 @@ class ShardWriter:
         if total == 1:
             self._temporary(0).rename(self.folder / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             final = f"model-{number + 1:05d}-of-{total:05d}.safetensors"
             self._temporary(number).rename(self.folder / final)
@@ -157,5 +157,5 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _tensors(file: safe_open) -> Iterator[tuple[str, Tensor]]:
-    for name in file.keys():  # not a dict
+    for name in file.offset_keys():
         yield name, file.get_tensor(name)

@@ -46,7 +46,7 @@ class LowRank(nn.Module):
         packed = packed_weight(self.base)
         if packed is not None:
             return read(packed, dtype)
-        weight: Tensor = self.base.weight.to(dtype)  # type: ignore[assignment,operator,union-attr]
+        weight: Tensor = self.base.weight.to(dtype)  # type: ignore[assignment]
         return weight.T if isinstance(self.base, Conv1D) else weight
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""GSM8K, as the PiSSA repository scores it: the number after the last "The answer is: ", rounded, equal to the gold one."""
+"""GSM8K as the PiSSA repository scores it: the number after the last "The answer is: ", rounded = gold."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def extract(output: str) -> int | None:
     Follows the reference protocol to the letter: of what follows the last marker the first number counts, with at
     most one of `.,/` inside (so "1,234,567" reads 1234), a fraction is divided, and everything is rounded half to even.
     """
-    before, marker, after = output.rpartition(MARKER)
+    _, marker, after = output.rpartition(MARKER)
     if not marker:
         return None
     match = _NUMBER.search(after)

@@ -1,0 +1,51 @@
+"""The command line: parse, load the recipe, call the core, print. No heavy import before a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from pissa_cli import __version__
+from pissa_cli.cli.edge import run_guarded
+from pissa_cli.cli.evaluate import evaluate_command
+from pissa_cli.cli.init import init_command
+from pissa_cli.cli.merge import merge_command
+from pissa_cli.cli.quantize import quantize_command
+from pissa_cli.cli.train import train_command
+
+app = typer.Typer(
+    name="pissa",
+    help="Fine-tune language models by the part of each weight that matters most.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command("init")(init_command)
+app.command("train")(train_command)
+app.command("eval")(evaluate_command)
+app.command("merge")(merge_command)
+app.command("quantize")(quantize_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pissa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    sys.exit(run_guarded(lambda: app(standalone_mode=False), sys.argv[1:]))

@@ -1,0 +1,53 @@
+"""The edge: the one place where exceptions become messages and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from pissa_cli.errors import PissaError
+
+ClickException = typer.BadParameter.__mro__[2]
+"""The root of the parser's errors, wherever typer keeps its click."""
+
+
+def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code. With --debug among the arguments, exceptions show their traceback."""
+    debug = any(argument in ("-v", "--debug") for argument in arguments)
+    as_json = "--json" in arguments
+    try:
+        code = run()
+        return code if isinstance(code, int) else 0
+    except PissaError as error:
+        if debug:
+            Console(stderr=True).print_exception()
+        _show(error.message, error.hint, error.exit_code, as_json)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _show("interrupted", None, 130, as_json)
+        return 130
+    except Exception as error:
+        if isinstance(error, ClickException):
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        if debug:
+            Console(stderr=True).print_exception()
+        hint = "run again with --debug for the traceback, and please report it"
+        _show(f"unexpected {type(error).__name__}: {error}", hint, 1, as_json)
+        return 1
+
+
+def _show(message: str, hint: str | None, code: int, as_json: bool) -> None:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[bold red]error:[/] {escape(message)}")
+    if hint:
+        console.print(f"[bold]next:[/]  {escape(hint)}")
+    if as_json:
+        json.dump({"error": message, "hint": hint, "exit_code": code}, sys.stdout)
+        sys.stdout.write("\n")

@@ -1,0 +1,69 @@
+"""`pissa eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pissa_cli.cli.options import Debug, DryRun, Json, Output, Set, Target, load_recipe
+from pissa_cli.errors import UsageError
+
+
+def evaluate_command(
+    target: Target = None,
+    bench: Annotated[str | None, typer.Option("--bench", help="Benchmarks, with commas: gsm8k,loss.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="BENCH=FILE", help="A local data file for a benchmark. Repeatable."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Score the first N questions.")] = None,
+    compare_base: Annotated[bool, typer.Option("--compare-base", help="Score the model before training, too.")] = False,
+    output: Output = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score what a run exported."""
+    names = [name.strip() for name in bench.split(",") if name.strip()] if bench is not None else None
+    sets = [*(set_ or []), *(f"eval.data.{pair}" for pair in _pairs(data or [], names))]
+    loaded = load_recipe(target, sets, bench=names, limit=limit, output=output)
+    from pissa_cli.cli import plan, show
+
+    show.quiet_libraries(debug)
+    from pissa_cli.evals.run import check_benches, evaluate
+
+    check_benches(loaded.recipe)
+    if dry_run:
+        plan.dry_run(loaded, as_json)
+        return
+    with show.counting("eval") as update:
+
+        def progress(bench: str, done: int, total: int) -> None:
+            update(done, total, bench)
+
+        result = {"results": evaluate(loaded.recipe, progress=progress)}
+        if compare_base:
+            result["base"] = evaluate(loaded.recipe, base=True, progress=progress)
+    from rich.table import Table
+
+    table = Table()
+    for title in ("benchmark", "model", "score", "stderr", "n", "metric"):
+        table.add_column(title)
+    for results in result.values():
+        for name, r in results.items():
+            table.add_row(name, r["model"], f"{r['score']:.3f}", f"{r['stderr']:.3f}", str(r["n"]), r["metric"])
+    show.print_result(result, as_json, [], table)
+
+
+def _pairs(data: list[str], names: list[str] | None) -> list[str]:
+    """BENCH=FILE of each --data; a plain FILE belongs to the only benchmark."""
+    pairs = []
+    for text in data:
+        if "=" not in text:
+            if names is None or len(names) != 1:
+                raise UsageError(f"--data {text}: which benchmark is this for?", f"write --data BENCH={text}")
+            text = f"{names[0]}={text}"
+        pairs.append(text)
+    return pairs

@@ -1,0 +1,49 @@
+"""`pissa merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pissa_cli.cli.options import Debug, DryRun, Json, Output, Set, Target, load_recipe
+
+
+def merge_command(
+    target: Target = None,
+    push: Annotated[bool, typer.Option("--push", help="Upload the merged model to the Hub.")] = False,
+    repo: Annotated[
+        str | None, typer.Option("--repo", help="user/name; default <user>/<base>-<method>-r<rank>.")
+    ] = None,
+    output: Output = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write one dense model, checked against the adapter; with --push, upload it."""
+    loaded = load_recipe(target, set_, output=output)
+    from pissa_cli.cli import plan, show
+
+    show.quiet_libraries(debug)
+    if dry_run:
+        plan.dry_run(loaded, as_json)
+        return
+    from pissa_cli import export
+
+    recipe = loaded.recipe
+    if push:
+        export.require_token()
+    with show.counting("merge") as progress:
+        result = export.merge(recipe, progress)
+    lines = [
+        f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB",
+        f"largest logit difference to the adapter: {result['max_logit_difference']:.2e} "
+        f"({result['relative_logit_difference']:.1e} relative)",
+    ]
+    if push:
+        show.say("uploading ...")
+        result["url"] = export.push(recipe, Path(result["path"]), repo)
+        lines.append(result["url"])
+    show.print_result(result, as_json, lines)

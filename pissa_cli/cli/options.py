@@ -1,0 +1,48 @@
+"""The options that commands share, each defined once, and the recipe they make."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from pissa_cli.recipe_file import Loaded, load
+
+Target = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE|RUN]",
+        help="A recipe (file or name) or a run folder. Default: the run in out/, else flags only.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any key of the recipe, e.g. train.lr=2e-5. Repeatable."),
+]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="The run folder.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Alias, Hub id or folder of the base model.")]
+Method = Annotated[str | None, typer.Option("--method", help="pissa, lora or full.")]
+Rank = Annotated[int | None, typer.Option("--rank", "-r", help="Rank of the trained part.")]
+Svd = Annotated[str | None, typer.Option("--svd", help="fast or exact.")]
+Bits = Annotated[int | None, typer.Option("--bits", help="Storage of frozen weights: 4 (NF4), 16 or 32.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; touch nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
+Debug = Annotated[bool, typer.Option("-v", "--debug", help="Show the libraries' messages, and tracebacks.")]
+
+
+def load_recipe(target: str | None, sets: list[str] | None, **flags: Any) -> Loaded:
+    """The recipe from a target, named flags and --set. flags: model, rank, ...; None means not given."""
+    places = {
+        "model": ("model", "name"),
+        "method": ("adapter", "method"),
+        "rank": ("adapter", "rank"),
+        "svd": ("adapter", "svd"),
+        "bits": ("model", "bits"),
+        "seed": ("seed",),
+        "output": ("output",),
+        "bench": ("eval", "bench"),
+        "limit": ("eval", "limit"),
+    }
+    given = {places[name]: (f"--{name}", value) for name, value in flags.items() if value is not None}
+    return load(target, given, sets or [])

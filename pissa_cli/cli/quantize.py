@@ -1,0 +1,43 @@
+"""`pissa quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pissa_cli.cli.options import Debug, DryRun, Json, Output, Set, Target, load_recipe
+
+
+def quantize_command(
+    target: Target = None,
+    output: Output = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a 4-bit (NF4) model from a run, or from a dense model folder (then --output names the result)."""
+    folder = Path(target) if target else None
+    is_model = folder is not None and (folder / "config.json").is_file()
+    if is_model:
+        loaded = load_recipe(None, [f"output={target}-run", *(set_ or [])], model=target)
+        destination = Path(output or f"{str(target).rstrip('/')}-nf4")
+    else:
+        loaded = load_recipe(target, set_)
+        destination = Path(output) if output else Path(loaded.recipe.output) / "quantized"
+    from pissa_cli.cli import plan, show
+
+    show.quiet_libraries(debug)
+    if dry_run:
+        plan.dry_run(loaded, as_json)
+        return
+    from pissa_cli.export import quantize
+
+    with show.counting("quantize") as progress:
+        result = quantize(loaded.recipe, folder if is_model else None, destination, progress)
+    before, after = result["perplexity_before"], result["perplexity_after"]
+    lines = [
+        f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB (dense: {result['dense_bytes'] / 2**20:,.1f} MiB)",
+        f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)",
+        f"perplexity {before:.3f} -> {after:.3f} on {result['perplexity_data']}",
+    ]
+    show.print_result(result, as_json, lines)

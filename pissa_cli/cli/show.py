@@ -1,0 +1,119 @@
+"""What commands print: progress on stderr (a bar on a terminal, plain lines elsewhere), results on stdout."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+stderr = Console(stderr=True, highlight=False)
+
+
+def quiet_libraries(debug: bool) -> None:
+    """Keep the libraries' chatter off the terminal, unless asked for."""
+    if debug:
+        return
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("bitsandbytes", "accelerate", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def say(text: str) -> None:
+    """A line for the person watching."""
+    stderr.print(text, markup=False, soft_wrap=True)
+
+
+def print_result(
+    result: dict[str, Any], as_json: bool, lines: list[str] | None = None, table: Table | None = None
+) -> None:
+    """The outcome: one JSON document, or a table and lines."""
+    if as_json:
+        json.dump(result, sys.stdout, indent=2, ensure_ascii=False, default=str)
+        sys.stdout.write("\n")
+        return
+    console = Console(highlight=False)
+    if table is not None:
+        console.print(table)
+    for line in lines or []:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar over `update(done, total, name)`; without a terminal a line at most every ten seconds."""
+    if not stderr.is_terminal:
+        last = time.monotonic()
+
+        def line(done: int, total: int, name: str = "") -> None:
+            nonlocal last
+            if time.monotonic() - last > 10 or done == total:
+                last = time.monotonic()
+                say(f"{title}: {done}/{total} {name}".rstrip())
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+
+        def update(done: int, total: int, _name: str = "") -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+@contextmanager
+def training() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A bar with loss, tokens a second, memory and time left, fed with the events of `pissa_cli.train`."""
+    if not stderr.is_terminal:
+        yield _training_line
+        return
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task("train", total=None, status="")
+
+        def update(event: dict[str, Any]) -> None:
+            if "note" in event:
+                say(event["note"])
+                return
+            if "eval_loss" in event:
+                say(f"step {event['step']}: held-out loss {event['eval_loss']:.4f}")
+            progress.update(task, completed=event["step"], total=event["steps"], status=_status(event))
+
+        yield update
+
+
+def _training_line(event: dict[str, Any]) -> None:
+    if "note" in event:
+        say(event["note"])
+    elif (
+        event["step"] in (1, event["steps"])
+        or "eval_loss" in event
+        or event["step"] % max(1, event["steps"] // 20) == 0
+    ):
+        held_out = f", held-out loss {event['eval_loss']:.4f}" if "eval_loss" in event else ""
+        say(f"step {event['step']}/{event['steps']}: {_status(event)}{held_out}")
+
+
+def _status(event: dict[str, Any]) -> str:
+    rate = event["tokens"] / max(event["seconds"], 1e-9)
+    return f"loss {event['loss']:.4f}, {rate:,.0f} tokens/s, {event['memory_bytes'] / 2**30:.1f} GiB"

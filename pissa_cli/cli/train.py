@@ -1,0 +1,44 @@
+"""`pissa train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pissa_cli.cli.options import Debug, DryRun, Json, Model, Output, Seed, Set, Target, load_recipe
+
+
+def train_command(
+    target: Target = None,
+    model: Model = None,
+    seed: Seed = None,
+    output: Output = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train by a recipe (init included, if it was not done). Ctrl-C saves a checkpoint; --resume goes on."""
+    loaded = load_recipe(target, set_, model=model, seed=seed, output=output)
+    from pissa_cli.cli import plan, show
+
+    show.quiet_libraries(debug)
+    if dry_run:
+        plan.dry_run(loaded, as_json)
+        return
+    from pissa_cli.train import train
+
+    recipe = loaded.recipe
+    show.say(f"train: {recipe.adapter.method} over {recipe.model.name}, {recipe.model.bits} bits, into {recipe.output}")
+    with show.training() as watch, show.counting("init") as progress:
+        figures = train(recipe, resume, watch, progress)
+    held_out = f", held-out loss {figures['eval_loss']:.4f}" if figures["eval_loss"] is not None else ""
+    lines = []
+    if figures["loss_first"] is not None:
+        lines.append(f"loss {figures['loss_first']:.4f} -> {figures['loss_last']:.4f}{held_out}")
+    lines.append(
+        f"{figures['steps']} steps, {figures['tokens']:,} tokens in {figures['seconds']:.1f} s; {figures['result']}"
+    )
+    show.print_result(figures, as_json, lines)
