@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.errors import UsageError
+from pissa_cli.examples import Examples, cache_key, read_cache, write_cache
 from pissa_cli.loss import IGNORED
 from pissa_cli.recipe import DataSection
 from pissa_cli.rows import Row, is_local, read_rows
-from pissa_cli.weights import load_tensors, save_tensors
 
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 INTRO_INPUT = (
@@ -38,30 +33,6 @@ CUT = "answer cut off entirely by data.max_length"
 BATCH = 1000
 
 
-@dataclass
-class Examples:
-    """Tokenized examples: `ids` (sum of lengths,) int32, `targets` likewise bool (True where the loss counts),
-    `offsets` (n + 1,) int64 where each begins; and what happened on the way."""
-
-    ids: Tensor
-    targets: Tensor
-    offsets: Tensor
-    unusable: dict[str, list[int]] = field(default_factory=dict)
-    num_cut: int = 0
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def length(self, index: int) -> int:
-        """Tokens of one example."""
-        return int(self.offsets[index + 1] - self.offsets[index])
-
-    def num_targets(self, index: int) -> int:
-        """Tokens of one example that are predicted; the first token never is."""
-        begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        return int(self.targets[begin + 1 : end].sum())
-
-
 def load_examples(
     source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, cache: Path | None
 ) -> Examples:
@@ -73,12 +44,12 @@ def load_examples(
         raise UsageError("data.format chat: this tokenizer has no chat template", "use format alpaca or prompt")
     if section.template is not None and not all(part in section.template for part in ("{instruction}", "{output}")):
         raise UsageError("data.template: needs {instruction} and {output}")
-    path = cache / f"{_cache_key(source, section, tokenizer)}.safetensors" if cache and is_local(source) else None
-    if path is not None and path.is_file() and (cached := _read_cache(path)) is not None:
+    path = cache / f"{cache_key(source, section, tokenizer)}.safetensors" if cache and is_local(source) else None
+    if path is not None and path.is_file() and (cached := read_cache(path)) is not None:
         return cached
     examples = _tokenize(source, section, tokenizer)
     if path is not None:
-        _write_cache(path, examples)
+        write_cache(path, examples)
     return examples
 
 
@@ -271,39 +242,3 @@ def _encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerB
         for begin, end in encoded["offset_mapping"]
     ]
     return encoded["input_ids"], mask
-
-
-def _cache_key(source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
-    whole = xxhash.xxh3_128()
-    with Path(source).open("rb") as file:
-        while chunk := file.read(2**24):
-            whole.update(chunk)
-    options: dict[str, Any] = section.model_dump(exclude={"train", "eval", "packing"})
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    identity = backend.to_str() if backend is not None else repr(tokenizer)
-    for part in (json.dumps(options, sort_keys=True), identity, str(tokenizer.chat_template), str(tokenizer.eos_token)):
-        whole.update(part.encode())
-    return f"{Path(source).suffix[1:]}-v1-{whole.hexdigest()}"
-
-
-def _write_cache(path: Path, examples: Examples) -> None:
-    """Keep the tokens; a cache that cannot be written costs time, not the run."""
-    notes = json.dumps({"unusable": examples.unusable, "num_cut": examples.num_cut}).encode()
-    tensors = {"ids": examples.ids, "targets": examples.targets, "offsets": examples.offsets}
-    tensors["notes"] = torch.frombuffer(bytearray(notes), dtype=torch.uint8)
-    temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(temporary, tensors)
-        temporary.replace(path)
-    except (OSError, PissaError):
-        temporary.unlink(missing_ok=True)
-
-
-def _read_cache(path: Path) -> Examples | None:
-    try:
-        tensors = load_tensors(path)
-        notes = json.loads(bytes(tensors.pop("notes").tolist()))
-        return Examples(tensors["ids"], tensors["targets"], tensors["offsets"], notes["unusable"], notes["num_cut"])
-    except (PissaError, KeyError, ValueError, TypeError):
-        return None

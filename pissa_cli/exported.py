@@ -1,4 +1,4 @@
-"""Load what a run exported, from its files: the adapter on its base, or the base alone."""
+"""What a run exports: written at the end of training, loaded from its files by everything after."""
 
 from __future__ import annotations
 
@@ -11,10 +11,46 @@ from transformers import PreTrainedModel
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Factors
 from pissa_cli.errors import UsageError
-from pissa_cli.initialize import require_base
-from pissa_cli.model import attach, load_model
-from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import PROVENANCE, Run, read_json, read_peft
+from pissa_cli.initialize import copy_side_files, require_base
+from pissa_cli.model import attach, load_model, lowrank_layers
+from pissa_cli.recipe import FullOptions, Recipe
+from pissa_cli.rundir import PROVENANCE, Run, read_json, read_peft, whole_folder, write_json, write_peft
+
+
+def write_result(run: Run, recipe: Recipe, manifest: dict[str, Any], model: PreTrainedModel) -> Path:
+    """Write `adapter/` in PEFT files (or, for full fine-tuning, the model in `merged/`) and return its path.
+
+    Over a dense base the adapter is made valid on the plain base, for PiSSA at rank 2r; over NF4 on `base/`.
+    """
+    adapter = recipe.adapter
+    if isinstance(adapter, FullOptions):
+        with whole_folder(run.merged) as folder:
+            copy_side_files(Path(manifest["base"]["folder"]), folder)
+            model.save_pretrained(folder)
+        return run.merged
+    config, start = read_peft(run.init)
+    factors = {
+        name: {key: f.detach().cpu() for key, f in layer.factors().items()}
+        for name, layer in lowrank_layers(model).items()
+    }
+    if recipe.model.bits != 4:
+        method = METHODS[adapter.method]
+        factors = {
+            name: dict(zip("AB", method.on_plain_base(now, start[name]), strict=True)) for name, now in factors.items()
+        }
+    rank = next(iter(factors.values()))["A"].shape[0]
+    config |= {"r": rank, "lora_alpha": config["lora_alpha"] * rank / config["r"]}
+    provenance = {
+        "method": adapter.method,
+        "trained_rank": adapter.rank,
+        "exported_rank": rank,
+        "valid_on": config["base_model_name_or_path"],
+        "base_fingerprint": manifest["base"]["stored_fingerprint" if recipe.model.bits == 4 else "fingerprint"],
+    }
+    with whole_folder(run.adapter) as folder:
+        write_peft(folder, factors, config)
+        write_json(folder / PROVENANCE, provenance)
+    return run.adapter
 
 
 def load_result(run: Run, recipe: Recipe, device: torch.device) -> PreTrainedModel:

@@ -20,16 +20,8 @@ from pissa_cli import __version__, quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer, Method, Start
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.model import (
-    DTYPES,
-    Linear,
-    linear_layers,
-    match_targets,
-    require_finite,
-    resolve_base,
-    skeleton,
-    target_modules,
-)
+from pissa_cli.model import DTYPES, Linear, require_finite, skeleton, target_modules
+from pissa_cli.plan import Plan, make_plan
 from pissa_cli.recipe import FullOptions, Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, peft_config, read_json, whole_folder, write_json, write_peft, write_text
@@ -39,45 +31,6 @@ from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, op
 START_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 Progress = Callable[[int, int, str], None]
 """Called with (tensors done, tensors in all, name of the tensor)."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What init is going to do; made without writing anything, so that bad input leaves no trace."""
-
-    folder: Path
-    weights: Weights
-    linears: list[Linear]
-    targets: list[Linear]
-
-    def num_trainable(self, recipe: Recipe) -> int:
-        """Numbers that train."""
-        if isinstance(recipe.adapter, FullOptions):
-            return self.num_total()
-        return sum(recipe.adapter.rank * (layer.num_in + layer.num_out) for layer in self.targets)
-
-    def num_total(self) -> int:
-        """Numbers of the base model."""
-        return sum(torch.Size(shape).numel() for shape in self.weights.shapes.values())
-
-
-def plan(recipe: Recipe) -> Plan:
-    """Find and check the base, its targets and the rank. Raises UsageError; writes nothing."""
-    folder = resolve_base(recipe.model)
-    weights = open_weights(folder)
-    linears = linear_layers(skeleton(folder, recipe.model.trust_remote_code), weights)
-    adapter = recipe.adapter
-    if isinstance(adapter, FullOptions):
-        return Plan(folder, weights, linears, [])
-    targets = match_targets(linears, adapter.targets)
-    for layer in targets:
-        if adapter.rank > min(layer.num_out, layer.num_in):
-            raise UsageError(
-                f"adapter.rank: {adapter.rank} is above the smallest dimension of {layer.name} "
-                f"({layer.num_out} x {layer.num_in})",
-                f"use at most {min(min(t.num_out, t.num_in) for t in targets)}, or take it out of adapter.targets",
-            )
-    return Plan(folder, weights, linears, targets)
 
 
 def initialize(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Any]:
@@ -92,7 +45,7 @@ def initialize(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str
         return manifest
     if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
         raise UsageError(f"{run.folder}: exists and is not a run folder", "name another with --output")
-    return _write_run(recipe, plan(recipe), run, progress)
+    return _write_run(recipe, make_plan(recipe), run, progress)
 
 
 def require_same_start(run: Run, manifest: dict[str, Any], recipe: Recipe) -> None:
@@ -120,30 +73,6 @@ def require_base(run: Run, manifest: dict[str, Any]) -> Path:
             "the adapter is only valid on its own base; use that, or start a new run",
         )
     return folder
-
-
-def memory_estimate(recipe: Recipe, plan: Plan) -> dict[str, int]:
-    """Bytes that training takes, by what takes them; activations are a rough figure for full-length examples."""
-    compute = DTYPES[recipe.precision].itemsize
-    dense = {4: compute, 16: 2, 32: 4}[recipe.model.bits]
-    in_linears = sum(layer.num_in * layer.num_out for layer in plan.linears)
-    packed = 0.5 + (0.127 if recipe.model.double_quant else 0.5) / 8 if recipe.model.bits == 4 else dense
-    trainable = plan.num_trainable(recipe)
-    state = 2 if recipe.train.optimizer == "paged-adamw-8bit" else 8
-    tokens = recipe.train.micro_batch_size * recipe.data.max_length
-    layers = len({layer.name.rpartition(".")[0] for layer in plan.linears})
-    per_token = sum(layer.num_in + layer.num_out for layer in plan.linears) * compute
-    if recipe.train.gradient_checkpointing:
-        per_token = 2 * per_token // max(1, layers // 2)
-    full = isinstance(recipe.adapter, FullOptions)
-    estimate = {
-        "weights": int(in_linears * packed + (plan.num_total() - in_linears) * dense),
-        "factors": 0 if full else trainable * 4,
-        "gradients": trainable * (dense if full else 4),
-        "optimizer": trainable * state,
-        "activations": tokens * per_token,
-    }
-    return estimate | {"total": sum(estimate.values())}
 
 
 def _start_of(recipe: Recipe) -> dict[str, Any]:
@@ -311,24 +240,6 @@ def copy_side_files(source: Path, target: Path) -> None:
         wanted = path.suffix in (".json", ".model", ".txt", ".jinja", ".py") or path.name.startswith("LICENSE")
         if path.is_file() and wanted and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
-
-
-def summarize(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The layers of a manifest by kind, and all of them: counts, means, and NF4 error reductions in percent."""
-    layers = manifest.get("layers", [])
-    kinds = list(dict.fromkeys(layer["kind"] for layer in layers))
-    groups = [(kind, [layer for layer in layers if layer["kind"] == kind]) for kind in kinds]
-    rows = []
-    for kind, members in [*groups, ("all", layers)] if layers else []:
-        row: dict[str, Any] = {"kind": kind, "layers": len(members), "rank": members[0]["rank"]}
-        for key in ("energy", "start_error", "nuclear", "frobenius", "plain_nuclear", "plain_frobenius"):
-            if key in members[0]:
-                row[key] = sum(member[key] for member in members) / len(members)
-        for norm in ("nuclear", "frobenius"):
-            if norm in row and row[f"plain_{norm}"] > 0:
-                row[f"{norm}_reduction"] = 100 * (1 - row[norm] / row[f"plain_{norm}"])
-        rows.append(row)
-    return rows
 
 
 def _versions() -> dict[str, str]:

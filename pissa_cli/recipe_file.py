@@ -1,4 +1,4 @@
-"""From files and flags to a checked recipe: default < block < recipe < named flag < --set. Values keep their sources."""
+"""From files and flags to a checked recipe: default < block < recipe < named flag < --set. Values keep their source."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load(target: str | None, flags: Mapping[KeyPath, tuple[str, Any]], sets: Seq
     Raises UsageError naming the key's whole path, file and line, and the nearest valid key.
     """
     given = {key: Value(value, flag) for key, (flag, value) in flags.items()}
-    given |= dict(_parse_set(text) for text in sets)
+    given = _over(given, dict(_parse_set(text) for text in sets))
     if target is None:
         folder = Path(str(given[("output",)].value if ("output",) in given else "out"))
         target = str(folder) if holds_run(folder) else None
@@ -53,13 +53,13 @@ def load(target: str | None, flags: Mapping[KeyPath, tuple[str, Any]], sets: Seq
     flat: dict[KeyPath, Value] = dict(read_flat(file)) if file else {}
     if file and file.name == RUN_RECIPE and (file.parent / RUN_MANIFEST).is_file():
         flat[("output",)] = Value(str(file.parent), "the run folder")
-    flat |= given
+    flat = _over(flat, given)
     values = _blocks(flat)
     alias = _alias(flat)
     if alias is not None:
         values |= _read_block("model", alias)
         del flat[("model", "name")]
-    values |= {key: value for key, value in flat.items() if key[0] != "use"}
+    values = _over(values, {key: value for key, value in flat.items() if key[0] != "use"})
     _locate_paths(values, file)
     return Loaded(_validate(values), {key: value.source for key, value in values.items()})
 
@@ -117,6 +117,15 @@ def _parse_set(text: str) -> tuple[KeyPath, Value]:
     if not equals or not all(key.split(".")):
         raise UsageError(f"--set {text}: expected key=value, e.g. --set train.lr=2e-5")
     return tuple(key.split(".")), Value(parse_scalar(value), f"--set {key}")
+
+
+def _over(lower: Mapping[KeyPath, Value], upper: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:
+    """Both layers, the upper winning. A length in steps above puts aside one in epochs below, and vice versa."""
+    kept = dict(lower)
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if ("train", one) in upper and upper[("train", one)].value is not None:
+            kept.pop(("train", other), None)
+    return {**kept, **upper}
 
 
 def _blocks(flat: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:

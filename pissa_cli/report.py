@@ -1,9 +1,10 @@
-"""Pictures."""
+"""Tables and pictures."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def loss_picture(metrics: Path, picture: Path) -> None:
@@ -38,3 +39,21 @@ def compare_losses(runs: dict[str, Path], picture: Path) -> None:
     figure.savefig(temporary)
     pyplot.close(figure)
     temporary.replace(picture)
+
+
+def summarize(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The layers of a manifest by kind, and all of them: counts, means, and NF4 error reductions in percent."""
+    layers = manifest.get("layers", [])
+    kinds = list(dict.fromkeys(layer["kind"] for layer in layers))
+    groups = [(kind, [layer for layer in layers if layer["kind"] == kind]) for kind in kinds]
+    rows = []
+    for kind, members in [*groups, ("all", layers)] if layers else []:
+        row: dict[str, Any] = {"kind": kind, "layers": len(members), "rank": members[0]["rank"]}
+        for key in ("energy", "start_error", "nuclear", "frobenius", "plain_nuclear", "plain_frobenius"):
+            if key in members[0]:
+                row[key] = sum(member[key] for member in members) / len(members)
+        for norm in ("nuclear", "frobenius"):
+            if norm in row and row[f"plain_{norm}"] > 0:
+                row[f"{norm}_reduction"] = 100 * (1 - row[norm] / row[f"plain_{norm}"])
+        rows.append(row)
+    return rows

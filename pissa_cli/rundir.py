@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from pissa_cli.adapters.start import Factors
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.weights import load_tensors, save_tensors
@@ -188,31 +186,6 @@ def peft_config(base: str, rank: int, scale: float, targets: list[str], fan_in_f
         "alpha_pattern": {},
         "inference_mode": True,
     }
-
-
-def save_checkpoint(
-    run: Run, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int
-) -> Path:
-    """Write checkpoints/step-N (one safetensors file for each entry of `tensors`, and state.json), drop the oldest."""
-    final = run.checkpoints / f"step-{step}"
-    with whole_folder(final) as folder:
-        for name, content in tensors.items():
-            save_tensors(folder / f"{name}.safetensors", content)
-        write_json(folder / "state.json", {"step": step, **state})
-    for old in _checkpoint_folders(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
-
-
-def latest_checkpoint(run: Run) -> Path | None:
-    """The newest checkpoint; what lies under its final name is whole."""
-    folders = _checkpoint_folders(run)
-    return folders[-1] if folders else None
-
-
-def _checkpoint_folders(run: Run) -> list[Path]:
-    numbered = [(path.name.removeprefix("step-"), path) for path in run.checkpoints.glob("step-*")]
-    return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdigit())]
 
 
 def _sync(folder: Path) -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import resource
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,27 +19,19 @@ from transformers import PreTrainedModel
 
 from pissa_cli import report
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.data import Examples, chunk_by_length, collate, load_examples
+from pissa_cli.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from pissa_cli.data import chunk_by_length, collate, load_examples
 from pissa_cli.errors import Interrupted, PissaError, UsageError
-from pissa_cli.initialize import Progress, copy_side_files, initialize, require_base, require_same_start
+from pissa_cli.examples import Examples
+from pissa_cli.exported import write_result
+from pissa_cli.initialize import Progress, initialize, require_base, require_same_start
 from pissa_cli.loss import autocast, summed_loss
-from pissa_cli.model import attach, load_model, load_tokenizer, lowrank_layers, parameter_counts, resolve_base
-from pissa_cli.optim import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+from pissa_cli.model import attach, load_model, load_tokenizer, parameter_counts, resolve_base
+from pissa_cli.optim import learning_rate, make_optimizer
+from pissa_cli.process import peak_memory, stop_signals
 from pissa_cli.recipe import FullOptions, Recipe
 from pissa_cli.recipe_file import dump, load
-from pissa_cli.rundir import (
-    PROVENANCE,
-    Run,
-    latest_checkpoint,
-    read_json,
-    read_peft,
-    save_checkpoint,
-    whole_folder,
-    write_json,
-    write_peft,
-    write_text,
-)
-from pissa_cli.weights import load_tensors
+from pissa_cli.rundir import Run, read_peft, write_text
 
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 MAY_CHANGE = {"data.eval", "data.packing"} | {
@@ -87,14 +76,16 @@ def train(
     held_out = load_examples(recipe.data.eval, recipe.data, tokenizer, cache) if recipe.data.eval else None
     for name, loaded in (("data.train", examples), ("data.eval", held_out)):
         if loaded is not None:
-            _tell_unusable(name, loaded, watch)
+            for line in loaded.notes(name):
+                watch({"note": line})
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
     write_text(run.recipe, dump(recipe))
     trainer = _setup(run, recipe, manifest, examples, held_out, tokenizer.pad_token_id or 0, checkpoint, watch)
-    first_step = _restore(trainer, checkpoint) if checkpoint else 0
+    plain = _plain(trainer.optimizer)
+    first_step = restore_checkpoint(checkpoint, trainer.names, plain) if checkpoint else 0
     _trim_metrics(run, first_step)
     figures = _loop(run, trainer, first_step, watch)
-    figures["result"] = str(_save_result(run, trainer, manifest))
+    figures["result"] = str(write_result(run, recipe, manifest, trainer.accelerator.unwrap_model(trainer.model)))
     report.loss_picture(run.metrics, run.folder / "loss.png")
     return figures
 
@@ -102,7 +93,7 @@ def train(
 def _loop(run: Run, trainer: Trainer, first_step: int, watch: Watch) -> dict[str, Any]:
     section, began, tokens = trainer.recipe.train, time.time(), 0
     last_saved, losses, held_out_loss = first_step, [], None
-    with _stop_signals() as stopped, run.metrics.open("a", encoding="utf-8") as metrics:
+    with stop_signals() as stopped, run.metrics.open("a", encoding="utf-8") as metrics:
 
         def note(event: dict[str, Any]) -> None:
             metrics.write(json.dumps(event) + "\n")
@@ -126,9 +117,11 @@ def _loop(run: Run, trainer: Trainer, first_step: int, watch: Watch) -> dict[str
             done = step + 1 == trainer.total_steps
             if trainer.held_out and (done or (section.eval_every and (step + 1) % section.eval_every == 0)):
                 event["eval_loss"] = held_out_loss = evaluate_loss(trainer, trainer.held_out)
-            note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": _peak_memory()})
+            note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
             if done or stopped() or (section.save_every and (step + 1) % section.save_every == 0):
-                _save(run, trainer, step + 1)
+                if trainer.accelerator.is_main_process:
+                    save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), section.keep)
+                trainer.accelerator.wait_for_everyone()
                 last_saved = step + 1
             if stopped() and not done:
                 raise Interrupted(f"stopped at step {step + 1} of {trainer.total_steps}", "go on with --resume")
@@ -139,7 +132,7 @@ def _loop(run: Run, trainer: Trainer, first_step: int, watch: Watch) -> dict[str
         "eval_loss": held_out_loss,
         "seconds": round(time.time() - began, 3),
         "tokens": tokens,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(),
     }
 
 
@@ -284,73 +277,10 @@ def _require_same_loss(before: float, after: float, precision: str) -> None:
         )
 
 
-def _save(run: Run, trainer: Trainer, step: int) -> None:
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
-    tensors = {
-        "trained": {name: p.detach().cpu() for p, name in trainer.names.items()},
-        "optimizer": optimizer_tensors(_plain(trainer.optimizer), trainer.names),
-        "random": random,
-    }
-    if trainer.accelerator.is_main_process:
-        save_checkpoint(run, step, tensors, {"recipe_seed": trainer.recipe.seed}, trainer.recipe.train.keep)
-    trainer.accelerator.wait_for_everyone()
-
-
-@torch.no_grad()
-def _restore(trainer: Trainer, checkpoint: Path) -> int:
-    trained = load_tensors(checkpoint / "trained.safetensors")
-    if set(trained) != set(trainer.names.values()):
-        raise UsageError(f"{checkpoint}: holds other parameters than this recipe trains")
-    for parameter, name in trainer.names.items():
-        parameter.copy_(trained[name])
-    restore_optimizer(_plain(trainer.optimizer), trainer.names, load_tensors(checkpoint / "optimizer.safetensors"))
-    random = load_tensors(checkpoint / "random.safetensors")
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
-    return int(read_json(checkpoint / "state.json")["step"])
-
-
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside Accelerate's wrapper."""
     inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
-
-
-def _save_result(run: Run, trainer: Trainer, manifest: dict[str, Any]) -> Path:
-    """`adapter/` in PEFT files (or, for full fine-tuning, the model in `merged/`)."""
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
-    adapter = trainer.recipe.adapter
-    if isinstance(adapter, FullOptions):
-        with whole_folder(run.merged) as folder:
-            copy_side_files(Path(manifest["base"]["folder"]), folder)
-            model.save_pretrained(folder)
-        return run.merged
-    config, start = read_peft(run.init)
-    factors = {
-        name: {key: f.detach().cpu() for key, f in layer.factors().items()}
-        for name, layer in lowrank_layers(model).items()
-    }
-    if trainer.recipe.model.bits != 4:
-        method = METHODS[adapter.method]
-        factors = {
-            name: dict(zip("AB", method.on_plain_base(now, start[name]), strict=True)) for name, now in factors.items()
-        }
-    rank = next(iter(factors.values()))["A"].shape[0]
-    config |= {"r": rank, "lora_alpha": config["lora_alpha"] * rank / config["r"]}
-    provenance = {
-        "method": adapter.method,
-        "trained_rank": adapter.rank,
-        "exported_rank": rank,
-        "valid_on": config["base_model_name_or_path"],
-        "base_fingerprint": manifest["base"]["stored_fingerprint" if trainer.recipe.model.bits == 4 else "fingerprint"],
-    }
-    with whole_folder(run.adapter) as folder:
-        write_peft(folder, factors, config)
-        write_json(folder / PROVENANCE, provenance)
-    return run.adapter
 
 
 def _trim_metrics(run: Run, first_step: int) -> None:
@@ -363,36 +293,3 @@ def _trim_metrics(run: Run, first_step: int) -> None:
             if json.loads(line)["step"] <= first_step:
                 kept.append(line)
     write_text(run.metrics, "".join(f"{line}\n" for line in kept))
-
-
-def _tell_unusable(name: str, examples: Examples, watch: Watch) -> None:
-    for reason, rows in examples.unusable.items():
-        shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-        watch({"note": f"{name}: {len(rows)} rows not used: {reason} (rows {shown})"})
-    if examples.num_cut:
-        watch({"note": f"{name}: {examples.num_cut} examples cut at data.max_length"})
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once."""
-    received: list[int] = []
-
-    def handle(number: int, _frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

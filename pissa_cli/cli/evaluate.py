@@ -29,14 +29,14 @@ def evaluate_command(
     names = [name.strip() for name in bench.split(",") if name.strip()] if bench is not None else None
     sets = [*(set_ or []), *(f"eval.data.{pair}" for pair in _pairs(data or [], names))]
     loaded = load_recipe(target, sets, bench=names, limit=limit, output=output)
-    from pissa_cli.cli import plan, show
+    from pissa_cli.cli import dryrun, show
 
     show.quiet_libraries(debug)
     from pissa_cli.evals.run import check_benches, evaluate
 
     check_benches(loaded.recipe)
     if dry_run:
-        plan.dry_run(loaded, as_json)
+        dryrun.dry_run(loaded, as_json)
         return
     with show.counting("eval") as update:
 

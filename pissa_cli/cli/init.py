@@ -39,13 +39,14 @@ def init_command(
     loaded = load_recipe(
         target, set_, model=model, method=method, rank=rank, svd=svd, bits=bits, seed=seed, output=output
     )
-    from pissa_cli.cli import plan, show
+    from pissa_cli.cli import dryrun, show
 
     show.quiet_libraries(debug)
     if dry_run:
-        plan.dry_run(loaded, as_json)
+        dryrun.dry_run(loaded, as_json)
         return
-    from pissa_cli.initialize import initialize, summarize
+    from pissa_cli.initialize import initialize
+    from pissa_cli.report import summarize
 
     recipe = loaded.recipe
     show.say(f"init: {recipe.adapter.method} over {recipe.model.name}, {recipe.model.bits} bits, into {recipe.output}")

@@ -24,11 +24,11 @@ def merge_command(
 ) -> None:
     """Write one dense model, checked against the adapter; with --push, upload it."""
     loaded = load_recipe(target, set_, output=output)
-    from pissa_cli.cli import plan, show
+    from pissa_cli.cli import dryrun, show
 
     show.quiet_libraries(debug)
     if dry_run:
-        plan.dry_run(loaded, as_json)
+        dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli import export
 

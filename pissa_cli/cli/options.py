@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pissa_cli.recipe_file import Loaded, load
+if TYPE_CHECKING:
+    from pissa_cli.recipe_file import Loaded
 
 Target = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RECIPE|RUN]",
+        metavar="RECIPE|RUN",
         help="A recipe (file or name) or a run folder. Default: the run in out/, else flags only.",
     ),
 ]
@@ -33,6 +34,8 @@ Debug = Annotated[bool, typer.Option("-v", "--debug", help="Show the libraries' 
 
 def load_recipe(target: str | None, sets: list[str] | None, **flags: Any) -> Loaded:
     """The recipe from a target, named flags and --set. flags: model, rank, ...; None means not given."""
+    from pissa_cli.recipe_file import load
+
     places = {
         "model": ("model", "name"),
         "method": ("adapter", "method"),

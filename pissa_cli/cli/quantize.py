@@ -24,11 +24,11 @@ def quantize_command(
     else:
         loaded = load_recipe(target, set_)
         destination = Path(output) if output else Path(loaded.recipe.output) / "quantized"
-    from pissa_cli.cli import plan, show
+    from pissa_cli.cli import dryrun, show
 
     show.quiet_libraries(debug)
     if dry_run:
-        plan.dry_run(loaded, as_json)
+        dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli.export import quantize
 

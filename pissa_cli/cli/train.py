@@ -22,11 +22,11 @@ def train_command(
 ) -> None:
     """Train by a recipe (init included, if it was not done). Ctrl-C saves a checkpoint; --resume goes on."""
     loaded = load_recipe(target, set_, model=model, seed=seed, output=output)
-    from pissa_cli.cli import plan, show
+    from pissa_cli.cli import dryrun, show
 
     show.quiet_libraries(debug)
     if dry_run:
-        plan.dry_run(loaded, as_json)
+        dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli.train import train
 

@@ -12,10 +12,10 @@ from pissa_cli.recipe_file import Loaded, listing
 
 def dry_run(loaded: Loaded, as_json: bool) -> None:
     """Print the plan; reads headers and configuration of the base, writes nothing."""
-    from pissa_cli.initialize import memory_estimate, plan
+    from pissa_cli.plan import make_plan, memory_estimate
 
     recipe = loaded.recipe
-    planned = plan(recipe)
+    planned = make_plan(recipe)
     estimate = memory_estimate(recipe, planned)
     result: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),

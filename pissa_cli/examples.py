@@ -1,0 +1,88 @@
+"""Tokenized examples in one flat piece, and their cache by content."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pissa_cli.errors import PissaError
+from pissa_cli.recipe import DataSection
+from pissa_cli.weights import load_tensors, save_tensors
+
+
+@dataclass
+class Examples:
+    """Tokenized examples: `ids` (sum of lengths,) int32, `targets` likewise bool (True where the loss counts),
+    `offsets` (n + 1,) int64 where each begins; and what happened on the way."""
+
+    ids: Tensor
+    targets: Tensor
+    offsets: Tensor
+    unusable: dict[str, list[int]] = field(default_factory=dict)
+    num_cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def length(self, index: int) -> int:
+        """Tokens of one example."""
+        return int(self.offsets[index + 1] - self.offsets[index])
+
+    def num_targets(self, index: int) -> int:
+        """Tokens of one example that are predicted; the first token never is."""
+        begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        return int(self.targets[begin + 1 : end].sum())
+
+    def notes(self, name: str) -> list[str]:
+        """What happened to rows on the way, for the person watching."""
+        lines = []
+        for reason, rows in self.unusable.items():
+            shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+            lines.append(f"{name}: {len(rows)} rows not used: {reason} (rows {shown})")
+        if self.num_cut:
+            lines.append(f"{name}: {self.num_cut} examples cut at data.max_length")
+        return lines
+
+
+def cache_key(source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+    whole = xxhash.xxh3_128()
+    with Path(source).open("rb") as file:
+        while chunk := file.read(2**24):
+            whole.update(chunk)
+    options: dict[str, Any] = section.model_dump(exclude={"train", "eval", "packing"})
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    identity = backend.to_str() if backend is not None else repr(tokenizer)
+    for part in (json.dumps(options, sort_keys=True), identity, str(tokenizer.chat_template), str(tokenizer.eos_token)):
+        whole.update(part.encode())
+    return f"{Path(source).suffix[1:]}-v1-{whole.hexdigest()}"
+
+
+def write_cache(path: Path, examples: Examples) -> None:
+    """Keep the tokens; a cache that cannot be written costs time, not the run."""
+    notes = json.dumps({"unusable": examples.unusable, "num_cut": examples.num_cut}).encode()
+    tensors = {"ids": examples.ids, "targets": examples.targets, "offsets": examples.offsets}
+    tensors["notes"] = torch.frombuffer(bytearray(notes), dtype=torch.uint8)
+    temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(temporary, tensors)
+        temporary.replace(path)
+    except (OSError, PissaError):
+        temporary.unlink(missing_ok=True)
+
+
+def read_cache(path: Path) -> Examples | None:
+    try:
+        tensors = load_tensors(path)
+        notes = json.loads(bytes(tensors.pop("notes").tolist()))
+        return Examples(tensors["ids"], tensors["targets"], tensors["offsets"], notes["unusable"], notes["num_cut"])
+    except (PissaError, KeyError, ValueError, TypeError):
+        return None

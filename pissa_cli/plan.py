@@ -1,0 +1,76 @@
+"""What a recipe will do to which layers, and the memory it takes; reads headers and configuration, writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pissa_cli.errors import UsageError
+from pissa_cli.model import DTYPES, Linear, linear_layers, match_targets, resolve_base, skeleton
+from pissa_cli.recipe import FullOptions, Recipe
+from pissa_cli.weights import Weights, open_weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The base on disk, its linear layers, and those that get an adapter."""
+
+    folder: Path
+    weights: Weights
+    linears: list[Linear]
+    targets: list[Linear]
+
+    def num_trainable(self, recipe: Recipe) -> int:
+        """Numbers that train."""
+        if isinstance(recipe.adapter, FullOptions):
+            return self.num_total()
+        return sum(recipe.adapter.rank * (layer.num_in + layer.num_out) for layer in self.targets)
+
+    def num_total(self) -> int:
+        """Numbers of the base model."""
+        return sum(torch.Size(shape).numel() for shape in self.weights.shapes.values())
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Find and check the base, its targets and the rank. Raises UsageError; writes nothing."""
+    folder = resolve_base(recipe.model)
+    weights = open_weights(folder)
+    linears = linear_layers(skeleton(folder, recipe.model.trust_remote_code), weights)
+    adapter = recipe.adapter
+    if isinstance(adapter, FullOptions):
+        return Plan(folder, weights, linears, [])
+    targets = match_targets(linears, adapter.targets)
+    for layer in targets:
+        if adapter.rank > min(layer.num_out, layer.num_in):
+            raise UsageError(
+                f"adapter.rank: {adapter.rank} is above the smallest dimension of {layer.name} "
+                f"({layer.num_out} x {layer.num_in})",
+                f"use at most {min(min(t.num_out, t.num_in) for t in targets)}, or take it out of adapter.targets",
+            )
+    return Plan(folder, weights, linears, targets)
+
+
+def memory_estimate(recipe: Recipe, plan: Plan) -> dict[str, int]:
+    """Bytes that training takes, by what takes them; activations are a rough figure for full-length examples."""
+    compute = DTYPES[recipe.precision].itemsize
+    dense = {4: compute, 16: 2, 32: 4}[recipe.model.bits]
+    in_linears = sum(layer.num_in * layer.num_out for layer in plan.linears)
+    packed = 0.5 + (0.127 if recipe.model.double_quant else 0.5) / 8 if recipe.model.bits == 4 else dense
+    trainable = plan.num_trainable(recipe)
+    state = 2 if recipe.train.optimizer == "paged-adamw-8bit" else 8
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    layers = len({layer.name.rpartition(".")[0] for layer in plan.linears})
+    per_token = sum(layer.num_in + layer.num_out for layer in plan.linears) * compute
+    if recipe.train.gradient_checkpointing:
+        per_token = 2 * per_token // max(1, layers // 2)
+    full = isinstance(recipe.adapter, FullOptions)
+    estimate = {
+        "weights": int(in_linears * packed + (plan.num_total() - in_linears) * dense),
+        "factors": 0 if full else trainable * 4,
+        "gradients": trainable * (dense if full else 4),
+        "optimizer": trainable * state,
+        "activations": tokens * per_token,
+    }
+    return estimate | {"total": sum(estimate.values())}

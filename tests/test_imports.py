@@ -1,0 +1,105 @@
+"""The package's layers: imports go downward only, and the command line is there before torch is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
+LAYERS = [
+    "__main__ demo cli",
+    "train evals export",
+    "exported",
+    "initialize",
+    "plan checkpoint",
+    "data",
+    "examples",
+    "model rundir report optim process",
+    "rows loss weights",
+    "adapters.lowrank",
+    "adapters.methods",
+    "adapters.lora adapters.pissa",
+    "adapters.start",
+    "svd quant",
+    "recipe_file",
+    "recipe yamlfile",
+    "errors",
+]
+"""From top to bottom. A module imports from lower layers, or from its own without a loop; `__version__` is anyone's."""
+
+
+def level(module: str) -> int:
+    name = module.removeprefix("pissa_cli").removeprefix(".")
+    for number, layer in enumerate(LAYERS):
+        if any(name == entry or name.startswith(f"{entry}.") for entry in layer.split()):
+            return number
+    raise AssertionError(f"{module} is in no layer; give it a place in LAYERS")
+
+
+def imports() -> dict[str, set[str]]:
+    """module -> modules of the package that it imports, anywhere in its body."""
+    found: dict[str, set[str]] = {}
+    names = {
+        ".".join(["pissa_cli", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    for module, path in names.items():
+        found[module] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pissa_cli"):
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    found[module].add(full if full in names else str(node.module))
+            elif isinstance(node, ast.Import):
+                found[module] |= {alias.name for alias in node.names if alias.name.startswith("pissa_cli")}
+    return found
+
+
+def test_imports_go_downward() -> None:
+    wrong = [
+        f"{module} -> {target}"
+        for module, targets in imports().items()
+        for target in targets
+        if "pissa_cli" not in (module, target) and level(module) > level(target)
+    ]
+    assert not wrong
+
+
+def test_no_import_loops() -> None:
+    graph = imports()
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for target in graph.get(module, ()):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", ["pissa_cli.cli", "pissa_cli.recipe_file", "pissa_cli.recipe"])
+def test_no_torch_before_work_starts(module: str) -> None:
+    heavy = "{'torch', 'transformers', 'bitsandbytes', 'accelerate', 'datasets', 'numpy'}"
+    code = f"import sys, {module}; bad = {heavy} & set(sys.modules); assert not bad, bad"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_usage_errors_need_no_torch() -> None:
+    code = (
+        "import sys; from pissa_cli.cli import app; from pissa_cli.cli.edge import run_guarded;"
+        "words = ['init', '--model', 'x', '--rank', '0'];"
+        "assert run_guarded(lambda: app(words, standalone_mode=False), words) == 2; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_files_stay_small() -> None:
+    long = {str(p): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
+    assert not long
