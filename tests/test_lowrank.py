@@ -1,0 +1,112 @@
+"""The low-rank layer: its autograd function against finite differences and against plain autograd."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from pissa_cli.adapters.lowrank import LowRank, LowRankFunction
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+TOKENS, IN, OUT, R = (2, 3), 5, 4, 2
+
+
+def factors(dtype: torch.dtype, with_d: bool, with_b: bool) -> dict[str, Tensor]:
+    made = {"A": torch.randn(R, IN), "B": torch.randn(OUT, R)}
+    made |= {"d": torch.randn(R)} if with_d else {}
+    made |= {"b": torch.randn(OUT)} if with_b else {}
+    return {name: factor.to(dtype) for name, factor in made.items()}
+
+
+def plain(x: Tensor, W: Tensor, bias: Tensor | None, f: dict[str, Tensor], scale: float) -> Tensor:
+    """The equation, term by term."""
+    h = x @ f["A"].T
+    h = h * f["d"] if "d" in f else h
+    u = h @ f["B"].T
+    u = u * f["b"] if "b" in f else u
+    y = x @ W.T + scale * u
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize(("with_d", "with_b"), itertools.product((False, True), repeat=2))
+def test_gradients_against_finite_differences(with_d: bool, with_b: bool) -> None:
+    torch.manual_seed(0)
+    made = factors(torch.float64, with_d, with_b)
+    W, bias = torch.randn(OUT, IN).double(), torch.randn(OUT).double()
+    read: Callable[[torch.dtype], Tensor] = lambda dtype: W.to(dtype)  # noqa: E731
+    names = list(made)
+    for trained in itertools.product((False, True), repeat=len(names)):
+        x = torch.randn(*TOKENS, IN).double().requires_grad_()
+        inputs = [made[name].clone().requires_grad_(flag) for name, flag in zip(names, trained, strict=True)]
+
+        def run(x: Tensor, *given: Tensor) -> Tensor:
+            f = dict(zip(names, given, strict=True))
+            return LowRankFunction.apply(x, None, read, bias, f["A"], f["B"], f.get("d"), f.get("b"), 0.7)
+
+        assert torch.autograd.gradcheck(run, (x, *inputs))
+
+
+def test_dropout_path_has_its_own_gradient() -> None:
+    torch.manual_seed(0)
+    made, W = factors(torch.float64, True, True), torch.randn(OUT, IN).double()
+    x, dropped = (torch.randn(*TOKENS, IN).double().requires_grad_() for _ in range(2))
+
+    def run(x: Tensor, dropped: Tensor, A: Tensor) -> Tensor:
+        return LowRankFunction.apply(x, dropped, W.to, None, A, made["B"], made["d"], made["b"], 1.5)
+
+    assert torch.autograd.gradcheck(run, (x, dropped, made["A"].requires_grad_()))
+
+
+@pytest.mark.parametrize("base", ["linear", "linear without bias", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_is_the_equation(base: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    module: nn.Module = Conv1D(OUT, IN) if base == "conv1d" else nn.Linear(IN, OUT, bias=base == "linear")
+    nn.init.normal_(module.weight)  # type: ignore[arg-type]
+    W = (module.weight.T if base == "conv1d" else module.weight).detach().clone().to(dtype)  # type: ignore[operator]
+    made = factors(torch.float32, True, True)
+    layer = LowRank(module.to(dtype), made, frozenset({"A", "B"}), scale=0.5, dropout=0.0)
+    x = torch.randn(*TOKENS, IN).to(dtype)
+    bias = None if module.bias is None else module.bias.float()
+    wanted = plain(x.float(), W.float(), bias, {k: v.to(dtype).float() for k, v in made.items()}, 0.5)
+    assert layer(x).dtype == dtype
+    torch.testing.assert_close(layer(x).float(), wanted, rtol=0.05 if dtype == torch.bfloat16 else 1e-6, atol=0.05)
+
+
+def test_only_named_factors_train_and_stay_fp32() -> None:
+    layer = LowRank(nn.Linear(IN, OUT).bfloat16(), factors(torch.float32, True, False), frozenset({"d"}), 1.0, 0.0)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["d"]
+    assert set(layer.factors()) == {"A", "B", "d"}
+    layer(torch.randn(3, IN).bfloat16()).sum().backward()
+    assert layer.d.dtype == torch.float32 and layer.d.grad is not None
+    assert layer.base.weight.grad is None  # type: ignore[union-attr]
+
+
+def test_dropout_acts_on_the_low_rank_path_alone_and_only_in_training() -> None:
+    torch.manual_seed(0)
+    made = {"A": torch.ones(1, 400), "B": torch.ones(1, 1)}
+    base = nn.Linear(400, 1)
+    layer = LowRank(base, made, frozenset({"A", "B"}), 1.0, dropout=0.5)
+    x = torch.ones(50, 400)
+    low_rank = layer.train()(x) - base(x)
+    assert low_rank.std() > 1 and abs(float(low_rank.mean()) - 400) < 10
+    torch.testing.assert_close(layer.eval()(x) - base(x), torch.full((50, 1), 400.0))
+
+
+def test_saves_x_once_and_reads_the_weight_again() -> None:
+    W, reads = torch.randn(OUT, IN), []
+
+    def read(dtype: torch.dtype) -> Tensor:
+        reads.append(dtype)
+        return W.to(dtype)
+
+    x = torch.randn(*TOKENS, IN, requires_grad=True)
+    A, B = torch.randn(R, IN, requires_grad=True), torch.randn(OUT, R, requires_grad=True)
+    y = LowRankFunction.apply(x, None, read, None, A, B, None, None, 1.0)
+    kept = [t.shape for t in y.grad_fn.saved_tensors if t is not None]
+    assert sorted(kept) == sorted([x.shape, torch.Size((6, R)), A.shape, B.shape])
+    y.sum().backward()
+    assert len(reads) == 2

@@ -1,0 +1,100 @@
+"""Truncated SVD against NumPy, its determinism, and the norms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pissa_cli import svd
+from pissa_cli.svd import frobenius_norm, nuclear_norm, truncated_svd
+from torch import Tensor
+
+
+def decaying(out: int, inn: int, rate: float = 0.98, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    k = min(out, inn)
+    U, V = torch.linalg.qr(torch.randn(out, k)).Q, torch.linalg.qr(torch.randn(inn, k)).Q
+    return (U * rate ** torch.arange(k)) @ V.T
+
+
+def residual(weight: Tensor, found: svd.SVD) -> float:
+    return float((weight.double() - (found.U * found.S).double() @ found.Vh.double()).norm())
+
+
+def best_residual(weight: Tensor, rank: int) -> float:
+    return float(np.linalg.norm(np.linalg.svd(weight.double().numpy(), compute_uv=False)[rank:]))
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (64, 64)])
+def test_exact_against_numpy(shape: tuple[int, int]) -> None:
+    weight = decaying(*shape, rate=0.9)
+    U, S, Vh = truncated_svd(weight, 5, "exact")
+    u, s, vh = np.linalg.svd(weight.double().numpy(), full_matrices=False)
+    np.testing.assert_allclose(S, s[:5], rtol=1e-5)
+    np.testing.assert_allclose((U * S) @ Vh, (u[:, :5] * s[:5]) @ vh[:5], atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_fast_residual_on_trained_matrices(real_matrices: dict[str, Tensor], rank: int) -> None:
+    for name, weight in real_matrices.items():
+        if rank < min(weight.shape):
+            assert residual(weight, truncated_svd(weight, rank, name=name)) <= 1.005 * best_residual(weight, rank), name
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((400, 300), 16), ((300, 500), 8), ((900, 700), 64)])
+def test_fast_residual_where_krylov_runs(shape: tuple[int, int], rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(svd, "_exact", None)
+    for weight in (decaying(*shape, rate=0.995), torch.randn(shape, generator=torch.Generator().manual_seed(1))):
+        found = truncated_svd(weight, rank)
+        assert residual(weight, found) <= 1.001 * best_residual(weight, rank)
+        assert bool((found.S[:-1] >= found.S[1:]).all())
+        torch.testing.assert_close(found.U.T @ found.U, torch.eye(rank), atol=1e-3, rtol=0)
+        torch.testing.assert_close(found.Vh @ found.Vh.T, torch.eye(rank), atol=1e-4, rtol=0)
+
+
+def test_fast_is_deterministic_whatever_surrounds_it() -> None:
+    weight = decaying(700, 500)
+    first = truncated_svd(weight, 16, seed=3, name="layer")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            torch.manual_seed(threads)
+            truncated_svd(weight, 8, seed=threads, name="another")
+            again = truncated_svd(weight, 16, seed=3, name="layer")
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    state = torch.get_rng_state()
+    assert not torch.equal(first.U, truncated_svd(weight, 16, seed=4, name="layer").U)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("true_rank", [0, 1, 7, 20])
+def test_fast_survives_low_rank_and_zero_matrices(true_rank: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(300, true_rank) @ torch.randn(true_rank, 260)
+    found = truncated_svd(weight, 10)
+    assert all(bool(torch.isfinite(part).all()) for part in found)
+    assert residual(weight, found) <= 1.001 * best_residual(weight, 10) + 1e-3 * float(weight.norm())
+
+
+def test_fast_survives_extreme_condition_numbers() -> None:
+    weight = decaying(400, 400, rate=0.8)
+    found = truncated_svd(weight, 16)
+    assert residual(weight, found) <= 1.001 * best_residual(weight, 16)
+
+
+@pytest.mark.parametrize("rank", [0, 31])
+def test_impossible_rank(rank: int) -> None:
+    with pytest.raises(ValueError, match="outside"):
+        truncated_svd(torch.randn(30, 40), rank)
+
+
+@pytest.mark.parametrize("shape", [(120, 90), (1200, 1100)])
+def test_nuclear_norm(shape: tuple[int, int]) -> None:
+    for weight in (decaying(*shape, rate=0.99), torch.randn(shape, generator=torch.Generator().manual_seed(0))):
+        exact = np.linalg.svd(weight.double().numpy(), compute_uv=False).sum()
+        assert nuclear_norm(weight) == pytest.approx(exact, rel=1e-5 if shape[0] < 1000 else 3e-2)
+        assert frobenius_norm(weight) == pytest.approx(np.linalg.norm(weight.double().numpy()), rel=1e-12)
