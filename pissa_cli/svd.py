@@ -81,9 +81,7 @@ def _block_krylov(weight: Tensor, rank: int, width: int, source: torch.Generator
     block = _orthonormal(weight.T @ omega)
     basis, images = block, weight @ block
     for _ in range(KRYLOV_BLOCKS - 1):
-        block = weight.T @ images[:, -width:]
-        for _ in range(2):  # orthonormalizing magnifies what is left of the basis in a nearly dependent block
-            block = _orthonormal(block - basis @ (basis.T @ block))
+        block = _orthonormal_to(basis, weight.T @ images[:, -width:])
         basis = torch.cat([basis, block], dim=1)
         images = torch.cat([images, weight @ block], dim=1)
     _, vectors = torch.linalg.eigh(images.T @ images)
@@ -94,6 +92,17 @@ def _block_krylov(weight: Tensor, rank: int, width: int, source: torch.Generator
         return SVD(U / S, S, (basis @ vectors).T.contiguous())
     U, S, Vh = torch.linalg.svd(images, full_matrices=False)  # squaring has cost the small singular values
     return SVD(U[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank] @ basis.T)
+
+
+def _orthonormal_to(basis: Tensor, block: Tensor) -> Tensor:
+    """An orthonormal block orthogonal to `basis`. Once is enough, unless `block` lies nearly inside the basis."""
+    overlap = basis.T @ block
+    for _ in range(4):
+        block = _orthonormal(block - basis @ overlap)
+        overlap = basis.T @ block
+        if float(overlap.abs().max()) < 1e-5:
+            break
+    return block
 
 
 def _orthonormal(block: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def test_impossible_rank(rank: int) -> None:
 
 @pytest.mark.parametrize("shape", [(120, 90), (1200, 1100)])
 def test_nuclear_norm(shape: tuple[int, int]) -> None:
-    for weight in (decaying(*shape, rate=0.99), torch.randn(shape, generator=torch.Generator().manual_seed(0))):
+    for weight in (decaying(*shape, rate=0.999), torch.randn(shape, generator=torch.Generator().manual_seed(0))):
         exact = np.linalg.svd(weight.double().numpy(), compute_uv=False).sum()
-        assert nuclear_norm(weight) == pytest.approx(exact, rel=1e-5 if shape[0] < 1000 else 3e-2)
+        assert nuclear_norm(weight) == pytest.approx(exact, rel=1e-5 if shape[0] < 1000 else 2e-2)
         assert frobenius_norm(weight) == pytest.approx(np.linalg.norm(weight.double().numpy()), rel=1e-12)
