@@ -16,12 +16,12 @@ from pissa_cli import __version__, quant
 from pissa_cli.adapters.start import Factors
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.exported import adapter_files, load_result
-from pissa_cli.initialize import copy_side_files, write_nf4_config
+from pissa_cli.initialize import copy_side_files, open_run, write_nf4_config
 from pissa_cli.loss import autocast
 from pissa_cli.model import Linear, linear_layers, load_model, load_tokenizer, skeleton
 from pissa_cli.recipe import FullOptions, Recipe
 from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import Run, read_json, whole_folder, write_json, write_text
+from pissa_cli.rundir import read_json, whole_folder, write_json, write_text
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
@@ -43,11 +43,10 @@ def merge(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Any
     From a QPiSSA run W is the 4-bit residual read back, so that nothing is approximated.
     Raises PissaError, leaving no `merged/`, if the logits differ by more than rounding.
     """
-    run = Run(Path(recipe.output))
-    run.read_manifest()
+    run, _ = open_run(recipe)
     if isinstance(recipe.adapter, FullOptions):
         raise UsageError(f"{run.folder}: full fine-tuning has no adapter to merge; {run.merged} is the model already")
-    folder, config, factors = adapter_files(run)
+    folder, config, factors = adapter_files(recipe)
     scale = config["lora_alpha"] / config["r"]
     weights = open_weights(folder)
     with whole_folder(run.merged) as target:
@@ -65,7 +64,7 @@ def merge(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Any
         model_config.pop("quantization_config", None)
         write_json(target / "config.json", model_config)
         write_text(target / "README.md", _model_card(recipe, Path(folder)))
-        difference = _compare(recipe, run, target, max(MERGE_TOLERANCE[dtype] for dtype in dtypes))
+        difference = _compare(recipe, target, max(MERGE_TOLERANCE[dtype] for dtype in dtypes))
     return {"path": str(run.merged), "bytes": writer.total_bytes, **difference}
 
 
@@ -77,12 +76,10 @@ def quantize(
     Returns sizes, the relative Frobenius error over the quantized weights, and perplexity before and after
     (on `data.eval` where the recipe has it, else on four built-in prompts, which says little).
     """
-    run = Run(Path(recipe.output))
     if model_folder is None and isinstance(recipe.adapter, FullOptions):
-        run.read_manifest()
-        model_folder = run.merged
+        model_folder = open_run(recipe)[0].merged
     if model_folder is None:
-        folder, config, factors = adapter_files(run)
+        folder, config, factors = adapter_files(recipe)
         scale = config["lora_alpha"] / config["r"]
     else:
         folder, factors, scale = model_folder, {}, 1.0
@@ -113,7 +110,7 @@ def quantize(
         model = skeleton(folder, recipe.model.trust_remote_code)
         linears = linear_layers(model, weights)
         write_nf4_config(folder, target, recipe, linears, recipe.model.double_quant)
-        before, after, data = _perplexities(recipe, run, model_folder, target)
+        before, after, data = _perplexities(recipe, model_folder, target)
     return {
         "path": str(output),
         "bytes": writer.total_bytes,
@@ -205,13 +202,13 @@ def _prefixes(name: str) -> Iterator[str]:
         name = name.rpartition(".")[0]
 
 
-def _compare(recipe: Recipe, run: Run, merged: Path, tolerance: float) -> dict[str, float]:
+def _compare(recipe: Recipe, merged: Path, tolerance: float) -> dict[str, float]:
     """Logits of the adapter on its base against those of the merged model, on PROBES."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(merged, recipe.model)
     bits = 32 if recipe.precision == "fp32" else 16
     dense = recipe.model.model_copy(update={"bits": bits, "double_quant": False})
-    apart = _logits(load_result(run, recipe, device), tokenizer, recipe)
+    apart = _logits(load_result(recipe, device), tokenizer, recipe)
     gc.collect()
     together = _logits(load_model(merged, dense, recipe.precision).to(device).eval(), tokenizer, recipe)
     largest = max(float((a - b).abs().max()) for a, b in zip(apart, together, strict=True))
@@ -235,12 +232,12 @@ def _logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: 
     return logits
 
 
-def _perplexities(recipe: Recipe, run: Run, dense: Path | None, quantized: Path) -> tuple[float, float, str]:
+def _perplexities(recipe: Recipe, dense: Path | None, quantized: Path) -> tuple[float, float, str]:
     """Perplexity before and after quantization, and on what it was measured."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(quantized, recipe.model)
     section = recipe.model.model_copy(update={"bits": 32 if recipe.precision == "fp32" else 16, "double_quant": False})
-    before = load_model(dense, section, recipe.precision).to(device) if dense else load_result(run, recipe, device)
+    before = load_model(dense, section, recipe.precision).to(device) if dense else load_result(recipe, device)
     first, data = _perplexity(before.eval(), tokenizer, recipe)
     del before
     gc.collect()

@@ -11,21 +11,22 @@ from transformers import PreTrainedModel
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Factors
 from pissa_cli.errors import UsageError
-from pissa_cli.initialize import copy_side_files, require_base
+from pissa_cli.initialize import copy_side_files, open_run, require_base
 from pissa_cli.model import attach, load_model, lowrank_layers
 from pissa_cli.recipe import FullOptions, Recipe
-from pissa_cli.rundir import PROVENANCE, Run, read_json, read_peft, whole_folder, write_json, write_peft
+from pissa_cli.rundir import PROVENANCE, read_json, read_peft, whole_folder, write_json, write_peft
 
 
-def write_result(run: Run, recipe: Recipe, manifest: dict[str, Any], model: PreTrainedModel) -> Path:
+def write_result(recipe: Recipe, model: PreTrainedModel) -> Path:
     """Write `adapter/` in PEFT files (or, for full fine-tuning, the model in `merged/`) and return its path.
 
     Over a dense base the adapter is made valid on the plain base, for PiSSA at rank 2r; over NF4 on `base/`.
     """
+    run, manifest = open_run(recipe)
     adapter = recipe.adapter
     if isinstance(adapter, FullOptions):
         with whole_folder(run.merged) as folder:
-            copy_side_files(Path(manifest["base"]["folder"]), folder)
+            copy_side_files(require_base(run, manifest, recipe), folder)
             model.save_pretrained(folder)
         return run.merged
     config, start = read_peft(run.init)
@@ -53,38 +54,39 @@ def write_result(run: Run, recipe: Recipe, manifest: dict[str, Any], model: PreT
     return run.adapter
 
 
-def load_result(run: Run, recipe: Recipe, device: torch.device) -> PreTrainedModel:
+def load_result(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     """The trained model in eval mode: `adapter/` on the base it is valid on, or `merged/` of a full fine-tuning.
 
     Raises UsageError if training has not finished, and if the base is not the one the adapter was made on.
     """
-    if recipe.adapter.method == "full":
+    if isinstance(recipe.adapter, FullOptions):
+        run, _ = open_run(recipe)
         if not (run.merged / "config.json").is_file():
             raise UsageError(f"{run.folder}: no trained model yet", "run `pissa train` to its end first")
         return load_model(run.merged, recipe.model, recipe.precision).to(device).eval()
-    folder, config, factors = adapter_files(run)
+    folder, config, factors = adapter_files(recipe)
     model = load_model(folder, recipe.model, recipe.precision).to(device)
     attach(model, factors, METHODS["lora"], config["lora_alpha"] / config["r"])
     return model.eval()
 
 
-def adapter_files(run: Run) -> tuple[Path, dict[str, Any], dict[str, Factors]]:
+def adapter_files(recipe: Recipe) -> tuple[Path, dict[str, Any], dict[str, Factors]]:
     """(folder of the base, PEFT configuration, factors) of `adapter/`, after checking that they belong together."""
-    manifest = run.read_manifest()
+    run, manifest = open_run(recipe)
     if not run.adapter.is_dir():
         raise UsageError(f"{run.folder}: no trained adapter yet", "run `pissa train` to its end first")
     config, factors = read_peft(run.adapter)
-    folder = require_base(run, manifest)
+    folder = require_base(run, manifest, recipe)
     expected = read_json(run.adapter / PROVENANCE)["base_fingerprint"]
     if expected not in (manifest["base"]["fingerprint"], manifest["base"].get("stored_fingerprint")):
         raise UsageError(f"{run.adapter}: this adapter was trained on another base ({expected})")
     return folder, config, factors
 
 
-def load_plain_base(run: Run, recipe: Recipe, device: torch.device) -> PreTrainedModel:
+def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     """The model before training, in eval mode: the dense base, or what 4-bit storage and the start make of it."""
-    manifest = run.read_manifest()
-    model = load_model(require_base(run, manifest), recipe.model, recipe.precision).to(device)
+    run, manifest = open_run(recipe)
+    model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision).to(device)
     if recipe.model.bits == 4:
         config, factors = read_peft(run.init)
         attach(model, factors, METHODS["lora"], config["lora_alpha"] / config["r"])

@@ -20,7 +20,7 @@ from pissa_cli import __version__, quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer, Method, Start
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.model import DTYPES, Linear, require_finite, skeleton, target_modules
+from pissa_cli.model import DTYPES, Linear, require_finite, resolve_base, skeleton, target_modules
 from pissa_cli.plan import Plan, make_plan
 from pissa_cli.recipe import FullOptions, Recipe
 from pissa_cli.recipe_file import dump
@@ -40,16 +40,20 @@ def initialize(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str
     """
     run = Run(Path(recipe.output))
     if run.exists():
-        manifest = run.read_manifest()
-        require_same_start(run, manifest, recipe)
-        return manifest
+        return open_run(recipe)[1]
     if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
         raise UsageError(f"{run.folder}: exists and is not a run folder", "name another with --output")
     return _write_run(recipe, make_plan(recipe), run, progress)
 
 
-def require_same_start(run: Run, manifest: dict[str, Any], recipe: Recipe) -> None:
-    """Refuse to go on in a folder whose start was made from another model, adapter or seed."""
+def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
+    """The run folder of a recipe and its manifest, after checking that the recipe asks for what was made there.
+
+    Raises UsageError for a folder that is no run, and for one whose start was made from another model, adapter or
+    seed. A base that was moved is fine: its fingerprint counts, not its name.
+    """
+    run = Run(Path(recipe.output))
+    manifest = run.read_manifest()
     wanted = _start_of(recipe)
     for key, value in manifest["start"].items():
         if wanted.get(key) != value:
@@ -57,27 +61,32 @@ def require_same_start(run: Run, manifest: dict[str, Any], recipe: Recipe) -> No
                 f"{run.folder}: this run was made with {key} = {value!r}, the recipe says {wanted.get(key)!r}",
                 "name another folder with --output, or remove this one",
             )
+    if [recipe.model.name, recipe.model.revision] != [manifest["base"]["name"], manifest["base"]["revision"]]:
+        _require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
+    return run, manifest
 
 
-def require_base(run: Run, manifest: dict[str, Any]) -> Path:
-    """The folder of the weights this run was made on (`base/`, or the dense base), checked by fingerprint."""
-    name = manifest["base"]["folder"]
-    folder = run.base if run.base.is_dir() else Path(name)
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: the base model of this run is gone", "bring it back, or run init again")
-    expected = manifest["base"]["stored_fingerprint" if run.base.is_dir() else "fingerprint"]
+def require_base(run: Run, manifest: dict[str, Any], recipe: Recipe) -> Path:
+    """The folder of the weights that this run computes with (`base/`, or the dense base), checked by fingerprint."""
+    if run.base.is_dir():
+        return _require_fingerprint(run.base, manifest["base"]["stored_fingerprint"])
+    return _require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
+
+
+def _require_fingerprint(folder: Path, expected: str) -> Path:
     found = fingerprint(open_weights(folder))
     if found != expected:
         raise UsageError(
             f"{folder}: not the model this run was made on (fingerprint {found}, expected {expected})",
-            "the adapter is only valid on its own base; use that, or start a new run",
+            "the adapter is only valid on its own base; use that, or start a new run with another --output",
         )
     return folder
 
 
 def _start_of(recipe: Recipe) -> dict[str, Any]:
-    """The values that determine the start, flattened; what may differ between two commands on one run is left out."""
-    start = {f"model.{key}": value for key, value in recipe.model.model_dump(mode="json").items()}
+    """The values that determine the start beside the base's weights, by dotted key."""
+    model = recipe.model.model_dump(mode="json", exclude={"name", "revision"})
+    start = {f"model.{key}": value for key, value in model.items()}
     start |= {f"adapter.{key}": value for key, value in recipe.adapter.model_dump(mode="json").items()}
     return {**start, "seed": recipe.seed}
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from transformers import PreTrainedModel
 
 from pissa_cli import report
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from pissa_cli.checkpoint import Names, latest_checkpoint, restore_checkpoint, save_checkpoint
 from pissa_cli.data import chunk_by_length, collate, load_examples
 from pissa_cli.errors import Interrupted, PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result
-from pissa_cli.initialize import Progress, initialize, require_base, require_same_start
+from pissa_cli.initialize import Progress, initialize, open_run, require_base
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import attach, load_model, load_tokenizer, parameter_counts, resolve_base
 from pissa_cli.optim import learning_rate, make_optimizer
@@ -32,6 +33,7 @@ from pissa_cli.process import peak_memory, stop_signals
 from pissa_cli.recipe import FullOptions, Recipe
 from pissa_cli.recipe_file import dump, load
 from pissa_cli.rundir import Run, read_peft, write_text
+from pissa_cli.svd import generator
 
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 MAY_CHANGE = {"data.eval", "data.packing"} | {
@@ -42,17 +44,16 @@ Watch = Callable[[dict[str, Any]], None]
 """Called with what goes to metrics.jsonl, and with {"note": text}."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trainer:
     """What a training step needs."""
 
     recipe: Recipe
     accelerator: Accelerator
-    model: PreTrainedModel
+    model: nn.Module
     optimizer: torch.optim.Optimizer
-    names: dict[nn.Parameter, str]
+    names: Names
     examples: Examples
-    held_out: Examples | None
     pad_id: int
     total_steps: int
 
@@ -69,28 +70,27 @@ def train(
     checkpoint = _check_run(run, recipe, resume)
     if recipe.data.train is None:
         raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
-    folder = require_base(run, run.read_manifest()) if run.exists() else resolve_base(recipe.model)
+    folder = require_base(*open_run(recipe), recipe) if run.exists() else resolve_base(recipe.model)
     tokenizer = load_tokenizer(folder, recipe.model)
     cache = Path(HF_HOME) / "pissa" / "tokens"
     examples = load_examples(recipe.data.train, recipe.data, tokenizer, cache)
     held_out = load_examples(recipe.data.eval, recipe.data, tokenizer, cache) if recipe.data.eval else None
     for name, loaded in (("data.train", examples), ("data.eval", held_out)):
-        if loaded is not None:
-            for line in loaded.notes(name):
-                watch({"note": line})
+        for line in loaded.notes(name) if loaded else ():
+            watch({"note": line})
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
     write_text(run.recipe, dump(recipe))
-    trainer = _setup(run, recipe, manifest, examples, held_out, tokenizer.pad_token_id or 0, checkpoint, watch)
-    plain = _plain(trainer.optimizer)
-    first_step = restore_checkpoint(checkpoint, trainer.names, plain) if checkpoint else 0
+    model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision)
+    trainer = _set_up(run, recipe, model, examples, tokenizer.pad_token_id or 0, checkpoint is None, watch)
+    first_step = restore_checkpoint(checkpoint, trainer.names, _plain(trainer.optimizer)) if checkpoint else 0
     _trim_metrics(run, first_step)
-    figures = _loop(run, trainer, first_step, watch)
-    figures["result"] = str(write_result(run, recipe, manifest, trainer.accelerator.unwrap_model(trainer.model)))
+    figures = _loop(run, trainer, held_out, first_step, watch)
+    figures["result"] = str(write_result(recipe, trainer.accelerator.unwrap_model(trainer.model)))
     report.loss_picture(run.metrics, run.folder / "loss.png")
     return figures
 
 
-def _loop(run: Run, trainer: Trainer, first_step: int, watch: Watch) -> dict[str, Any]:
+def _loop(run: Run, trainer: Trainer, held_out: Examples | None, first_step: int, watch: Watch) -> dict[str, Any]:
     section, began, tokens = trainer.recipe.train, time.time(), 0
     last_saved, losses, held_out_loss = first_step, [], None
     with stop_signals() as stopped, run.metrics.open("a", encoding="utf-8") as metrics:
@@ -115,8 +115,8 @@ def _loop(run: Run, trainer: Trainer, first_step: int, watch: Watch) -> dict[str
             seconds = time.time() - step_began
             event = {"step": step + 1, "steps": trainer.total_steps, "loss": loss, "lr": lr, "grad_norm": grad_norm}
             done = step + 1 == trainer.total_steps
-            if trainer.held_out and (done or (section.eval_every and (step + 1) % section.eval_every == 0)):
-                event["eval_loss"] = held_out_loss = evaluate_loss(trainer, trainer.held_out)
+            if held_out and (done or (section.eval_every and (step + 1) % section.eval_every == 0)):
+                event["eval_loss"] = held_out_loss = evaluate_loss(trainer, held_out)
             note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
             if done or stopped() or (section.save_every and (step + 1) % section.save_every == 0):
                 if trainer.accelerator.is_main_process:
@@ -139,7 +139,7 @@ def _loop(run: Run, trainer: Trainer, first_step: int, watch: Watch) -> dict[str
 def train_step(trainer: Trainer, step: int, lr: float) -> tuple[float, float, int]:
     """One optimizer step over `batch_size` examples: (loss averaged over target tokens, gradient norm, tokens)."""
     accelerator, examples, section = trainer.accelerator, trainer.examples, trainer.recipe.train
-    indices = step_examples(step, len(examples), section.batch_size, trainer.recipe.seed, _num_examples(trainer))
+    indices = step_examples(step, len(examples), trainer.recipe)
     num_targets = sum(examples.num_targets(i) for i in indices)
     share = indices[accelerator.process_index :: accelerator.num_processes]
     micro_batches = chunk_by_length(examples, share, section.micro_batch_size)
@@ -161,20 +161,30 @@ def train_step(trainer: Trainer, step: int, lr: float) -> tuple[float, float, in
     return loss_value, norm_value, sum(examples.length(i) for i in indices)
 
 
-def step_examples(step: int, num: int, batch_size: int, seed: int, end: int | None) -> list[int]:
-    """The examples of a step: the data shuffled anew each epoch by (seed, epoch), cut into runs of `batch_size`."""
-    begin, stop = step * batch_size, (step + 1) * batch_size
-    stop = stop if end is None else min(stop, end)
+def step_examples(step: int, num: int, recipe: Recipe) -> list[int]:
+    """The examples of a step: `num` of them shuffled anew each epoch by (seed, epoch), cut into batches."""
+    begin, stop = step * recipe.train.batch_size, (step + 1) * recipe.train.batch_size
+    if recipe.train.steps is None:
+        stop = min(stop, _examples_in_all(num, recipe))
     chosen: list[int] = []
     for epoch in range(begin // num, (stop - 1) // num + 1):
-        order = torch.randperm(num, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch & 2**63 - 1))
+        order = torch.randperm(num, generator=generator(recipe.seed, f"epoch {epoch}"))
         chosen += order[max(begin - epoch * num, 0) : stop - epoch * num].tolist()
     return chosen
 
 
+def count_steps(num: int, recipe: Recipe) -> int:
+    """Optimizer steps of the whole run over `num` examples."""
+    return recipe.train.steps or math.ceil(_examples_in_all(num, recipe) / recipe.train.batch_size)
+
+
+def _examples_in_all(num: int, recipe: Recipe) -> int:
+    return max(1, round((recipe.train.epochs or 1) * num))
+
+
 @torch.no_grad()
 def evaluate_loss(trainer: Trainer, examples: Examples) -> float:
-    """The loss averaged over all target tokens of `examples`."""
+    """The loss averaged over all target tokens of `examples`, without dropout."""
     trainer.model.eval()
     chunks = chunk_by_length(examples, list(range(len(examples))), trainer.recipe.train.micro_batch_size)
     mine = chunks[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
@@ -198,7 +208,7 @@ def _check_run(run: Run, recipe: Recipe, resume: bool) -> Path | None:
         if resume:
             raise UsageError(f"{run.folder}: nothing to resume", "start it without --resume")
         return None
-    require_same_start(run, run.read_manifest(), recipe)
+    open_run(recipe)
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
         return None
@@ -218,55 +228,42 @@ def _check_run(run: Run, recipe: Recipe, resume: bool) -> Path | None:
     return checkpoint
 
 
-def _setup(
-    run: Run,
-    recipe: Recipe,
-    manifest: dict[str, Any],
-    examples: Examples,
-    held_out: Examples | None,
-    pad_id: int,
-    checkpoint: Path | None,
-    watch: Watch,
+def _set_up(
+    run: Run, recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, fresh: bool, watch: Watch
 ) -> Trainer:
+    """Put the model on its device, make it train what the method trains, and give that an optimizer."""
     accelerator = Accelerator()
     torch.manual_seed(recipe.seed)
-    section = recipe.train
-    folder = run.base if run.base.is_dir() else Path(manifest["base"]["folder"])
-    model = load_model(folder, recipe.model, recipe.precision).to(accelerator.device)
-    trainer = Trainer(recipe, accelerator, model, None, {}, examples, held_out, pad_id, 0)  # type: ignore[arg-type]
-    trainer.total_steps = section.steps or math.ceil(_num_examples(trainer) / section.batch_size)  # type: ignore[operator]
+    model = model.to(accelerator.device)
+    probe = partial(_probe, recipe, model, examples, pad_id, accelerator.device)
     if isinstance(recipe.adapter, FullOptions):
         model.requires_grad_(True)
     else:
-        before = _probe(trainer) if recipe.model.bits != 4 and checkpoint is None else None
+        before = probe() if fresh and recipe.model.bits != 4 else None
         _, factors = read_peft(run.init)
         attach(model, factors, METHODS[recipe.adapter.method], recipe.adapter.scale, recipe.adapter.dropout)
         if before is not None:
-            _require_same_loss(before, _probe(trainer), recipe.precision)
-    if section.gradient_checkpointing:
+            _require_same_loss(before, probe(), recipe.precision)
+    if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    total_steps = count_steps(len(examples), recipe)
     trainable, total = parameter_counts(model)
-    steps = f"{trainer.total_steps} steps of {section.batch_size} examples"
+    steps = f"{total_steps} steps of {recipe.train.batch_size} examples"
     watch({"note": f"{trainable:,} of {total:,} parameters train; {steps}"})
-    trainer.optimizer = make_optimizer(list(trainer.names), section, recipe.lr)
-    trainer.model, trainer.optimizer = accelerator.prepare(model, trainer.optimizer)
-    return trainer
+    optimizer = make_optimizer(list(names), recipe.train, recipe.lr)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    return Trainer(recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps)
 
 
-def _num_examples(trainer: Trainer) -> int | None:
-    """Examples of the whole run where the recipe counts epochs, None where it counts steps."""
-    if trainer.recipe.train.steps is not None:
-        return None
-    return max(1, round((trainer.recipe.train.epochs or 1) * len(trainer.examples)))
-
-
-def _probe(trainer: Trainer) -> float:
-    """The loss on a few examples, without dropout."""
-    few = list(range(min(4, len(trainer.examples))))
-    trainer.model.eval()
-    with torch.no_grad():
-        return float(_summed_loss(trainer, trainer.examples, few)) / sum(trainer.examples.num_targets(i) for i in few)
+@torch.no_grad()
+def _probe(recipe: Recipe, model: nn.Module, examples: Examples, pad_id: int, device: torch.device) -> float:
+    """The loss on the first few examples, without dropout."""
+    few = list(range(min(4, len(examples))))
+    batch = collate(examples, few, pad_id, packing=False)
+    with autocast(recipe.model.bits, recipe.precision, device):
+        total = summed_loss(model.eval(), {key: tensor.to(device) for key, tensor in batch.items()})
+    return float(total) / sum(examples.num_targets(i) for i in few)
 
 
 def _require_same_loss(before: float, after: float, precision: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,8 +92,14 @@ class Fingerprint:
 
 
 def fingerprint(weights: Weights) -> str:
-    """The fingerprint of a checkpoint on disk."""
-    whole = Fingerprint()
+    """The fingerprint of a checkpoint on disk; its bytes are read once a process unless a file changes."""
+    stats = [(file, file.stat()) for file in sorted(set(weights.files.values()))]
+    return _fingerprint(weights.folder, tuple((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+
+
+@functools.lru_cache(maxsize=4)
+def _fingerprint(folder: Path, _files: tuple[tuple[str, int, int], ...]) -> str:
+    weights, whole = open_weights(folder), Fingerprint()
     for name in weights.files:
         whole.add(name, weights.read(name))
     return whole.digest()

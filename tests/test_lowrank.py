@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pissa_cli.adapters.lowrank import LowRank, LowRankFunction
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from pissa_cli.adapters.lowrank import LowRank, LowRankFunction
 
 TOKENS, IN, OUT, R = (2, 3), 5, 4, 2
 

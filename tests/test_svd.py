@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from pissa_cli import svd
 from pissa_cli.svd import frobenius_norm, nuclear_norm, truncated_svd
-from torch import Tensor
 
 
 def decaying(out: int, inn: int, rate: float = 0.98, seed: int = 0) -> Tensor:

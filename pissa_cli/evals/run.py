@@ -19,12 +19,12 @@ from pissa_cli.errors import UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals.generate import generate
 from pissa_cli.exported import load_plain_base, load_result
-from pissa_cli.initialize import require_base
+from pissa_cli.initialize import open_run, require_base
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import load_tokenizer
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import read_rows
-from pissa_cli.rundir import Run, whole_folder, write_json
+from pissa_cli.rundir import whole_folder, write_json
 
 BENCHES = ("gsm8k", "loss")
 PLANNED = ("math", "humaneval", "mbpp", "mt_bench", "glue")
@@ -38,12 +38,11 @@ def evaluate(recipe: Recipe, base: bool = False, progress: Progress = lambda *_:
     Raises UsageError for an unknown bench, missing data, or a run that is not trained.
     """
     check_benches(recipe)
-    run = Run(Path(recipe.output))
-    manifest = run.read_manifest()
-    tokenizer = load_tokenizer(require_base(run, manifest), recipe.model)
+    run, manifest = open_run(recipe)
+    tokenizer = load_tokenizer(require_base(run, manifest, recipe), recipe.model)
     data = {bench: _load_bench(bench, recipe, tokenizer) for bench in recipe.eval.bench}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = (load_plain_base if base else load_result)(run, recipe, device)
+    model = (load_plain_base if base else load_result)(recipe, device)
     results = {}
     for bench, loaded in data.items():
         began = time.time()

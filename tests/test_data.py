@@ -1,0 +1,180 @@
+"""Rows to tokens: templates, masks, truncation, unusable rows, the cache, and layouts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONFIGS, make_model
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pissa_cli import data as module
+from pissa_cli.data import TEMPLATE, collate, load_examples, question_prompt
+from pissa_cli.errors import UsageError
+from pissa_cli.examples import Examples
+from pissa_cli.loss import summed_loss
+from pissa_cli.recipe import DataSection
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(models: Callable[[str], Path]) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(models("llama"))
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def split(examples: Examples, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """(what is masked, what is a target) as text."""
+    part = slice(int(examples.offsets[index]), int(examples.offsets[index + 1]))
+    ids, targets = examples.ids[part], examples.targets[part]
+    return tokenizer.decode(ids[~targets]), tokenizer.decode(ids[targets])
+
+
+def load_one(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, row: Any, **section: Any) -> tuple[str, str]:
+    source = write(tmp_path / "one.jsonl", [row])
+    return split(load_examples(source, DataSection(**section), tokenizer, None), 0, tokenizer)
+
+
+def test_the_default_template_is_pissas(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt, answer = load_one(tmp_path, tokenizer, {"instruction": "Add 1 and 2.", "output": "3"})
+    intro = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    assert prompt == f"{intro}\n\n### Instruction:\nAdd 1 and 2.\n\n### Response:"
+    assert answer == "3\n<eos>"
+    assert question_prompt("Add 1 and 2.", DataSection(), tokenizer) == prompt
+    assert TEMPLATE.count("{") == 2
+
+
+def test_an_input_is_shown(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt, _ = load_one(tmp_path, tokenizer, {"instruction": "Sum.", "input": "1 {output} 2", "output": "3"})
+    assert "paired with an input" in prompt and "### Input:\n1 {output} 2\n\n### Response:" in prompt
+
+
+def test_other_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"prompt": "Q: 1 + 2\nA:", "completion": " 3"}
+    assert load_one(tmp_path, tokenizer, row, format="prompt") == ("Q: 1 + 2\nA:", " 3<eos>")
+    assert load_one(tmp_path, tokenizer, {"text": "Anna has 3."}, format="text") == ("", "Anna has 3.<eos>")
+    mapped = {"instruction": "query", "output": "response"}
+    row = {"query": "Q {output}", "response": "A"}
+    assert load_one(tmp_path, tokenizer, row, columns=mapped, template="<{instruction}|{output}>") == (
+        "<Q {output}|",
+        "A><eos>",
+    )
+
+
+def test_chat_masks_everything_but_the_assistant(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = CHAT
+    turns = [("user", "Hi"), ("assistant", "Yes"), ("user", "And"), ("assistant", "No")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    masked, targets = load_one(tmp_path, tokenizer, row, format="chat")
+    assert targets == "Yes<eos>No<eos>"
+    assert masked == "<user>Hi<assistant><user>And<assistant>"
+    assert question_prompt("Hi", DataSection(format="chat"), tokenizer) == "<user>Hi<assistant>"
+
+
+def test_chat_needs_a_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UsageError, match="chat template"):
+        load_one(tmp_path, tokenizer, {"messages": []}, format="chat")
+
+
+def test_no_token_spans_prompt_and_answer(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """' has' is one token; if the prompt ends in ' ' it must not be merged over the boundary."""
+    assert len(tokenizer(" has")["input_ids"]) == 1
+    row = {"prompt": "Anna ", "completion": "has 3"}
+    assert load_one(tmp_path, tokenizer, row, format="prompt") == ("Anna ", "has 3<eos>")
+
+
+def test_bad_rows_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    good = {"instruction": "a", "output": "b"}
+    rows = [
+        good,
+        "{broken",
+        {**good, "output": None},
+        {"instruction": "a"},
+        [1],
+        {**good, "output": ["x"]},
+        {**good, "output": 7},
+    ]
+    examples = load_examples(write(tmp_path / "r.jsonl", rows), DataSection(), tokenizer, None)
+    assert len(examples) == 2
+    assert examples.unusable == {
+        "not JSON in UTF-8": [2],
+        "'output' is missing": [3, 4],
+        "not a JSON object": [5],
+        "'output' is not text": [6],
+    }
+    assert examples.notes("data.train")[2] == "data.train: 2 rows not used: 'output' is missing (rows 3, 4)"
+
+
+def test_truncation(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": "1" * p, "completion": "2" * c} for p, c in ((5, 4), (9, 9), (10, 3), (12, 1))]
+    section = DataSection(format="prompt", max_length=10)
+    examples = load_examples(write(tmp_path / "r.jsonl", rows), section, tokenizer, None)
+    assert [examples.length(i) for i in range(len(examples))] == [10, 10]
+    assert [examples.num_targets(i) for i in range(len(examples))] == [5, 1]
+    assert examples.num_cut == 1 and examples.unusable == {module.CUT: [3, 4]}
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv", "parquet"])
+def test_other_files_hold_the_same(suffix: str, tmp_path: Path, rows: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    content = [json.loads(line) for line in rows.read_text().splitlines()]
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "json":
+        path.write_text(json.dumps(content))
+    elif suffix == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["instruction", "output"])
+            writer.writeheader()
+            writer.writerows(content)
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(content), path)
+    section = DataSection(limit=30)
+    one, other = (load_examples(str(p), section, tokenizer, None) for p in (rows, path))
+    assert len(one) == 30 and torch.equal(one.ids, other.ids) and torch.equal(one.targets, other.targets)
+
+
+def test_the_cache_is_by_content(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_examples(str(rows), DataSection(), tokenizer, tmp_path)
+    copied = tmp_path / "copy.jsonl"
+    copied.write_bytes(rows.read_bytes())
+    calls: list[str] = []
+    original = module._tokenize
+    monkeypatch.setattr(module, "_tokenize", lambda source, *rest: calls.append(source) or original(source, *rest))
+    again = load_examples(str(copied), DataSection(), tokenizer, tmp_path)
+    assert not calls and torch.equal(first.ids, again.ids) and torch.equal(first.targets, again.targets)
+    load_examples(str(rows), DataSection(max_length=300), tokenizer, tmp_path)
+    copied.write_bytes(rows.read_bytes() + b'{"instruction": "x", "output": "y"}\n')
+    assert len(load_examples(str(copied), DataSection(), tokenizer, tmp_path)) == len(first) + 1
+    assert len(calls) == 2
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    assert torch.equal(load_examples(str(rows), DataSection(), tokenizer, tmp_path).ids, first.ids)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_packing_is_a_matter_of_layout(architecture: str, tokenizer: PreTrainedTokenizerBase, rows: Path) -> None:
+    model = make_model(architecture)
+    examples = load_examples(str(rows), DataSection(), tokenizer, None)
+    indices = [3, 8, 1, 5]
+    with torch.no_grad():
+        padded, packed = (summed_loss(model, collate(examples, indices, 0, packing)) for packing in (False, True))
+        alone = sum(summed_loss(model, collate(examples, [i], 0, False)) for i in indices)
+    assert float(padded) == pytest.approx(float(alone), rel=1e-5)
+    assert float(packed) == pytest.approx(float(alone), rel=1e-5)

@@ -1,0 +1,234 @@
+"""Bad input: exit 2, one clear message, nothing written. And a disk that fails: exit 1, what was saved is intact."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Outcome, make_model, save_model
+
+from pissa_cli.rundir import Run
+from pissa_cli.train import train
+from pissa_cli.weights import load_tensors
+
+Pissa = Callable[..., Outcome]
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(pissa: Pissa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run a command that must be refused; returns its message, on one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: Any) -> str:
+        before = tree(tmp_path)
+        outcome = pissa(*arguments)
+        assert outcome.code == 2, outcome
+        assert tree(tmp_path) == before
+        assert outcome.out == "" and "Traceback" not in outcome.err and outcome.err.count("error:") == 1
+        return " ".join(outcome.err.split())
+
+    return run
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_unknown_key(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = write(tmp_path / "r.yaml", "model: {name: x}\ntrain:\n  learning_rat: 3e-4\n  batchsize: 3\n")
+    message = refused("train", file)
+    assert f"{file}:4: train.batchsize: unknown key; did you mean 'train.batch_size'?" in message
+    assert f"{file}:3: train.learning_rat: unknown key" in message
+    assert "belongs under 'adapter'" in refused(
+        "train", write(tmp_path / "s.yaml", "model: {name: x}\ntrain: {rank: 3}\n")
+    )
+    assert "method lora has no such option" in refused("init", "--model", "x", "--method", "lora", "--svd", "exact")
+
+
+def test_duplicate_key(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = write(tmp_path / "r.yaml", "model: {name: x}\ntrain:\n  lr: 1\n  lr: 2\n")
+    assert f"{file}:4: duplicate key 'train.lr', first given in line 3" in refused("train", file)
+
+
+def test_wrong_types_and_combinations(refused: Callable[..., str], tmp_path: Path) -> None:
+    for sets, wanted in [
+        (["train.lr=fast"], "train.lr: input should be a valid number (found 'fast')"),
+        (["adapter.rank=2.5"], "adapter.rank"),
+        (["model.bits=8"], "model.bits: input should be 4, 16 or 32 (found 8)"),
+        (["adapter.method=pisa"], "adapter.method: unknown method"),
+        (["adapter.dropout=0.1"], "pissa needs dropout 0"),
+        (["adapter.passes=5"], "set model.bits to 4"),
+        (["train.epochs=1", "train.steps=1"], "train.steps") if False else (["train.steps=0"], "train.steps"),
+        (["model.bits=4", "adapter.method=full"], "full cannot train 4-bit weights"),
+        (["train.precision=fp32"], "set model.bits to 32"),
+        (["train=3"], "train"),
+        (["nothing"], "expected key=value"),
+        (["adapter.targets=[]"], "name at least one layer"),
+    ]:
+        message = refused("init", "--model", "x", *(part for text in sets for part in ("--set", text)))
+        assert wanted in message
+
+
+def test_rank(refused: Callable[..., str], models: Callable[[str], Path]) -> None:
+    assert "adapter.rank" in refused("init", "--model", models("llama"), "--rank", 0)
+    message = refused("init", "--model", models("llama"), "--rank", 33)
+    assert "33 is above the smallest dimension of model.layers.0.self_attn.k_proj (32 x 64)" in message
+    assert "use at most 32" in message
+
+
+def test_targets(refused: Callable[..., str], models: Callable[[str], Path]) -> None:
+    message = refused("init", "--model", models("llama"), "--set", "adapter.targets=[q_proj, c_attn]")
+    assert "'c_attn' matches no linear layer" in message
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in message
+
+
+def test_files_that_are_not_there(refused: Callable[..., str], models: Callable[[str], Path], tmp_path: Path) -> None:
+    assert "no such recipe or run folder" in refused("train", "nothing.yaml")
+    assert "did you mean 'gsm8k'" in refused("train", "gsm8")
+    assert "no such folder" in refused("init", "--model", "./nothing")
+    message = refused("train", "--model", models("llama"), "--set", "data.train=nothing.jsonl")
+    assert "nothing.jsonl: no such data file" in message
+    assert "data.train: no training data given" in refused("train", "--model", models("llama"))
+    assert "not a run folder" in refused("merge", tmp_path)
+    assert "no model given" in refused("init")
+
+
+def test_data(refused: Callable[..., str], models: Callable[[str], Path], tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", '{"question": "a", "answer": "b"}\n')
+    message = refused("train", "--model", models("llama"), "--set", f"data.train={file}")
+    assert "no column 'instruction'" in message and "it has: question, answer" in message
+    empty = write(tmp_path / "empty.jsonl", "")
+    assert "no usable row (it is empty)" in refused("train", "--model", models("llama"), "--set", f"data.train={empty}")
+    odd = write(tmp_path / "rows.txt", "")
+    assert "unknown kind of data file" in refused("train", "--model", models("llama"), "--set", f"data.train={odd}")
+
+
+def test_truncated_shard(refused: Callable[..., str], tmp_path: Path) -> None:
+    folder = save_model(make_model("llama"), tmp_path / "model", max_shard_size="100KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    content = shards[1].read_bytes()
+    for damaged in (content[:-100], content[:6], b""):
+        shards[1].write_bytes(damaged)
+        assert f"{shards[1]}: truncated or damaged" in refused("init", "--model", folder)
+    shards[1].unlink()
+    assert "shard of the index is missing" in refused("init", "--model", folder)
+
+
+def test_adapter_on_the_wrong_base(
+    refused: Callable[..., str],
+    pissa: Pissa,
+    models: Callable[[str], Path],
+    recipe: Callable[..., Any],
+    rows: Path,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models("llama"), folder)
+    made = recipe(folder, "adapter.rank=4", f"data.train={rows}", "train.steps=1", "train.batch_size=2")
+    train(made)
+    save_model(make_model("llama", seed=1), folder)
+    for command in (["eval", "--bench", "loss", "--data", rows], ["merge"], ["quantize"], ["train", "--resume"]):
+        message = refused(command[0], made.output, *command[1:])
+        assert "not the model this run was made on" in message and str(folder) in message
+    other = save_model(make_model("llama", seed=2), tmp_path / "other")
+    message = refused("merge", made.output, "--set", f"model.name={other}")
+    assert "not the model this run was made on" in message
+    assert "adapter.rank = 4, the recipe says 5" in refused("merge", made.output, "--set", "adapter.rank=5")
+    folder.rename(tmp_path / "moved")
+    assert "no such folder" in refused("merge", made.output)
+    save_model(make_model("llama"), tmp_path / "moved")
+    assert pissa("merge", made.output, "--set", f"model.name={tmp_path / 'moved'}").code == 0
+
+
+def test_run_folder_of_another_recipe(
+    refused: Callable[..., str], models: Callable[[str], Path], pissa: Pissa, tmp_path: Path
+) -> None:
+    assert pissa("init", "--model", models("llama"), "--rank", 4, "--output", tmp_path / "out").code == 0
+    message = refused("init", "--model", models("llama"), "--rank", 8, "--output", tmp_path / "out")
+    assert "this run was made with adapter.rank = 4, the recipe says 8" in message
+    message = refused("init", "--model", models("gpt2"), "--rank", 4, "--output", tmp_path / "out")
+    assert "not the model this run was made on" in message
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine" / "notes.txt", "x")
+    assert "exists and is not a run folder" in refused(
+        "init", "--model", models("llama"), "--output", tmp_path / "mine"
+    )
+
+
+def test_resume_with_another_recipe(
+    refused: Callable[..., str], models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path
+) -> None:
+    made = recipe(models("llama"), "adapter.rank=4", f"data.train={rows}", "train.steps=1", "train.batch_size=2")
+    train(made)
+    assert "train.batch_size was 2 so far and is 3 now" in refused(
+        "train", made.output, "--resume", "--set", "train.batch_size=3"
+    )
+    assert "go on with --resume" in refused("train", made.output)
+
+
+def test_unreachable_hub(refused: Callable[..., str], models: Callable[[str], Path]) -> None:
+    message = refused("init", "--model", "mistral-7b", "--rank", 128, "--svd", "fast")
+    assert "mistralai/Mistral-7B-v0.1: cannot get this model from the Hub" in message
+    assert "give a local folder" in message
+    message = refused("train", "--model", models("llama"), "--set", "data.train=some/data")
+    assert "some/data: cannot get this data set from the Hub" in message and "local" in message
+
+
+def test_benchmarks(refused: Callable[..., str]) -> None:
+    assert "unknown benchmark 'gsm9k' next: known: gsm8k, loss" in refused("eval", "demo/pissa", "--bench", "gsm9k")
+    assert "humaneval comes in a later version" in refused("eval", "gsm8k", "--bench", "gsm8k,humaneval")
+    assert "not a run folder" in refused("eval", "demo/pissa", "--bench", "gsm8k")
+
+
+def test_push_without_token(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "no token for the Hub" in refused("merge", "demo/pissa", "--push")
+
+
+def test_parser_errors(refused: Callable[..., str], pissa: Pissa) -> None:
+    assert pissa("init", "--no-such-flag").code == 2
+    assert pissa("no-such-command").code == 2
+    assert pissa("init", "--rank", "many").code == 2
+
+
+def test_json_errors_are_json(pissa: Pissa) -> None:
+    outcome = pissa("init", "--model", "x", "--rank", 0, "--json")
+    assert outcome.code == 2 and outcome.json["exit_code"] == 2 and "adapter.rank" in outcome.json["error"]
+
+
+def test_a_full_disk_costs_only_the_new_checkpoint(
+    models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, tmp_path: Path
+) -> None:
+    """A real failing write: the process may not make files larger than the next optimizer state."""
+    made = recipe(
+        models("llama"), "model.bits=32", "adapter.rank=4", f"data.train={rows}", "train.steps=2", "train.batch_size=2"
+    )
+    train(made)
+    run = Run(Path(made.output))
+    before = {p.name: p.read_bytes() for p in (run.checkpoints / "step-2").iterdir()}
+    limit = len(before["optimizer.safetensors"]) - 1000
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, "-m", "pissa_cli", "train", made.output, "--resume", "--set", "train.steps=4", "--json"]
+    done = subprocess.run(command, preexec_fn=small_files, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 1, done.stderr
+    assert "optimizer.safetensors: cannot write" in json.loads(done.stdout)["error"] and "Traceback" not in done.stderr
+    assert {p.name: p.read_bytes() for p in (run.checkpoints / "step-2").iterdir()} == before
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-2"]
+    assert load_tensors(run.adapter / "adapter_model.safetensors")

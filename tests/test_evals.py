@@ -1,0 +1,143 @@
+"""GSM8K's scorer against the reference protocol's rules, generation, and what eval leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEMO
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pissa_cli.errors import UsageError
+from pissa_cli.evals import gsm8k
+from pissa_cli.evals.generate import generate
+from pissa_cli.evals.run import evaluate
+from pissa_cli.recipe_file import load
+from pissa_cli.rundir import Run
+from pissa_cli.train import train
+
+FORMS = [
+    ("The answer is: 42", 42),
+    ("The answer is: 42.", 42),
+    ("The answer is: $42", 42),
+    ("The answer is: -7", -7),
+    ("The answer is: 1,234", 1234),
+    ("The answer is: 1,234,567", 1234),
+    ("The answer is: 0.75", 1),
+    ("The answer is: 2.5", 2),
+    ("The answer is: 3.5", 4),
+    ("The answer is: 3/4", 1),
+    ("The answer is: 10/4", 2),
+    ("The answer is: 5/0", None),
+    ("The answer is: 12 apples, 3 left", 12),
+    ("The answer is: 1. The answer is: 2", 2),
+    ("The answer is:42", None),
+    ("The answer is 42", None),
+    ("the answer is: 42", None),
+    ("The answer is: none", None),
+    ("The answer is: ", None),
+    ("", None),
+    ("#### 42", None),
+    ("The answer is: +5", 5),
+    ("The answer is: .5", 0),
+    ("The answer is: 18\n", 18),
+]
+
+
+@pytest.mark.parametrize(("output", "wanted"), FORMS)
+def test_extraction(output: str, wanted: int | None) -> None:
+    assert gsm8k.extract(output) == wanted
+
+
+def test_gold_and_score() -> None:
+    row = {"question": "q", "answer": "It costs 1,250.\n#### 1,250"}
+    assert gsm8k.gold(row) == "1,250"
+    assert gsm8k.score("The answer is: 1250", gsm8k.gold(row)) and gsm8k.score("The answer is: 1,250", "1,250")
+    assert not gsm8k.score("The answer is: 125", "1,250") and not gsm8k.score("no marker 1250", "1,250")
+
+
+@pytest.fixture(scope="module")
+def demo_base() -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(DEMO / "base")
+
+
+PROMPTS = [
+    "Anna has 12 apples. Anna finds 5 apples. Count the apples:",
+    "Ben has 7",
+    "Kim has 40 pens. Kim loses 9 pens. Count",
+]
+
+
+def test_generation_is_that_of_transformers_and_ignores_the_batch(demo_base: tuple[Any, Any]) -> None:
+    model, tokenizer = demo_base
+    alone = {}
+    for index, prompt in enumerate(PROMPTS):
+        encoded = tokenizer(prompt, return_tensors="pt")
+        tokens = model.generate(
+            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], max_new_tokens=20, do_sample=False
+        )
+        alone[index] = tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    for batch_size in (1, 2, 3):
+        assert dict(generate(model, tokenizer, PROMPTS, batch_size, 20)) == alone
+    assert alone[0].startswith(" 12 + 5 = 17. The answer is: 17")
+
+
+def test_generation_stays_inside_the_context(demo_base: tuple[Any, Any]) -> None:
+    model, tokenizer = demo_base
+    assert dict(generate(model, tokenizer, ["1" * 250], 1, 100))
+    with pytest.raises(UsageError, match="no room"):
+        list(generate(model, tokenizer, ["1" * 256], 1, 100))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A short run on the demo's model."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    sets = [f"output={out}", "train.steps=2", "eval.limit=6", "eval.bench=[gsm8k, loss]", "data.limit=64"]
+    recipe = load("demo/pissa", {}, sets).recipe
+    train(recipe)
+    return recipe
+
+
+def test_eval_reads_the_files_and_writes_what_it_found(finished: Any) -> None:
+    results = evaluate(finished)
+    run = Run(Path(finished.output))
+    folder = run.folder / "eval" / "gsm8k"
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    questions = [json.loads(line) for line in (DEMO / "test.jsonl").read_text().splitlines()][:6]
+    assert json.loads((folder / "result.json").read_text()) == results["gsm8k"]
+    assert results["gsm8k"]["n"] == 6 and [s["id"] for s in samples] == list(range(6))
+    for sample, row in zip(samples, questions, strict=True):
+        assert sample["prompt"] == f"Question: {row['question']}\nAnswer:"
+        assert sample["reference"] == row["answer"].rpartition("#### ")[2]
+    assert results["gsm8k"]["score"] == pytest.approx(100 * sum(s["correct"] for s in samples) / 6)
+    (run.adapter / "adapter_model.safetensors").rename(run.folder / "away")
+    with pytest.raises(UsageError, match="adapter_model"):
+        evaluate(finished)
+    (run.folder / "away").rename(run.adapter / "adapter_model.safetensors")
+
+
+def test_held_out_loss_is_the_plain_average(finished: Any) -> None:
+    from pissa_cli.data import collate, load_examples
+    from pissa_cli.exported import load_result
+
+    result = evaluate(finished)["loss"]
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")
+    model = load_result(finished, torch.device("cpu"))
+    examples = load_examples(finished.data.eval, finished.data.model_copy(update={"limit": 6}), tokenizer, None)
+    batch = collate(examples, range(6), 0, False)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        wanted = torch.nn.functional.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert result["score"] == pytest.approx(float(wanted), rel=1e-5) and result["n"] == 6 and result["stderr"] > 0
+
+
+def test_the_base_scores_apart(finished: Any) -> None:
+    base = evaluate(finished, base=True)
+    assert base["gsm8k"]["model"] == "base"
+    assert (Path(finished.output) / "eval" / "base" / "gsm8k" / "result.json").is_file()
+    assert base["loss"]["score"] > evaluate(finished)["loss"]["score"]

@@ -1,0 +1,109 @@
+"""Stock PEFT as the oracle: what we write loads there and computes the same; what we start is what it starts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from pissa_cli.exported import load_result
+from pissa_cli.initialize import initialize
+from pissa_cli.rundir import Run, read_json, read_peft
+from pissa_cli.train import train
+
+peft = pytest.importorskip("peft")
+
+IDS = torch.randint(2, 512, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    for module in model.modules():  # its in-place repacking for AVX512 CPUs rounds the scales
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()(input_ids=IDS).logits.float()
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
+def trained(recipe: Callable[..., Any], folder: Path, rows: Path, *sets: str) -> Any:
+    made = recipe(
+        folder, f"data.train={rows}", "train.steps=4", "train.batch_size=4", "train.lr=0.01", "train.warmup=0", *sets
+    )
+    train(made)
+    return made
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_adapter_of_a_dense_run_loads_on_the_plain_base(
+    architecture: str, method: str, models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path
+) -> None:
+    folder = models(architecture)
+    made = trained(
+        recipe, folder, rows, "model.bits=32", f"adapter.method={method}", "adapter.rank=4", "adapter.alpha=6"
+    )
+    run = Run(Path(made.output))
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = logits(base)
+    theirs = logits(peft.PeftModel.from_pretrained(base, run.adapter))
+    close(logits(load_result(made, torch.device("cpu"))), theirs)
+    assert float((theirs - plain).norm() / plain.norm()) > 1e-2
+    config = read_json(run.adapter / "adapter_config.json")
+    assert config["init_lora_weights"] is True
+    assert (config["r"], config["lora_alpha"]) == ((8, 12) if method == "pissa" else (4, 6))
+    assert read_json(run.adapter / "pissa.json")["trained_rank"] == 4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_adapter_of_an_nf4_run_loads_on_its_base(
+    architecture: str, method: str, models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path
+) -> None:
+    sets = ["model.bits=4", "train.precision=fp32", f"adapter.method={method}", "adapter.rank=4"]
+    made = trained(recipe, models(architecture), rows, *sets)
+    run = Run(Path(made.output))
+    base = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
+    close(logits(load_result(made, torch.device("cpu"))), logits(peft.PeftModel.from_pretrained(base, run.adapter)))
+
+
+def test_exact_start_is_pefts_up_to_sign(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
+    made = recipe(models("llama"), "model.bits=32", "adapter.rank=4", "adapter.alpha=8", "adapter.svd=exact")
+    initialize(made)
+    _, ours = read_peft(Run(Path(made.output)).init)
+    base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, init_lora_weights="pissa", target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(base, config)
+    for name, factors in ours.items():
+        layer = theirs.get_submodule(f"base_model.model.{name}")
+        A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        sign = (A * factors["A"]).sum(1).sign()
+        torch.testing.assert_close(factors["A"], sign[:, None] * A, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(factors["B"], sign * B, atol=1e-4, rtol=1e-3)
+
+
+def test_peft_never_decomposes_again(
+    models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trained(recipe, models("llama"), rows, "model.bits=32", "adapter.rank=4")
+    run = Run(Path(made.output))
+    monkeypatch.setattr(peft.tuners.lora.layer.LoraLayer, "pissa_init", None)
+    for folder in (run.init, run.adapter):
+        base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
+        weights = copy.deepcopy(base.state_dict())
+        model = peft.PeftModel.from_pretrained(base, folder)
+        for name, tensor in weights.items():
+            stem, _, last = name.rpartition(".")
+            target = f"base_model.model.{stem}.base_layer.{last}" if "proj" in name else f"base_model.model.{name}"
+            assert torch.equal(model.state_dict()[target], tensor)

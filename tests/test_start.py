@@ -1,0 +1,146 @@
+"""Step 0: the adapted model is the base, for every architecture, method, SVD and store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONFIGS
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pissa_cli.adapters.methods import METHODS
+from pissa_cli.initialize import initialize
+from pissa_cli.model import attach, load_model, lowrank_layers
+from pissa_cli.quant import packed_weight, read
+from pissa_cli.rundir import Run, read_peft
+
+STARTS = [("lora", "fast"), ("pissa", "fast"), ("pissa", "exact")]
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    ids = torch.randint(2, 512, (2, 24), generator=torch.Generator().manual_seed(0))
+    return model.eval()(input_ids=ids).logits.float()
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def started(recipe: Any) -> PreTrainedModel:
+    """The model as training sees it before its first step."""
+    run = Run(Path(recipe.output))
+    manifest = initialize(recipe)
+    folder = run.base if run.base.is_dir() else Path(manifest["base"]["folder"])
+    model = load_model(folder, recipe.model, recipe.precision)
+    attach(model, read_peft(run.init)[1], METHODS[recipe.adapter.method], recipe.adapter.scale)
+    return model
+
+
+def options(method: str, svd: str) -> list[str]:
+    return [f"adapter.method={method}", "adapter.rank=4", *([f"adapter.svd={svd}"] if method == "pissa" else [])]
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize(("method", "svd"), STARTS)
+def test_dense_start_is_the_base(
+    architecture: str, method: str, svd: str, models: Callable[[str], Path], recipe: Callable[..., Any]
+) -> None:
+    folder = models(architecture)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = started(recipe(folder, "model.bits=32", "adapter.alpha=6", *options(method, svd)))
+    assert relative(logits(model), logits(base)) < 1e-5
+    heads = {id(model.get_output_embeddings())}
+    linears = [m for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m is not base.get_output_embeddings()]
+    assert len(lowrank_layers(model)) == len(linears) and heads
+    assert isinstance(model.get_output_embeddings(), nn.Linear)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize(("method", "svd"), STARTS)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_nf4_start_is_the_base_with_stored_weights(
+    architecture: str,
+    method: str,
+    svd: str,
+    double_quant: bool,
+    models: Callable[[str], Path],
+    recipe: Callable[..., Any],
+) -> None:
+    folder = models(architecture)
+    sets = ["model.bits=4", "train.precision=fp32", f"model.double_quant={str(double_quant).lower()}"]
+    model = started(recipe(folder, *sets, *options(method, svd)))
+    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    modules = dict(oracle.named_modules())
+    for name, layer in lowrank_layers(model).items():
+        packed = packed_weight(layer.base)
+        assert packed is not None
+        W = read(packed) + layer.scale * layer.B.detach() @ layer.A.detach()
+        modules[name].weight.data = W.T.contiguous() if isinstance(modules[name], Conv1D) else W
+    assert relative(logits(model), logits(oracle)) < 1e-5
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert 1e-5 < relative(logits(model), logits(plain)) < 0.6
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_bf16_start_is_the_base_within_rounding(
+    method: str, models: Callable[[str], Path], recipe: Callable[..., Any]
+) -> None:
+    folder = models("llama")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = started(recipe(folder, "model.bits=16", *options(method, "exact")))
+    assert relative(logits(model), logits(base)) < 2e-2
+
+
+def test_tied_embeddings_survive(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
+    model = started(recipe(models("qwen2"), "model.bits=4", "train.precision=fp32", "adapter.rank=4"))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_start_does_not_depend_on_the_global_generator_or_order(
+    models: Callable[[str], Path], recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    found = []
+    for number, targets in enumerate(("[q_proj, up_proj]", "[up_proj, q_proj]", "all-linear")):
+        torch.manual_seed(number)
+        made = recipe(
+            models("llama"),
+            "adapter.method=lora",
+            "adapter.rank=4",
+            f"adapter.targets={targets}",
+            f"output={tmp_path / str(number)}",
+        )
+        initialize(made)
+        found.append(read_peft(Run(Path(made.output)).init)[1])
+    for name, pair in found[0].items():
+        for other in found[1:]:
+            assert torch.equal(pair["A"], other[name]["A"]) and torch.equal(pair["B"], other[name]["B"])
+    torch.manual_seed(0)
+    A = found[2]["model.layers.0.self_attn.q_proj"]["A"]
+    assert float(A.abs().max()) <= 64**-0.5 and float(A.var()) == pytest.approx(1 / (3 * 64), rel=0.2)
+
+
+def test_manifest_records_the_start(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
+    made = recipe(models("llama"), "model.bits=4", "adapter.rank=8", "adapter.targets=[q_proj]")
+    manifest = initialize(made)
+    assert [layer["name"] for layer in manifest["layers"]] == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    from safetensors.torch import load_file
+
+    weights = load_file(models("llama") / "model.safetensors")
+    _, factors = read_peft(Run(Path(made.output)).init)
+    base = AutoModelForCausalLM.from_pretrained(Run(Path(made.output)).base, dtype=torch.float32)
+    for layer in manifest["layers"]:
+        W = weights[f"{layer['name']}.weight"]
+        stored = read(packed_weight(base.get_submodule(layer["name"])))  # type: ignore[arg-type]
+        error = W - stored - factors[layer["name"]]["B"] @ factors[layer["name"]]["A"]
+        s = torch.linalg.svdvals(W.double())
+        assert layer["nuclear"] == pytest.approx(float(torch.linalg.svdvals(error.double()).sum()), rel=1e-5)
+        assert layer["frobenius"] == pytest.approx(float(error.double().norm()), rel=1e-5)
+        assert layer["energy"] == pytest.approx(float(s[:8].square().sum() / s.square().sum()), rel=1e-4)
+        assert layer["nuclear"] < layer["plain_nuclear"]
+    assert initialize(made) == manifest

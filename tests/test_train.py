@@ -1,0 +1,279 @@
+"""The loop: the loss it minimizes, the examples it takes, and going on after a stop as if there had been none."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+
+from pissa_cli import train as module
+from pissa_cli.errors import Interrupted, PissaError, UsageError
+from pissa_cli.optim import learning_rate
+from pissa_cli.recipe import TrainSection
+from pissa_cli.recipe_file import dump
+from pissa_cli.rundir import Run
+from pissa_cli.train import step_examples, train
+from pissa_cli.weights import load_tensors
+
+Make = Callable[..., Any]
+BASE = ("model.bits=32", "adapter.rank=4", "train.lr=0.005", "train.batch_size=8", "train.micro_batch_size=4")
+
+
+def events(recipe: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Run(Path(recipe.output)).metrics.read_text().splitlines()]
+
+
+def adapter(recipe: Any) -> dict[str, torch.Tensor]:
+    return load_tensors(Run(Path(recipe.output)).adapter / "adapter_model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_loss_falls_and_everything_is_recorded(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made = recipe(
+        models("llama"), *BASE, f"data.train={rows}", f"data.eval={rows}", "train.steps=12", "train.eval_every=6"
+    )
+    figures = train(made)
+    run = Run(Path(made.output))
+    lines = events(made)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert figures["loss_last"] < figures["loss_first"] - 0.05
+    assert figures["tokens"] == sum(e["tokens"] for e in lines)
+    assert [e["step"] for e in lines if "eval_loss" in e] == [6, 12] and lines[-1]["eval_loss"] == figures["eval_loss"]
+    assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert figures["result"] == str(run.adapter) and not list(run.folder.rglob("*.tmp*"))
+
+
+def test_loss_and_gradient_against_a_plain_computation(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    """One step's loss by hand: unpadded, example by example, prompt masked, averaged over all answer tokens."""
+    folder = models("llama")
+    made = recipe(folder, *BASE, f"data.train={rows}", "train.steps=1")
+    figures = train(made)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    content = [json.loads(line) for line in rows.read_text().splitlines()]
+    total = count = 0
+    for index in step_examples(0, len(content), made):
+        prompt = (
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            f"\n\n### Instruction:\n{content[index]['instruction']}\n\n### Response:"
+        )
+        whole = tokenizer(f"{prompt}{content[index]['output']}\n")["input_ids"] + [tokenizer.eos_token_id]
+        begin = len(tokenizer(prompt)["input_ids"])
+        log_probabilities = torch.log_softmax(model(torch.tensor([whole])).logits[0].double(), -1)
+        for position in range(begin, len(whole)):
+            total -= float(log_probabilities[position - 1, whole[position]])
+            count += 1
+    assert figures["loss_first"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_layout_of_a_step_does_not_matter(
+    packing: bool, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    runs = []
+    for number, size in enumerate((8, 4, 3, 1)):
+        sets = [
+            f"output={tmp_path / str(number)}",
+            f"train.micro_batch_size={size}",
+            f"data.train={rows}",
+            "train.steps=6",
+        ]
+        sets += [f"data.packing={str(packing and number > 0).lower()}"]
+        made = recipe(models("llama"), *BASE, *sets)
+        train(made)
+        runs.append([event["loss"] for event in events(made)])
+    for losses in runs[1:]:
+        assert losses == pytest.approx(runs[0], rel=1e-6)
+
+
+def test_every_epoch_takes_every_example_once(recipe: Make) -> None:
+    made = recipe(Path("x"), "train.batch_size=3", "train.epochs=3")
+    assert module.count_steps(7, made) == 7
+    taken = [i for step in range(7) for i in step_examples(step, 7, made)]
+    assert [sorted(taken[e * 7 : e * 7 + 7]) for e in range(3)] == [list(range(7))] * 3 and len(taken) == 21
+    assert taken[:7] != taken[7:14]
+    half = recipe(Path("x"), "train.batch_size=3", "train.epochs=0.5")
+    assert [len(step_examples(step, 8, half)) for step in range(module.count_steps(8, half))] == [3, 1]
+    counted = recipe(Path("x"), "train.batch_size=5", "train.steps=4")
+    assert [len(step_examples(step, 2, counted)) for step in range(4)] == [5] * 4
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("warmup", "steps"), [(0.1, 20), (4, 20), (0.0, 7)])
+def test_schedules_are_those_of_transformers(schedule: str, warmup: float, steps: int) -> None:
+    section = TrainSection(schedule=schedule, warmup=warmup)  # type: ignore[arg-type]
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=0.5)
+    num_warmup = -int(-warmup * steps // 1) if warmup < 1 else int(warmup)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    oracle = get_scheduler(name, optimizer, num_warmup_steps=num_warmup, num_training_steps=steps)
+    for step in range(steps):
+        assert learning_rate(step, steps, section, 0.5) == pytest.approx(oracle.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        oracle.step()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged-adamw-8bit"])
+def test_ten_and_ten_resumed_are_twenty(
+    optimizer: str, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    sets = (*BASE, f"data.train={rows}", "train.schedule=constant", "train.warmup=0", f"train.optimizer={optimizer}")
+    whole = recipe(models("llama"), *sets, "train.steps=20", f"output={tmp_path / 'whole'}")
+    train(whole)
+    train(recipe(models("llama"), *sets, "train.steps=10"))
+    halves = recipe(models("llama"), *sets, "train.steps=20")
+    frozen = state_of(Run(Path(halves.output)).init) | {
+        "m": state_of(Path(halves.output))[str(Path(halves.output) / "manifest.json")]
+    }
+    train(halves, resume=True)
+    assert same(adapter(whole), adapter(halves))
+    assert [e["loss"] for e in events(whole)] == [e["loss"] for e in events(halves)]
+    after = state_of(Run(Path(halves.output)).init) | {
+        "m": state_of(Path(halves.output))[str(Path(halves.output) / "manifest.json")]
+    }
+    assert frozen == after
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resume_finishes_bit_for_bit(
+    number: int, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    """With dropout in the base (GPT-2), so that the random state matters, too."""
+    sets = (*BASE, f"data.train={rows}", "train.steps=9")
+    whole = recipe(models("gpt2"), *sets, f"output={tmp_path / 'whole'}")
+    train(whole)
+    stopped = recipe(models("gpt2"), *sets)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event.get("step") == 4:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted):
+        train(stopped, watch=stop)
+    assert [p.name for p in Run(Path(stopped.output)).checkpoints.iterdir()] == ["step-4"]
+    with pytest.raises(UsageError, match="step-4"):
+        train(stopped)
+    train(stopped, resume=True)
+    assert same(adapter(whole), adapter(stopped))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kill_9_at_a_random_step_then_resume_is_bit_equal(
+    seed: int, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    sets = (*BASE, f"data.train={rows}", "train.steps=30", "train.save_every=3")
+    whole = recipe(models("llama"), *sets, f"output={tmp_path / 'whole'}")
+    train(whole)
+    killed = recipe(models("llama"), *sets)
+    run = Run(Path(killed.output))
+    (tmp_path / "recipe.yaml").write_text(dump(killed))
+    last_step = random.Random(seed).randint(5, 25)
+    command = [sys.executable, "-m", "pissa_cli", "train", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        if run.metrics.is_file() and run.metrics.read_text().count("\n") >= last_step:
+            break
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    frozen = state_of(run.init), run.manifest.read_bytes()
+    train(killed, resume=True)
+    assert same(adapter(whole), adapter(killed))
+    assert (state_of(run.init), run.manifest.read_bytes()) == frozen
+    assert [e["loss"] for e in events(whole)] == [e["loss"] for e in events(killed)]
+    assert not list(run.folder.rglob(".*tmp*"))
+
+
+def test_only_the_newest_checkpoints_are_kept(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=7", "train.save_every=2", "train.keep=2")
+    train(made)
+    assert sorted(p.name for p in Run(Path(made.output)).checkpoints.iterdir()) == ["step-6", "step-7"]
+
+
+def test_a_diverging_run_stops_with_a_reason(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=9", "train.save_every=1", "train.lr=1e30")
+    with pytest.raises(PissaError, match="diverged"):
+        train(made)
+    run = Run(Path(made.output))
+    assert not run.adapter.exists()
+    for folder in run.checkpoints.iterdir():
+        assert all(bool(torch.isfinite(t).all()) for t in load_tensors(folder / "optimizer.safetensors").values())
+
+
+def test_wrong_start_is_noticed_before_training(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    """Factors that do not belong to this base: the loss would start far above the base's."""
+    from safetensors.torch import load_file, save_file
+
+    made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=2")
+    module.initialize(made)
+    path = Run(Path(made.output)).init / "adapter_model.safetensors"
+    tensors = load_file(path)
+    original = module.attach
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, path)
+    try:  # the residual of other factors, as after a bad copy
+        module.attach = (
+            lambda model, factors, *rest: original(  # type: ignore[assignment]
+                model, {n: {"A": f["A"], "B": f["B"]} for n, f in factors.items()}, module.METHODS["lora"], *rest[1:]
+            )
+        )
+        with pytest.raises(PissaError, match="step 0"):
+            train(made)
+    finally:
+        module.attach = original
+
+
+def test_full_fine_tuning_trains_everything(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made = recipe(
+        models("llama"), "model.bits=32", "adapter.method=full", f"data.train={rows}", "train.steps=3", "train.lr=0.001"
+    )
+    figures = train(made)
+    before = AutoModelForCausalLM.from_pretrained(models("llama")).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(figures["result"]).state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in before if "norm" not in name)
+
+
+@pytest.mark.parametrize("sets", [["model.bits=4"], ["model.bits=16"], ["model.bits=32", "train.precision=bf16"]])
+def test_bf16_and_gradient_checkpointing_train(
+    sets: list[str], models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    made = recipe(
+        models("llama"), *BASE[1:], *sets, f"data.train={rows}", "train.steps=8", "train.gradient_checkpointing=true"
+    )
+    figures = train(made)
+    assert figures["loss_last"] < figures["loss_first"]
+
+
+def test_gradient_checkpointing_changes_nothing(
+    models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for flag in ("false", "true"):
+        sets = (
+            f"output={tmp_path / flag}",
+            f"data.train={rows}",
+            "train.steps=3",
+            f"train.gradient_checkpointing={flag}",
+        )
+        made = recipe(models("llama"), *BASE, *sets)
+        train(made)
+        losses.append([e["loss"] for e in events(made)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
