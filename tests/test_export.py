@@ -1,0 +1,168 @@
+"""Merge, quantize and push: against weights computed by hand, stock readers, and the Hub's HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from conftest import Outcome, make_model, save_model
+from hub import TOKEN, serve
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pissa_cli import export, quant
+from pissa_cli.errors import PissaError
+from pissa_cli.exported import load_result
+from pissa_cli.rundir import Run
+from pissa_cli.train import train
+
+Make = Callable[..., Any]
+IDS = torch.randint(2, 512, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def trained(recipe: Make, folder: Path, rows: Path, *sets: str) -> Any:
+    made = recipe(
+        folder,
+        "adapter.rank=4",
+        "adapter.alpha=6",
+        f"data.train={rows}",
+        f"data.eval={rows}",
+        "train.steps=3",
+        "train.batch_size=4",
+        "train.lr=0.01",
+        "train.warmup=0",
+        *sets,
+    )
+    train(made)
+    return made
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()(input_ids=IDS).logits.float()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gemma"])
+@pytest.mark.parametrize("bits", [32, 4])
+def test_merged_is_the_trained_model(
+    architecture: str, bits: int, models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    made = trained(recipe, models(architecture), rows, f"model.bits={bits}", "train.precision=fp32")
+    result = export.merge(made)
+    merged = AutoModelForCausalLM.from_pretrained(result["path"], dtype=torch.float32)
+    wanted = logits(load_result(made, torch.device("cpu")))
+    assert float((logits(merged) - wanted).norm() / wanted.norm()) < 1e-5
+    assert result["relative_logit_difference"] < 1e-5
+    original = load_file(models(architecture) / "model.safetensors")
+    found = load_file(Path(result["path"]) / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in original.items()}
+    assert (Path(result["path"]) / "tokenizer.json").is_file() and "pissa" in (
+        Path(result["path"]) / "README.md"
+    ).read_text()
+    assert "quantization_config" not in json.loads((Path(result["path"]) / "config.json").read_text())
+
+
+def test_merged_weight_by_hand(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made = trained(recipe, models("llama"), rows, "model.bits=32")
+    export.merge(made)
+    run, name = Run(Path(made.output)), "model.layers.1.mlp.up_proj"
+    W = load_file(models("llama") / "model.safetensors")[f"{name}.weight"]
+    factors = load_file(run.adapter / "adapter_model.safetensors")
+    A, B = (factors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    found = load_file(run.merged / "model.safetensors")[f"{name}.weight"]
+    torch.testing.assert_close(found, W + 6 / 4 * B @ A)
+
+
+def test_a_sharded_bf16_base_merges_into_bf16(recipe: Make, rows: Path, tmp_path: Path) -> None:
+    folder = save_model(make_model("llama").bfloat16(), tmp_path / "model", max_shard_size="60KB")
+    made = trained(recipe, folder, rows, "model.bits=16")
+    result = export.merge(made)
+    merged = AutoModelForCausalLM.from_pretrained(result["path"])
+    assert merged.dtype == torch.bfloat16 and 0 < result["relative_logit_difference"] < 5e-2
+
+
+def test_a_wrong_merge_is_refused(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trained(recipe, models("llama"), rows, "model.bits=32")
+    original = export._dense_tensors
+    monkeypatch.setattr(export, "_dense_tensors", lambda r, f, w, factors, scale: original(r, f, w, factors, 2 * scale))
+    with pytest.raises(PissaError, match="logits differ"):
+        export.merge(made)
+    assert not Run(Path(made.output)).merged.exists()
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_quantized_run_is_read_by_stock_transformers(
+    bits: int, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    made = trained(recipe, models("llama"), rows, f"model.bits={bits}", "train.precision=fp32")
+    export.merge(made)
+    result = export.quantize(made, None, tmp_path / "nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
+    dense = load_file(Run(Path(made.output)).merged / "model.safetensors")
+    error = norm = 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            W = dense[f"{name}.weight"]
+            stored = quant.read(quant.pack(quant.Store(4, torch.float32), W))
+            packed = quant.packed_weight(module)
+            assert packed is not None and torch.equal(quant.read(packed), stored)
+            error += float((stored - W).double().square().sum())
+            norm += float(W.double().square().sum())
+    assert result["relative_error"] == pytest.approx((error / norm) ** 0.5, rel=1e-6)
+    assert result["perplexity_before"] != result["perplexity_after"] and result["bytes"] < result["dense_bytes"]
+
+
+def test_quantize_a_dense_folder(pissa: Callable[..., Outcome], models: Callable[[str], Path], tmp_path: Path) -> None:
+    outcome = pissa("quantize", models("gpt2"), "--output", tmp_path / "nf4", "--set", "model.bits=32", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["perplexity_data"].endswith("built-in prompts")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
+    plain = logits(AutoModelForCausalLM.from_pretrained(models("gpt2"), dtype=torch.float32))
+    assert 0 < float((logits(model) - plain).norm() / plain.norm()) < 0.5
+    again = pissa("quantize", tmp_path / "nf4", "--output", tmp_path / "twice")
+    assert again.code == 2 and "quantized already" in again.err
+
+
+def push(made: Any, url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_ENDPOINT": url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    environment.pop("HF_HUB_OFFLINE")
+    command = [sys.executable, "-m", "pissa_cli", "merge", made.output, "--push", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_push_over_http(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made = trained(recipe, models("llama"), rows, "model.bits=32", "hub.private=true")
+    with serve() as hub:
+        done = push(made, hub.url)
+        assert done.returncode == 0, done.stderr
+        assert hub.repos == {"tester/llama-pissa-r4": True}
+        merged = Run(Path(made.output)).merged
+        assert hub.commits == 1 and set(hub.files) >= {
+            "model.safetensors",
+            "config.json",
+            "tokenizer.json",
+            "README.md",
+        }
+        for name, content in hub.files.items():
+            if name != ".gitattributes":
+                assert content == (merged / name).read_bytes(), name
+        assert TOKEN not in done.stdout + done.stderr
+        assert push(made, hub.url, "--repo", "team/other", "--json").returncode == 0
+        assert hub.repos["team/other"] is True
+        hub.fail_commit = 403
+        failed = push(made, hub.url)
+        assert failed.returncode == 1 and "upload to the Hub failed" in failed.stderr
+        assert TOKEN not in failed.stdout + failed.stderr and "Traceback" not in failed.stderr
