@@ -1,0 +1,122 @@
+"""The recipe's layers, the source of each value, and YAML read by the rules people expect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pissa_cli.errors import UsageError
+from pissa_cli.recipe_file import dump, listing, load
+from pissa_cli.yamlfile import parse_scalar, read_flat
+
+
+def write(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def test_order_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "configs/train/mine.yaml", "lr: 1e-5\nbatch_size: 4\nwarmup: 0.2\nkeep: 9\n")
+    file = write(
+        tmp_path / "r.yaml", "use: {train: mine}\nmodel: {name: x}\ntrain:\n  batch_size: 5\n  warmup: 0.3\nseed: 1\n"
+    )
+    loaded = load(file, {("seed",): ("--seed", 2)}, ["train.warmup=0.4"])
+    recipe, source = loaded.recipe, {key: place for key, _, place in listing(loaded)}
+    assert (recipe.train.lr, recipe.train.batch_size, recipe.train.warmup, recipe.seed) == (1e-5, 5, 0.4, 2)
+    assert source["train.lr"] == "configs/train/mine.yaml:1"
+    assert source["train.batch_size"] == f"{file}:4"
+    assert source["seed"] == "--seed" and source["train.warmup"] == "--set train.warmup"
+    assert source["train.max_grad_norm"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3e-4", 3e-4), ("1e5", 1e5), ("2.0e-5", 2e-5), (".5", 0.5), ("-1E+3", -1000.0), ("7", 7), ("1_000", 1000)],
+)
+def test_numbers(text: str, value: float) -> None:
+    assert parse_scalar(text) == value and type(parse_scalar(text)) is type(value)
+
+
+def test_text_stays_text() -> None:
+    assert [parse_scalar(text) for text in ("e5", "1e", "v1.2", "openai/gsm8k", "1e5x")] == [
+        "e5",
+        "1e",
+        "v1.2",
+        "openai/gsm8k",
+        "1e5x",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a: 1\na: 2\n", r":2: duplicate key 'a', first given in line 1"),
+        ("a: {b: 1, b: 2}", r"duplicate key 'a\.b'"),
+        ("a: [1\nb: 2", r"not valid YAML"),
+        ("- 1\n- 2\n", "expected keys and values, found a list"),
+        ("a: &x 1\nb: *x\n", "aliases"),
+        ("1: 2", "a key must be plain text"),
+        ("a: !!python/object:os.system x", "cannot read this value"),
+        ("a: \x00", "not valid YAML"),
+    ],
+)
+def test_yaml_that_is_refused(text: str, wanted: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=wanted):
+        read_flat(Path(write(tmp_path / "r.yaml", text)))
+
+
+def test_other_files_that_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"a: \xff\xfe")
+    (tmp_path / "huge.yaml").write_text("a: " + "x" * 1_000_001)
+    (tmp_path / "deep.yaml").write_text("{a: " * 3000 + "1" + "}" * 3000)
+    for name in ("binary", "huge", "deep", "absent"):
+        with pytest.raises(UsageError, match=name):
+            read_flat(tmp_path / f"{name}.yaml")
+
+
+def test_steps_put_epochs_of_a_lower_layer_aside() -> None:
+    assert load("gsm8k", {}, ["train.steps=20"]).recipe.train.epochs is None
+    with pytest.raises(UsageError, match="not both"):
+        load("gsm8k", {}, ["train.steps=20", "train.epochs=1"])
+
+
+def test_an_alias_is_a_block_and_a_folder_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flag = {("model", "name"): ("--model", "mistral-7b-nf4")}
+    assert load(None, flag).recipe.model.model_dump(include={"name", "bits"}) == {
+        "name": "mistralai/Mistral-7B-v0.1",
+        "bits": 4,
+    }
+    assert load(None, flag, ["model.bits=32"]).recipe.model.bits == 32
+    (tmp_path / "mistral-7b-nf4").mkdir()
+    assert load(None, flag).recipe.model.name == str(tmp_path / "mistral-7b-nf4")
+
+
+def test_the_lines_of_the_readme() -> None:
+    flags = {
+        ("model", "name"): ("--model", "mistral-7b"),
+        ("adapter", "rank"): ("--rank", 128),
+        ("adapter", "svd"): ("--svd", "fast"),
+    }
+    recipe = load(None, flags).recipe
+    assert (recipe.adapter.method, recipe.lr, recipe.adapter.dropout) == ("pissa", 2e-5, 0.0)  # type: ignore[union-attr]
+    assert recipe.adapter.scale == 1.0 and recipe.passes == 1  # type: ignore[union-attr]
+    paper = load("recipes/gsm8k.yaml", {}).recipe
+    assert (paper.train.batch_size, paper.train.lr, paper.train.warmup, paper.data.limit) == (128, 2e-5, 0.03, 100_000)
+
+
+def test_a_resolved_recipe_loads_as_itself(tmp_path: Path) -> None:
+    recipe = load("gsm8k-qpissa", {}).recipe
+    assert load(write(tmp_path / "again.yaml", dump(recipe)), {}).recipe == recipe
+
+
+def test_data_paths_count_from_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "sub/rows.jsonl", "")
+    file = write(tmp_path / "sub/r.yaml", "model: {name: x}\ndata: {train: rows.jsonl}\n")
+    assert load(file, {}).recipe.data.train == str(tmp_path / "sub" / "rows.jsonl")
+    write(tmp_path / "rows.jsonl", "")
+    assert load(file, {}).recipe.data.train == str(tmp_path / "rows.jsonl")
