@@ -12,7 +12,7 @@ from pissa_cli.cli import show
 from pissa_cli.cli.edge import run_guarded
 
 OUT = Path("demo-out")
-RATES = {"pissa": (1e-3, 2e-3, 3e-3), "lora": (5e-3, 1e-2, 2e-2)}
+RATES = {"pissa": (1.5e-3, 3e-3, 5e-3), "lora": (2.5e-3, 5e-3, 1e-2)}
 
 
 def main() -> None:

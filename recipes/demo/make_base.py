@@ -5,7 +5,7 @@
     python recipes/demo/make_base.py --finish   # pissa_cli/demo/base, in bf16
 
 Everything is drawn from one seed. The base learns arithmetic, the words, and two-step stories told in one way; the
-demo's fine-tuning data ask about them in another way, and with three steps.
+demo's fine-tuning data ask about them in another way.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def corpus_text(source: random.Random) -> str:
 
 def task_row(source: random.Random) -> dict[str, str]:
     """One row of the demo's task, in GSM8K's form."""
-    name, thing, clauses, work, total = story(source, 3)
-    question = f"{name} {clauses[0]}, {clauses[1]}, then {clauses[2]} and then {clauses[3]}. How many {thing} are left?"
+    name, thing, clauses, work, total = story(source, 2)
+    question = f"{name} {clauses[0]}, {clauses[1]} and then {clauses[2]}. How many {thing} are left?"
     return {"question": question, "answer": f"{'. '.join(work)}. The answer is: {total}\n#### {total}"}
 
 
