@@ -17,8 +17,10 @@ Names = dict[nn.Parameter, str]
 """The parameters that train, by name."""
 
 
-def save_checkpoint(run: Run, step: int, names: Names, optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Write checkpoints/step-N: trained values, optimizer state, random state. Only the newest `keep` remain.
+def save_checkpoint(run: Run, step: int, names: Names, optimizer: torch.optim.Optimizer, data: str, keep: int) -> Path:
+    """Write checkpoints/step-N: trained values, optimizer state, random state, and `data`, the hash of the examples.
+
+    Only the newest `keep` remain.
 
     Raises PissaError for a disk that fails; older checkpoints are intact then.
     """
@@ -30,15 +32,20 @@ def save_checkpoint(run: Run, step: int, names: Names, optimizer: torch.optim.Op
         save_tensors(folder / "trained.safetensors", {name: p.detach().cpu() for p, name in names.items()})
         save_tensors(folder / "optimizer.safetensors", optimizer_tensors(optimizer, names))
         save_tensors(folder / "random.safetensors", random)
-        write_json(folder / "state.json", {"step": step})
+        write_json(folder / "state.json", {"step": step, "data": data})
     for old in _folders(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 @torch.no_grad()
-def restore_checkpoint(folder: Path, names: Names, optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint back and return its step. UsageError if it is one of other parameters."""
+def restore_checkpoint(folder: Path, names: Names, optimizer: torch.optim.Optimizer, data: str) -> int:
+    """Put a checkpoint back and return its step. UsageError if it is one of other parameters or examples."""
+    state = read_json(folder / "state.json")
+    if state["data"] != data:
+        raise UsageError(
+            f"{folder}: trained on other data than data.train holds now", "bring the old rows back to resume"
+        )
     trained = load_tensors(folder / "trained.safetensors")
     if set(trained) != set(names.values()):
         raise UsageError(f"{folder}: holds other parameters than this recipe trains")
@@ -49,13 +56,18 @@ def restore_checkpoint(folder: Path, names: Names, optimizer: torch.optim.Optimi
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
-    return int(read_json(folder / "state.json")["step"])
+    return int(state["step"])
 
 
 def latest_checkpoint(run: Run) -> Path | None:
     """The newest checkpoint; what lies under its final name is whole."""
     folders = _folders(run)
     return folders[-1] if folders else None
+
+
+def step_of(folder: Path) -> int:
+    """N of checkpoints/step-N."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def _folders(run: Run) -> list[Path]:

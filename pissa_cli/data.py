@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples, cache_key, read_cache, write_cache
 from pissa_cli.loss import IGNORED
-from pissa_cli.recipe import DataSection
+from pissa_cli.recipe import FIELDS, DataSection
 from pissa_cli.rows import Row, is_local, read_rows
 
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -23,12 +24,6 @@ INTRO_INPUT = (
 TEMPLATE = INTRO + "### Instruction:\n{instruction}\n\n### Response:{output}\n"
 """PiSSA's template (its train.py): nothing between 'Response:' and the answer, a newline before end-of-text."""
 TEMPLATE_INPUT = INTRO_INPUT + "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:{output}\n"
-FIELDS = {
-    "alpaca": ("instruction", "output"),
-    "prompt": ("prompt", "completion"),
-    "chat": ("messages",),
-    "text": ("text",),
-}
 CUT = "answer cut off entirely by data.max_length"
 BATCH = 1000
 
@@ -42,8 +37,6 @@ def load_examples(
     """
     if section.format == "chat" and not tokenizer.chat_template:
         raise UsageError("data.format chat: this tokenizer has no chat template", "use format alpaca or prompt")
-    if section.template is not None and not all(part in section.template for part in ("{instruction}", "{output}")):
-        raise UsageError("data.template: needs {instruction} and {output}")
     path = cache / f"{cache_key(source, section, tokenizer)}.safetensors" if cache and is_local(source) else None
     if path is not None and path.is_file() and (cached := read_cache(path)) is not None:
         return cached
@@ -60,16 +53,21 @@ def render(row: Row, section: DataSection) -> tuple[str, str]:
         return "", fields["text"]
     if section.format == "prompt":
         return fields["prompt"], fields["completion"]
-    extra = row.get(section.columns.get("input", "input"))
-    return _fill(section, fields["instruction"], extra if isinstance(extra, str) else "", fields["output"])
+    column = section.columns.get("input", "input")
+    extra = "" if row.get(column) is None else _text(row, column)
+    if extra and section.template is not None and "{input}" not in section.template:
+        raise ValueError(f"'{column}' has text, data.template no {{input}}")
+    return _fill(section, fields["instruction"], extra, fields["output"])
 
 
-def question_prompt(question: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that asks a model trained by this `data` section a question."""
+def question_prompt(question: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
+    """(text, tokens) that ask a model trained by this `data` section a question, tokenized as in training."""
     if section.format == "chat":
         messages = [{"role": "user", "content": question}]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    return _fill(section, question, "", "")[0] if section.format == "alpaca" else question
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return text, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    text = _fill(section, question, "", "")[0] if section.format == "alpaca" else question
+    return text, _without_eos(tokenizer(text, verbose=False)["input_ids"], tokenizer)
 
 
 def chunk_by_length(examples: Examples, indices: list[int], size: int) -> list[list[int]]:
@@ -108,13 +106,16 @@ def _text(row: Row, column: str) -> str:
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"'{column}' is {'missing' if value is None else 'not text'}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"'{column}' holds a broken character (a lone surrogate)")
     return value
 
 
 def _fill(section: DataSection, instruction: str, extra: str, output: str) -> tuple[str, str]:
     template = section.template or (TEMPLATE_INPUT if extra else TEMPLATE)
     before, _, after = template.partition("{output}")
-    prompt = before.replace("{input}", extra).replace("{instruction}", instruction)
+    values = {"{instruction}": instruction, "{input}": extra}
+    prompt = re.sub(r"\{instruction\}|\{input\}", lambda match: values[match.group()], before)
     return prompt, output + after
 
 
@@ -202,16 +203,18 @@ def _join(
 ) -> Encoded:
     """Prompt and answer tokens, ended by end-of-text. No token spans the two: generation starts at the boundary."""
     eos = tokenizer.eos_token_id
-    if not prompt:
-        prompt_ids = []
-    elif prompt_ids and prompt_ids[-1] == eos:
-        prompt_ids = prompt_ids[:-1]
+    prompt_ids = _without_eos(prompt_ids, tokenizer) if prompt else []
     answer_ids = whole_ids[len(prompt_ids) :]
     if whole_ids[: len(prompt_ids)] != prompt_ids:
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not answer_ids or answer_ids[-1] != eos:
         answer_ids = [*answer_ids, eos]
     return [*prompt_ids, *answer_ids], [False] * len(prompt_ids) + [True] * len(answer_ids)
+
+
+def _without_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A prompt's tokens without the end-of-text that some tokenizers append."""
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Encoded | str:

@@ -41,6 +41,13 @@ class Examples:
         begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
         return int(self.targets[begin + 1 : end].sum())
 
+    def digest(self) -> str:
+        """A hash over all tokens, targets and lengths."""
+        whole = xxhash.xxh3_128()
+        for tensor in (self.ids, self.targets, self.offsets):
+            whole.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return f"xxh3:{whole.hexdigest()}"
+
     def notes(self, name: str) -> list[str]:
         """What happened to rows on the way, for the person watching."""
         lines = []

@@ -10,14 +10,15 @@ from transformers import PreTrainedModel
 
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Factors
+from pissa_cli.checkpoint import latest_checkpoint, step_of
 from pissa_cli.errors import UsageError
-from pissa_cli.initialize import copy_side_files, open_run, require_base
+from pissa_cli.initialize import copy_side_files, open_run, read_start, require_base
 from pissa_cli.model import attach, load_model, lowrank_layers
 from pissa_cli.recipe import FullOptions, Recipe
 from pissa_cli.rundir import PROVENANCE, read_json, read_peft, whole_folder, write_json, write_peft
 
 
-def write_result(recipe: Recipe, model: PreTrainedModel) -> Path:
+def write_result(recipe: Recipe, model: PreTrainedModel, step: int) -> Path:
     """Write `adapter/` in PEFT files (or, for full fine-tuning, the model in `merged/`) and return its path.
 
     Over a dense base the adapter is made valid on the plain base, for PiSSA at rank 2r; over NF4 on `base/`.
@@ -29,7 +30,7 @@ def write_result(recipe: Recipe, model: PreTrainedModel) -> Path:
             copy_side_files(require_base(run, manifest, recipe), folder)
             model.save_pretrained(folder)
         return run.merged
-    config, start = read_peft(run.init)
+    config, start = read_start(run, manifest)
     factors = {
         name: {key: f.detach().cpu() for key, f in layer.factors().items()}
         for name, layer in lowrank_layers(model).items()
@@ -43,6 +44,7 @@ def write_result(recipe: Recipe, model: PreTrainedModel) -> Path:
     config |= {"r": rank, "lora_alpha": config["lora_alpha"] * rank / config["r"]}
     provenance = {
         "method": adapter.method,
+        "step": step,
         "trained_rank": adapter.rank,
         "exported_rank": rank,
         "valid_on": config["base_model_name_or_path"],
@@ -77,7 +79,14 @@ def adapter_files(recipe: Recipe) -> tuple[Path, dict[str, Any], dict[str, Facto
         raise UsageError(f"{run.folder}: no trained adapter yet", "run `pissa train` to its end first")
     config, factors = read_peft(run.adapter)
     folder = require_base(run, manifest, recipe)
-    expected = read_json(run.adapter / PROVENANCE)["base_fingerprint"]
+    provenance = read_json(run.adapter / PROVENANCE)
+    newest = latest_checkpoint(run)
+    if newest is not None and step_of(newest) > provenance["step"]:
+        raise UsageError(
+            f"{run.adapter}: holds step {provenance['step']}, but the run has gone on to {newest.name}",
+            "finish it with `pissa train --resume` first",
+        )
+    expected = provenance["base_fingerprint"]
     if expected not in (manifest["base"]["fingerprint"], manifest["base"].get("stored_fingerprint")):
         raise UsageError(f"{run.adapter}: this adapter was trained on another base ({expected})")
     return folder, config, factors
@@ -88,6 +97,6 @@ def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     run, manifest = open_run(recipe)
     model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision).to(device)
     if recipe.model.bits == 4:
-        config, factors = read_peft(run.init)
+        config, factors = read_start(run, manifest)
         attach(model, factors, METHODS["lora"], config["lora_alpha"] / config["r"])
     return model.eval()

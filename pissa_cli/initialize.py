@@ -18,16 +18,27 @@ from torch import Tensor
 
 from pissa_cli import __version__, quant
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.adapters.start import Layer, Method, Start
+from pissa_cli.adapters.start import Factors, Layer, Method, Start
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.model import DTYPES, Linear, require_finite, resolve_base, skeleton, target_modules
+from pissa_cli.model import DTYPES, Linear, best_device, require_finite, resolve_base, skeleton, target_modules
 from pissa_cli.plan import Plan, make_plan
 from pissa_cli.recipe import FullOptions, Recipe
 from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import Run, peft_config, read_json, whole_folder, write_json, write_peft, write_text
+from pissa_cli.rundir import (
+    PEFT_WEIGHTS,
+    Run,
+    peft_config,
+    read_json,
+    read_peft,
+    whole_folder,
+    write_json,
+    write_peft,
+    write_text,
+)
 from pissa_cli.svd import frobenius_norm, nuclear_norm
-from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, open_weights
+from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, hash_file, open_weights
 
+IN_FLIGHT_BYTES = 2**29  # five fp32 copies of a tensor may be alive while it is split
 START_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 Progress = Callable[[int, int, str], None]
 """Called with (tensors done, tensors in all, name of the tensor)."""
@@ -43,7 +54,9 @@ def initialize(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str
         return open_run(recipe)[1]
     if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
         raise UsageError(f"{run.folder}: exists and is not a run folder", "name another with --output")
-    return _write_run(recipe, make_plan(recipe), run, progress)
+    folder = resolve_base(recipe.model)
+    weights = open_weights(folder)
+    return _write_run(recipe, make_plan(recipe, folder, weights), weights, run, progress)
 
 
 def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
@@ -73,6 +86,13 @@ def require_base(run: Run, manifest: dict[str, Any], recipe: Recipe) -> Path:
     return _require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
 
 
+def read_start(run: Run, manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Factors]]:
+    """The PEFT configuration and factors of `init/`, refused if they are not those that init wrote."""
+    if hash_file(run.init / PEFT_WEIGHTS) != manifest["init_hash"]:
+        raise UsageError(f"{run.init}: not what init wrote", "the run cannot be trusted; start again in a new folder")
+    return read_peft(run.init)
+
+
 def _require_fingerprint(folder: Path, expected: str) -> Path:
     found = fingerprint(open_weights(folder))
     if found != expected:
@@ -91,7 +111,7 @@ def _start_of(recipe: Recipe) -> dict[str, Any]:
     return {**start, "seed": recipe.seed}
 
 
-def _write_run(recipe: Recipe, plan: Plan, run: Run, progress: Progress) -> dict[str, Any]:
+def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress: Progress) -> dict[str, Any]:
     began = time.time()
     adapter = recipe.adapter
     base: dict[str, Any] = {
@@ -110,13 +130,13 @@ def _write_run(recipe: Recipe, plan: Plan, run: Run, progress: Progress) -> dict
     with whole_folder(run.folder) as folder:
         staged = Run(folder)
         if isinstance(adapter, FullOptions):
-            base["fingerprint"] = fingerprint(plan.weights)
+            base["fingerprint"] = fingerprint(weights)
         else:
             method = METHODS[adapter.method]
             writer = ShardWriter(staged.base) if recipe.model.bits == 4 else None
             factors, layers = {}, []
             whole, stored = Fingerprint(), Fingerprint()
-            for number, item in enumerate(_work(recipe, plan, method)):
+            for number, item in enumerate(_work(recipe, plan, weights, method)):
                 whole.add(item.tensor, item.original)
                 if item.start is not None:
                     factors[item.name] = {key: f.cpu() for key, f in item.start.factors.items()}
@@ -125,7 +145,7 @@ def _write_run(recipe: Recipe, plan: Plan, run: Run, progress: Progress) -> dict
                     for name, tensor in item.stored().items():
                         stored.add(name, tensor)
                         writer.add(name, tensor)
-                progress(number + 1, len(plan.weights.files), item.tensor)
+                progress(number + 1, len(weights.files), item.tensor)
             names = [layer.name for layer in plan.targets]
             config = peft_config(
                 base=str(run.base.absolute()) if writer else recipe.model.name,
@@ -135,13 +155,14 @@ def _write_run(recipe: Recipe, plan: Plan, run: Run, progress: Progress) -> dict
                 fan_in_fan_out=writer is None and plan.targets[0].transposed,
             )
             write_peft(staged.init, {name: factors[name] for name in names}, config)
+            manifest["init_hash"] = hash_file(staged.init / PEFT_WEIGHTS)
             base["fingerprint"] = whole.digest()
             manifest |= {"rank": adapter.rank, "scale": adapter.scale, "passes": recipe.passes, "layers": layers}
             if writer is not None:
                 writer.close()
                 base |= {"stored_fingerprint": stored.digest(), "stored_bytes": writer.total_bytes}
                 write_nf4_config(plan.folder, staged.base, recipe, plan.linears, recipe.model.double_quant)
-            manifest["base_bytes"] = plan.weights.num_bytes()
+            manifest["base_bytes"] = weights.num_bytes()
         manifest["seconds"] = round(time.time() - began, 3)
         write_text(staged.recipe, dump(recipe))
         write_json(staged.manifest, manifest)
@@ -166,21 +187,21 @@ class _Item:
         return {self.tensor: self.original}
 
 
-def _work(recipe: Recipe, plan: Plan, method: Method) -> Iterator[_Item]:
-    """Every tensor of the base in file order. On a CPU, one tensor to a thread; at most as many are in memory."""
+def _work(recipe: Recipe, plan: Plan, weights: Weights, method: Method) -> Iterator[_Item]:
+    """Every tensor of the base in file order. On a CPU, one tensor to a thread, as many as fit IN_FLIGHT_BYTES."""
     linears = {layer.tensor: layer for layer in plan.linears}
     targets = {layer.name for layer in plan.targets}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    threads = torch.get_num_threads()
-    workers = 1 if device.type == "cuda" else threads
+    device, threads = best_device(), torch.get_num_threads()
+    largest = max((4 * layer.num_out * layer.num_in for layer in plan.linears), default=1)
+    workers = 1 if device.type == "cuda" else max(1, min(threads, IN_FLIGHT_BYTES // (5 * largest)))
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting: deque[Future[_Item]] = deque()
         try:
-            for tensor in plan.weights.files:
+            for tensor in weights.files:
                 linear = linears.get(tensor)
                 chosen = linear is not None and linear.name in targets
                 waiting.append(
-                    pool.submit(_one_tensor, recipe, plan.weights, tensor, linear, method if chosen else None, device)
+                    pool.submit(_one_tensor, recipe, weights, tensor, linear, method if chosen else None, device)
                 )
                 if len(waiting) >= workers:
                     yield waiting.popleft().result()

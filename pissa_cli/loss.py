@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import Any
 
 import torch
@@ -13,10 +14,17 @@ IGNORED = -100
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross entropy summed over the target tokens of a micro-batch, in fp32; logits elsewhere are not kept."""
+    """Cross entropy summed over the target tokens of a micro-batch, in fp32.
+
+    Where the model can, it computes logits only at positions that are a target in some row.
+    """
     labels = batch.pop("labels")[:, 1:]
     wanted = labels != IGNORED
-    logits = model(**batch, use_cache=False).logits[:, :-1][wanted]
+    if "logits_to_keep" in inspect.signature(getattr(model, "module", model).forward).parameters:
+        keep = wanted.any(0).nonzero().flatten()
+        logits = model(**batch, use_cache=False, logits_to_keep=keep).logits[wanted[:, keep]]
+    else:
+        logits = model(**batch, use_cache=False).logits[:, :-1][wanted]
     return cross_entropy(logits.float(), labels[wanted], reduction="sum")
 
 

@@ -21,6 +21,7 @@ from pissa_cli.recipe import ModelSection
 from pissa_cli.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SMALL_FILES = ["*.json", "*.py"]
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*"]
 
 
@@ -40,8 +41,8 @@ class Linear:
         return self.name.rsplit(".", 1)[-1]
 
 
-def resolve_base(section: ModelSection) -> Path:
-    """The folder of the base model; one on the Hub is downloaded to the shared cache.
+def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
+    """The folder of the base model; one on the Hub is downloaded (as far as `files` match) to the shared cache.
 
     Raises UsageError for a folder without config.json, and for a model that cannot be reached.
     """
@@ -55,8 +56,12 @@ def resolve_base(section: ModelSection) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(section.name, revision=section.revision, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:
+        return Path(
+            snapshot_download(
+                section.name, revision=section.revision, allow_patterns=files, ignore_patterns=["consolidated*", "*/*"]
+            )
+        )
+    except Exception as error:  # the network and the Hub raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f"{section.name}: cannot get this model from the Hub ({type(error).__name__}: {reason})",
@@ -74,14 +79,27 @@ def skeleton(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
         raise UsageError(f"{folder}: not a causal language model ({_first_line(error)})") from None
 
 
-def linear_layers(model: PreTrainedModel, weights: Weights) -> list[Linear]:
-    """Every linear layer but the output head, with the tensor on disk that holds its weight."""
+def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> list[Linear]:
+    """Every linear layer but the output head, with the tensor on disk that holds its weight (if `weights` is given).
+
+    Those that transformers stores in NF4: torch's own Linear and Conv1D, no subclasses that may compute otherwise.
+    Raises UsageError for a tensor that is missing, has another shape, or is no floating-point weight.
+    """
     head = model.get_output_embeddings()
     layers = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and module is not head:
             num_in, num_out = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
-            tensor = disk_name(f"{name}.weight", model.base_model_prefix, weights)
+            tensor = f"{name}.weight"
+            if weights is not None:
+                tensor = disk_name(tensor, model.base_model_prefix, weights)
+                packed = f"{tensor}.absmax" in weights.files
+                if not packed and weights.shapes[tensor] != tuple(module.weight.shape):
+                    raise UsageError(
+                        f"{weights.files[tensor]}: {tensor} is {weights.shapes[tensor]}, config.json makes it "
+                        f"{tuple(module.weight.shape)}",
+                        "the weights and config.json do not belong together",
+                    )
             layers.append(Linear(name, tensor, num_out, num_in, isinstance(module, Conv1D)))
     return layers
 
@@ -99,8 +117,10 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
 
     Raises UsageError, listing the kinds of linear layers there are, for an entry that matches none.
     """
-    if targets == "all-linear":
+    if targets == "all-linear" and layers:
         return layers
+    if not layers:
+        raise UsageError("adapter.targets: this model has no layer of torch's Linear or transformers' Conv1D")
     chosen: dict[str, Linear] = {}
     for target in targets:
         found = [layer for layer in layers if layer.name == target or layer.name.endswith(f".{target}")]
@@ -118,11 +138,22 @@ def load_model(folder: Path, section: ModelSection, precision: str) -> PreTraine
     """
     dtype = {16: torch.bfloat16, 32: torch.float32, 4: DTYPES[precision]}[section.bits]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=section.trust_remote_code, use_safetensors=True
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{folder}: transformers cannot load this model ({_first_line(error)})") from None
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UsageError(
+            f"{folder}: {len(missing)} tensors of the model are not in its files ({names})",
+            "they would be random numbers; the checkpoint is incomplete, or config.json is another model's",
+        )
     quant.set_compute_dtype(model, DTYPES[precision])
     return cast(PreTrainedModel, model)
 
@@ -189,6 +220,11 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
         state = getattr(p, "quant_state", None)
         total += state.shape.numel() if state is not None else p.numel()
     return train, total
+
+
+def best_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:

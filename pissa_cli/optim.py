@@ -23,10 +23,13 @@ def make_optimizer(parameters: list[nn.Parameter], section: TrainSection, lr: fl
 
 
 def learning_rate(step: int, total: int, section: TrainSection, peak: float) -> float:
-    """The rate of optimizer step `step` (from 0) of `total`, as transformers' schedules of the same names have it."""
+    """The rate of optimizer step `step` (from 0) of `total`.
+
+    As transformers' schedules of the same names have it, but that the warm-up starts above zero: no step is wasted.
+    """
     warmup = math.ceil(section.warmup * total) if section.warmup < 1 else int(section.warmup)
     if step < warmup:
-        return peak * step / warmup
+        return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total - warmup)
     if section.schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

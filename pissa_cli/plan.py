@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from pissa_cli.errors import UsageError
-from pissa_cli.model import DTYPES, Linear, linear_layers, match_targets, resolve_base, skeleton
+from pissa_cli.model import DTYPES, Linear, linear_layers, match_targets, skeleton
 from pissa_cli.recipe import FullOptions, Recipe
-from pissa_cli.weights import Weights, open_weights
+from pissa_cli.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -18,29 +16,37 @@ class Plan:
     """The base on disk, its linear layers, and those that get an adapter."""
 
     folder: Path
-    weights: Weights
     linears: list[Linear]
     targets: list[Linear]
+    num_total: int
+    vocabulary: int
 
     def num_trainable(self, recipe: Recipe) -> int:
         """Numbers that train."""
         if isinstance(recipe.adapter, FullOptions):
-            return self.num_total()
+            return self.num_total
         return sum(recipe.adapter.rank * (layer.num_in + layer.num_out) for layer in self.targets)
 
-    def num_total(self) -> int:
-        """Numbers of the base model."""
-        return sum(torch.Size(shape).numel() for shape in self.weights.shapes.values())
 
+def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> Plan:
+    """Check the base, its targets and the rank; without `weights`, from the configuration alone.
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Find and check the base, its targets and the rank. Raises UsageError; writes nothing."""
-    folder = resolve_base(recipe.model)
-    weights = open_weights(folder)
-    linears = linear_layers(skeleton(folder, recipe.model.trust_remote_code), weights)
+    Raises UsageError; writes nothing.
+    """
+    model = skeleton(folder, recipe.model.trust_remote_code)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UsageError(
+            f"{folder}: this model is quantized already", "start from the dense model; model.bits: 4 quantizes"
+        )
+    linears = linear_layers(model, weights)
     adapter = recipe.adapter
+    head = model.get_output_embeddings()
+    sizes = (
+        sum(parameter.numel() for parameter in model.parameters()),
+        head.weight.shape[0] if head is not None else 0,
+    )
     if isinstance(adapter, FullOptions):
-        return Plan(folder, weights, linears, [])
+        return Plan(folder, linears, [], *sizes)
     targets = match_targets(linears, adapter.targets)
     for layer in targets:
         if adapter.rank > min(layer.num_out, layer.num_in):
@@ -49,7 +55,7 @@ def make_plan(recipe: Recipe) -> Plan:
                 f"({layer.num_out} x {layer.num_in})",
                 f"use at most {min(min(t.num_out, t.num_in) for t in targets)}, or take it out of adapter.targets",
             )
-    return Plan(folder, weights, linears, targets)
+    return Plan(folder, linears, targets, *sizes)
 
 
 def memory_estimate(recipe: Recipe, plan: Plan) -> dict[str, int]:
@@ -67,10 +73,11 @@ def memory_estimate(recipe: Recipe, plan: Plan) -> dict[str, int]:
         per_token = 2 * per_token // max(1, layers // 2)
     full = isinstance(recipe.adapter, FullOptions)
     estimate = {
-        "weights": int(in_linears * packed + (plan.num_total() - in_linears) * dense),
+        "weights": int(in_linears * packed + (plan.num_total - in_linears) * dense),
         "factors": 0 if full else trainable * 4,
         "gradients": trainable * (dense if full else 4),
         "optimizer": trainable * state,
         "activations": tokens * per_token,
+        "logits": tokens * plan.vocabulary * (compute + 8),
     }
     return estimate | {"total": sum(estimate.values())}

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class Section(BaseModel):
     """A part of the recipe. Unknown keys and wrong types are errors; values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -71,6 +71,16 @@ LEARNING_RATES = {"lora": 2e-4, "pissa": 2e-5, "full": 1e-5}
 """`train.lr` where the recipe gives none. PiSSA: paper, section 5; at LoRA's rate it trains worse."""
 
 
+FIELDS = {
+    "alpaca": ("instruction", "output"),
+    "prompt": ("prompt", "completion"),
+    "chat": ("messages",),
+    "text": ("text",),
+}
+"""The fields a row needs, by `data.format`."""
+OPTIONAL_FIELDS = {"alpaca": ("input",)}
+
+
 class DataSection(Section):
     train: str | None = Field(
         None, description="training rows: jsonl, json, csv or parquet file, or id[:subset[:split]]"
@@ -84,6 +94,19 @@ class DataSection(Section):
     max_length: int = Field(512, ge=8, description="tokens an example may have; longer ones are cut at the end")
     limit: int | None = Field(None, ge=1, description="use the first N rows")
     packing: bool = Field(False, description="lay the examples of a micro-batch out in one row without padding")
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> DataSection:
+        known = FIELDS[self.format] + OPTIONAL_FIELDS.get(self.format, ())
+        for name in self.columns:
+            if name not in known:
+                raise ValueError(f"columns: format {self.format} has no field '{name}'; it has: {', '.join(known)}")
+        if self.template is not None:
+            if self.format != "alpaca":
+                raise ValueError(f"template: only format alpaca has one; format {self.format} takes its text as it is")
+            if "{instruction}" not in self.template or "{output}" not in self.template:
+                raise ValueError("template: needs {instruction} and {output}")
+        return self
 
 
 class TrainSection(Section):
@@ -144,8 +167,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
         adapter, bits = self.adapter, self.model.bits
-        if isinstance(adapter, FullOptions) and bits == 4:
-            raise ValueError("adapter.method full cannot train 4-bit weights; set model.bits to 16 or 32, or use pissa")
+        if isinstance(adapter, FullOptions) and bits != 32:
+            raise ValueError(
+                "adapter.method full needs model.bits 32: small steps are lost in the rounding of 16-bit weights "
+                "(train.precision bf16 still computes the products in 16 bits)"
+            )
         if isinstance(adapter, PissaOptions) and adapter.passes is not None and adapter.passes > 1 and bits != 4:
             raise ValueError(
                 "adapter.passes repeats the split against 4-bit rounding; set model.bits to 4 or remove it"

@@ -20,23 +20,23 @@ from transformers import PreTrainedModel
 
 from pissa_cli import report
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.checkpoint import Names, latest_checkpoint, restore_checkpoint, save_checkpoint
+from pissa_cli.checkpoint import Names, latest_checkpoint, restore_checkpoint, save_checkpoint, step_of
 from pissa_cli.data import chunk_by_length, collate, load_examples
 from pissa_cli.errors import Interrupted, PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result
-from pissa_cli.initialize import Progress, initialize, open_run, require_base
+from pissa_cli.initialize import Progress, initialize, open_run, read_start, require_base
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import attach, load_model, load_tokenizer, parameter_counts, resolve_base
 from pissa_cli.optim import learning_rate, make_optimizer
 from pissa_cli.process import peak_memory, stop_signals
 from pissa_cli.recipe import FullOptions, Recipe
 from pissa_cli.recipe_file import dump, load
-from pissa_cli.rundir import Run, read_peft, write_text
+from pissa_cli.rundir import Run, write_text
 from pissa_cli.svd import generator
 
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
-MAY_CHANGE = {"data.eval", "data.packing"} | {
+MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
     f"train.{key}"
     for key in ("steps", "epochs", "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing")
 }
@@ -74,18 +74,21 @@ def train(
     tokenizer = load_tokenizer(folder, recipe.model)
     cache = Path(HF_HOME) / "pissa" / "tokens"
     examples = load_examples(recipe.data.train, recipe.data, tokenizer, cache)
-    held_out = load_examples(recipe.data.eval, recipe.data, tokenizer, cache) if recipe.data.eval else None
+    whole = recipe.data.model_copy(update={"limit": None})
+    held_out = load_examples(recipe.data.eval, whole, tokenizer, cache) if recipe.data.eval else None
     for name, loaded in (("data.train", examples), ("data.eval", held_out)):
         for line in loaded.notes(name) if loaded else ():
             watch({"note": line})
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
     write_text(run.recipe, dump(recipe))
     model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision)
-    trainer = _set_up(run, recipe, model, examples, tokenizer.pad_token_id or 0, checkpoint is None, watch)
-    first_step = restore_checkpoint(checkpoint, trainer.names, _plain(trainer.optimizer)) if checkpoint else 0
+    trainer = _set_up(run, manifest, recipe, model, examples, tokenizer.pad_token_id or 0, checkpoint is None, watch)
+    first_step = 0
+    if checkpoint:
+        first_step = restore_checkpoint(checkpoint, trainer.names, _plain(trainer.optimizer), examples.digest())
     _trim_metrics(run, first_step)
     figures = _loop(run, trainer, held_out, first_step, watch)
-    figures["result"] = str(write_result(recipe, trainer.accelerator.unwrap_model(trainer.model)))
+    figures["result"] = str(write_result(recipe, trainer.accelerator.unwrap_model(trainer.model), trainer.total_steps))
     report.loss_picture(run.metrics, run.folder / "loss.png")
     return figures
 
@@ -93,6 +96,7 @@ def train(
 def _loop(run: Run, trainer: Trainer, held_out: Examples | None, first_step: int, watch: Watch) -> dict[str, Any]:
     section, began, tokens = trainer.recipe.train, time.time(), 0
     last_saved, losses, held_out_loss = first_step, [], None
+    digest = trainer.examples.digest()
     with stop_signals() as stopped, run.metrics.open("a", encoding="utf-8") as metrics:
 
         def note(event: dict[str, Any]) -> None:
@@ -120,7 +124,7 @@ def _loop(run: Run, trainer: Trainer, held_out: Examples | None, first_step: int
             note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
             if done or stopped() or (section.save_every and (step + 1) % section.save_every == 0):
                 if trainer.accelerator.is_main_process:
-                    save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), section.keep)
+                    save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), digest, section.keep)
                 trainer.accelerator.wait_for_everyone()
                 last_saved = step + 1
             if stopped() and not done:
@@ -212,6 +216,8 @@ def _check_run(run: Run, recipe: Recipe, resume: bool) -> Path | None:
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
         return None
+    if recipe.train.steps is not None and recipe.train.steps < step_of(checkpoint):
+        raise UsageError(f"train.steps: {recipe.train.steps} is less than the run has taken ({checkpoint.name})")
     if not resume:
         raise UsageError(
             f"{run.folder}: this run has reached {checkpoint.name}", "go on with --resume, or use another --output"
@@ -229,18 +235,27 @@ def _check_run(run: Run, recipe: Recipe, resume: bool) -> Path | None:
 
 
 def _set_up(
-    run: Run, recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, fresh: bool, watch: Watch
+    run: Run,
+    manifest: dict[str, Any],
+    recipe: Recipe,
+    model: PreTrainedModel,
+    examples: Examples,
+    pad_id: int,
+    fresh: bool,
+    watch: Watch,
 ) -> Trainer:
     """Put the model on its device, make it train what the method trains, and give that an optimizer."""
     accelerator = Accelerator()
     torch.manual_seed(recipe.seed)
     model = model.to(accelerator.device)
     probe = partial(_probe, recipe, model, examples, pad_id, accelerator.device)
+    if recipe.data.packing:
+        _require_packing(probe(packing=False), probe(packing=True), recipe.precision)
     if isinstance(recipe.adapter, FullOptions):
         model.requires_grad_(True)
     else:
         before = probe() if fresh and recipe.model.bits != 4 else None
-        _, factors = read_peft(run.init)
+        _, factors = read_start(run, manifest)
         attach(model, factors, METHODS[recipe.adapter.method], recipe.adapter.scale, recipe.adapter.dropout)
         if before is not None:
             _require_same_loss(before, probe(), recipe.precision)
@@ -257,13 +272,24 @@ def _set_up(
 
 
 @torch.no_grad()
-def _probe(recipe: Recipe, model: nn.Module, examples: Examples, pad_id: int, device: torch.device) -> float:
+def _probe(
+    recipe: Recipe, model: nn.Module, examples: Examples, pad_id: int, device: torch.device, packing: bool = False
+) -> float:
     """The loss on the first few examples, without dropout."""
     few = list(range(min(4, len(examples))))
-    batch = collate(examples, few, pad_id, packing=False)
+    batch = collate(examples, few, pad_id, packing)
     with autocast(recipe.model.bits, recipe.precision, device):
         total = summed_loss(model.eval(), {key: tensor.to(device) for key, tensor in batch.items()})
     return float(total) / sum(examples.num_targets(i) for i in few)
+
+
+def _require_packing(padded: float, packed: float, precision: str) -> None:
+    tolerance = {"fp32": 1e-6, "bf16": 2e-3}[precision]
+    if abs(packed - padded) > tolerance * max(1.0, abs(padded)):
+        raise UsageError(
+            f"data.packing: this model lets packed examples see each other (loss {packed:.6f}, apart {padded:.6f})",
+            "set data.packing to false",
+        )
 
 
 def _require_same_loss(before: float, after: float, precision: str) -> None:

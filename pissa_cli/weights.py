@@ -105,6 +105,18 @@ def _fingerprint(folder: Path, _files: tuple[tuple[str, int, int], ...]) -> str:
     return whole.digest()
 
 
+def hash_file(path: Path) -> str:
+    """A hash of a file's bytes; UsageError if it is missing."""
+    whole = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(2**24):
+                whole.update(chunk)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from None
+    return f"xxh3:{whole.hexdigest()}"
+
+
 class ShardWriter:
     """Writes tensors as they come to `folder`, in shards of about 256 MB; `close` writes the index."""
 

@@ -11,11 +11,12 @@ from pissa_cli.recipe_file import Loaded, listing
 
 
 def dry_run(loaded: Loaded, as_json: bool) -> None:
-    """Print the plan; reads headers and configuration of the base, writes nothing."""
+    """Print the plan; reads the configuration of the base, writes nothing."""
+    from pissa_cli.model import SMALL_FILES, resolve_base
     from pissa_cli.plan import make_plan, memory_estimate
 
     recipe = loaded.recipe
-    planned = make_plan(recipe)
+    planned = make_plan(recipe, resolve_base(recipe.model, SMALL_FILES))
     estimate = memory_estimate(recipe, planned)
     result: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
@@ -23,7 +24,7 @@ def dry_run(loaded: Loaded, as_json: bool) -> None:
         "base": str(planned.folder),
         "layers": len(planned.targets),
         "trainable": planned.num_trainable(recipe),
-        "parameters": planned.num_total(),
+        "parameters": planned.num_total,
         "memory_bytes": estimate,
     }
     table = Table(title="recipe", title_justify="left")

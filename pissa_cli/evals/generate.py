@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,25 +15,28 @@ from pissa_cli.errors import UsageError
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: list[list[int]],
     batch_size: int,
     max_new_tokens: int,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[tuple[int, str]]:
     """(index of the prompt, answer text) in the order they are done: the longest prompts first.
 
-    Prompts are padded on the left; an answer ends at end-of-text, `max_new_tokens` or the model's context.
+    Prompts (token ids) are padded on the left; an answer ends at end-of-text (the tokenizer's, or one the model's own
+    generation_config names: chat models end a turn by it), at `max_new_tokens` or at the end of the context. Nothing
+    else of the model's generation_config counts: a repetition penalty there would change the score.
     Raises UsageError for a prompt that leaves no room for an answer.
     """
-    encoded = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
     eos = tokenizer.eos_token_id
-    encoded = [ids[:-1] if ids and ids[-1] == eos else ids for ids in encoded]
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    stops = sorted({eos, *(own if isinstance(own, list) else [own] if own is not None else [])})
+    model.generation_config = GenerationConfig(eos_token_id=own)
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
-    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     done = 0
     for begin in range(0, len(order), batch_size):
         chunk = order[begin : begin + batch_size]
-        longest = max(len(encoded[i]) for i in chunk)
+        longest = max(len(prompts[i]) for i in chunk)
         room = min(max_new_tokens, context - longest)
         if room < 1:
             raise UsageError(f"a prompt of {longest} tokens leaves no room for an answer in a context of {context}")
@@ -40,12 +44,12 @@ def generate(
         ids = torch.full((len(chunk), longest), pad)
         mask = torch.zeros_like(ids)
         for row, index in enumerate(chunk):
-            ids[row, longest - len(encoded[index]) :] = torch.tensor(encoded[index])
-            mask[row, longest - len(encoded[index]) :] = 1
+            ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, longest - len(prompts[index]) :] = 1
         config = GenerationConfig(
             max_new_tokens=room,
             do_sample=False,
-            eos_token_id=eos,
+            eos_token_id=stops,
             pad_token_id=pad,
             bos_token_id=tokenizer.bos_token_id,
         )
@@ -53,7 +57,7 @@ def generate(
         output = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
         for row, index in enumerate(chunk):
             tokens = output[row, longest:].tolist()
-            tokens = tokens[: tokens.index(eos)] if eos in tokens else tokens
+            tokens = list(takewhile(lambda token: token not in stops, tokens))
             yield index, tokenizer.decode(tokens, skip_special_tokens=True)
         done += len(chunk)
         progress(done, len(order))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 
@@ -20,6 +21,14 @@ def question(row: Row) -> str:
 def gold(row: Row) -> str:
     """The reference answer: what follows '####' in GSM8K's own rows."""
     return str(row["answer"]).rpartition("####")[2].strip()
+
+
+def is_number(reference: str) -> bool:
+    """Whether a reference can be compared ("1,250" can)."""
+    try:
+        return math.isfinite(float(reference.replace(",", "")))
+    except ValueError:
+        return False
 
 
 def extract(output: str) -> int | None:
@@ -44,7 +53,4 @@ def extract(output: str) -> int | None:
 def score(output: str, reference: str) -> bool:
     """Whether the extracted answer equals the reference ("1,250" reads 1250)."""
     answer = extract(output)
-    try:
-        return answer is not None and float(answer) == float(reference.replace(",", ""))
-    except ValueError:
-        return False
+    return answer is not None and float(answer) == float(reference.replace(",", ""))

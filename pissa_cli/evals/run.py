@@ -21,7 +21,7 @@ from pissa_cli.evals.generate import generate
 from pissa_cli.exported import load_plain_base, load_result
 from pissa_cli.initialize import open_run, require_base
 from pissa_cli.loss import autocast, summed_loss
-from pissa_cli.model import load_tokenizer
+from pissa_cli.model import best_device, load_tokenizer
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import read_rows
 from pissa_cli.rundir import whole_folder, write_json
@@ -41,7 +41,7 @@ def evaluate(recipe: Recipe, base: bool = False, progress: Progress = lambda *_:
     run, manifest = open_run(recipe)
     tokenizer = load_tokenizer(require_base(run, manifest, recipe), recipe.model)
     data = {bench: _load_bench(bench, recipe, tokenizer) for bench in recipe.eval.bench}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     model = (load_plain_base if base else load_result)(recipe, device)
     results = {}
     for bench, loaded in data.items():
@@ -101,6 +101,8 @@ def _load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) 
         if isinstance(row, str) or not {"question", "answer"} <= set(row):
             columns = row if isinstance(row, str) else f"its columns: {', '.join(row)}"
             raise UsageError(f"{source}: row {number} is not a GSM8K row with question and answer ({columns})")
+        if not gsm8k.is_number(gsm8k.gold(row)):
+            raise UsageError(f"{source}: the answer of row {number} does not end in '#### number'")
         rows.append(row)
     if not rows:
         raise UsageError(f"{source}: no rows")
@@ -117,11 +119,13 @@ def _score_gsm8k(
     prompts = [question_prompt(gsm8k.question(row), recipe.data, tokenizer) for row in rows]
     section = recipe.eval
     samples: list[dict[str, Any]] = [{} for _ in rows]
-    for index, output in generate(model, tokenizer, prompts, section.batch_size, section.max_new_tokens, progress):
+    for index, output in generate(
+        model, tokenizer, [ids for _, ids in prompts], section.batch_size, section.max_new_tokens, progress
+    ):
         reference = gsm8k.gold(rows[index])
         samples[index] = {
             "id": index,
-            "prompt": prompts[index],
+            "prompt": prompts[index][0],
             "output": output,
             "answer": gsm8k.extract(output),
             "reference": reference,
