@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.exported import adapter_files, load_result
 from pissa_cli.initialize import copy_side_files, open_run, write_nf4_config
 from pissa_cli.loss import autocast
-from pissa_cli.model import Linear, linear_layers, load_model, load_tokenizer, skeleton
+from pissa_cli.model import DTYPES, Linear, best_device, linear_layers, load_model, load_tokenizer, skeleton
 from pissa_cli.recipe import FullOptions, Recipe
 from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import read_json, whole_folder, write_json, write_text
+from pissa_cli.rundir import Run, peft_scale, read_json, whole_folder, write_json, write_text
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
@@ -34,24 +35,25 @@ PROBES = (
 )
 """Prompts on which two forms of a model are compared."""
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Largest ||difference of logits|| / ||logits|| that rounding the merged weights to this dtype explains."""
+"""Largest ||difference of logits|| / ||logits|| that merged weights, or products, of this dtype explain."""
 
 
 def merge(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Write `merged/`, W + s B A rounded once to the dtype of the base, and compare its logits with the adapter's.
 
     From a QPiSSA run W is the 4-bit residual read back, so that nothing is approximated.
+    After full fine-tuning `merged/` is there already and only gets its model card; the differences are None then.
     Raises PissaError, leaving no `merged/`, if the logits differ by more than rounding.
     """
     run, _ = open_run(recipe)
     if isinstance(recipe.adapter, FullOptions):
-        raise UsageError(f"{run.folder}: full fine-tuning has no adapter to merge; {run.merged} is the model already")
+        return _finish_full(recipe, run)
     folder, config, factors = adapter_files(recipe)
-    scale = config["lora_alpha"] / config["r"]
+    scale = peft_scale(config)
     weights = open_weights(folder)
     with whole_folder(run.merged) as target:
         writer = ShardWriter(target)
-        dtypes: set[torch.dtype] = set()
+        dtypes = {DTYPES[recipe.precision]}
         dense = _dense_tensors(recipe, folder, weights, factors, scale)
         for number, (name, linear, tensor) in enumerate(dense):
             if linear is not None:
@@ -63,7 +65,7 @@ def merge(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Any
         model_config = read_json(target / "config.json")
         model_config.pop("quantization_config", None)
         write_json(target / "config.json", model_config)
-        write_text(target / "README.md", _model_card(recipe, Path(folder)))
+        write_text(target / "README.md", _model_card(recipe))
         difference = _compare(recipe, target, max(MERGE_TOLERANCE[dtype] for dtype in dtypes))
     return {"path": str(run.merged), "bytes": writer.total_bytes, **difference}
 
@@ -80,7 +82,7 @@ def quantize(
         model_folder = open_run(recipe)[0].merged
     if model_folder is None:
         folder, config, factors = adapter_files(recipe)
-        scale = config["lora_alpha"] / config["r"]
+        scale = peft_scale(config)
     else:
         folder, factors, scale = model_folder, {}, 1.0
         if "quantization_config" in read_json(folder / "config.json"):
@@ -129,17 +131,14 @@ def push(recipe: Recipe, folder: Path, repo: str | None) -> str:
     Raises UsageError without a token and for a name the Hub refuses, PissaError when the upload fails.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    require_token()
+    require_pushable(recipe, repo)
     api = HfApi()
     try:
         name = repo or recipe.hub.repo or f"{api.whoami()['name']}/{default_repo(recipe)}"
         api.create_repo(name, private=recipe.hub.private, exist_ok=True)
         commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Upload by pissa {__version__}")
-    except HFValidationError as error:
-        raise UsageError(f"hub.repo: {error}") from None
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the network and the Hub raise many kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PissaError(
             f"upload to the Hub failed: {reason}", f"{folder} is complete; try again with --push"
@@ -147,12 +146,31 @@ def push(recipe: Recipe, folder: Path, repo: str | None) -> str:
     return str(commit.repo_url if hasattr(commit, "repo_url") else f"{api.endpoint}/{name}")
 
 
-def require_token() -> None:
-    """Raise UsageError if there is no token for the Hub."""
+def require_pushable(recipe: Recipe, repo: str | None) -> None:
+    """Raise UsageError if there is no token for the Hub, or the repository's name is impossible."""
     from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
+    try:
+        validate_repo_id(repo or recipe.hub.repo or default_repo(recipe))
+    except HFValidationError as error:
+        raise UsageError(f"hub.repo: {error}") from None
     if get_token() is None:
         raise UsageError("no token for the Hub", "log in with `hf auth login`, or set HF_TOKEN")
+
+
+def _finish_full(recipe: Recipe, run: Run) -> dict[str, Any]:
+    if not (run.merged / "config.json").is_file():
+        raise UsageError(f"{run.folder}: no trained model yet", "run `pissa train` to its end first")
+    write_text(run.merged / "README.md", _model_card(recipe))
+    size = open_weights(run.merged).num_bytes()
+    return {
+        "path": str(run.merged),
+        "bytes": size,
+        "max_logit_difference": None,
+        "relative_logit_difference": None,
+    }
 
 
 def default_repo(recipe: Recipe) -> str:
@@ -169,7 +187,7 @@ def _dense_tensors(
     linears = {
         layer.tensor: layer for layer in linear_layers(skeleton(folder, recipe.model.trust_remote_code), weights)
     }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     parts: dict[str, list[str]] = {}
     for name in weights.files:
         owner = next((name[: len(t)] for t in _prefixes(name) if t in linears and name != t), None)
@@ -204,7 +222,7 @@ def _prefixes(name: str) -> Iterator[str]:
 
 def _compare(recipe: Recipe, merged: Path, tolerance: float) -> dict[str, float]:
     """Logits of the adapter on its base against those of the merged model, on PROBES."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     tokenizer = load_tokenizer(merged, recipe.model)
     bits = 32 if recipe.precision == "fp32" else 16
     dense = recipe.model.model_copy(update={"bits": bits, "double_quant": False})
@@ -234,7 +252,7 @@ def _logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: 
 
 def _perplexities(recipe: Recipe, dense: Path | None, quantized: Path) -> tuple[float, float, str]:
     """Perplexity before and after quantization, and on what it was measured."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     tokenizer = load_tokenizer(quantized, recipe.model)
     section = recipe.model.model_copy(update={"bits": 32 if recipe.precision == "fp32" else 16, "double_quant": False})
     before = load_model(dense, section, recipe.precision).to(device) if dense else load_result(recipe, device)
@@ -268,7 +286,8 @@ def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reci
     return math.exp(min(total / count, 700)), f"{recipe.data.eval} ({len(examples)} examples)"
 
 
-def _model_card(recipe: Recipe, base: Path) -> str:
+def _model_card(recipe: Recipe) -> str:
+    """README.md with the recipe; of local paths only the last part, the rest is nobody's business."""
     name = recipe.model.name
     lines = ["---", "library_name: transformers", "tags: [pissa]"]
     if not Path(name).exists():
@@ -277,5 +296,5 @@ def _model_card(recipe: Recipe, base: Path) -> str:
     what = "" if isinstance(recipe.adapter, FullOptions) else f", rank {recipe.adapter.rank}"
     shown = name if not Path(name).exists() else Path(name).name
     lines += [f"{shown}, fine-tuned with `pissa {__version__}` (method {recipe.adapter.method}{what}) and merged.", ""]
-    public = recipe.model_copy(update={"output": "out"})
-    return "\n".join([*lines, "## Recipe", "", "```yaml", dump(public).rstrip(), "```", ""])
+    public = re.sub(r"(?<=: )/\S*/(?=[^/\s]+$)", "", dump(recipe), flags=re.M).rstrip()
+    return "\n".join([*lines, "## Recipe", "", "```yaml", public, "```", ""])

@@ -15,7 +15,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.initialize import copy_side_files, open_run, read_start, require_base
 from pissa_cli.model import attach, load_model, lowrank_layers
 from pissa_cli.recipe import FullOptions, Recipe
-from pissa_cli.rundir import PROVENANCE, read_json, read_peft, whole_folder, write_json, write_peft
+from pissa_cli.rundir import PROVENANCE, peft_scale, read_json, read_peft, whole_folder, write_json, write_peft
 
 
 def write_result(recipe: Recipe, model: PreTrainedModel, step: int) -> Path:
@@ -68,7 +68,7 @@ def load_result(recipe: Recipe, device: torch.device) -> PreTrainedModel:
         return load_model(run.merged, recipe.model, recipe.precision).to(device).eval()
     folder, config, factors = adapter_files(recipe)
     model = load_model(folder, recipe.model, recipe.precision).to(device)
-    attach(model, factors, METHODS["lora"], config["lora_alpha"] / config["r"])
+    attach(model, factors, METHODS["lora"], peft_scale(config))
     return model.eval()
 
 
@@ -98,5 +98,5 @@ def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision).to(device)
     if recipe.model.bits == 4:
         config, factors = read_start(run, manifest)
-        attach(model, factors, METHODS["lora"], config["lora_alpha"] / config["r"])
+        attach(model, factors, METHODS["lora"], peft_scale(config))
     return model.eval()

@@ -107,31 +107,36 @@ def write_json(path: Path, content: Any) -> None:
 def whole_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends well, and vanishes otherwise.
 
-    `final` is replaced if it is there. Folders that a killed process left behind are removed first.
+    `final` is replaced if it is there. What a killed process left is cleared first: half-made folders are removed, and
+    a `final` that was set aside but not yet replaced is put back.
     """
-    prefix = f".{final.name}.tmp-"
+    aside = final.parent / f".{final.name}.aside"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in final.parent.glob(f"{prefix}*"):
+        if aside.is_dir() and not final.exists():
+            aside.rename(final)
+        for leftover in (aside, *final.parent.glob(f".{final.name}.tmp-*")):
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary = final.parent / f"{prefix}{secrets.token_hex(4)}"
+        temporary = final.parent / f".{final.name}.tmp-{secrets.token_hex(4)}"
         temporary.mkdir()
     except OSError as error:
         raise _disk_error(final, error) from None
     try:
         yield temporary
-        _sync(temporary)
-        if final.is_dir() and any(final.iterdir()):
-            old = final.parent / f"{prefix}old-{secrets.token_hex(4)}"
-            final.rename(old)
-            temporary.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(final)
-    except OSError as error:
-        raise _disk_error(final, error) from None
+        _put_in_place(temporary, final, aside)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, final: Path, aside: Path) -> None:
+    try:
+        _sync(temporary)
+        if final.is_dir() and any(final.iterdir()):
+            final.rename(aside)
+        temporary.rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise _disk_error(final, error) from None
 
 
 def write_peft(folder: Path, factors: dict[str, Factors], config: dict[str, Any]) -> None:
@@ -160,6 +165,11 @@ def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Factors]]:
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise UsageError(f"{folder / PEFT_WEIGHTS}: A and B of {layer} do not belong together")
     return config, factors
+
+
+def peft_scale(config: dict[str, Any]) -> float:
+    """s of a PEFT LoRA folder."""
+    return float(config["lora_alpha"] / config["r"])
 
 
 def peft_config(base: str, rank: int, scale: float, targets: list[str], fan_in_fan_out: bool) -> dict[str, Any]:

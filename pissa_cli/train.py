@@ -13,33 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pissa_cli import report
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.checkpoint import Names, latest_checkpoint, restore_checkpoint, save_checkpoint, step_of
+from pissa_cli.checkpoint import Names, restore_checkpoint, save_checkpoint
 from pissa_cli.data import chunk_by_length, collate, load_examples
 from pissa_cli.errors import Interrupted, PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result
+from pissa_cli.guards import checkpoint_to_resume, probe_loss, require_packing, require_same_loss
 from pissa_cli.initialize import Progress, initialize, open_run, read_start, require_base
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import attach, load_model, load_tokenizer, parameter_counts, resolve_base
 from pissa_cli.optim import learning_rate, make_optimizer
 from pissa_cli.process import peak_memory, stop_signals
 from pissa_cli.recipe import FullOptions, Recipe
-from pissa_cli.recipe_file import dump, load
+from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, write_text
 from pissa_cli.svd import generator
 
-START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
-MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
-    f"train.{key}"
-    for key in ("steps", "epochs", "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing")
-}
 Watch = Callable[[dict[str, Any]], None]
 """Called with what goes to metrics.jsonl, and with {"note": text}."""
 
@@ -66,8 +62,10 @@ def train(
     Raises UsageError for bad input, Interrupted after the checkpoint that follows SIGINT or SIGTERM, and PissaError
     for a loss that is not finite and for a disk that fails; earlier checkpoints stay whole.
     """
+    if PartialState().num_processes > 1:
+        raise UsageError("training in several processes comes in a later version", "start it as one process")
     run = Run(Path(recipe.output))
-    checkpoint = _check_run(run, recipe, resume)
+    checkpoint = checkpoint_to_resume(run, recipe, resume)
     if recipe.data.train is None:
         raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
     folder = require_base(*open_run(recipe), recipe) if run.exists() else resolve_base(recipe.model)
@@ -206,34 +204,6 @@ def _summed_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tens
         return summed_loss(trainer.model, {key: tensor.to(device) for key, tensor in batch.items()})
 
 
-def _check_run(run: Run, recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from. Refuses to overwrite a run, and to resume one with another recipe."""
-    if not run.exists():
-        if resume:
-            raise UsageError(f"{run.folder}: nothing to resume", "start it without --resume")
-        return None
-    open_run(recipe)
-    checkpoint = latest_checkpoint(run)
-    if checkpoint is None:
-        return None
-    if recipe.train.steps is not None and recipe.train.steps < step_of(checkpoint):
-        raise UsageError(f"train.steps: {recipe.train.steps} is less than the run has taken ({checkpoint.name})")
-    if not resume:
-        raise UsageError(
-            f"{run.folder}: this run has reached {checkpoint.name}", "go on with --resume, or use another --output"
-        )
-    before = load(str(run.folder), {}).recipe
-    for name in ("data", "train"):
-        old, new = getattr(before, name).model_dump(), getattr(recipe, name).model_dump()
-        for key in old:
-            if old[key] != new[key] and f"{name}.{key}" not in MAY_CHANGE:
-                raise UsageError(
-                    f"{run.folder}: {name}.{key} was {old[key]!r} so far and is {new[key]!r} now",
-                    "resume with the same value, or start a new run with another --output",
-                )
-    return checkpoint
-
-
 def _set_up(
     run: Run,
     manifest: dict[str, Any],
@@ -248,9 +218,9 @@ def _set_up(
     accelerator = Accelerator()
     torch.manual_seed(recipe.seed)
     model = model.to(accelerator.device)
-    probe = partial(_probe, recipe, model, examples, pad_id, accelerator.device)
+    probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
     if recipe.data.packing:
-        _require_packing(probe(packing=False), probe(packing=True), recipe.precision)
+        require_packing(probe(packing=False), probe(packing=True), recipe.precision)
     if isinstance(recipe.adapter, FullOptions):
         model.requires_grad_(True)
     else:
@@ -258,7 +228,7 @@ def _set_up(
         _, factors = read_start(run, manifest)
         attach(model, factors, METHODS[recipe.adapter.method], recipe.adapter.scale, recipe.adapter.dropout)
         if before is not None:
-            _require_same_loss(before, probe(), recipe.precision)
+            require_same_loss(before, probe(), recipe.precision)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -269,35 +239,6 @@ def _set_up(
     optimizer = make_optimizer(list(names), recipe.train, recipe.lr)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     return Trainer(recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps)
-
-
-@torch.no_grad()
-def _probe(
-    recipe: Recipe, model: nn.Module, examples: Examples, pad_id: int, device: torch.device, packing: bool = False
-) -> float:
-    """The loss on the first few examples, without dropout."""
-    few = list(range(min(4, len(examples))))
-    batch = collate(examples, few, pad_id, packing)
-    with autocast(recipe.model.bits, recipe.precision, device):
-        total = summed_loss(model.eval(), {key: tensor.to(device) for key, tensor in batch.items()})
-    return float(total) / sum(examples.num_targets(i) for i in few)
-
-
-def _require_packing(padded: float, packed: float, precision: str) -> None:
-    tolerance = {"fp32": 1e-6, "bf16": 2e-3}[precision]
-    if abs(packed - padded) > tolerance * max(1.0, abs(padded)):
-        raise UsageError(
-            f"data.packing: this model lets packed examples see each other (loss {packed:.6f}, apart {padded:.6f})",
-            "set data.packing to false",
-        )
-
-
-def _require_same_loss(before: float, after: float, precision: str) -> None:
-    if not abs(after - before) <= START_TOLERANCE[precision] * max(1.0, abs(before)):
-        raise PissaError(
-            f"the loss with the adapter at step 0 is {after:.4f}, that of the base {before:.4f}; they must agree",
-            "the files in init/ do not belong to this base; remove the run folder and run init again",
-        )
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

@@ -47,7 +47,7 @@ def run(
         "train.steps": steps,
         "train.batch_size": "16",
         "train.lr": rate,
-        "train.eval_every": str(max(1, int(steps) // 5)),
+        "train.eval_every": str(max(1, int(steps) // 4)),
     }
     sets = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
     return {**pissa("train", str(output), *sets), "lr": rate, "run": output, "init_seconds": began["seconds"]}

@@ -53,7 +53,8 @@ def test_the_default_template_is_pissas(tmp_path: Path, tokenizer: PreTrainedTok
     intro = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     assert prompt == f"{intro}\n\n### Instruction:\nAdd 1 and 2.\n\n### Response:"
     assert answer == "3\n<eos>"
-    assert question_prompt("Add 1 and 2.", DataSection(), tokenizer) == prompt
+    text, ids = question_prompt("Add 1 and 2.", DataSection(), tokenizer)
+    assert text == prompt and ids == tokenizer(prompt)["input_ids"]
     assert TEMPLATE.count("{") == 2
 
 
@@ -67,9 +68,9 @@ def test_other_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> No
     assert load_one(tmp_path, tokenizer, row, format="prompt") == ("Q: 1 + 2\nA:", " 3<eos>")
     assert load_one(tmp_path, tokenizer, {"text": "Anna has 3."}, format="text") == ("", "Anna has 3.<eos>")
     mapped = {"instruction": "query", "output": "response"}
-    row = {"query": "Q {output}", "response": "A"}
+    row = {"query": "Q {output} {input}", "response": "A"}
     assert load_one(tmp_path, tokenizer, row, columns=mapped, template="<{instruction}|{output}>") == (
-        "<Q {output}|",
+        "<Q {output} {input}|",
         "A><eos>",
     )
 
@@ -81,7 +82,8 @@ def test_chat_masks_everything_but_the_assistant(tmp_path: Path, tokenizer: PreT
     masked, targets = load_one(tmp_path, tokenizer, row, format="chat")
     assert targets == "Yes<eos>No<eos>"
     assert masked == "<user>Hi<assistant><user>And<assistant>"
-    assert question_prompt("Hi", DataSection(format="chat"), tokenizer) == "<user>Hi<assistant>"
+    text, ids = question_prompt("Hi", DataSection(format="chat"), tokenizer)
+    assert text == "<user>Hi<assistant>" and ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_chat_needs_a_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -116,6 +118,18 @@ def test_bad_rows_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) 
         "'output' is not text": [6],
     }
     assert examples.notes("data.train")[2] == "data.train: 2 rows not used: 'output' is missing (rows 3, 4)"
+
+
+def test_inputs_are_never_dropped(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"instruction": "{input}", "input": 5, "output": "x"}
+    assert "### Input:\n5\n" in load_one(tmp_path, tokenizer, row)[0]
+    with pytest.raises(UsageError, match=r"has text, data\.template no"):
+        load_one(tmp_path, tokenizer, row, template="{instruction}{output}")
+    for section in ({"columns": {"imput": "x"}}, {"format": "text", "template": "{instruction}{output}"}):
+        with pytest.raises(ValueError, match="format"):
+            DataSection(**section)
+    with pytest.raises(UsageError, match="lone surrogate"):
+        load_one(tmp_path, tokenizer, {"instruction": "\ud800", "output": "x"})
 
 
 def test_truncation(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

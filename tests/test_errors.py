@@ -72,7 +72,9 @@ def test_wrong_types_and_combinations(refused: Callable[..., str], tmp_path: Pat
         (["adapter.dropout=0.1"], "pissa needs dropout 0"),
         (["adapter.passes=5"], "set model.bits to 4"),
         (["train.epochs=1", "train.steps=1"], "train.steps") if False else (["train.steps=0"], "train.steps"),
-        (["model.bits=4", "adapter.method=full"], "full cannot train 4-bit weights"),
+        (["model.bits=4", "adapter.method=full"], "full needs model.bits 32"),
+        (["train.lr=.inf"], "train.lr"),
+        (["data.columns={imput: x}"], "format alpaca has no field 'imput'"),
         (["train.precision=fp32"], "set model.bits to 32"),
         (["train=3"], "train"),
         (["nothing"], "expected key=value"),
@@ -126,6 +128,19 @@ def test_truncated_shard(refused: Callable[..., str], tmp_path: Path) -> None:
         assert f"{shards[1]}: truncated or damaged" in refused("init", "--model", folder)
     shards[1].unlink()
     assert "shard of the index is missing" in refused("init", "--model", folder)
+
+
+def test_bases_that_cannot_be_split(
+    refused: Callable[..., str], models: Callable[[str], Path], pissa: Pissa, tmp_path: Path
+) -> None:
+    assert pissa("quantize", models("llama"), "--output", tmp_path / "nf4").code == 0
+    for method in ("pissa", "lora"):
+        assert "quantized already" in refused("init", "--model", tmp_path / "nf4", "--method", method, "--rank", 4)
+    shutil.copytree(models("llama"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    message = refused("init", "--model", tmp_path / "model", "--rank", 4)
+    assert "is (128, 64), config.json makes it (96, 64)" in message
 
 
 def test_adapter_on_the_wrong_base(
@@ -206,6 +221,7 @@ def test_parser_errors(refused: Callable[..., str], pissa: Pissa) -> None:
 
 
 def test_json_errors_are_json(pissa: Pissa) -> None:
+    assert pissa("init", "--rank", "many", "--json").json["exit_code"] == 2
     outcome = pissa("init", "--model", "x", "--rank", 0, "--json")
     assert outcome.code == 2 and outcome.json["exit_code"] == 2 and "adapter.rank" in outcome.json["error"]
 

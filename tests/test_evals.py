@@ -56,6 +56,7 @@ def test_gold_and_score() -> None:
     row = {"question": "q", "answer": "It costs 1,250.\n#### 1,250"}
     assert gsm8k.gold(row) == "1,250"
     assert gsm8k.score("The answer is: 1250", gsm8k.gold(row)) and gsm8k.score("The answer is: 1,250", "1,250")
+    assert gsm8k.is_number("-1,250.5") and not gsm8k.is_number("12 apples") and not gsm8k.is_number("nan")
     assert not gsm8k.score("The answer is: 125", "1,250") and not gsm8k.score("no marker 1250", "1,250")
 
 
@@ -81,16 +82,18 @@ def test_generation_is_that_of_transformers_and_ignores_the_batch(demo_base: tup
             input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], max_new_tokens=20, do_sample=False
         )
         alone[index] = tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    model.generation_config.repetition_penalty = 5.0
+    tokens = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     for batch_size in (1, 2, 3):
-        assert dict(generate(model, tokenizer, PROMPTS, batch_size, 20)) == alone
+        assert dict(generate(model, tokenizer, tokens, batch_size, 20)) == alone
     assert alone[0].startswith(" 12 + 5 = 17. The answer is: 17")
 
 
 def test_generation_stays_inside_the_context(demo_base: tuple[Any, Any]) -> None:
     model, tokenizer = demo_base
-    assert dict(generate(model, tokenizer, ["1" * 250], 1, 100))
+    assert dict(generate(model, tokenizer, [[5] * 250], 1, 100))
     with pytest.raises(UsageError, match="no room"):
-        list(generate(model, tokenizer, ["1" * 256], 1, 100))
+        list(generate(model, tokenizer, [[5] * 256], 1, 100))
 
 
 @pytest.fixture(scope="module")

@@ -143,6 +143,19 @@ def push(made: Any, url: str, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+def test_full_fine_tuning_needs_no_merge_and_quantizes(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made = recipe(models("llama"), "model.bits=32", "adapter.method=full", f"data.train={rows}", "train.steps=1")
+    train(made)
+    result = export.merge(made)
+    assert result["max_logit_difference"] is None and (Path(result["path"]) / "README.md").is_file()
+    assert export.quantize(made, None, Path(made.output) / "quantized")["relative_error"] > 0
+
+
+def test_the_model_card_keeps_folders_to_itself(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    card = export._model_card(recipe(models("llama"), f"data.train={rows}"))
+    assert "train: rows.jsonl" in card and "name: llama" in card and str(rows.parent) not in card
+
+
 def test_push_over_http(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
     made = trained(recipe, models("llama"), rows, "model.bits=32", "hub.private=true")
     with serve() as hub:

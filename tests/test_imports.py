@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 LAYERS = [
     "__main__ demo cli",
     "train evals export",
-    "exported",
+    "exported guards",
     "initialize",
     "plan checkpoint",
     "data",

@@ -118,7 +118,7 @@ def test_every_epoch_takes_every_example_once(recipe: Make) -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(("warmup", "steps"), [(0.1, 20), (4, 20), (0.0, 7)])
-def test_schedules_are_those_of_transformers(schedule: str, warmup: float, steps: int) -> None:
+def test_schedules_are_those_of_transformers_after_the_warmup(schedule: str, warmup: float, steps: int) -> None:
     section = TrainSection(schedule=schedule, warmup=warmup)  # type: ignore[arg-type]
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter], lr=0.5)
@@ -126,7 +126,8 @@ def test_schedules_are_those_of_transformers(schedule: str, warmup: float, steps
     name = "constant_with_warmup" if schedule == "constant" else schedule
     oracle = get_scheduler(name, optimizer, num_warmup_steps=num_warmup, num_training_steps=steps)
     for step in range(steps):
-        assert learning_rate(step, steps, section, 0.5) == pytest.approx(oracle.get_last_lr()[0], abs=1e-12)
+        wanted = oracle.get_last_lr()[0] if step >= num_warmup else 0.5 * (step + 1) / (num_warmup + 1)
+        assert learning_rate(step, steps, section, 0.5) == pytest.approx(wanted, abs=1e-12)
         optimizer.step()
         oracle.step()
 
@@ -219,26 +220,95 @@ def test_a_diverging_run_stops_with_a_reason(models: Callable[[str], Path], reci
         assert all(bool(torch.isfinite(t).all()) for t in load_tensors(folder / "optimizer.safetensors").values())
 
 
-def test_wrong_start_is_noticed_before_training(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
-    """Factors that do not belong to this base: the loss would start far above the base's."""
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize("bits", [32, 4])
+def test_a_changed_start_is_refused(bits: int, models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    from safetensors.torch import save_file
 
-    made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=2")
+    made = recipe(models("llama"), *BASE[1:], f"model.bits={bits}", f"data.train={rows}", "train.steps=2")
     module.initialize(made)
     path = Run(Path(made.output)).init / "adapter_model.safetensors"
-    tensors = load_file(path)
+    save_file({name: tensor * 1.5 for name, tensor in load_tensors(path).items()}, path)
+    with pytest.raises(UsageError, match="not what init wrote"):
+        train(made)
+
+
+def test_a_start_that_is_not_the_base_is_noticed(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter without its residual, the commonest mistake with PiSSA elsewhere: the loss would start too high."""
     original = module.attach
-    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, path)
-    try:  # the residual of other factors, as after a bad copy
-        module.attach = (
-            lambda model, factors, *rest: original(  # type: ignore[assignment]
-                model, {n: {"A": f["A"], "B": f["B"]} for n, f in factors.items()}, module.METHODS["lora"], *rest[1:]
-            )
-        )
-        with pytest.raises(PissaError, match="step 0"):
-            train(made)
-    finally:
-        module.attach = original
+    monkeypatch.setattr(module, "attach", lambda m, f, _, *rest: original(m, f, module.METHODS["lora"], *rest))
+    with pytest.raises(PissaError, match="step 0"):
+        train(recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=2"))
+
+
+def test_changed_data_and_fewer_steps_are_refused_on_resume(
+    models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    sets = (*BASE, f"data.train={rows}")
+    train(recipe(models("llama"), *sets, "train.steps=4"))
+    with pytest.raises(UsageError, match="2 is less than the run has taken"):
+        train(recipe(models("llama"), *sets, "train.steps=2"), resume=True)
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[::-1]))
+    with pytest.raises(UsageError, match="other data"):
+        train(recipe(models("llama"), *sets, "train.steps=6"), resume=True)
+
+
+def test_an_adapter_older_than_its_run_is_refused(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    from pissa_cli.exported import adapter_files
+
+    made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=2")
+    train(made)
+    longer = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=8")
+
+    def stop(event: dict[str, Any]) -> None:
+        if event.get("step") == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(longer, resume=True, watch=stop)
+    with pytest.raises(UsageError, match="holds step 2, but the run has gone on to step-4"):
+        adapter_files(longer)
+
+
+def test_packing_is_refused_where_examples_would_see_each_other(recipe: Make, rows: Path, tmp_path: Path) -> None:
+    from conftest import save_model
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 64,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 64,
+    }
+    model = OPTForCausalLM(OPTConfig(vocab_size=512, max_position_embeddings=256, **shape, dropout=0.0))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    made = recipe(
+        save_model(model, tmp_path / "opt"), *BASE, f"data.train={rows}", "train.steps=1", "data.packing=true"
+    )
+    with pytest.raises(UsageError, match="see each other"):
+        train(made)
+
+
+def test_missing_tensors_are_refused(models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(models("llama"), folder)
+    tensors = load_tensors(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(UsageError, match=r"1 tensors of the model are not in its files \(model\.norm\.weight\)"):
+        train(recipe(folder, *BASE, f"data.train={rows}", "train.steps=1"))
 
 
 def test_full_fine_tuning_trains_everything(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -48,4 +49,5 @@ def _root(
 def main() -> None:
     """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run_guarded(lambda: app(standalone_mode=False), sys.argv[1:]))

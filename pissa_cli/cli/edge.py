@@ -32,12 +32,20 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _show("interrupted", None, 130, as_json)
         return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stdout = None
+        return 0
     except Exception as error:
         if isinstance(error, ClickException):
             error.show()  # type: ignore[attr-defined]
+            if as_json:
+                _print_json(error.format_message(), None, 2)  # type: ignore[attr-defined]
             return 2
         if debug:
             Console(stderr=True).print_exception()
+        if type(error).__name__ == "OutOfMemoryError":
+            _show("out of memory", "lower train.micro_batch_size or set train.gradient_checkpointing", 1, as_json)
+            return 1
         hint = "run again with --debug for the traceback, and please report it"
         _show(f"unexpected {type(error).__name__}: {error}", hint, 1, as_json)
         return 1
@@ -49,5 +57,9 @@ def _show(message: str, hint: str | None, code: int, as_json: bool) -> None:
     if hint:
         console.print(f"[bold]next:[/]  {escape(hint)}")
     if as_json:
-        json.dump({"error": message, "hint": hint, "exit_code": code}, sys.stdout)
-        sys.stdout.write("\n")
+        _print_json(message, hint, code)
+
+
+def _print_json(message: str, hint: str | None, code: int) -> None:
+    json.dump({"error": message, "hint": hint, "exit_code": code}, sys.stdout)
+    sys.stdout.write("\n")

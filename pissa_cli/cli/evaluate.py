@@ -27,8 +27,7 @@ def evaluate_command(
 ) -> None:
     """Score what a run exported."""
     names = [name.strip() for name in bench.split(",") if name.strip()] if bench is not None else None
-    sets = [*(set_ or []), *(f"eval.data.{pair}" for pair in _pairs(data or [], names))]
-    loaded = load_recipe(target, sets, bench=names, limit=limit, output=output)
+    loaded = load_recipe(target, set_, _files(data or [], names), bench=names, limit=limit, output=output)
     from pissa_cli.cli import dryrun, show
 
     show.quiet_libraries(debug)
@@ -57,13 +56,14 @@ def evaluate_command(
     show.print_result(result, as_json, [], table)
 
 
-def _pairs(data: list[str], names: list[str] | None) -> list[str]:
-    """BENCH=FILE of each --data; a plain FILE belongs to the only benchmark."""
-    pairs = []
+def _files(data: list[str], names: list[str] | None) -> dict[str, str]:
+    """The file of each benchmark from BENCH=FILE; a plain FILE belongs to the only benchmark."""
+    files = {}
     for text in data:
-        if "=" not in text:
+        bench, equals, file = text.partition("=")
+        if not equals:
             if names is None or len(names) != 1:
                 raise UsageError(f"--data {text}: which benchmark is this for?", f"write --data BENCH={text}")
-            text = f"{names[0]}={text}"
-        pairs.append(text)
-    return pairs
+            bench, file = names[0], text
+        files[bench] = file
+    return files

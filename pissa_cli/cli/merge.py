@@ -34,14 +34,17 @@ def merge_command(
 
     recipe = loaded.recipe
     if push:
-        export.require_token()
+        export.require_pushable(recipe, repo)
     with show.counting("merge") as progress:
         result = export.merge(recipe, progress)
-    lines = [
-        f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB",
-        f"largest logit difference to the adapter: {result['max_logit_difference']:.2e} "
-        f"({result['relative_logit_difference']:.1e} relative)",
-    ]
+    lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
+    if result["max_logit_difference"] is None:
+        lines.append("full fine-tuning: this is the trained model, there was nothing to merge")
+    else:
+        lines.append(
+            f"largest logit difference to the adapter: {result['max_logit_difference']:.2e} "
+            f"({result['relative_logit_difference']:.1e} relative)"
+        )
     if push:
         show.say("uploading ...")
         result["url"] = export.push(recipe, Path(result["path"]), repo)

@@ -32,8 +32,10 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout;
 Debug = Annotated[bool, typer.Option("-v", "--debug", help="Show the libraries' messages, and tracebacks.")]
 
 
-def load_recipe(target: str | None, sets: list[str] | None, **flags: Any) -> Loaded:
-    """The recipe from a target, named flags and --set. flags: model, rank, ...; None means not given."""
+def load_recipe(
+    target: str | None, sets: list[str] | None, eval_data: dict[str, str] | None = None, **flags: Any
+) -> Loaded:
+    """The recipe from a target, named flags, `--data` of eval and --set. flags: model, rank, ...; None is not given."""
     from pissa_cli.recipe_file import load
 
     places = {
@@ -47,5 +49,8 @@ def load_recipe(target: str | None, sets: list[str] | None, **flags: Any) -> Loa
         "bench": ("eval", "bench"),
         "limit": ("eval", "limit"),
     }
-    given = {places[name]: (f"--{name}", value) for name, value in flags.items() if value is not None}
+    given: dict[tuple[str, ...], tuple[str, Any]] = {
+        ("eval", "data", bench): ("--data", file) for bench, file in (eval_data or {}).items()
+    }
+    given |= {places[name]: (f"--{name}", value) for name, value in flags.items() if value is not None}
     return load(target, given, sets or [])

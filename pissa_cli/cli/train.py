@@ -6,12 +6,30 @@ from typing import Annotated
 
 import typer
 
-from pissa_cli.cli.options import Debug, DryRun, Json, Model, Output, Seed, Set, Target, load_recipe
+from pissa_cli.cli.options import (
+    Bits,
+    Debug,
+    DryRun,
+    Json,
+    Method,
+    Model,
+    Output,
+    Rank,
+    Seed,
+    Set,
+    Svd,
+    Target,
+    load_recipe,
+)
 
 
 def train_command(
     target: Target = None,
     model: Model = None,
+    method: Method = None,
+    rank: Rank = None,
+    svd: Svd = None,
+    bits: Bits = None,
     seed: Seed = None,
     output: Output = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
@@ -21,7 +39,9 @@ def train_command(
     debug: Debug = False,
 ) -> None:
     """Train by a recipe (init included, if it was not done). Ctrl-C saves a checkpoint; --resume goes on."""
-    loaded = load_recipe(target, set_, model=model, seed=seed, output=output)
+    loaded = load_recipe(
+        target, set_, model=model, method=method, rank=rank, svd=svd, bits=bits, seed=seed, output=output
+    )
     from pissa_cli.cli import dryrun, show
 
     show.quiet_libraries(debug)

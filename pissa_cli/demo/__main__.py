@@ -23,7 +23,6 @@ def main() -> None:
     from pissa_cli.report import compare_losses
 
     began = time.time()
-    shutil.rmtree(OUT, ignore_errors=True)
     results = {method: best_of(method) for method in RATES}
     table = Table(title="PiSSA and LoRA: equal rank, equal steps, each at its best learning rate of three")
     for column in ("method", "lr", "loss", "held-out loss", "exact match before", "after", "training s"):
@@ -63,6 +62,7 @@ def best_of(method: str) -> dict[str, Any]:
     tried = []
     for rate in RATES[method]:
         output = OUT / f"{method}-lr{rate:g}"
+        shutil.rmtree(output, ignore_errors=True)
         show.say(f"training {method} at learning rate {rate:g} ...")
         recipe = load(f"demo/{method}", {}, [f"train.lr={rate}", f"output={output}"]).recipe
         figures = train(recipe)

@@ -1,0 +1,83 @@
+"""What is checked before the first step: that the run may go on, that the start is the base, that packing is sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pissa_cli.checkpoint import latest_checkpoint, step_of
+from pissa_cli.data import collate
+from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.examples import Examples
+from pissa_cli.initialize import open_run
+from pissa_cli.loss import autocast, summed_loss
+from pissa_cli.recipe import Recipe
+from pissa_cli.recipe_file import load
+from pissa_cli.rundir import Run
+
+START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+PACKING_TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
+MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
+    f"train.{key}"
+    for key in ("steps", "epochs", "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing")
+}
+
+
+def checkpoint_to_resume(run: Run, recipe: Recipe, resume: bool) -> Path | None:
+    """The checkpoint to go on from. Refuses to overwrite a run, and to resume one with another recipe."""
+    if not run.exists():
+        if resume:
+            raise UsageError(f"{run.folder}: nothing to resume", "start it without --resume")
+        return None
+    open_run(recipe)
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        return None
+    if recipe.train.steps is not None and recipe.train.steps < step_of(checkpoint):
+        raise UsageError(f"train.steps: {recipe.train.steps} is less than the run has taken ({checkpoint.name})")
+    if not resume:
+        raise UsageError(
+            f"{run.folder}: this run has reached {checkpoint.name}", "go on with --resume, or use another --output"
+        )
+    before = load(str(run.folder), {}).recipe
+    for name in ("data", "train"):
+        old, new = getattr(before, name).model_dump(), getattr(recipe, name).model_dump()
+        for key in old:
+            if old[key] != new[key] and f"{name}.{key}" not in MAY_CHANGE:
+                raise UsageError(
+                    f"{run.folder}: {name}.{key} was {old[key]!r} so far and is {new[key]!r} now",
+                    "resume with the same value, or start a new run with another --output",
+                )
+    return checkpoint
+
+
+@torch.no_grad()
+def probe_loss(
+    recipe: Recipe, model: nn.Module, examples: Examples, pad_id: int, device: torch.device, packing: bool = False
+) -> float:
+    """The loss on the first few examples, without dropout."""
+    few = list(range(min(4, len(examples))))
+    batch = collate(examples, few, pad_id, packing)
+    with autocast(recipe.model.bits, recipe.precision, device):
+        total = summed_loss(model.eval(), {key: tensor.to(device) for key, tensor in batch.items()})
+    return float(total) / sum(examples.num_targets(i) for i in few)
+
+
+def require_packing(padded: float, packed: float, precision: str) -> None:
+    """Raise UsageError if a model's loss depends on whether examples are packed."""
+    if abs(packed - padded) > PACKING_TOLERANCE[precision] * max(1.0, abs(padded)):
+        raise UsageError(
+            f"data.packing: this model lets packed examples see each other (loss {packed:.6f}, apart {padded:.6f})",
+            "set data.packing to false",
+        )
+
+
+def require_same_loss(before: float, after: float, precision: str) -> None:
+    """Raise PissaError if the adapter at step 0 changes the loss of the base."""
+    if not abs(after - before) <= START_TOLERANCE[precision] * max(1.0, abs(before)):
+        raise PissaError(
+            f"the loss with the adapter at step 0 is {after:.4f}, that of the base {before:.4f}; they must agree",
+            "the files in init/ do not belong to this base; remove the run folder and run init again",
+        )
