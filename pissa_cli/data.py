@@ -14,7 +14,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples, cache_key, read_cache, write_cache
 from pissa_cli.loss import IGNORED
 from pissa_cli.recipe import FIELDS, DataSection
-from pissa_cli.rows import Row, is_local, read_rows
+from pissa_cli.rows import Row, content_hash, read_rows
 
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 INTRO_INPUT = (
@@ -37,7 +37,9 @@ def load_examples(
     """
     if section.format == "chat" and not tokenizer.chat_template:
         raise UsageError("data.format chat: this tokenizer has no chat template", "use format alpaca or prompt")
-    path = cache / f"{cache_key(source, section, tokenizer)}.safetensors" if cache and is_local(source) else None
+    path = None
+    if cache is not None:
+        path = cache / f"{cache_key(content_hash(source), section, tokenizer)}.safetensors"
     if path is not None and path.is_file() and (cached := read_cache(path)) is not None:
         return cached
     examples = _tokenize(source, section, tokenizer)

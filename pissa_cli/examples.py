@@ -59,17 +59,14 @@ class Examples:
         return lines
 
 
-def cache_key(source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
-    whole = xxhash.xxh3_128()
-    with Path(source).open("rb") as file:
-        while chunk := file.read(2**24):
-            whole.update(chunk)
+def cache_key(content: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
     options: dict[str, Any] = section.model_dump(exclude={"train", "eval", "packing"})
     backend = getattr(tokenizer, "backend_tokenizer", None)
     identity = backend.to_str() if backend is not None else repr(tokenizer)
+    whole = xxhash.xxh3_128(content.encode())
     for part in (json.dumps(options, sort_keys=True), identity, str(tokenizer.chat_template), str(tokenizer.eos_token)):
         whole.update(part.encode())
-    return f"{Path(source).suffix[1:]}-v1-{whole.hexdigest()}"
+    return f"v1-{whole.hexdigest()}"
 
 
 def write_cache(path: Path, examples: Examples) -> None:

@@ -53,6 +53,16 @@ def checkpoint_to_resume(run: Run, recipe: Recipe, resume: bool) -> Path | None:
     return checkpoint
 
 
+def require_context(name: str, examples: Examples, context: int | None) -> None:
+    """Raise UsageError if an example is longer than the model's context."""
+    longest = int(examples.offsets.diff().max())
+    if context is not None and longest > context:
+        raise UsageError(
+            f"{name}: the longest example has {longest} tokens, the model sees {context}",
+            f"set data.max_length to {context} or less",
+        )
+
+
 @torch.no_grad()
 def probe_loss(
     recipe: Recipe, model: nn.Module, examples: Examples, pad_id: int, device: torch.device, packing: bool = False

@@ -222,6 +222,12 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return train, total
 
 
+def context_length(folder: Path, section: ModelSection) -> int | None:
+    """Tokens the model can see, where its configuration says."""
+    length = getattr(_config(folder, section.trust_remote_code), "max_position_embeddings", None)
+    return int(length) if isinstance(length, int) and length > 0 else None
+
+
 def best_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

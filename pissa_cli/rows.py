@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa_cli.errors import UsageError
+from pissa_cli.weights import hash_file
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -27,9 +28,11 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[tuple[int, Row 
         yield row
 
 
-def is_local(source: str) -> bool:
-    """Whether the rows come from a file that is there."""
-    return Path(source).is_file()
+def content_hash(source: str) -> str:
+    """A hash of what `read_rows` reads: of the file's bytes, or the data set's own fingerprint."""
+    if _is_file(source):
+        return hash_file(Path(source))
+    return f"{source} {_hub_data(source)._fingerprint}"
 
 
 def _is_file(source: str) -> bool:
@@ -95,6 +98,10 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
+    yield from enumerate(_hub_data(source), start=1)
+
+
+def _hub_data(source: str) -> Any:
     name, *rest = source.split(":")
     if len(rest) > 2:
         raise UsageError(f"{source}: expected id, id:subset or id:subset:split")
@@ -102,11 +109,10 @@ def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
 
     try:
         subset = rest[0] if rest and rest[0] else None
-        rows = datasets.load_dataset(name, subset, split=rest[1] if len(rest) == 2 else "train")
+        return datasets.load_dataset(name, subset, split=rest[1] if len(rest) == 2 else "train")
     except Exception as error:  # the Hub, the network and the data set's own files each raise their own kinds
         reason = next(iter(str(error).strip().splitlines()), "")
         raise UsageError(
             f"{name}: cannot get this data set from the Hub ({type(error).__name__}: {reason})",
             "check the id and the network, or give a local jsonl, json, csv or parquet file",
         ) from None
-    yield from enumerate(rows, start=1)

@@ -25,10 +25,10 @@ from pissa_cli.data import chunk_by_length, collate, load_examples
 from pissa_cli.errors import Interrupted, PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result
-from pissa_cli.guards import checkpoint_to_resume, probe_loss, require_packing, require_same_loss
+from pissa_cli.guards import checkpoint_to_resume, probe_loss, require_context, require_packing, require_same_loss
 from pissa_cli.initialize import Progress, initialize, open_run, read_start, require_base
 from pissa_cli.loss import autocast, summed_loss
-from pissa_cli.model import attach, load_model, load_tokenizer, parameter_counts, resolve_base
+from pissa_cli.model import attach, context_length, load_model, load_tokenizer, parameter_counts, resolve_base
 from pissa_cli.optim import learning_rate, make_optimizer
 from pissa_cli.process import peak_memory, stop_signals
 from pissa_cli.recipe import FullOptions, Recipe
@@ -75,8 +75,10 @@ def train(
     whole = recipe.data.model_copy(update={"limit": None})
     held_out = load_examples(recipe.data.eval, whole, tokenizer, cache) if recipe.data.eval else None
     for name, loaded in (("data.train", examples), ("data.eval", held_out)):
-        for line in loaded.notes(name) if loaded else ():
-            watch({"note": line})
+        if loaded is not None:
+            require_context(name, loaded, context_length(folder, recipe.model))
+            for line in loaded.notes(name):
+                watch({"note": line})
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
     write_text(run.recipe, dump(recipe))
     model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision)

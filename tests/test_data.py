@@ -182,6 +182,22 @@ def test_the_cache_is_by_content(
     assert torch.equal(load_examples(str(rows), DataSection(), tokenizer, tmp_path).ids, first.ids)
 
 
+def test_data_of_the_hub_are_read_and_cached(
+    tmp_path: Path, rows: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    content = datasets.Dataset.from_list([json.loads(line) for line in rows.read_text().splitlines()])
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or content)
+    found = load_examples("some/data:main:test", DataSection(), tokenizer, tmp_path / "cache")
+    assert asked[0] == (("some/data", "main"), {"split": "test"})
+    assert torch.equal(found.ids, load_examples(str(rows), DataSection(), tokenizer, None).ids)
+    monkeypatch.setattr(module, "_tokenize", None)
+    again = load_examples("some/data:main:test", DataSection(), tokenizer, tmp_path / "cache")
+    assert torch.equal(found.ids, again.ids)
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_packing_is_a_matter_of_layout(architecture: str, tokenizer: PreTrainedTokenizerBase, rows: Path) -> None:
     model = make_model(architecture)

@@ -114,6 +114,9 @@ def test_data(refused: Callable[..., str], models: Callable[[str], Path], tmp_pa
     assert "no column 'instruction'" in message and "it has: question, answer" in message
     empty = write(tmp_path / "empty.jsonl", "")
     assert "no usable row (it is empty)" in refused("train", "--model", models("llama"), "--set", f"data.train={empty}")
+    long = write(tmp_path / "long.jsonl", json.dumps({"instruction": "1" * 300, "output": "b"}) + "\n")
+    message = refused("train", "--model", models("llama"), "--set", f"data.train={long}")
+    assert "tokens, the model sees 256" in message and "set data.max_length to 256" in message
     odd = write(tmp_path / "rows.txt", "")
     assert "unknown kind of data file" in refused("train", "--model", models("llama"), "--set", f"data.train={odd}")
 
