@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples, cache_key, read_cache, write_cache
-from pissa_cli.loss import IGNORED
+from pissa_cli.loss import IGNORED, summed_loss
 from pissa_cli.recipe import FIELDS, DataSection
 from pissa_cli.rows import Row, content_hash, read_rows
 
@@ -76,6 +76,16 @@ def chunk_by_length(examples: Examples, indices: list[int], size: int) -> list[l
     """Micro-batches of examples of like length. Their order has no meaning: a step's loss is one average."""
     ordered = sorted(indices, key=examples.length)
     return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
+
+
+@torch.no_grad()
+def batch_losses(
+    model: PreTrainedModel, examples: Examples, pad_id: int, size: int
+) -> Iterator[tuple[list[int], float]]:
+    """(examples, summed loss over their targets) of all `examples`, `size` at a time."""
+    for chunk in chunk_by_length(examples, list(range(len(examples))), size):
+        batch = collate(examples, chunk, pad_id, packing=False)
+        yield chunk, float(summed_loss(model, {key: tensor.to(model.device) for key, tensor in batch.items()}))
 
 
 def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bool) -> dict[str, Tensor]:

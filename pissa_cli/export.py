@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli import __version__, quant
 from pissa_cli.adapters.start import Factors
+from pissa_cli.data import batch_losses, load_examples
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.exported import adapter_files, load_result
 from pissa_cli.initialize import copy_side_files, open_run, write_nf4_config
-from pissa_cli.loss import autocast
+from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import DTYPES, Linear, best_device, linear_layers, load_model, load_tokenizer, skeleton
 from pissa_cli.recipe import FullOptions, Recipe
 from pissa_cli.recipe_file import dump
@@ -27,6 +28,7 @@ from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
 Progress = Callable[[int, int, str], None]
+PERPLEXITY_ROWS = 200
 PROBES = (
     "The capital of the country lies on a river, and most of its people work",
     "Below is an instruction that describes a task.",
@@ -264,26 +266,20 @@ def _perplexities(recipe: Recipe, dense: Path | None, quantized: Path) -> tuple[
     return first, _perplexity(after, tokenizer, recipe)[0], data
 
 
-@torch.no_grad()
 def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[float, str]:
-    from pissa_cli.data import chunk_by_length, collate, load_examples
-    from pissa_cli.loss import summed_loss
-
-    total, count = 0.0, 0
-    with autocast(recipe.model.bits, recipe.precision, model.device):
+    with autocast(recipe.model.bits, recipe.precision, model.device), torch.no_grad():
         if recipe.data.eval is None:
-            for probe in PROBES:
-                ids = torch.tensor([tokenizer(probe)["input_ids"]], device=model.device)
-                total += float(summed_loss(model, {"input_ids": ids, "labels": ids}))
-                count += ids.shape[1] - 1
-            return math.exp(total / count), f"{len(PROBES)} built-in prompts"
-        section = recipe.data.model_copy(update={"limit": min(recipe.data.limit or 200, 200)})
-        examples = load_examples(recipe.data.eval, section, tokenizer, None)
-        for chunk in chunk_by_length(examples, list(range(len(examples))), recipe.train.micro_batch_size):
-            batch = collate(examples, chunk, tokenizer.pad_token_id or 0, packing=False)
-            total += float(summed_loss(model, {key: tensor.to(model.device) for key, tensor in batch.items()}))
-            count += sum(examples.num_targets(i) for i in chunk)
-    return math.exp(min(total / count, 700)), f"{recipe.data.eval} ({len(examples)} examples)"
+            rows = [torch.tensor([tokenizer(probe)["input_ids"]], device=model.device) for probe in PROBES]
+            total = sum(float(summed_loss(model, {"input_ids": ids, "labels": ids})) for ids in rows)
+            count, data = sum(ids.shape[1] - 1 for ids in rows), f"{len(PROBES)} built-in prompts"
+        else:
+            section = recipe.data.model_copy(update={"limit": PERPLEXITY_ROWS})
+            examples = load_examples(recipe.data.eval, section, tokenizer, None)
+            losses = batch_losses(model, examples, tokenizer.pad_token_id or 0, recipe.train.micro_batch_size)
+            total = sum(loss for _, loss in losses)
+            count = sum(examples.num_targets(i) for i in range(len(examples)))
+            data = f"{recipe.data.eval} ({len(examples)} examples)"
+    return math.exp(min(total / count, 700)), data
 
 
 def _model_card(recipe: Recipe) -> str:

@@ -9,18 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli import __version__
-from pissa_cli.data import chunk_by_length, collate, load_examples, question_prompt
+from pissa_cli.data import batch_losses, load_examples, question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals.generate import generate
 from pissa_cli.exported import load_plain_base, load_result
 from pissa_cli.initialize import open_run, require_base
-from pissa_cli.loss import autocast, summed_loss
+from pissa_cli.loss import autocast
 from pissa_cli.model import best_device, load_tokenizer
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import read_rows
@@ -143,16 +142,13 @@ def _score_gsm8k(
     }, samples
 
 
-@torch.no_grad()
 def _score_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Any, recipe: Recipe, progress: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Loss per target token over the whole set; stderr over examples, by the ratio's linearization."""
     samples: list[dict[str, Any]] = []
-    for chunk in chunk_by_length(examples, list(range(len(examples))), 1):
-        batch = collate(examples, chunk, tokenizer.pad_token_id or 0, packing=False)
-        loss = float(summed_loss(model, {key: tensor.to(model.device) for key, tensor in batch.items()}))
-        samples += [{"id": chunk[0], "loss": loss, "targets": examples.num_targets(chunk[0])}]
+    for chunk, loss in batch_losses(model, examples, tokenizer.pad_token_id or 0, 1):
+        samples.append({"id": chunk[0], "loss": loss, "targets": examples.num_targets(chunk[0])})
         progress(len(samples), len(examples))
     targets = sum(sample["targets"] for sample in samples)
     mean, n = sum(sample["loss"] for sample in samples) / targets, len(samples)
