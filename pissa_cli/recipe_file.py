@@ -201,7 +201,8 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
     if "model" not in tree or not isinstance(tree["model"], dict) or "name" not in tree["model"]:
         known = ", ".join(_names(shipped("configs") / "model"))
         raise UsageError(
-            "model.name: no model given", f"name one with --model: a folder, a Hub id or an alias ({known})"
+            "model.name: no model given",
+            f"give a recipe, a run folder, or --model: a folder, Hub id or alias ({known})",
         )
     if isinstance(tree.get("adapter"), dict):
         tree["adapter"].setdefault("method", "pissa")
