@@ -22,7 +22,7 @@ from pissa_cli.initialize import copy_side_files, open_run, write_nf4_config
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import DTYPES, Linear, best_device, linear_layers, load_model, load_tokenizer, skeleton
 from pissa_cli.recipe import FullOptions, Recipe
-from pissa_cli.recipe_file import dump
+from pissa_cli.recipe_file import dump, load
 from pissa_cli.rundir import Run, peft_scale, read_json, whole_folder, write_json, write_text
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
@@ -283,7 +283,9 @@ def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reci
 
 
 def _model_card(recipe: Recipe) -> str:
-    """README.md with the recipe; of local paths only the last part, the rest is nobody's business."""
+    """README.md with the recipe the run was trained by; of local paths only the last part is anyone's business."""
+    if Run(Path(recipe.output)).exists():
+        recipe = load(recipe.output, {}).recipe
     name = recipe.model.name
     lines = ["---", "library_name: transformers", "tags: [pissa]"]
     if not Path(name).exists():

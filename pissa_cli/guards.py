@@ -35,11 +35,14 @@ def checkpoint_to_resume(run: Run, recipe: Recipe, resume: bool) -> Path | None:
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
         return None
-    if recipe.train.steps is not None and recipe.train.steps < step_of(checkpoint):
-        raise UsageError(f"train.steps: {recipe.train.steps} is less than the run has taken ({checkpoint.name})")
     if not resume:
         raise UsageError(
             f"{run.folder}: this run has reached {checkpoint.name}", "go on with --resume, or use another --output"
+        )
+    if recipe.train.steps is not None and recipe.train.steps < step_of(checkpoint):
+        raise UsageError(
+            f"train.steps: {recipe.train.steps} is less than the run has taken ({checkpoint.name})",
+            "give at least as many, or start a new run with another --output",
         )
     before = load(str(run.folder), {}).recipe
     for name in ("data", "train"):

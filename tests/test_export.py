@@ -75,7 +75,8 @@ def test_merged_is_the_trained_model(
 
 def test_merged_weight_by_hand(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
     made = trained(recipe, models("llama"), rows, "model.bits=32")
-    export.merge(made)
+    export.merge(made.model_copy(update={"train": made.train.model_copy(update={"lr": 7.0})}))
+    assert "lr: 0.01" in (Run(Path(made.output)).merged / "README.md").read_text()
     run, name = Run(Path(made.output)), "model.layers.1.mlp.up_proj"
     W = load_file(models("llama") / "model.safetensors")[f"{name}.weight"]
     factors = load_file(run.adapter / "adapter_model.safetensors")

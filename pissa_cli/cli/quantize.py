@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pissa_cli.cli.options import Debug, DryRun, Json, Output, Set, Target, load_recipe
+import typer
+
+from pissa_cli.cli.options import Debug, DryRun, Json, Set, Target, load_recipe
 
 
 def quantize_command(
     target: Target = None,
-    output: Output = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the 4-bit model.")] = None,
     set_: Set = None,
     dry_run: DryRun = False,
     as_json: Json = False,
