@@ -55,9 +55,8 @@ def test_dense_start_is_the_base(
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = started(recipe(folder, "model.bits=32", "adapter.alpha=6", *options(method, svd)))
     assert relative(logits(model), logits(base)) < 1e-5
-    heads = {id(model.get_output_embeddings())}
     linears = [m for m in base.modules() if isinstance(m, nn.Linear | Conv1D) and m is not base.get_output_embeddings()]
-    assert len(lowrank_layers(model)) == len(linears) and heads
+    assert len(lowrank_layers(model)) == len(linears)
     assert isinstance(model.get_output_embeddings(), nn.Linear)
 
 

@@ -1,0 +1,143 @@
+"""Going on after a stop as if there had been none."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pissa_cli.errors import Interrupted, UsageError
+from pissa_cli.recipe_file import dump
+from pissa_cli.rundir import Run
+from pissa_cli.train import train
+from pissa_cli.weights import load_tensors
+
+Make = Callable[..., Any]
+BASE = ("model.bits=32", "adapter.rank=4", "train.lr=0.005", "train.batch_size=8", "train.micro_batch_size=4")
+
+
+def events(recipe: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Run(Path(recipe.output)).metrics.read_text().splitlines()]
+
+
+def adapter(recipe: Any) -> dict[str, torch.Tensor]:
+    return load_tensors(Run(Path(recipe.output)).adapter / "adapter_model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged-adamw-8bit"])
+def test_ten_and_ten_resumed_are_twenty(
+    optimizer: str, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    sets = (*BASE, f"data.train={rows}", "train.schedule=constant", "train.warmup=0", f"train.optimizer={optimizer}")
+    whole = recipe(models("llama"), *sets, "train.steps=20", f"output={tmp_path / 'whole'}")
+    train(whole)
+    train(recipe(models("llama"), *sets, "train.steps=10"))
+    halves = recipe(models("llama"), *sets, "train.steps=20")
+    frozen = state_of(Run(Path(halves.output)).init) | {
+        "m": state_of(Path(halves.output))[str(Path(halves.output) / "manifest.json")]
+    }
+    train(halves, resume=True)
+    assert same(adapter(whole), adapter(halves))
+    assert [e["loss"] for e in events(whole)] == [e["loss"] for e in events(halves)]
+    after = state_of(Run(Path(halves.output)).init) | {
+        "m": state_of(Path(halves.output))[str(Path(halves.output) / "manifest.json")]
+    }
+    assert frozen == after
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resume_finishes_bit_for_bit(
+    number: int, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    """With dropout in the base (GPT-2), so that the random state matters, too."""
+    sets = (*BASE, f"data.train={rows}", "train.steps=9")
+    whole = recipe(models("gpt2"), *sets, f"output={tmp_path / 'whole'}")
+    train(whole)
+    stopped = recipe(models("gpt2"), *sets)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event.get("step") == 4:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted):
+        train(stopped, watch=stop)
+    assert [p.name for p in Run(Path(stopped.output)).checkpoints.iterdir()] == ["step-4"]
+    with pytest.raises(UsageError, match="step-4"):
+        train(stopped)
+    train(stopped, resume=True)
+    assert same(adapter(whole), adapter(stopped))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kill_9_at_a_random_step_then_resume_is_bit_equal(
+    seed: int, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    sets = (*BASE, f"data.train={rows}", "train.steps=30", "train.save_every=3")
+    whole = recipe(models("llama"), *sets, f"output={tmp_path / 'whole'}")
+    train(whole)
+    killed = recipe(models("llama"), *sets)
+    run = Run(Path(killed.output))
+    (tmp_path / "recipe.yaml").write_text(dump(killed))
+    last_step = random.Random(seed).randint(5, 25)
+    command = [sys.executable, "-m", "pissa_cli", "train", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        if run.metrics.is_file() and run.metrics.read_text().count("\n") >= last_step:
+            break
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    frozen = state_of(run.init), run.manifest.read_bytes()
+    train(killed, resume=True)
+    assert same(adapter(whole), adapter(killed))
+    assert (state_of(run.init), run.manifest.read_bytes()) == frozen
+    assert [e["loss"] for e in events(whole)] == [e["loss"] for e in events(killed)]
+    assert not list(run.folder.rglob(".*tmp*"))
+
+
+def test_changed_data_and_fewer_steps_are_refused_on_resume(
+    models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    sets = (*BASE, f"data.train={rows}")
+    train(recipe(models("llama"), *sets, "train.steps=4"))
+    with pytest.raises(UsageError, match="2 is less than the run has taken"):
+        train(recipe(models("llama"), *sets, "train.steps=2"), resume=True)
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[::-1]))
+    with pytest.raises(UsageError, match="other data"):
+        train(recipe(models("llama"), *sets, "train.steps=6"), resume=True)
+
+
+def test_an_adapter_older_than_its_run_is_refused(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    from pissa_cli.exported import adapter_files
+
+    made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=2")
+    train(made)
+    longer = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=8")
+
+    def stop(event: dict[str, Any]) -> None:
+        if event.get("step") == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(longer, resume=True, watch=stop)
+    with pytest.raises(UsageError, match="holds step 2, but the run has gone on to step-4"):
+        adapter_files(longer)
