@@ -48,14 +48,19 @@ class Examples:
             whole.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return f"xxh3:{whole.hexdigest()}"
 
+    def facts(self) -> dict[str, Any]:
+        """Counts and hash, for the record: examples used, rows not used by reason, examples cut at the end."""
+        unusable = {reason: len(rows) for reason, rows in self.unusable.items()}
+        return {"used": len(self), "not_used": unusable, "cut": self.num_cut, "hash": self.digest()}
+
     def notes(self, name: str) -> list[str]:
         """What happened to rows on the way, for the person watching."""
         lines = []
         for reason, rows in self.unusable.items():
             shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            lines.append(f"{name}: {len(rows)} rows not used: {reason} (rows {shown})")
+            lines.append(f"{name}: rows not used: {len(rows)}, {reason} (row {shown})")
         if self.num_cut:
-            lines.append(f"{name}: {self.num_cut} examples cut at data.max_length")
+            lines.append(f"{name}: examples cut at data.max_length: {self.num_cut}")
         return lines
 
 

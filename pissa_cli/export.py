@@ -79,6 +79,7 @@ def quantize(
 
     Returns sizes, the relative Frobenius error over the quantized weights, and perplexity before and after
     (on `data.eval` where the recipe has it, else on four built-in prompts, which says little).
+    The run's own `quantized/` is replaced; any other folder with something in it is a UsageError.
     """
     if model_folder is None and isinstance(recipe.adapter, FullOptions):
         model_folder = open_run(recipe)[0].merged
@@ -89,7 +90,8 @@ def quantize(
         folder, factors, scale = model_folder, {}, 1.0
         if "quantization_config" in read_json(folder / "config.json"):
             raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    ours = output.absolute() == Run(Path(recipe.output)).quantized.absolute()
+    if not ours and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output}: exists already", "remove it, or name another with --output")
     weights = open_weights(folder)
     error = norm = 0.0

@@ -15,12 +15,13 @@ from pissa_cli.errors import UsageError
 from pissa_cli.initialize import copy_side_files, open_run, read_start, require_base
 from pissa_cli.model import attach, load_model, lowrank_layers
 from pissa_cli.recipe import FullOptions, Recipe
-from pissa_cli.rundir import PROVENANCE, peft_scale, read_json, read_peft, whole_folder, write_json, write_peft
+from pissa_cli.rundir import PROVENANCE, Run, peft_scale, read_json, read_peft, whole_folder, write_json, write_peft
 
 
-def write_result(recipe: Recipe, model: PreTrainedModel, step: int) -> Path:
+def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[str, Any]) -> Path:
     """Write `adapter/` in PEFT files (or, for full fine-tuning, the model in `merged/`) and return its path.
 
+    What it came from (method, step, `data`, base) goes into pissa.json beside it.
     Over a dense base the adapter is made valid on the plain base, for PiSSA at rank 2r; over NF4 on `base/`.
     """
     run, manifest = open_run(recipe)
@@ -29,6 +30,7 @@ def write_result(recipe: Recipe, model: PreTrainedModel, step: int) -> Path:
         with whole_folder(run.merged) as folder:
             copy_side_files(require_base(run, manifest, recipe), folder)
             model.save_pretrained(folder)
+            write_json(folder / PROVENANCE, {"method": "full", "step": step, "data": data})
         return run.merged
     config, start = read_start(run, manifest)
     factors = {
@@ -45,6 +47,7 @@ def write_result(recipe: Recipe, model: PreTrainedModel, step: int) -> Path:
     provenance = {
         "method": adapter.method,
         "step": step,
+        "data": data,
         "trained_rank": adapter.rank,
         "exported_rank": rank,
         "valid_on": config["base_model_name_or_path"],
@@ -70,6 +73,13 @@ def load_result(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     model = load_model(folder, recipe.model, recipe.precision).to(device)
     attach(model, factors, METHODS["lora"], peft_scale(config))
     return model.eval()
+
+
+def trained_steps(recipe: Recipe) -> int:
+    """Steps behind the result of a run that was trained to its end."""
+    run = Run(Path(recipe.output))
+    folder = run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter
+    return int(read_json(folder / PROVENANCE)["step"])
 
 
 def adapter_files(recipe: Recipe) -> tuple[Path, dict[str, Any], dict[str, Factors]]:

@@ -56,6 +56,16 @@ def checkpoint_to_resume(run: Run, recipe: Recipe, resume: bool) -> Path | None:
     return checkpoint
 
 
+def schedule_change(run: Run, recipe: Recipe) -> list[str]:
+    """A line for the person watching if the run was begun with another length: the learning rates change with it."""
+    before = load(str(run.folder), {}).recipe.train
+    now = recipe.train
+    if (before.steps, before.epochs) == (now.steps, now.epochs) or now.schedule == "constant":
+        return []
+    was, will = (f"{t.steps} steps" if t.steps else f"{t.epochs or 1} epochs" for t in (before, now))
+    return [f"the run was begun for {was} and goes on for {will}: the {now.schedule} schedule is stretched to fit"]
+
+
 def require_context(name: str, examples: Examples, context: int | None) -> None:
     """Raise UsageError if an example is longer than the model's context."""
     longest = int(examples.offsets.diff().max())

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pissa_cli.errors import UsageError
-from pissa_cli.recipe import AdapterOptions, Recipe
+from pissa_cli.recipe import FullOptions, Recipe
+from pissa_cli.recipe_errors import SECTIONS, messages
 from pissa_cli.yamlfile import KeyPath, Value, parse_scalar, read_flat
 
 PACKAGE = Path(__file__).resolve().parent
-ADAPTER_OPTIONS: dict[str, type[BaseModel]] = {
-    options.model_fields["method"].default: options for options in get_args(get_args(AdapterOptions)[0])
-}
-SECTIONS = [name for name, field in Recipe.model_fields.items() if name not in ("output", "seed")]
 RUN_RECIPE = "recipe.yaml"
 RUN_MANIFEST = "manifest.json"
 
@@ -98,15 +96,27 @@ def dump(recipe: Recipe) -> str:
 
 def listing(loaded: Loaded) -> list[tuple[str, str, str]]:
     """Rows (key, value, source) of every value of the recipe, defaults included."""
-    rows: list[tuple[str, str, str]] = []
+    recipe, rows = loaded.recipe, list[tuple[str, str, str]]()
+    by_other_keys: dict[KeyPath, Any] = {("train", "lr"): recipe.lr, ("train", "precision"): recipe.precision}
+    if not isinstance(recipe.adapter, FullOptions):
+        by_other_keys[("adapter", "alpha")] = recipe.adapter.scale * recipe.adapter.rank
+    if "passes" in type(recipe.adapter).model_fields:
+        by_other_keys[("adapter", "passes")] = recipe.passes
+    if recipe.train.steps is None:
+        by_other_keys[("train", "epochs")] = recipe.train.epochs or 1.0
 
     def walk(value: Any, path: KeyPath) -> None:
         if isinstance(value, dict) and (value or len(path) < 2):
             for key, child in value.items():
                 walk(child, (*path, key))
         else:
-            text = yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
-            rows.append((".".join(path), text, loaded.sources.get(path, "default")))
+            source = loaded.sources.get(path, "default")
+            if value is None and path in by_other_keys:
+                value, source = by_other_keys[path], "default, from other keys"
+            text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+            if isinstance(value, str) and "\n" in value:
+                text = json.dumps(value, ensure_ascii=False)
+            rows.append((".".join(path), text, source))
 
     walk(loaded.recipe.model_dump(mode="json"), ())
     return rows
@@ -209,61 +219,4 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UsageError("\n".join(_messages(error, values, tree))) from None
-
-
-def _messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict[str, Any]) -> list[str]:
-    """One line a faulty key: source, whole path, what is wrong, nearest valid key. Unions report each key once."""
-    by_path: dict[KeyPath, list[str]] = {}
-    for item in error.errors(include_url=False):
-        path = tuple(str(part) for part in item["loc"])
-        if path[:1] == ("adapter",) and len(path) > 1 and path[1] in ADAPTER_OPTIONS:
-            path = ("adapter", *path[2:])
-        while path and path not in values and path[:-1] in values:
-            path = path[:-1]
-        text = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            text = _unknown_key(path, tree)
-        elif item["type"] == "union_tag_invalid":
-            path, text = ("adapter", "method"), f"unknown method; known: {', '.join(ADAPTER_OPTIONS)}"
-        else:
-            text = f"{text[0].lower()}{text[1:]}"
-            if path in values:
-                text += f" (found {values[path].value!r})"
-        by_path.setdefault(path, []).append(text)
-    lines = []
-    for path, texts in by_path.items():
-        source = (
-            values[path].source
-            if path in values
-            else next((v.source for k, v in values.items() if k[: len(path)] == path), "")
-        )
-        lines.append(": ".join(part for part in (source if path else "", ".".join(path), " or ".join(texts)) if part))
-    return lines
-
-
-def _unknown_key(path: KeyPath, tree: dict[str, Any]) -> str:
-    section, key = path[:-1], path[-1]
-    known = _keys(section, tree)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if near:
-        return f"unknown key; did you mean '{'.'.join((*section, near[0]))}'?"
-    owners = [name for name in SECTIONS if key in _keys((name,), tree)]
-    if owners:
-        return f"misplaced key; it belongs under '{owners[0]}'"
-    if section == ("adapter",) and (methods := [name for name, o in ADAPTER_OPTIONS.items() if key in o.model_fields]):
-        return (
-            f"method {tree['adapter'].get('method')} has no such option (it is one of {', '.join(methods)}); remove it"
-        )
-    return f"unknown key; known here: {', '.join(known)}"
-
-
-def _keys(section: KeyPath, tree: dict[str, Any]) -> list[str]:
-    if not section:
-        return ["use", *Recipe.model_fields]
-    if section == ("adapter",):
-        adapter = tree.get("adapter")
-        method = adapter.get("method", "pissa") if isinstance(adapter, dict) else "pissa"
-        return list(ADAPTER_OPTIONS[method].model_fields) if method in ADAPTER_OPTIONS else []
-    model = Recipe.model_fields[section[0]].annotation if section[0] in Recipe.model_fields else None
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        raise UsageError("\n".join(messages(error, values, tree))) from None

@@ -25,7 +25,14 @@ from pissa_cli.data import chunk_by_length, collate, load_examples
 from pissa_cli.errors import Interrupted, PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result
-from pissa_cli.guards import checkpoint_to_resume, probe_loss, require_context, require_packing, require_same_loss
+from pissa_cli.guards import (
+    checkpoint_to_resume,
+    probe_loss,
+    require_context,
+    require_packing,
+    require_same_loss,
+    schedule_change,
+)
 from pissa_cli.initialize import Progress, initialize, open_run, read_start, require_base
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import attach, context_length, load_model, load_tokenizer, parameter_counts, resolve_base
@@ -66,6 +73,8 @@ def train(
         raise UsageError("training in several processes comes in a later version", "start it as one process")
     run = Run(Path(recipe.output))
     checkpoint = checkpoint_to_resume(run, recipe, resume)
+    for line in schedule_change(run, recipe) if checkpoint else []:
+        watch({"note": line})
     if recipe.data.train is None:
         raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
     folder = require_base(*open_run(recipe), recipe) if run.exists() else resolve_base(recipe.model)
@@ -88,7 +97,9 @@ def train(
         first_step = restore_checkpoint(checkpoint, trainer.names, _plain(trainer.optimizer), examples.digest())
     _trim_metrics(run, first_step)
     figures = _loop(run, trainer, held_out, first_step, watch)
-    figures["result"] = str(write_result(recipe, trainer.accelerator.unwrap_model(trainer.model), trainer.total_steps))
+    facts = {name: loaded.facts() for name, loaded in (("train", examples), ("eval", held_out)) if loaded is not None}
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    figures |= {"data": facts, "result": str(write_result(recipe, trained, trainer.total_steps, facts))}
     report.loss_picture(run.metrics, run.folder / "loss.png")
     return figures
 

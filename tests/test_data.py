@@ -117,7 +117,7 @@ def test_bad_rows_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) 
         "not a JSON object": [5],
         "'output' is not text": [6],
     }
-    assert examples.notes("data.train")[2] == "data.train: 2 rows not used: 'output' is missing (rows 3, 4)"
+    assert examples.notes("data.train")[2] == "data.train: rows not used: 2, 'output' is missing (row 3, 4)"
 
 
 def test_inputs_are_never_dropped(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

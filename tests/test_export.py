@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pissa_cli import export, quant
-from pissa_cli.errors import PissaError
+from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.exported import load_result
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
@@ -149,7 +149,10 @@ def test_full_fine_tuning_needs_no_merge_and_quantizes(models: Callable[[str], P
     train(made)
     result = export.merge(made)
     assert result["max_logit_difference"] is None and (Path(result["path"]) / "README.md").is_file()
-    assert export.quantize(made, None, Path(made.output) / "quantized")["relative_error"] > 0
+    for _ in range(2):
+        assert export.quantize(made, None, Run(Path(made.output)).quantized)["relative_error"] > 0
+    with pytest.raises(UsageError, match="exists already"):
+        export.quantize(made, None, Run(Path(made.output)).merged)
 
 
 def test_the_model_card_keeps_folders_to_itself(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:

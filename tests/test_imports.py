@@ -26,6 +26,7 @@ LAYERS = [
     "adapters.start",
     "svd quant",
     "recipe_file",
+    "recipe_errors",
     "recipe yamlfile",
     "errors",
 ]

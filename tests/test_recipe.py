@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pissa_cli.errors import UsageError
+from pissa_cli.recipe_errors import SYNONYMS, _keys
 from pissa_cli.recipe_file import dump, listing, load
 from pissa_cli.yamlfile import parse_scalar, read_flat
 
@@ -120,3 +121,20 @@ def test_data_paths_count_from_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     assert load(file, {}).recipe.data.train == str(tmp_path / "sub" / "rows.jsonl")
     write(tmp_path / "rows.jsonl", "")
     assert load(file, {}).recipe.data.train == str(tmp_path / "rows.jsonl")
+
+
+def test_keys_of_other_tools_are_translated() -> None:
+    for text, wanted in {
+        "train.learning_rate=1": "train.lr",
+        "lora_r=8": "adapter.rank",
+        "adapter.target_modules=[x]": "adapter.targets",
+        "data.cutoff_len=5": "data.max_length",
+    }.items():
+        with pytest.raises(UsageError, match=f"unknown key; here it is {wanted}"):
+            load(None, {("model", "name"): ("--model", "x")}, [text])
+
+
+def test_every_translation_names_a_key_of_ours() -> None:
+    for ours in SYNONYMS.values():
+        *section, key = ours.split(" ")[0].split(".")
+        assert key in _keys(tuple(section), {"adapter": {"method": "lora"}})

@@ -54,8 +54,10 @@ def test_ten_and_ten_resumed_are_twenty(
     frozen = state_of(Run(Path(halves.output)).init) | {
         "m": state_of(Path(halves.output))[str(Path(halves.output) / "manifest.json")]
     }
-    train(halves, resume=True)
+    notes: list[Any] = []
+    train(halves, resume=True, watch=notes.append)
     assert same(adapter(whole), adapter(halves))
+    assert not any("begun" in event.get("note", "") for event in notes)
     assert [e["loss"] for e in events(whole)] == [e["loss"] for e in events(halves)]
     after = state_of(Run(Path(halves.output)).init) | {
         "m": state_of(Path(halves.output))[str(Path(halves.output) / "manifest.json")]
@@ -132,12 +134,15 @@ def test_an_adapter_older_than_its_run_is_refused(models: Callable[[str], Path],
     made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=2")
     train(made)
     longer = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=8")
+    notes = []
 
     def stop(event: dict[str, Any]) -> None:
+        notes.append(event.get("note", ""))
         if event.get("step") == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
         train(longer, resume=True, watch=stop)
+    assert notes[0] == "the run was begun for 2 steps and goes on for 8 steps: the cosine schedule is stretched to fit"
     with pytest.raises(UsageError, match="holds step 2, but the run has gone on to step-4"):
         adapter_files(longer)

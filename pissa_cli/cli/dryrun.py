@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from pissa_cli.cli.show import print_result
 from pissa_cli.recipe_file import Loaded, listing
@@ -15,29 +14,38 @@ def dry_run(loaded: Loaded, as_json: bool) -> None:
     from pissa_cli.model import SMALL_FILES, resolve_base
     from pissa_cli.plan import make_plan, memory_estimate
 
-    recipe = loaded.recipe
+    recipe, rows = loaded.recipe, listing(loaded)
     planned = make_plan(recipe, resolve_base(recipe.model, SMALL_FILES))
     estimate = memory_estimate(recipe, planned)
     result: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
-        "sources": {key: source for key, _, source in listing(loaded)},
+        "sources": {key: source for key, _, source in rows},
         "base": str(planned.folder),
         "layers": len(planned.targets),
         "trainable": planned.num_trainable(recipe),
         "parameters": planned.num_total,
         "memory_bytes": estimate,
     }
-    table = Table(title="recipe", title_justify="left")
-    for column in ("key", "value", "from"):
-        table.add_column(column, overflow="fold")
-    for row in listing(loaded):
-        table.add_row(*row)
     share = result["trainable"] / result["parameters"]
+    keys, values = max(len(key) for key, _, _ in rows), min(40, max(len(value) for _, value, _ in rows))
     lines = [
+        *(
+            f"{key:{keys}}  {'-' if value == 'null' else value:{values}}  # {_short(source)}"
+            for key, value, source in rows
+        ),
+        "",
         f"base {planned.folder}: {result['parameters']:,} parameters, {result['trainable']:,} train ({share:.2%}), "
         f"in {result['layers']} layers",
-        "memory of training, estimated: "
-        + ", ".join(f"{key} {value / 2**30:.2f} GiB" for key, value in estimate.items()),
+        "memory of training, estimated: " + ", ".join(f"{key} {_size(value)}" for key, value in estimate.items()),
         "dry run: nothing was written",
     ]
-    print_result(result, as_json, lines, table)
+    print_result(result, as_json, lines)
+
+
+def _short(source: str) -> str:
+    """A file of the working directory without the path to it."""
+    return source.removeprefix(f"{Path.cwd()}/")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -17,7 +17,7 @@ from pissa_cli.data import batch_losses, load_examples, question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals.generate import generate
-from pissa_cli.exported import load_plain_base, load_result
+from pissa_cli.exported import load_plain_base, load_result, trained_steps
 from pissa_cli.initialize import open_run, require_base
 from pissa_cli.loss import autocast
 from pissa_cli.model import best_device, load_tokenizer
@@ -53,6 +53,7 @@ def evaluate(recipe: Recipe, base: bool = False, progress: Progress = lambda *_:
         result |= {
             "bench": bench,
             "model": "base" if base else "trained",
+            "step": 0 if base else trained_steps(recipe),
             "data": _source(bench, recipe),
             "seconds": round(time.time() - began, 3),
             "base_fingerprint": manifest["base"]["fingerprint"],

@@ -1,0 +1,117 @@
+"""What is wrong with a recipe, in words: the key's whole path, where it was written, and what it should have been."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from pissa_cli.recipe import AdapterOptions, Recipe
+from pissa_cli.yamlfile import KeyPath, Value
+
+ADAPTER_OPTIONS: dict[str, type[BaseModel]] = {
+    options.model_fields["method"].default: options for options in get_args(get_args(AdapterOptions)[0])
+}
+SECTIONS = [name for name, field in Recipe.model_fields.items() if name not in ("output", "seed")]
+SYNONYMS = {
+    "learning_rate": "train.lr",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size (examples in one step, over all micro-batches)",
+    "lr_scheduler_type": "train.schedule",
+    "lr_scheduler": "train.schedule",
+    "warmup_ratio": "train.warmup",
+    "warmup_steps": "train.warmup",
+    "max_grad_norm": "train.max_grad_norm",
+    "optim": "train.optimizer",
+    "bf16": "train.precision",
+    "save_steps": "train.save_every",
+    "eval_steps": "train.eval_every",
+    "save_total_limit": "train.keep",
+    "r": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target": "adapter.targets",
+    "target_modules": "adapter.targets",
+    "lora_target_modules": "adapter.targets",
+    "init_lora_weights": "adapter.method",
+    "model_name_or_path": "model.name",
+    "base_model": "model.name",
+    "load_in_4bit": "model.bits",
+    "quantization_bit": "model.bits",
+    "bnb_4bit_use_double_quant": "model.double_quant",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "dataset": "data.train",
+    "max_samples": "data.limit",
+    "sample_packing": "data.packing",
+    "output_dir": "output",
+}
+"""What the keys of PEFT, transformers, TRL, LLaMA-Factory and Axolotl are called here."""
+
+
+def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict[str, Any]) -> list[str]:
+    """One line a faulty key: source, whole path, what is wrong, nearest valid key. Unions report each key once."""
+    by_path: dict[KeyPath, list[str]] = {}
+    for item in error.errors(include_url=False):
+        path = tuple(str(part) for part in item["loc"])
+        if path[:1] == ("adapter",) and len(path) > 1 and path[1] in ADAPTER_OPTIONS:
+            path = ("adapter", *path[2:])
+        while path and path not in values and path[:-1] in values:
+            path = path[:-1]
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            text = _unknown_key(path, tree)
+        elif item["type"] == "union_tag_invalid":
+            path, text = ("adapter", "method"), f"unknown method; known: {', '.join(ADAPTER_OPTIONS)}"
+        else:
+            text = f"{text[0].lower()}{text[1:]}"
+            if path in values:
+                text += f" (found {values[path].value!r})"
+        by_path.setdefault(path, []).append(text)
+    lines = []
+    for path, texts in by_path.items():
+        source = (
+            values[path].source
+            if path in values
+            else next((v.source for k, v in values.items() if k[: len(path)] == path), "")
+        )
+        lines.append(": ".join(part for part in (source if path else "", ".".join(path), " or ".join(texts)) if part))
+    return lines
+
+
+def _unknown_key(path: KeyPath, tree: dict[str, Any]) -> str:
+    section, key = path[:-1], path[-1]
+    known = _keys(section, tree)
+    if key in SYNONYMS:
+        return f"unknown key; here it is {SYNONYMS[key]}"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        return f"unknown key; did you mean '{'.'.join((*section, near[0]))}'?"
+    owners = [name for name in SECTIONS if key in _keys((name,), tree)]
+    if owners:
+        return f"misplaced key; it belongs under '{owners[0]}'"
+    if section == ("adapter",) and (methods := [name for name, o in ADAPTER_OPTIONS.items() if key in o.model_fields]):
+        return (
+            f"method {tree['adapter'].get('method')} has no such option (it is one of {', '.join(methods)}); remove it"
+        )
+    return f"unknown key; known here: {', '.join(known)}"
+
+
+def _keys(section: KeyPath, tree: dict[str, Any]) -> list[str]:
+    if not section:
+        return ["use", *Recipe.model_fields]
+    if section == ("adapter",):
+        adapter = tree.get("adapter")
+        method = adapter.get("method", "pissa") if isinstance(adapter, dict) else "pissa"
+        return list(ADAPTER_OPTIONS[method].model_fields) if method in ADAPTER_OPTIONS else []
+    model = Recipe.model_fields[section[0]].annotation if section[0] in Recipe.model_fields else None
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
