@@ -14,16 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli import __version__, quant
-from pissa_cli.adapters.start import Factors
+from pissa_cli.adapter_options import FullOptions
+from pissa_cli.adapters.start import Adapter
 from pissa_cli.data import batch_losses, load_examples
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.exported import adapter_files, load_result
 from pissa_cli.initialize import copy_side_files, open_run, write_nf4_config
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import DTYPES, Linear, best_device, linear_layers, load_model, load_tokenizer, skeleton
-from pissa_cli.recipe import FullOptions, Recipe
+from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump, load
-from pissa_cli.rundir import Run, peft_scale, read_json, whole_folder, write_json, write_text
+from pissa_cli.rundir import Run, read_json, whole_folder, write_json, write_text
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
@@ -50,13 +51,12 @@ def merge(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Any
     run, _ = open_run(recipe)
     if isinstance(recipe.adapter, FullOptions):
         return _finish_full(recipe, run)
-    folder, config, factors = adapter_files(recipe)
-    scale = peft_scale(config)
+    folder, adapter = adapter_files(recipe)
     weights = open_weights(folder)
     with whole_folder(run.merged) as target:
         writer = ShardWriter(target)
         dtypes = {DTYPES[recipe.precision]}
-        dense = _dense_tensors(recipe, folder, weights, factors, scale)
+        dense = _dense_tensors(recipe, folder, weights, adapter)
         for number, (name, linear, tensor) in enumerate(dense):
             if linear is not None:
                 dtypes.add(tensor.dtype)
@@ -84,10 +84,9 @@ def quantize(
     if model_folder is None and isinstance(recipe.adapter, FullOptions):
         model_folder = open_run(recipe)[0].merged
     if model_folder is None:
-        folder, config, factors = adapter_files(recipe)
-        scale = peft_scale(config)
+        folder, adapter = adapter_files(recipe)
     else:
-        folder, factors, scale = model_folder, {}, 1.0
+        folder, adapter = model_folder, Adapter({}, {})
         if "quantization_config" in read_json(folder / "config.json"):
             raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
     ours = output.absolute() == Run(Path(recipe.output)).quantized.absolute()
@@ -98,13 +97,13 @@ def quantize(
     with whole_folder(output) as target:
         writer = ShardWriter(target)
         dense_bytes = 0
-        dense = _dense_tensors(recipe, folder, weights, factors, scale)
+        dense = _dense_tensors(recipe, folder, weights, adapter)
         for number, (name, linear, tensor) in enumerate(dense):
             dense_bytes += tensor.numel() * tensor.element_size()
             parts = {name: tensor}
             if linear is not None:
                 W = (tensor.T if linear.transposed else tensor).float().contiguous()
-                packed = quant.pack(quant.Store(4, tensor.dtype, recipe.model.double_quant), W)
+                packed = quant.pack(quant.Store(4, tensor.dtype, recipe.model.double_quant, recipe.model.absmax), W)
                 assert isinstance(packed, quant.Packed)
                 error += frobenius_norm(quant.read(packed).sub_(W)) ** 2
                 norm += frobenius_norm(W) ** 2
@@ -185,7 +184,7 @@ def default_repo(recipe: Recipe) -> str:
 
 
 def _dense_tensors(
-    recipe: Recipe, folder: Path, weights: Weights, factors: dict[str, Factors], scale: float
+    recipe: Recipe, folder: Path, weights: Weights, adapter: Adapter
 ) -> Iterator[tuple[str, Linear | None, Tensor]]:
     """(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone."""
     linears = {
@@ -196,13 +195,13 @@ def _dense_tensors(
     for name in weights.files:
         owner = next((name[: len(t)] for t in _prefixes(name) if t in linears and name != t), None)
         parts.setdefault(owner or name, []).append(name)
-    missing = set(factors) - {layer.name for layer in linears.values()}
+    missing = set(adapter.factors) - {layer.name for layer in linears.values()}
     if missing:
         raise UsageError(f"the adapter has a layer {min(missing)} that {folder} lacks", "this is not its base model")
     for name, members in parts.items():
         linear = linears.get(name)
         tensor = weights.read(name)
-        if linear is None or (len(members) == 1 and linear.name not in factors):
+        if linear is None or (len(members) == 1 and linear.name not in adapter.factors):
             yield name, linear, tensor
             continue
         dtype, transposed = tensor.dtype, linear.transposed
@@ -211,9 +210,9 @@ def _dense_tensors(
             W, dtype = quant.read(packed), packed.state.dtype
         else:
             W = (tensor.T if transposed else tensor).to(device).float()
-        if linear.name in factors:
-            pair = {key: factor.to(device) for key, factor in factors[linear.name].items()}
-            W = torch.addmm(W, pair["B"], pair["A"], alpha=scale)
+        if linear.name in adapter.factors:
+            A, B = adapter.pair(linear.name, W.shape, device)
+            W = torch.addmm(W, B, A)
         yield name, linear, (W.T if transposed else W).to(dtype).contiguous().cpu()
 
 

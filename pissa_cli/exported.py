@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.adapters.start import Factors
+from pissa_cli.adapters.start import Adapter, as_lora
 from pissa_cli.checkpoint import latest_checkpoint, step_of
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import copy_side_files, open_run, read_start, require_base
 from pissa_cli.model import attach, load_model, lowrank_layers
-from pissa_cli.recipe import FullOptions, Recipe
-from pissa_cli.rundir import PROVENANCE, Run, peft_scale, read_json, read_peft, whole_folder, write_json, write_peft
+from pissa_cli.peft_files import peft_config, read_peft, write_peft
+from pissa_cli.recipe import Recipe
+from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json
 
 
 def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[str, Any]) -> Path:
@@ -33,28 +35,31 @@ def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[s
             write_json(folder / PROVENANCE, {"method": "full", "step": step, "data": data})
         return run.merged
     config, start = read_start(run, manifest)
-    factors = {
-        name: {key: f.detach().cpu() for key, f in layer.factors().items()}
-        for name, layer in lowrank_layers(model).items()
-    }
-    if recipe.model.bits != 4:
-        method = METHODS[adapter.method]
-        factors = {
-            name: dict(zip("AB", method.on_plain_base(now, start[name]), strict=True)) for name, now in factors.items()
-        }
-    rank = next(iter(factors.values()))["A"].shape[0]
-    config |= {"r": rank, "lora_alpha": config["lora_alpha"] * rank / config["r"]}
+    method = METHODS[adapter.method]
+    factors = {}
+    for name, layer in lowrank_layers(model).items():
+        now = {key: factor.detach().cpu() for key, factor in layer.factors().items()}
+        factors[name] = method.on_plain_base(now, start.factors[name]) if recipe.model.bits != 4 else as_lora(now)
+    result = Adapter(factors, start.scales, start.projections)
+    config = peft_config(
+        peft_type="VERA" if method.share else "LORA",
+        base=config["base_model_name_or_path"],
+        adapter=result,
+        targets=config["target_modules"],
+        fan_in_fan_out=config["fan_in_fan_out"],
+        seed=recipe.seed,
+    )
     provenance = {
         "method": adapter.method,
         "step": step,
         "data": data,
         "trained_rank": adapter.rank,
-        "exported_rank": rank,
+        "exported_rank": config["r"],
         "valid_on": config["base_model_name_or_path"],
         "base_fingerprint": manifest["base"]["stored_fingerprint" if recipe.model.bits == 4 else "fingerprint"],
     }
     with whole_folder(run.adapter) as folder:
-        write_peft(folder, factors, config)
+        write_peft(folder, result, config)
         write_json(folder / PROVENANCE, provenance)
     return run.adapter
 
@@ -69,9 +74,9 @@ def load_result(recipe: Recipe, device: torch.device) -> PreTrainedModel:
         if not (run.merged / "config.json").is_file():
             raise UsageError(f"{run.folder}: no trained model yet", "run `pissa train` to its end first")
         return load_model(run.merged, recipe.model, recipe.precision).to(device).eval()
-    folder, config, factors = adapter_files(recipe)
+    folder, adapter = adapter_files(recipe)
     model = load_model(folder, recipe.model, recipe.precision).to(device)
-    attach(model, factors, METHODS["lora"], peft_scale(config))
+    attach(model, adapter, METHODS["vera" if adapter.projections else "lora"])
     return model.eval()
 
 
@@ -82,12 +87,12 @@ def trained_steps(recipe: Recipe) -> int:
     return int(read_json(folder / PROVENANCE)["step"])
 
 
-def adapter_files(recipe: Recipe) -> tuple[Path, dict[str, Any], dict[str, Factors]]:
-    """(folder of the base, PEFT configuration, factors) of `adapter/`, after checking that they belong together."""
+def adapter_files(recipe: Recipe) -> tuple[Path, Adapter]:
+    """(folder of the base, adapter) of `adapter/`, after checking that they belong together."""
     run, manifest = open_run(recipe)
     if not run.adapter.is_dir():
         raise UsageError(f"{run.folder}: no trained adapter yet", "run `pissa train` to its end first")
-    config, factors = read_peft(run.adapter)
+    _, adapter = read_peft(run.adapter, manifest["widest"])
     folder = require_base(run, manifest, recipe)
     provenance = read_json(run.adapter / PROVENANCE)
     newest = latest_checkpoint(run)
@@ -99,7 +104,7 @@ def adapter_files(recipe: Recipe) -> tuple[Path, dict[str, Any], dict[str, Facto
     expected = provenance["base_fingerprint"]
     if expected not in (manifest["base"]["fingerprint"], manifest["base"].get("stored_fingerprint")):
         raise UsageError(f"{run.adapter}: this adapter was trained on another base ({expected})")
-    return folder, config, factors
+    return folder, adapter
 
 
 def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:
@@ -107,6 +112,5 @@ def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     run, manifest = open_run(recipe)
     model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision).to(device)
     if recipe.model.bits == 4:
-        config, factors = read_start(run, manifest)
-        attach(model, factors, METHODS["lora"], peft_scale(config))
+        attach(model, read_start(run, manifest)[1], METHODS[recipe.adapter.method])
     return model.eval()

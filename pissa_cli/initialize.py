@@ -17,24 +17,16 @@ import torch
 from torch import Tensor
 
 from pissa_cli import __version__, quant
+from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.adapters.start import Factors, Layer, Method, Start
+from pissa_cli.adapters.start import Adapter, Factors, Layer, Method, Start
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.model import DTYPES, Linear, best_device, require_finite, resolve_base, skeleton, target_modules
+from pissa_cli.peft_files import PEFT_WEIGHTS, peft_config, read_peft, write_peft
 from pissa_cli.plan import Plan, make_plan
-from pissa_cli.recipe import FullOptions, Recipe
+from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import (
-    PEFT_WEIGHTS,
-    Run,
-    peft_config,
-    read_json,
-    read_peft,
-    whole_folder,
-    write_json,
-    write_peft,
-    write_text,
-)
+from pissa_cli.rundir import Run, read_json, whole_folder, write_json, write_text
 from pissa_cli.svd import frobenius_norm, nuclear_norm
 from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, hash_file, open_weights
 
@@ -86,11 +78,11 @@ def require_base(run: Run, manifest: dict[str, Any], recipe: Recipe) -> Path:
     return _require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
 
 
-def read_start(run: Run, manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Factors]]:
-    """The PEFT configuration and factors of `init/`, refused if they are not those that init wrote."""
+def read_start(run: Run, manifest: dict[str, Any]) -> tuple[dict[str, Any], Adapter]:
+    """The configuration and adapter of `init/`, refused if they are not those that init wrote."""
     if hash_file(run.init / PEFT_WEIGHTS) != manifest["init_hash"]:
         raise UsageError(f"{run.init}: not what init wrote", "the run cannot be trusted; start again in a new folder")
-    return read_peft(run.init)
+    return read_peft(run.init, manifest["widest"])
 
 
 def _require_fingerprint(folder: Path, expected: str) -> Path:
@@ -134,7 +126,8 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
         else:
             method = METHODS[adapter.method]
             writer = ShardWriter(staged.base) if recipe.model.bits == 4 else None
-            factors, layers = {}, []
+            factors: dict[str, Factors] = {}
+            layers = []
             whole, stored = Fingerprint(), Fingerprint()
             for number, item in enumerate(_work(recipe, plan, weights, method)):
                 whole.add(item.tensor, item.original)
@@ -147,17 +140,20 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
                         writer.add(name, tensor)
                 progress(number + 1, len(weights.files), item.tensor)
             names = [layer.name for layer in plan.targets]
+            start = Adapter({name: factors[name] for name in names}, plan.scales)
             config = peft_config(
+                peft_type=method.peft_type,
                 base=str(run.base.absolute()) if writer else recipe.model.name,
-                rank=adapter.rank,
-                scale=adapter.scale,
+                adapter=start,
                 targets=target_modules(names, plan.linears),
                 fan_in_fan_out=writer is None and plan.targets[0].transposed,
+                seed=recipe.seed,
             )
-            write_peft(staged.init, {name: factors[name] for name in names}, config)
+            write_peft(staged.init, start, config)
             manifest["init_hash"] = hash_file(staged.init / PEFT_WEIGHTS)
             base["fingerprint"] = whole.digest()
-            manifest |= {"rank": adapter.rank, "scale": adapter.scale, "passes": recipe.passes, "layers": layers}
+            manifest |= {"rank": adapter.rank, "passes": recipe.passes, "widest": plan.widest, "layers": layers}
+            manifest["trainable"] = plan.num_trainable(recipe)
             if writer is not None:
                 writer.close()
                 base |= {"stored_fingerprint": stored.digest(), "stored_bytes": writer.total_bytes}
@@ -201,7 +197,7 @@ def _work(recipe: Recipe, plan: Plan, weights: Weights, method: Method) -> Itera
                 linear = linears.get(tensor)
                 chosen = linear is not None and linear.name in targets
                 waiting.append(
-                    pool.submit(_one_tensor, recipe, weights, tensor, linear, method if chosen else None, device)
+                    pool.submit(_one_tensor, recipe, plan, weights, tensor, linear, method if chosen else None, device)
                 )
                 if len(waiting) >= workers:
                     yield waiting.popleft().result()
@@ -214,7 +210,13 @@ def _work(recipe: Recipe, plan: Plan, weights: Weights, method: Method) -> Itera
 
 
 def _one_tensor(
-    recipe: Recipe, weights: Weights, tensor: str, linear: Linear | None, method: Method | None, device: torch.device
+    recipe: Recipe,
+    plan: Plan,
+    weights: Weights,
+    tensor: str,
+    linear: Linear | None,
+    method: Method | None,
+    device: torch.device,
 ) -> _Item:
     original = weights.read(tensor)
     if linear is None or (method is None and recipe.model.bits != 4):
@@ -223,31 +225,31 @@ def _one_tensor(
     W = W.T.contiguous() if linear.transposed else W
     require_finite(tensor, W)
     dtype = original.dtype if recipe.model.bits == 4 else {16: torch.bfloat16, 32: torch.float32}[recipe.model.bits]
-    store = quant.Store(recipe.model.bits, dtype, recipe.model.double_quant)
+    store = quant.Store(recipe.model.bits, dtype, recipe.model.double_quant, recipe.model.absmax)
     if method is None:
         return _Item(tensor, linear.name, original, quant.pack(store, W), None, {})
-    adapter = recipe.adapter
-    assert not isinstance(adapter, FullOptions)
-    layer = Layer(linear.name, adapter.rank, adapter.scale, recipe.seed, store)
-    start = method.start(W, layer, {**adapter.model_dump(), "passes": recipe.passes})
-    figures = {"name": linear.name, "kind": linear.kind, "shape": [linear.num_out, linear.num_in], "rank": adapter.rank}
-    figures |= start.figures | _errors(W, start, store, adapter.scale, linear.name)
+    layer = Layer(linear.name, plan.ranks[linear.name], plan.scales[linear.name], recipe.seed, store)
+    start = method.start(W, layer, {**recipe.adapter.model_dump(), "passes": recipe.passes})
+    figures = {"name": linear.name, "kind": linear.kind, "shape": [linear.num_out, linear.num_in], "rank": layer.rank}
+    figures |= start.figures | _errors(W, start, layer)
     return _Item(tensor, linear.name, original, start.frozen, start, figures)
 
 
-def _errors(W: Tensor, start: Start, store: quant.Store, scale: float, name: str) -> dict[str, float]:
+def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
     """How far the start is from W: relative for a dense store; for NF4 in both norms, beside plain NF4's."""
-    A, B = start.factors["A"], start.factors["B"]
-    error = torch.addmm(quant.read(start.frozen), B, A, alpha=scale).sub_(W)
+    error = quant.read(start.frozen).sub_(W) if isinstance(start.frozen, quant.Packed) else start.frozen.float() - W
+    if "A" in start.factors:  # VeRA's b is zero, so that its projections add nothing
+        A, B = Adapter({layer.name: start.factors}, {layer.name: layer.scale}).pair(layer.name, W.shape, W.device)
+        error.addmm_(B, A)
     norm = max(frobenius_norm(W), 1e-30)
-    if store.bits != 4:
+    if layer.store.bits != 4:
         relative = frobenius_norm(error) / norm
-        if relative > START_TOLERANCE[store.dtype]:
-            raise PissaError(f"{name}: the split does not give the weight back (relative error {relative:.1e})")
+        if relative > START_TOLERANCE[layer.store.dtype]:
+            raise PissaError(f"{layer.name}: the split does not give the weight back (relative error {relative:.1e})")
         return {"start_error": relative}
     figures = {"start_error": frobenius_norm(error) / norm}
     figures |= {"frobenius": frobenius_norm(error), "nuclear": nuclear_norm(error)}
-    error = quant.read(quant.pack(store, W)).sub_(W)
+    error = quant.read(quant.pack(layer.store.plain(), W)).sub_(W)
     return figures | {"plain_frobenius": frobenius_norm(error), "plain_nuclear": nuclear_norm(error)}
 
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
 from pissa_cli.adapters.lowrank import LowRank
-from pissa_cli.adapters.start import Factors, Method
+from pissa_cli.adapters.start import Adapter, Method
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.recipe import ModelSection
 from pissa_cli.weights import Weights
@@ -169,34 +169,36 @@ def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBa
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def attach(
-    model: PreTrainedModel, factors: dict[str, Factors], method: Method, scale: float, dropout: float = 0.0
-) -> None:
-    """Put a low-rank layer around every layer that `factors` names.
+def attach(model: PreTrainedModel, adapter: Adapter, method: Method, dropout: float = 0.0) -> None:
+    """Put a low-rank layer around every layer that `adapter` names.
 
     For a method that moves the base, a dense weight becomes the residual W - s B A of these (initial) factors;
     an NF4 weight is the residual already. Frozen parameters stop requiring gradients.
     """
     model.requires_grad_(False)
     modules = dict(model.named_modules())
-    for name, layer_factors in factors.items():
+    for name, layer_factors in adapter.factors.items():
         base = modules.get(name)
         if base is None:
             raise UsageError(f"the adapter has a layer {name} that the model lacks", "this is not its base model")
+        if isinstance(base, LowRank):
+            raise PissaError(f"{name} has an adapter already")
+        if method.moves_base and quant.packed_weight(base) is None:
+            subtract(base, adapter, name)
         device = next(base.parameters()).device
         here = {key: factor.to(device) for key, factor in layer_factors.items()}
-        if method.moves_base and quant.packed_weight(base) is None:
-            subtract(base, here["A"], here["B"], scale)
+        layer = LowRank(base, here, method.trains, adapter.scales[name], dropout, adapter.projections)
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, LowRank(base, here, method.trains, scale, dropout))
+        setattr(modules[parent], child, layer)
 
 
 @torch.no_grad()
-def subtract(base: nn.Module, A: Tensor, B: Tensor, scale: float) -> None:
+def subtract(base: nn.Module, adapter: Adapter, name: str) -> None:
     """W <- W - s B A, computed in fp32 and rounded once."""
     weight = cast(nn.Parameter, base.weight)
     W = weight.T if isinstance(base, Conv1D) else weight
-    W.copy_(torch.addmm(W.float(), B, A, alpha=-scale))
+    A, B = adapter.pair(name, W.shape, W.device)
+    W.copy_(torch.addmm(W.float(), B, A, alpha=-1))
 
 
 def lowrank_layers(model: nn.Module) -> dict[str, LowRank]:

@@ -8,18 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pissa_cli.adapter_options import LoraOptions
 from pissa_cli.errors import UsageError
-from pissa_cli.recipe import TrainSection
+from pissa_cli.recipe import Recipe, TrainSection
 
 
-def make_optimizer(parameters: list[nn.Parameter], section: TrainSection, lr: float) -> torch.optim.Optimizer:
-    """AdamW with betas (0.9, 0.999), or bitsandbytes' paged 8-bit AdamW."""
+def make_optimizer(names: dict[nn.Parameter, str], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW with betas (0.9, 0.999), or bitsandbytes' paged 8-bit AdamW. names: the parameters that train.
+
+    Each group's `ratio` multiplies the learning rate: that of B over that of A for LoRA+ (arXiv 2402.12354).
+    """
+    ratio = recipe.adapter.lr_ratio if isinstance(recipe.adapter, LoraOptions) else 1.0
+    members: dict[float, list[nn.Parameter]] = {}
+    for parameter, name in names.items():
+        members.setdefault(ratio if name.rpartition(".")[2] == "B" else 1.0, []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "ratio": group, "lr": recipe.lr * group} for group, parameters in members.items()
+    ]
+    section = recipe.train
     if section.optimizer == "paged-adamw-8bit":
         from bitsandbytes.optim import PagedAdamW8bit
 
-        paged: torch.optim.Optimizer = PagedAdamW8bit(parameters, lr=lr, weight_decay=section.weight_decay)
+        paged: torch.optim.Optimizer = PagedAdamW8bit(groups, lr=recipe.lr, weight_decay=section.weight_decay)
         return paged
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=section.weight_decay)
+    return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=section.weight_decay)
 
 
 def learning_rate(step: int, total: int, section: TrainSection, peak: float) -> float:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pissa_cli.adapter_options import AdapterBase, FullOptions, first_match
+from pissa_cli.adapters.methods import METHODS
 from pissa_cli.errors import UsageError
 from pissa_cli.model import DTYPES, Linear, linear_layers, match_targets, skeleton
-from pissa_cli.recipe import FullOptions, Recipe
+from pissa_cli.recipe import Recipe
 from pissa_cli.weights import Weights
 
 
@@ -18,14 +20,30 @@ class Plan:
     folder: Path
     linears: list[Linear]
     targets: list[Linear]
+    ranks: dict[str, int]
+    scales: dict[str, float]
     num_total: int
     vocabulary: int
+
+    @property
+    def widest(self) -> list[int]:
+        """[out, in], each the largest over the targets."""
+        return [max(layer.num_out for layer in self.targets), max(layer.num_in for layer in self.targets)]
 
     def num_trainable(self, recipe: Recipe) -> int:
         """Numbers that train."""
         if isinstance(recipe.adapter, FullOptions):
             return self.num_total
-        return sum(recipe.adapter.rank * (layer.num_in + layer.num_out) for layer in self.targets)
+        trains = METHODS[recipe.adapter.method].trains
+        return sum(count for layer in self.targets for key, count in self._sizes(layer).items() if key in trains)
+
+    def num_lora(self, rank: int) -> int:
+        """Numbers that LoRA of this rank would train in the same layers."""
+        return sum(rank * (layer.num_out + layer.num_in) for layer in self.targets)
+
+    def _sizes(self, layer: Linear) -> dict[str, int]:
+        rank = self.ranks[layer.name]
+        return {"A": rank * layer.num_in, "B": layer.num_out * rank, "d": rank, "b": layer.num_out}
 
 
 def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> Plan:
@@ -46,16 +64,32 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         head.weight.shape[0] if head is not None else 0,
     )
     if isinstance(adapter, FullOptions):
-        return Plan(folder, linears, [], *sizes)
+        return Plan(folder, linears, [], {}, {}, *sizes)
     targets = match_targets(linears, adapter.targets)
+    ranks = _ranks(adapter, targets)
+    scales = {name: adapter.layer_scale(name, rank) for name, rank in ranks.items()}
+    return Plan(folder, linears, targets, ranks, scales, *sizes)
+
+
+def _ranks(adapter: AdapterBase, targets: list[Linear]) -> dict[str, int]:
+    """r of every target; UsageError for a rank no layer can have, and for a pattern that matches nothing."""
+    limit = METHODS[adapter.method].rank_limit
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(adapter, key, {}):
+            if not any(first_match({pattern: True}, layer.name, False) for layer in targets):
+                kinds = ", ".join(sorted({layer.kind for layer in targets}))
+                raise UsageError(f"adapter.{key}: '{pattern}' matches no adapted layer", f"these are adapted: {kinds}")
+    ranks = {}
     for layer in targets:
-        if adapter.rank > min(layer.num_out, layer.num_in):
+        rank, smallest = adapter.layer_rank(layer.name), min(layer.num_out, layer.num_in)
+        if limit == "error" and rank > smallest:
             raise UsageError(
-                f"adapter.rank: {adapter.rank} is above the smallest dimension of {layer.name} "
+                f"adapter.rank: {rank} is above the smallest dimension of {layer.name} "
                 f"({layer.num_out} x {layer.num_in})",
                 f"use at most {min(min(t.num_out, t.num_in) for t in targets)}, or take it out of adapter.targets",
             )
-    return Plan(folder, linears, targets, *sizes)
+        ranks[layer.name] = min(rank, smallest) if limit == "lowered" else rank
+    return ranks
 
 
 def memory_estimate(recipe: Recipe, plan: Plan) -> dict[str, int]:

@@ -1,27 +1,39 @@
 """How a frozen weight is stored: dense in some dtype, or NF4. `read(pack(W))` is what the layer computes with.
 
-The only file that imports bitsandbytes. NF4 as in QLoRA (arXiv 2305.14314): blocks of 64, absmax scales.
+The only file that imports bitsandbytes. NF4 as in QLoRA (arXiv 2305.14314): blocks of 64, each with its absmax.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+ABSMAX_GRID = tuple(0.7 + 0.05 * step for step in range(7))
+TABLE_STEPS = 1024  # of the lookup table from [-1, 1] to NF4's levels, for the search only
+CHUNK = 2**21  # numbers that the search looks at together
 QUANT_STATE_SUFFIX = "quant_state.bitsandbytes__nf4"
 
 
 @dataclass(frozen=True)
 class Store:
-    """`bits` 4 (NF4, with or without double quantization) or 16/32 (dense); `dtype` is that of the weight read back."""
+    """`bits` 4 (NF4, with or without double quantization) or 16/32 (dense); `dtype` is that of the weight read back.
+
+    `absmax`: the scale of an NF4 block is its largest magnitude (bitsandbytes, QLoRA), or fitted for the least error.
+    """
 
     bits: int
     dtype: torch.dtype
     double_quant: bool = False
+    absmax: Literal["fitted", "largest"] = "largest"
+
+    def plain(self) -> Store:
+        """The same with bitsandbytes' own scales: what QLoRA would store."""
+        return replace(self, absmax="largest")
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,8 @@ def pack(store: Store, weight: Tensor) -> Packed | Tensor:
     """Store `weight` (out, in) fp32: NF4 blocks run along rows of the (out, in) matrix."""
     if store.bits != 4:
         return weight.to(store.dtype)
+    if store.absmax == "fitted":
+        return _pack_fitted(store, weight)
     from bitsandbytes import functional
 
     data, state = functional.quantize_4bit(
@@ -48,6 +62,66 @@ def pack(store: Store, weight: Tensor) -> Packed | Tensor:
     )
     state.dtype = store.dtype
     return Packed(data, state)
+
+
+def _pack_fitted(store: Store, weight: Tensor) -> Packed:
+    """NF4 with the absmax of each block chosen, from a grid below the largest magnitude, for the least squared error.
+
+    For codes q (from a candidate of the grid) and block w the best scale is a = <q, w> / <q, q>, and leaves the error
+    ||w||^2 - <q, w>^2 / <q, q>. The codes are then the nearest levels for the scale as it is stored.
+    """
+    from bitsandbytes import functional
+
+    levels = functional.get_4bit_type("nf4", device=weight.device)
+    flat = weight.reshape(-1).float()
+    blocks = nn.functional.pad(flat, (0, -flat.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+    chunks = blocks.split(CHUNK // BLOCK_SIZE)
+    absmax, nested = torch.cat([_fit_absmax(chunk, levels) for chunk in chunks]), {}
+    kept = absmax
+    if store.double_quant:
+        offset = absmax.mean()
+        kept, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+        absmax = functional.dequantize_blockwise(kept, state2) + offset
+        nested = {"offset": offset, "state2": state2}
+    pairs = [_codes(c, a, levels) for c, a in zip(chunks, absmax.split(CHUNK // BLOCK_SIZE), strict=True)]
+    codes = torch.cat(pairs).view(-1)[: flat.numel() + flat.numel() % 2]
+    data = ((codes[0::2] << 4) | codes[1::2]).unsqueeze(1)
+    state = functional.QuantState(
+        absmax=kept,
+        shape=weight.shape,
+        code=levels,
+        blocksize=BLOCK_SIZE,
+        quant_type="nf4",
+        dtype=store.dtype,
+        **nested,
+    )
+    return Packed(data, state)
+
+
+def _fit_absmax(blocks: Tensor, levels: Tensor) -> Tensor:
+    """The best scale (n,) of each block (n, 64) over ABSMAX_GRID."""
+    steps = torch.arange(2 * TABLE_STEPS + 1, device=blocks.device) / TABLE_STEPS - 1
+    table = levels[_nearest(steps, levels)]
+    largest = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
+    for share in ABSMAX_GRID:
+        place = (blocks / (share * largest)).clamp_(-1, 1).add_(1).mul_(TABLE_STEPS).round_()
+        q = table[place.to(torch.int32)]
+        along, length = (q * blocks).sum(1, keepdim=True), q.square().sum(1, keepdim=True)
+        gain = along.square() / length
+        better = gain > best
+        best, scale = torch.where(better, gain, best), torch.where(better, along / length, scale)
+    return scale.squeeze(1)
+
+
+def _codes(blocks: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
+    """The nearest levels (n, 64) uint8 of blocks under their scales (n,)."""
+    safe = torch.where(absmax > 0, absmax, 1.0)
+    return _nearest(blocks / safe[:, None], levels).to(torch.uint8)
+
+
+def _nearest(values: Tensor, levels: Tensor) -> Tensor:
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
 
 
 def read(stored: Packed | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from pissa_cli.adapter_options import (
+    LEARNING_RATES,
+    AdapterOptions,
+    FullOptions,
+    LoftqOptions,
+    PissaOptions,
+    Section,
+)
 
-class Section(BaseModel):
-    """A part of the recipe. Unknown keys and wrong types are errors; values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+_RATES = ", ".join(f"{method} {lr:g}" for method, lr in LEARNING_RATES.items())
 
 
 class ModelSection(Section):
@@ -18,57 +23,11 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     bits: Literal[4, 16, 32] = Field(16, description="how frozen weights are stored: 4 = NF4, 16 = bf16, 32 = fp32")
     double_quant: bool = Field(False, description="quantize the NF4 block scales as well (0.37 bits a weight less)")
+    absmax: Literal["fitted", "largest"] = Field(
+        "fitted", description="NF4 block scales: fitted for the least squared error, or bitsandbytes' and the papers'"
+    )
     task: Literal["causal-lm"] = Field("causal-lm", description="what the model is trained for")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-
-
-class AdapterBase(Section):
-    rank: int = Field(16, ge=1, description="r: columns of B, rows of A")
-    alpha: float | None = Field(None, gt=0, description="scale s = alpha / rank; default: rank, so that s = 1")
-    targets: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="all-linear (every linear layer but the output head) or a list of name endings"
-    )
-
-    @property
-    def scale(self) -> float:
-        """s = alpha / r, the factor in front of B A."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
-
-    @field_validator("targets")
-    @classmethod
-    def _some_targets(cls, targets: str | list[str]) -> str | list[str]:
-        if not targets or any(not name for name in targets):
-            raise ValueError("name at least one layer, or 'all-linear'; no empty names")
-        return targets
-
-
-class LoraOptions(AdapterBase):
-    method: Literal["lora"] = "lora"
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
-
-
-class PissaOptions(AdapterBase):
-    method: Literal["pissa"] = "pissa"
-    svd: Literal["fast", "exact"] = Field("fast", description="fast: seeded block Krylov; exact: LAPACK / cuSOLVER")
-    passes: int | None = Field(None, ge=1, description="T of QPiSSA (4 bits only); default 5")
-    dropout: float = Field(0.0, description="must stay 0: the SVD start is exact only without dropout")
-
-    @field_validator("dropout")
-    @classmethod
-    def _no_dropout(cls, dropout: float) -> float:
-        if dropout:
-            raise ValueError("pissa needs dropout 0 (the start would not be the base model); remove the key")
-        return dropout
-
-
-class FullOptions(Section):
-    method: Literal["full"] = "full"
-
-
-AdapterOptions = Annotated[LoraOptions | PissaOptions | FullOptions, Field(discriminator="method")]
-
-LEARNING_RATES = {"lora": 2e-4, "pissa": 2e-5, "full": 1e-5}
-"""`train.lr` where the recipe gives none. PiSSA: paper, section 5; at LoRA's rate it trains worse."""
 
 
 FIELDS = {
@@ -110,20 +69,18 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    lr: float | None = Field(
-        None, gt=0, description="peak learning rate; default by method: pissa 2e-5, lora 2e-4, full 1e-5"
-    )
+    lr: float | None = Field(None, gt=0, description=f"peak learning rate; default by method: {_RATES}")
     epochs: float | None = Field(None, gt=0, description="passes over the data; default 1")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     batch_size: int = Field(32, ge=1, description="examples in one optimizer step, over all processes")
     micro_batch_size: int = Field(8, ge=1, description="examples in one forward pass on one device")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     warmup: float = Field(0.03, ge=0, description="share of all steps if below 1, else a number of steps")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW, on what trains")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     optimizer: Literal["adamw", "paged-adamw-8bit"] = Field("adamw", description="the latter from bitsandbytes")
     precision: Literal["bf16", "fp32"] | None = Field(
-        None, description="of the products; default fp32 if model.bits is 32"
+        None, description="dtype of the matrix products; default fp32 if model.bits is 32, else bf16"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     eval_every: int | None = Field(
@@ -149,7 +106,7 @@ class EvalSection(Section):
 
 class HubSection(Section):
     repo: str | None = Field(None, description="user/name to push to; default <user>/<base>-<method>-r<rank>")
-    private: bool = Field(False)
+    private: bool = Field(False, description="make a new repository private")
 
 
 class Recipe(Section):
@@ -172,12 +129,19 @@ class Recipe(Section):
                 "adapter.method full needs model.bits 32: small steps are lost in the rounding of 16-bit weights "
                 "(train.precision bf16 still computes the products in 16 bits)"
             )
+        if isinstance(adapter, LoftqOptions) and bits != 4:
+            raise ValueError(
+                "adapter.method loftq makes up for 4-bit rounding, of which there is none here: both factors would be "
+                "zero and never train; set model.bits to 4, or adapter.method to pissa or lora"
+            )
         if isinstance(adapter, PissaOptions) and adapter.passes is not None and adapter.passes > 1 and bits != 4:
             raise ValueError(
                 "adapter.passes repeats the split against 4-bit rounding; set model.bits to 4 or remove it"
             )
         if self.model.double_quant and bits != 4:
             raise ValueError("model.double_quant needs model.bits 4")
+        if self.model.absmax == "largest" and bits != 4:
+            raise ValueError("model.absmax needs model.bits 4")
         if self.train.precision == "fp32" and bits == 16:
             raise ValueError("train.precision fp32 over 16-bit weights: set model.bits to 32, or precision to bf16")
         return self
@@ -194,8 +158,8 @@ class Recipe(Section):
 
     @property
     def passes(self) -> int:
-        """T, the number of split-and-quantize passes: 1 unless QPiSSA."""
-        if not isinstance(self.adapter, PissaOptions) or self.model.bits != 4:
+        """T, the number of split-and-quantize passes: 1 but for QPiSSA and LoftQ."""
+        if not isinstance(self.adapter, PissaOptions | LoftqOptions) or self.model.bits != 4:
             return 1
         return self.adapter.passes or 5
 

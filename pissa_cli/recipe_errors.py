@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from pissa_cli.recipe import AdapterOptions, Recipe
+from pissa_cli.adapter_options import AdapterOptions
+from pissa_cli.recipe import Recipe
 from pissa_cli.yamlfile import KeyPath, Value
 
 ADAPTER_OPTIONS: dict[str, type[BaseModel]] = {

@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pissa_cli.adapter_options import ScaledBase
 from pissa_cli.errors import UsageError
-from pissa_cli.recipe import FullOptions, Recipe
+from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_errors import SECTIONS, messages
 from pissa_cli.yamlfile import KeyPath, Value, parse_scalar, read_flat
 
@@ -98,8 +99,8 @@ def listing(loaded: Loaded) -> list[tuple[str, str, str]]:
     """Rows (key, value, source) of every value of the recipe, defaults included."""
     recipe, rows = loaded.recipe, list[tuple[str, str, str]]()
     by_other_keys: dict[KeyPath, Any] = {("train", "lr"): recipe.lr, ("train", "precision"): recipe.precision}
-    if not isinstance(recipe.adapter, FullOptions):
-        by_other_keys[("adapter", "alpha")] = recipe.adapter.scale * recipe.adapter.rank
+    if isinstance(recipe.adapter, ScaledBase):
+        by_other_keys[("adapter", "alpha")] = float(recipe.adapter.rank)
     if "passes" in type(recipe.adapter).model_fields:
         by_other_keys[("adapter", "passes")] = recipe.passes
     if recipe.train.steps is None:

@@ -1,4 +1,4 @@
-"""The run folder: what lies where, how it is written whole or not at all, and adapters as PEFT files."""
+"""The run folder: what lies where, how it is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pissa_cli.adapters.start import Factors
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.weights import load_tensors, save_tensors
 
-PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = "adapter_model.safetensors"
 PROVENANCE = "pissa.json"
-_PEFT_PREFIX = "base_model.model."
-_PEFT_FACTORS = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
 
 @dataclass(frozen=True)
@@ -137,65 +131,6 @@ def _put_in_place(temporary: Path, final: Path, aside: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise _disk_error(final, error) from None
-
-
-def write_peft(folder: Path, factors: dict[str, Factors], config: dict[str, Any]) -> None:
-    """A PEFT LoRA folder. factors: layer name -> {"A": (r, in), "B": (out, r)}; config: see `peft_config`."""
-    tensors = {
-        f"{_PEFT_PREFIX}{layer}.{_PEFT_FACTORS[key]}": tensor.detach().float().cpu().contiguous()
-        for layer, layer_factors in factors.items()
-        for key, tensor in layer_factors.items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / PEFT_WEIGHTS, tensors)
-    write_json(folder / PEFT_CONFIG, config)
-
-
-def read_peft(folder: Path) -> tuple[dict[str, Any], dict[str, Factors]]:
-    """The configuration and factors of a PEFT LoRA folder, fp32. UsageError for files that are not what they claim."""
-    config = read_json(folder / PEFT_CONFIG)
-    names = {suffix: key for key, suffix in _PEFT_FACTORS.items()}
-    factors: dict[str, Factors] = {}
-    for key, tensor in load_tensors(folder / PEFT_WEIGHTS).items():
-        layer, _, suffix = key.removeprefix(_PEFT_PREFIX).rpartition(".lora_")
-        if f"lora_{suffix}" not in names:
-            raise UsageError(f"{folder / PEFT_WEIGHTS}: unexpected tensor {key}", "only LoRA A and B are understood")
-        factors.setdefault(layer, {})[names[f"lora_{suffix}"]] = tensor.float()
-    for layer, pair in factors.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise UsageError(f"{folder / PEFT_WEIGHTS}: A and B of {layer} do not belong together")
-    return config, factors
-
-
-def peft_scale(config: dict[str, Any]) -> float:
-    """s of a PEFT LoRA folder."""
-    return float(config["lora_alpha"] / config["r"])
-
-
-def peft_config(base: str, rank: int, scale: float, targets: list[str], fan_in_fan_out: bool) -> dict[str, Any]:
-    """PEFT's adapter_config.json of a LoRA adapter with s = lora_alpha / r.
-
-    `init_lora_weights` is always true: any other value makes PEFT decompose the base again on loading.
-    """
-    alpha = scale * rank
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": 0.0,
-        "target_modules": targets,
-        "fan_in_fan_out": fan_in_fan_out,
-        "bias": "none",
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "inference_mode": True,
-    }
 
 
 def _sync(folder: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pissa_cli import report
+from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.checkpoint import Names, restore_checkpoint, save_checkpoint
 from pissa_cli.data import chunk_by_length, collate, load_examples
@@ -38,7 +39,7 @@ from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import attach, context_length, load_model, load_tokenizer, parameter_counts, resolve_base
 from pissa_cli.optim import learning_rate, make_optimizer
 from pissa_cli.process import peak_memory, stop_signals
-from pissa_cli.recipe import FullOptions, Recipe
+from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, write_text
 from pissa_cli.svd import generator
@@ -170,7 +171,7 @@ def train_step(trainer: Trainer, step: int, lr: float) -> tuple[float, float, in
     loss_value, norm_value = float(accelerator.reduce(total, "sum")), float(grad_norm)
     if math.isfinite(loss_value) and math.isfinite(norm_value):
         for group in trainer.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["ratio"]
         trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     return loss_value, norm_value, sum(examples.length(i) for i in indices)
@@ -238,8 +239,8 @@ def _set_up(
         model.requires_grad_(True)
     else:
         before = probe() if fresh and recipe.model.bits != 4 else None
-        _, factors = read_start(run, manifest)
-        attach(model, factors, METHODS[recipe.adapter.method], recipe.adapter.scale, recipe.adapter.dropout)
+        _, start = read_start(run, manifest)
+        attach(model, start, METHODS[recipe.adapter.method], getattr(recipe.adapter, "dropout", 0.0))
         if before is not None:
             require_same_loss(before, probe(), recipe.precision)
     if recipe.train.gradient_checkpointing:
@@ -249,7 +250,7 @@ def _set_up(
     trainable, total = parameter_counts(model)
     steps = f"{total_steps} steps of {recipe.train.batch_size} examples"
     watch({"note": f"{trainable:,} of {total:,} parameters train; {steps}"})
-    optimizer = make_optimizer(list(names), recipe.train, recipe.lr)
+    optimizer = make_optimizer(names, recipe)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     return Trainer(recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps)
 

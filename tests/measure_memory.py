@@ -35,18 +35,18 @@ CASES = [
 ]
 """svd, bits, passes, rank, targets. down_proj is one of the largest; fewer targets save time, not memory."""
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 import accelerate, bitsandbytes, torch, transformers
 import pissa_cli.train
 from pissa_cli.initialize import initialize
 from pissa_cli.recipe_file import load
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from pissa_cli.process import peak_memory
 recipe = load(None, {}, sys.argv[1:]).recipe
 from bitsandbytes import functional
 functional.quantize_4bit(torch.randn(64, 64), quant_type="nf4")
-before, began = peak(), time.time()
+before, began = peak_memory(), time.time()
 initialize(recipe)
-print(json.dumps({"imports": before, "peak": peak(), "seconds": time.time() - began}))
+print(json.dumps({"imports": before, "peak": peak_memory(), "seconds": time.time() - began}))
 """
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 
@@ -16,29 +17,45 @@ from pissa_cli.recipe_file import load, shipped
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def values(annotation: Any) -> str:
+    """What a key accepts, in words."""
+    if get_origin(annotation) is Literal:
+        return " ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(values(part) for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is list:
+        return "list"
+    if get_origin(annotation) is dict:
+        return "keys and values"
+    return {bool: "true, false", int: "whole number", float: "number", str: "text"}[annotation]
+
+
+def key_row(key: str, field: Any, meaning: str) -> str:
+    default = field.get_default(call_default_factory=True)
+    shown = "needed" if field.is_required() else "" if default is None else f"`{json.dumps(default)}`"
+    return f"| `{key}` | {values(field.annotation)} | {shown} | {meaning} |"
+
+
 def key_table() -> str:
-    """The table of docs/recipes.md, from the schema."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
-
-    def rows(prefix: str, fields: dict[str, Any]) -> None:
-        for name, field in fields.items():
-            if name == "method":
-                continue
-            default = "" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
-            lines.append(
-                f"| `{prefix}{name}` | {f'`{default}`' if default else 'needed'} | {field.description or ''} |"
-            )
-
+    """The table of docs/recipes.md, from the schema; keys that several methods share stand once."""
+    lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
     for section, field in Recipe.model_fields.items():
-        if section == "adapter":
-            for options in get_args(get_args(AdapterOptions)[0]):
-                method = options.model_fields["method"].default
-                lines.append(f"| `adapter.method: {method}` | {'`pissa`' if method == 'pissa' else ''} | |")
-                rows("adapter.", options.model_fields)
-        elif section in ("output", "seed"):
-            rows("", {section: field})
+        if section in ("output", "seed"):
+            lines.append(key_row(section, field, field.description or ""))
+        elif section != "adapter":
+            for name, inner in field.annotation.model_fields.items():
+                lines.append(key_row(f"{section}.{name}", inner, inner.description or ""))
         else:
-            rows(f"{section}.", field.annotation.model_fields)
+            every = {o.model_fields["method"].default: o.model_fields for o in get_args(get_args(AdapterOptions)[0])}
+            methods = " ".join(f"`{method}`" for method in every)
+            lines.append(f"| `adapter.method` | {methods} | `pissa` | how the adapter starts |")
+            owners: dict[str, list[str]] = {}
+            for method, fields in every.items():
+                for name, inner in fields.items():
+                    if name != "method":
+                        owners.setdefault(key_row(f"adapter.{name}", inner, inner.description or ""), []).append(method)
+            for row, having in sorted(owners.items(), key=lambda item: item[0].split("`")[1]):
+                lines.append(f"{row.removesuffix(' |')} ({', '.join(having)}) |")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pissa_cli import export, quant
+from pissa_cli.adapters.start import Adapter
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.exported import load_result
 from pissa_cli.rundir import Run
@@ -98,7 +99,11 @@ def test_a_wrong_merge_is_refused(
 ) -> None:
     made = trained(recipe, models("llama"), rows, "model.bits=32")
     original = export._dense_tensors
-    monkeypatch.setattr(export, "_dense_tensors", lambda r, f, w, factors, scale: original(r, f, w, factors, 2 * scale))
+
+    def doubled(recipe: Any, folder: Path, weights: Any, adapter: Adapter) -> Any:
+        return original(recipe, folder, weights, Adapter(adapter.factors, dict.fromkeys(adapter.scales, 2.0)))
+
+    monkeypatch.setattr(export, "_dense_tensors", doubled)
     with pytest.raises(PissaError, match="logits differ"):
         export.merge(made)
     assert not Run(Path(made.output)).merged.exists()
@@ -117,7 +122,7 @@ def test_quantized_run_is_read_by_stock_transformers(
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             W = dense[f"{name}.weight"]
-            stored = quant.read(quant.pack(quant.Store(4, torch.float32), W))
+            stored = quant.read(quant.pack(quant.Store(4, torch.float32, absmax="fitted"), W))
             packed = quant.packed_weight(module)
             assert packed is not None and torch.equal(quant.read(packed), stored)
             error += float((stored - W).double().square().sum())

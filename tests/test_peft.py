@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from pissa_cli.exported import load_result
 from pissa_cli.initialize import initialize
-from pissa_cli.rundir import Run, read_json, read_peft
+from pissa_cli.peft_files import read_peft
+from pissa_cli.rundir import Run, read_json
 from pissa_cli.train import train
 
 peft = pytest.importorskip("peft")
@@ -79,7 +80,7 @@ def test_adapter_of_an_nf4_run_loads_on_its_base(
 def test_exact_start_is_pefts_up_to_sign(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
     made = recipe(models("llama"), "model.bits=32", "adapter.rank=4", "adapter.alpha=8", "adapter.svd=exact")
     initialize(made)
-    _, ours = read_peft(Run(Path(made.output)).init)
+    ours = read_peft(Run(Path(made.output)).init)[1].factors
     base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
     config = peft.LoraConfig(
         r=4, lora_alpha=8, init_lora_weights="pissa", target_modules="all-linear", task_type="CAUSAL_LM"

@@ -104,7 +104,7 @@ def test_the_lines_of_the_readme() -> None:
     }
     recipe = load(None, flags).recipe
     assert (recipe.adapter.method, recipe.lr, recipe.adapter.dropout) == ("pissa", 2e-5, 0.0)  # type: ignore[union-attr]
-    assert recipe.adapter.scale == 1.0 and recipe.passes == 1  # type: ignore[union-attr]
+    assert recipe.adapter.layer_scale("x", 128) == 1.0 and recipe.passes == 1  # type: ignore[union-attr]
     paper = load("recipes/gsm8k.yaml", {}).recipe
     assert (paper.train.batch_size, paper.train.lr, paper.train.warmup, paper.data.limit) == (128, 2e-5, 0.03, 100_000)
 

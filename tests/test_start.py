@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.initialize import initialize
+from pissa_cli.initialize import initialize, read_start
 from pissa_cli.model import attach, load_model, lowrank_layers
+from pissa_cli.peft_files import read_peft
 from pissa_cli.quant import packed_weight, read
-from pissa_cli.rundir import Run, read_peft
+from pissa_cli.rundir import Run
 
 STARTS = [("lora", "fast"), ("pissa", "fast"), ("pissa", "exact")]
 
@@ -38,7 +39,7 @@ def started(recipe: Any) -> PreTrainedModel:
     manifest = initialize(recipe)
     folder = run.base if run.base.is_dir() else Path(manifest["base"]["folder"])
     model = load_model(folder, recipe.model, recipe.precision)
-    attach(model, read_peft(run.init)[1], METHODS[recipe.adapter.method], recipe.adapter.scale)
+    attach(model, read_start(run, manifest)[1], METHODS[recipe.adapter.method])
     return model
 
 
@@ -115,7 +116,7 @@ def test_start_does_not_depend_on_the_global_generator_or_order(
             f"output={tmp_path / str(number)}",
         )
         initialize(made)
-        found.append(read_peft(Run(Path(made.output)).init)[1])
+        found.append(read_peft(Run(Path(made.output)).init)[1].factors)
     for name, pair in found[0].items():
         for other in found[1:]:
             assert torch.equal(pair["A"], other[name]["A"]) and torch.equal(pair["B"], other[name]["B"])
@@ -131,7 +132,7 @@ def test_manifest_records_the_start(models: Callable[[str], Path], recipe: Calla
     from safetensors.torch import load_file
 
     weights = load_file(models("llama") / "model.safetensors")
-    _, factors = read_peft(Run(Path(made.output)).init)
+    factors = read_peft(Run(Path(made.output)).init)[1].factors
     base = AutoModelForCausalLM.from_pretrained(Run(Path(made.output)).base, dtype=torch.float32)
     for layer in manifest["layers"]:
         W = weights[f"{layer['name']}.weight"]

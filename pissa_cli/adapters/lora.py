@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685), Init[A]: A random, B = 0, the weight unchanged."""
+"""LoRA (arXiv 2106.09685): one factor random, the other zero, the weight unchanged."""
 
 from __future__ import annotations
 
@@ -9,21 +9,30 @@ import torch
 from torch import Tensor
 
 from pissa_cli import quant
-from pissa_cli.adapters.start import Factors, Layer, Method, Start
+from pissa_cli.adapters.start import Layer, Method, Start
 from pissa_cli.svd import generator
 
 
 def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
-    """A ~ U(-1/sqrt(in), 1/sqrt(in)), so Var = 1 / (3 in), PEFT's default (Kaiming with a = sqrt 5)."""
+    """options: `init` (A: A random, B zero; B: the other way round) and `distribution` (kaiming, gaussian).
+
+    Variances: kaiming is PEFT's default for A, U(-1/sqrt(in), 1/sqrt(in)), so Var = 1 / (3 in); gaussian has 1 / in
+    for A. B's columns see r inputs: U(-1/sqrt(r), 1/sqrt(r)), Var = 1 / (3 r), and 1 / r. Those are the orders
+    Theta(1/n) and Theta(1) of Hayou et al. (arXiv 2406.08447) for Init[A] and Init[B].
+    """
     num_out, num_in = weight.shape
-    bound = num_in**-0.5
-    A = torch.empty(layer.rank, num_in).uniform_(-bound, bound, generator=generator(layer.seed, layer.name))
-    factors = {"A": A.to(weight.device), "B": weight.new_zeros(num_out, layer.rank)}
+    source = generator(layer.seed, layer.name)
+    shape, fan_in = ((layer.rank, num_in), num_in) if options["init"] == "A" else ((num_out, layer.rank), layer.rank)
+    drawn = torch.empty(shape)
+    if options["distribution"] == "kaiming":
+        drawn.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=source)
+    else:
+        drawn.normal_(std=fan_in**-0.5, generator=source)
+    drawn = drawn.to(weight.device)
+    factors = {"A": drawn, "B": weight.new_zeros(num_out, layer.rank)}
+    if options["init"] == "B":
+        factors = {"A": weight.new_zeros(layer.rank, num_in), "B": drawn}
     return Start(factors, quant.pack(layer.store, weight))
 
 
-def on_plain_base(now: Factors, _start: Factors) -> tuple[Tensor, Tensor]:
-    return now["A"], now["B"]
-
-
-LORA = Method(start=start, trains=frozenset({"A", "B"}), moves_base=False, on_plain_base=on_plain_base)
+LORA = Method(start=start, trains=frozenset({"A", "B"}))

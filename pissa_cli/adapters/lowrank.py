@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from pissa_cli.adapters.start import Factors
+from pissa_cli.adapters.start import Factors, Projections
 from pissa_cli.quant import packed_weight, read
 
 FACTOR_NAMES = ("A", "B", "d", "b")
@@ -22,11 +22,26 @@ FACTOR_NAMES = ("A", "B", "d", "b")
 class LowRank(nn.Module):
     """A linear layer with a frozen base (nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit) and factors.
 
-    Factors in `trains` are fp32 parameters, the others fp32 buffers; products run in the dtype of x, or of autocast.
+    Factors in `trains` are fp32 parameters, the others fp32 buffers; A and B may come from shared projections instead.
+    Products run in the dtype of x, or of autocast.
     """
 
-    def __init__(self, base: nn.Module, factors: Factors, trains: frozenset[str], scale: float, dropout: float) -> None:
+    A: Tensor
+    B: Tensor
+    d: Tensor
+    b: Tensor
+
+    def __init__(
+        self,
+        base: nn.Module,
+        factors: Factors,
+        trains: frozenset[str],
+        scale: float,
+        dropout: float = 0.0,
+        projections: Projections | None = None,
+    ) -> None:
         super().__init__()
+        self.projections = projections
         self.base = base.requires_grad_(False)
         self.scale = scale
         self.dropout = dropout
@@ -41,6 +56,12 @@ class LowRank(nn.Module):
         """The factors that are there, by name."""
         return {name: factor for name in FACTOR_NAMES if (factor := getattr(self, name)) is not None}
 
+    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B for an input x."""
+        if self.projections is None:
+            return self.A, self.B
+        return self.projections.pair((len(self.b), x.shape[-1]), x.device, x.dtype)
+
     def base_weight(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in `dtype`, read back from its store."""
         packed = packed_weight(self.base)
@@ -54,9 +75,8 @@ class LowRank(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         dropped = functional.dropout(x, self.dropout, self.training) if self.dropout else None
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        y: Tensor = LowRankFunction.apply(
-            x, dropped, self.base_weight, bias, self.A, self.B, self.d, self.b, self.scale
-        )
+        A, B = self.pair(x)
+        y: Tensor = LowRankFunction.apply(x, dropped, self.base_weight, bias, A, B, self.d, self.b, self.scale)
         return y
 
 

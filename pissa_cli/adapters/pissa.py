@@ -12,33 +12,48 @@ import torch
 from torch import Tensor
 
 from pissa_cli import quant
-from pissa_cli.adapters.start import Factors, Layer, Method, Start
-from pissa_cli.svd import truncated_svd
+from pissa_cli.adapters.start import Factors, Layer, Method, Start, balanced
+from pissa_cli.svd import frobenius_norm, truncated_svd
+
+OVER_RELAXATION = 0.8
 
 
 def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
-    """options: `svd` (fast, exact) and `passes` (T). The residual is that of the factors as they are kept.
+    """options: `svd` (fast, exact), `passes` (T) and `refit`. The residual is that of the factors as they are kept.
 
-    With T passes, as the authors' code does it (starts on SVD, ends on quantize):
-    E_0 = W;  (A, B) <- SVD_r(E);  Q <- store(W - s B A);  E <- W - read(Q).
+    Without `refit` as the authors' code has it (starts on SVD, ends on quantize), L = s B A:
+    E = W;  T times: L <- SVD_r(E);  Q <- store(W - L);  E <- W - Q.
+    With it, over NF4, Q <- store(W - L - 0.8 (L - L_before)) and at the end L <- SVD_r(E) again, the best L for that
+    Q in any unitarily invariant norm (Eckart-Young); `ends_on` in the figures says which L left less.
     """
-    target = weight
-    energy = 0.0
+    refit = options["refit"] and layer.store.bits == 4
+    target, before, energy = weight, None, 0.0
     for step in range(options["passes"]):
-        U, S, Vh = truncated_svd(target, layer.rank, options["svd"], layer.seed, layer.name)
+        svd = truncated_svd(target, layer.rank, options["svd"], layer.seed, layer.name)
         if step == 0:
-            energy = float(S.double().square().sum() / weight.double().square().sum().clamp_min(1e-300))
-        root = (S / layer.scale).sqrt()
-        A, B = root[:, None] * Vh, U * root
-        frozen = quant.pack(layer.store, torch.addmm(weight, B, A, alpha=-layer.scale))
-        if step + 1 < options["passes"]:
+            energy = float(svd.S.double().square().sum() / weight.double().square().sum().clamp_min(1e-300))
+        A, B = balanced(svd, layer.scale)
+        ahead = OVER_RELAXATION if refit and before is not None else 0.0
+        rest = torch.addmm(weight, B, A, alpha=-layer.scale * (1 + ahead))
+        if ahead and before is not None:
+            rest.addmm_(before[1], before[0], alpha=layer.scale * ahead)
+        frozen = quant.pack(layer.store, rest)
+        before = A, B
+        if refit or step + 1 < options["passes"]:
             target = weight - quant.read(frozen)
-    return Start({"A": A, "B": B}, frozen, {"energy": energy})
+    figures: dict[str, Any] = {"energy": energy}
+    if refit:
+        last = balanced(truncated_svd(target, layer.rank, options["svd"], layer.seed, layer.name), layer.scale)
+        errors = [frobenius_norm(torch.addmm(target, b, a, alpha=-layer.scale)) for a, b in ((A, B), last)]
+        if errors[1] < errors[0]:
+            A, B = last
+        figures["ends_on"] = "svd" if errors[1] < errors[0] else "quantize"
+    return Start({"A": A, "B": B}, frozen, figures)
 
 
-def on_plain_base(now: Factors, start: Factors) -> tuple[Tensor, Tensor]:
+def on_plain_base(now: Factors, start: Factors) -> Factors:
     """B'A' - B A = [B' -B] [A'; A] (paper, appendix C): rank 2r, no SVD."""
-    return torch.cat([now["A"], start["A"]]), torch.cat([now["B"], -start["B"]], dim=1)
+    return {"A": torch.cat([now["A"], start["A"]]), "B": torch.cat([now["B"], -start["B"]], dim=1)}
 
 
 PISSA = Method(start=start, trains=frozenset({"A", "B"}), moves_base=True, on_plain_base=on_plain_base)

@@ -22,7 +22,7 @@ Set = Annotated[
 ]
 Output = Annotated[str | None, typer.Option("--output", "-o", help="The run folder.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Alias, Hub id or folder of the base model.")]
-Method = Annotated[str | None, typer.Option("--method", help="pissa, lora or full.")]
+Method = Annotated[str | None, typer.Option("--method", help="pissa, lora, loftq, vera, svfit or full.")]
 Rank = Annotated[int | None, typer.Option("--rank", "-r", help="Rank of the trained part.")]
 Svd = Annotated[str | None, typer.Option("--svd", help="fast or exact.")]
 Bits = Annotated[int | None, typer.Option("--bits", help="Storage of frozen weights: 4 (NF4), 16 or 32.")]

@@ -1,0 +1,147 @@
+"""The `adapter` section of a recipe: one options class a method. Knows no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A part of the recipe. Unknown keys and wrong types are errors; values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class AdapterBase(Section):
+    """What every adapter has; here for methods without alpha, whose scale is 1."""
+
+    method: str
+    rank: int = Field(256, ge=1)
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="all-linear (every linear layer but the output head) or a list of name endings"
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _some_targets(cls, targets: str | list[str]) -> str | list[str]:
+        if not targets or any(not name for name in targets):
+            raise ValueError("name at least one layer, or 'all-linear'; no empty names")
+        return targets
+
+    def layer_rank(self, _name: str) -> int:
+        """r of a layer."""
+        return self.rank
+
+    def layer_scale(self, _name: str, _rank: int) -> float:
+        """s of a layer of this rank, the factor in front of B A."""
+        return 1.0
+
+
+class ScaledBase(AdapterBase):
+    rank: int = Field(16, ge=1, description="r: columns of B, rows of A")
+    alpha: float | None = Field(
+        None, gt=0, description="scale s = alpha / rank (rslora: alpha / sqrt rank); default: s = 1"
+    )
+    rslora: bool = Field(False, description="rank-stabilized scale s = alpha / sqrt rank")
+    rank_pattern: dict[str, int] = Field({}, description="regular expression on the end of a layer's name: its rank")
+    alpha_pattern: dict[str, float] = Field(
+        {}, description="regular expression on the end of a layer's name: its alpha"
+    )
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, patterns: dict[str, float]) -> dict[str, float]:
+        for pattern, value in patterns.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+            if value <= 0:
+                raise ValueError(f"'{pattern}': must be above 0, found {value}")
+        return patterns
+
+    @model_validator(mode="after")
+    def _scale_is_used(self) -> ScaledBase:
+        if self.rslora and self.alpha is None:
+            raise ValueError("rslora: needs alpha (without it s = 1 whatever the rank); give alpha, e.g. the rank")
+        return self
+
+    def layer_rank(self, name: str) -> int:
+        """Of the first pattern that matches the end of its name, as PEFT has it, else `rank`."""
+        return int(first_match(self.rank_pattern, name, self.rank))
+
+    def layer_scale(self, name: str, rank: int) -> float:
+        """alpha / r or alpha / sqrt r."""
+        root = math.sqrt(rank) if self.rslora else float(rank)
+        return float(first_match(self.alpha_pattern, name, self.alpha if self.alpha is not None else root) / root)
+
+
+def first_match(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that matches `name` from its start or from after a dot, to its end."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+class LoraOptions(ScaledBase):
+    method: Literal["lora"] = "lora"
+    init: Literal["A", "B"] = Field("A", description="the factor that starts random; the other starts at zero")
+    distribution: Literal["kaiming", "gaussian"] = Field("kaiming", description="of the random factor's entries")
+    lr_ratio: float = Field(1.0, gt=0, description="LoRA+: learning rate of B over that of A (train.lr)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
+
+
+class PissaOptions(ScaledBase):
+    method: Literal["pissa"] = "pissa"
+    svd: Literal["fast", "exact"] = Field("fast", description="fast: seeded block Krylov; exact: LAPACK / cuSOLVER")
+    passes: int | None = Field(None, ge=1, description="T of QPiSSA (4 bits only); default 5")
+    refit: bool = Field(
+        True,
+        description="4 bits: over-relaxed passes that end on an SVD, with less error; false: the paper's passes "
+        "(its very algorithm together with model.absmax: largest)",
+    )
+    dropout: float = Field(0.0, description="must stay 0: the SVD start is exact only without dropout")
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, dropout: float) -> float:
+        if dropout:
+            raise ValueError("pissa needs dropout 0 (the start would not be the base model); remove the key")
+        return dropout
+
+
+class LoftqOptions(ScaledBase):
+    method: Literal["loftq"] = "loftq"
+    svd: Literal["fast", "exact"] = Field("fast", description="as for pissa")
+    passes: int | None = Field(None, ge=1, description="T; default 5")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
+
+
+class VeraOptions(AdapterBase):
+    method: Literal["vera"] = "vera"
+    rank: int = Field(256, ge=1, description="r: rows of the shared A, columns of the shared B")
+    d_initial: float = Field(0.1, description="every entry of d at the start")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
+
+
+class SvfitOptions(AdapterBase):
+    method: Literal["svfit"] = "svfit"
+    rank: int = Field(256, ge=1, description="singular values trained a layer; smaller layers train all of theirs")
+    svd: Literal["fast", "exact"] = Field("fast", description="as for pissa")
+
+
+class FullOptions(Section):
+    method: Literal["full"] = "full"
+
+
+AdapterOptions = Annotated[
+    LoraOptions | PissaOptions | LoftqOptions | VeraOptions | SvfitOptions | FullOptions, Field(discriminator="method")
+]
+
+LEARNING_RATES = {"lora": 2e-4, "pissa": 2e-5, "loftq": 3e-4, "vera": 4e-3, "svfit": 1e-2, "full": 1e-5}
+"""`train.lr` where the recipe gives none. PiSSA: paper, section 5; at LoRA's rate it trains worse.
+
+LoftQ: its authors' for 7B models. VeRA: its instruction tuning, ten times LoRA's. SVFit: between VeRA's and the 5e-2
+of SVFT's plain form (arXiv 2405.19597), which trains the same numbers; the paper's own is not public.
+"""

@@ -1,0 +1,31 @@
+"""LoftQ (arXiv 2310.08659): factors that make up for what 4-bit storage loses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pissa_cli import quant
+from pissa_cli.adapters.start import Layer, Method, Start, balanced
+from pissa_cli.svd import truncated_svd
+
+
+def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
+    """options: `svd` (fast, exact) and `passes` (T). Starts on quantize, ends on SVD (Algorithm 1):
+
+    L = 0;  T times: Q <- store(W - L);  L = s B A <- SVD_r(W - Q).
+    """
+    rest = weight
+    for step in range(options["passes"]):
+        frozen = quant.pack(layer.store, rest)
+        lost = weight - quant.read(frozen)
+        A, B = balanced(truncated_svd(lost, layer.rank, options["svd"], layer.seed, layer.name), layer.scale)
+        if step + 1 < options["passes"]:
+            rest = torch.addmm(weight, B, A, alpha=-layer.scale)
+    return Start({"A": A, "B": B}, frozen)
+
+
+LOFTQ = Method(start=start, trains=frozenset({"A", "B"}), moves_base=True)

@@ -1,0 +1,36 @@
+"""SVFit (arXiv 2409.05926): W = W_e + U diag(d) Vh over the top r; only the singular values d train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pissa_cli import quant
+from pissa_cli.adapters.start import Factors, Layer, Method, Start
+from pissa_cli.svd import truncated_svd
+
+
+def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
+    """options: `svd` (fast, exact). A = Vh, B = U, d = S; W_e = store(W - U diag(d) Vh); s = 1."""
+    U, S, Vh = truncated_svd(weight, layer.rank, options["svd"], layer.seed, layer.name)
+    energy = float(S.double().square().sum() / weight.double().square().sum().clamp_min(1e-300))
+    frozen = quant.pack(layer.store, torch.addmm(weight, U * S, Vh, alpha=-1))
+    return Start({"A": Vh, "B": U, "d": S}, frozen, {"energy": energy})
+
+
+def on_plain_base(now: Factors, start: Factors) -> Factors:
+    """U diag(d' - d) Vh."""
+    return {"A": now["A"], "B": now["B"] * (now["d"] - start["d"])}
+
+
+SVFIT = Method(
+    start=start,
+    trains=frozenset({"d"}),
+    moves_base=True,
+    on_plain_base=on_plain_base,
+    rank_limit="lowered",
+    peft_type="SVFIT",
+)

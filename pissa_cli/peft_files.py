@@ -1,0 +1,114 @@
+"""Adapters as PEFT writes them: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pissa_cli.adapters.start import Adapter, Factors
+from pissa_cli.adapters.vera import projections
+from pissa_cli.errors import UsageError
+from pissa_cli.rundir import read_json, write_json
+from pissa_cli.weights import load_tensors, save_tensors
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FACTOR_NAMES = {
+    "LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
+    "VERA": {"d": "vera_lambda_d", "b": "vera_lambda_b"},
+    "SVFIT": {"A": "lora_A.weight", "B": "lora_B.weight", "d": "svfit_d"},
+}
+"""By `peft_type`. PEFT has no SVFIT and refuses it, as it must: read as LoRA, `init/` of such a run would be wrong."""
+
+
+def write_peft(folder: Path, adapter: Adapter, config: dict[str, Any]) -> None:
+    """Write the two files; config: see `peft_config`."""
+    names = FACTOR_NAMES[config["peft_type"]]
+    tensors = {
+        f"{PREFIX}{layer}.{names[key]}": factor.detach().float().cpu().contiguous()
+        for layer, factors in adapter.factors.items()
+        for key, factor in factors.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / PEFT_WEIGHTS, tensors)
+    write_json(folder / PEFT_CONFIG, config)
+
+
+def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[str, Any], Adapter]:
+    """The configuration and the adapter of a folder, fp32. widest: (out, in) of VeRA's projections.
+
+    Raises UsageError for files that are not what they claim.
+    """
+    config, file = read_json(folder / PEFT_CONFIG), folder / PEFT_WEIGHTS
+    if config.get("peft_type") not in FACTOR_NAMES:
+        raise UsageError(f"{folder / PEFT_CONFIG}: peft_type {config.get('peft_type')} is not understood")
+    names = FACTOR_NAMES[config["peft_type"]]
+    factors: dict[str, Factors] = {}
+    for full, tensor in load_tensors(file).items():
+        key = next((key for key, suffix in names.items() if full.endswith(f".{suffix}")), None)
+        if key is None:
+            raise UsageError(f"{file}: unexpected tensor {full}", f"only {', '.join(names.values())} are understood")
+        layer = full.removeprefix(PREFIX).removesuffix(f".{names[key]}")
+        factors.setdefault(layer, {})[key] = tensor.float()
+    for layer, found in factors.items():
+        ranks = {found[key].shape[axis] for key, axis in (("A", 0), ("B", 1), ("d", 0)) if key in found}
+        if set(found) != set(names) or len(ranks) != 1:
+            raise UsageError(f"{file}: {', '.join(names)} of {layer} do not belong together")
+    scales = {layer: _scale(config, layer, _rank(found)) for layer, found in factors.items()}
+    shared = None
+    if config["peft_type"] == "VERA":
+        assert widest is not None, "VeRA's projections need the widest layer"
+        shared = projections(config["projection_prng_key"], config["r"], *widest)
+    return config, Adapter(factors, scales, shared)
+
+
+def peft_config(
+    peft_type: str, base: str, adapter: Adapter, targets: list[str], fan_in_fan_out: bool, seed: int
+) -> dict[str, Any]:
+    """adapter_config.json of an adapter: r and lora_alpha of most layers, and patterns for the others.
+
+    `init_lora_weights` is always true: any other value makes PEFT decompose the base again on loading. VeRA's
+    projections are not stored: `seed` makes them again.
+    """
+    ranks = {name: _rank(factors) for name, factors in adapter.factors.items()}
+    alphas = {name: adapter.scales[name] * rank for name, rank in ranks.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config: dict[str, Any] = {
+        "peft_type": peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "target_modules": targets,
+        "fan_in_fan_out": fan_in_fan_out,
+        "bias": "none",
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    if peft_type == "VERA":
+        return config | {"projection_prng_key": seed, "save_projection": False, "vera_dropout": 0.0}
+    return config | {
+        "lora_alpha": _tidy(alpha),
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: _tidy(value) for name, value in alphas.items() if value != alpha},
+    }
+
+
+def _rank(factors: Factors) -> int:
+    return int(factors["A" if "A" in factors else "d"].shape[0])
+
+
+def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
+    if config["peft_type"] == "VERA":
+        return 1.0
+    return float(config["alpha_pattern"].get(layer, config["lora_alpha"]) / rank)
+
+
+def _tidy(value: float) -> float:
+    return int(value) if value == int(value) else value
