@@ -46,9 +46,9 @@ class ScaledBase(AdapterBase):
         None, gt=0, description="scale s = alpha / rank (rslora: alpha / sqrt rank); default: s = 1"
     )
     rslora: bool = Field(False, description="rank-stabilized scale s = alpha / sqrt rank")
-    rank_pattern: dict[str, int] = Field({}, description="regular expression on the end of a layer's name: its rank")
+    rank_pattern: dict[str, int] = Field({}, description="regex on the end of a layer's name: its rank")
     alpha_pattern: dict[str, float] = Field(
-        {}, description="regular expression on the end of a layer's name: its alpha"
+        {}, description="regex on the end of a layer's name: its alpha"
     )
 
     @field_validator("rank_pattern", "alpha_pattern")

@@ -19,7 +19,7 @@ from typing import Any
 
 from pissa_cli.report import compare_losses
 
-RATES = {"pissa": ("5e-4", "1e-3"), "lora": ("2e-3", "4e-3")}
+RATES = {"pissa": ("1e-3", "2e-3", "4e-3"), "lora": ("4e-3", "8e-3", "1.6e-2")}
 
 
 def pissa(*arguments: str) -> dict[str, Any]:
@@ -59,9 +59,10 @@ def main() -> None:
     rows, curves = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         for label, method, bits in (("PiSSA", "pissa", 32), ("LoRA", "lora", 32), ("QPiSSA", "pissa", 4)):
+            rates = RATES[method] if bits == 32 else (rows[0][1],)
             tried = [
                 run(method, rate, bits, model, train, held_out, Path(scratch) / f"{label}-{rate}", steps)
-                for rate in (RATES[method] if bits == 32 else RATES[method][-1:])
+                for rate in rates
             ]
             best = min(tried, key=lambda one: float(one["eval_loss"]))
             folder = str(best["run"])
@@ -111,8 +112,9 @@ def main() -> None:
         f"# {Path(model).name} on {Path(train).parent.name}",
         "",
         f"Made by `tests/compare_methods.py` on {time.strftime('%Y-%m-%d')}: rank 16, {steps} steps",
-        f"of 16 examples, fp32 products, the better of the rates {RATES} by held-out loss",
-        "(QPiSSA: NF4 base, T = 5, the higher rate of PiSSA).",
+        "of 16 examples, fp32 products, the best of these learning rates by held-out loss: "
+        + "; ".join(f"{method} {', '.join(rates)}" for method, rates in RATES.items()),
+        "(QPiSSA: NF4 base, T = 5, at PiSSA's rate).",
         f"{packages}; {platform.machine()}, {platform.system()}, no GPU.",
         "",
         *(f"| {line} |" for line in lines),
