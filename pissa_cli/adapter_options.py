@@ -47,9 +47,7 @@ class ScaledBase(AdapterBase):
     )
     rslora: bool = Field(False, description="rank-stabilized scale s = alpha / sqrt rank")
     rank_pattern: dict[str, int] = Field({}, description="regex on the end of a layer's name: its rank")
-    alpha_pattern: dict[str, float] = Field(
-        {}, description="regex on the end of a layer's name: its alpha"
-    )
+    alpha_pattern: dict[str, float] = Field({}, description="regex on the end of a layer's name: its alpha")
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

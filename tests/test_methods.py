@@ -1,117 +1,252 @@
-"""The contract every method keeps, over every store and kind of model; and each method against NumPy."""
+"""Each method against NumPy and by hand, and what is particular to one method."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
+import numpy as np
 import peft
 import pytest
 import torch
-from test_start import logits, relative, started
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from safetensors.torch import load_file
+from test_start import started
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pissa_cli import export
+from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.errors import UsageError
-from pissa_cli.exported import load_result
-from pissa_cli.model import lowrank_layers
+from pissa_cli.adapters.start import Layer
+from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.model import attach, lowrank_layers
+from pissa_cli.peft_files import read_peft
+from pissa_cli.plan import make_plan
+from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
 
 Make = Callable[..., Any]
-STORES = {
-    "fp32": ("model.bits=32",),
-    "bf16": ("model.bits=16",),
-    "nf4": ("model.bits=4", "train.precision=fp32"),
-    "nf4-dq": ("model.bits=4", "train.precision=fp32", "model.double_quant=true"),
-}
-VARIANTS = {
-    "lora": ("adapter.alpha=6",),
-    "lora-B": ("adapter.init=B", "adapter.distribution=gaussian", "adapter.lr_ratio=4"),
-    "pissa": ("adapter.alpha=6", "adapter.rank_pattern={q_proj|c_attn: 6}"),
-    "loftq": ("adapter.alpha=6",),
-    "vera": (),
-    "svfit": (),
-}
-RATES = {"vera": 0.1, "svfit": 0.02}
-CASES = [
-    (variant, store)
-    for variant in VARIANTS
-    for store in STORES
-    if not (variant == "loftq" and store in ("fp32", "bf16"))
-]
-ARCHITECTURES = ["llama", "qwen2", "gpt2"]
 
 
-def settings(variant: str, store: str) -> list[str]:
-    method = variant.partition("-")[0]
-    rank = {"vera": 12, "svfit": 200}.get(method, 4)
-    return [*STORES[store], f"adapter.method={method}", f"adapter.rank={rank}", *VARIANTS[variant]]
+def numpy_top(weight: np.ndarray, rank: int) -> np.ndarray:
+    U, S, Vh = np.linalg.svd(weight, full_matrices=False)
+    return np.asarray((U[:, :rank] * S[:rank]) @ Vh[:rank])
 
 
-def test_every_method_is_in_the_contract() -> None:
-    assert {variant.partition("-")[0] for variant in VARIANTS} == set(METHODS)
+def numpy_nf4(weight: np.ndarray) -> np.ndarray:
+    """bitsandbytes' round trip."""
+    packed = bitsandbytes.functional.quantize_4bit(torch.from_numpy(weight).contiguous(), quant_type="nf4")
+    return np.asarray(bitsandbytes.functional.dequantize_4bit(*packed).numpy())
 
 
-def stored_base(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The base with every adapted weight replaced by what is stored plus the change of the factors, in fp64."""
-    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    modules = dict(oracle.named_modules())
-    for name, layer in lowrank_layers(model).items():
-        W = layer.base_weight(torch.float32).double()
-        if layer.projections is None:
-            d = layer.d if layer.d is not None else torch.ones(layer.A.shape[0])
-            W = W + layer.scale * (layer.B * d).double() @ layer.A.double()
-        modules[name].weight.data = (W.T if isinstance(modules[name], Conv1D) else W).to(dtype).contiguous()
-    return oracle
+def nuclear(error: np.ndarray) -> float:
+    return float(np.linalg.svd(error.astype(np.float64), compute_uv=False).sum())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("variant", "store"), CASES)
-def test_contract(
-    variant: str, store: str, architecture: str, models: Callable[[str], Path], recipe: Make, rows: Path
+def error_of(method: str, weight: Tensor, rank: int, absmax: Any = "largest", **options: Any) -> float:
+    store = quant.Store(4, torch.float32, absmax=absmax)
+    made = METHODS[method].start(weight, Layer("x", rank, 1.0, 0, store), {"svd": "exact", **options})
+    return nuclear((weight - quant.read(made.frozen) - made.factors["B"] @ made.factors["A"]).numpy())
+
+
+@pytest.mark.parametrize("passes", [1, 5])
+def test_loftq_and_qpissa_are_the_published_algorithms(passes: int, real_matrices: dict[str, Tensor]) -> None:
+    """PiSSA as its authors' code has it (appendix E), LoftQ as its algorithm 1."""
+    chosen = [weight for weight in real_matrices.values() if min(weight.shape) >= 64][:3]
+    assert len(chosen) == 3
+    for weight in chosen:
+        W = weight.numpy()
+        rest = W
+        for _ in range(passes):
+            low_rank = numpy_top(rest, 16)
+            stored = numpy_nf4(W - low_rank)
+            rest = W - stored
+        found = error_of("pissa", weight, 16, passes=passes, refit=False)
+        assert found == pytest.approx(nuclear(W - stored - low_rank), rel=1e-4)
+        low_rank = np.zeros_like(W)
+        for _ in range(passes):
+            stored = numpy_nf4(W - low_rank)
+            low_rank = numpy_top(W - stored, 16)
+        assert error_of("loftq", weight, 16, passes=passes) == pytest.approx(nuclear(W - stored - low_rank), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [16, 32])
+def test_fitted_scales_and_the_refit_leave_eight_percent_less_than_the_paper(
+    rank: int, real_matrices: dict[str, Tensor]
 ) -> None:
-    folder, method = models(architecture), METHODS[variant.partition("-")[0]]
-    rate = RATES.get(variant, 0.01)
-    sets = [f"data.train={rows}", "train.steps=3", "train.batch_size=4", f"train.lr={rate}", "train.warmup=0"]
-    made = recipe(folder, *settings(variant, store), *sets)
-    loose = store == "bf16"
+    shares = []
+    for weight in real_matrices.values():
+        if rank < min(weight.shape):
+            paper = error_of("pissa", weight, rank, passes=5, refit=False)
+            shares.append(error_of("pissa", weight, rank, "fitted", passes=5, refit=True) / paper)
+    assert np.mean(shares) < 0.92 and max(shares) < 1
 
-    model = started(made)  # step 0 is the base
-    dtype = torch.bfloat16 if loose else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    oracle = base if made.model.bits != 4 else stored_base(folder, model, dtype)
-    assert relative(logits(model), logits(oracle)) < (2e-2 if loose else 1e-5)
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=loose):  # what trains gets gradients, and nothing else
-        model(input_ids=torch.arange(2, 20)[None]).logits.float().square().mean().backward()
-    layers = lowrank_layers(model)
-    expected = {f"{name}.{key}" for name in layers for key in method.trains}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == expected
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+def test_a_fitted_block_is_the_best_of_its_grid_and_plain_nf4_to_any_reader() -> None:
+    levels = bitsandbytes.functional.get_4bit_type("nf4", device="cpu").numpy().astype(np.float64)
+    W = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    W[0, :64] = 0
+    fitted, plain = (quant.pack(quant.Store(4, torch.float32, absmax=kind), W) for kind in ("fitted", "largest"))  # type: ignore[arg-type]
+    assert isinstance(fitted, quant.Packed) and isinstance(plain, quant.Packed)
+    stock = bitsandbytes.functional.dequantize_4bit(fitted.data, fitted.state).view(-1, 64).double().numpy()
+    blocks = W.view(-1, 64).double().numpy()
+    before = ((quant.read(plain).view(-1, 64).double().numpy() - blocks) ** 2).sum(1)
+    for block, found, largest in zip(blocks, stock, before, strict=True):
+        errors = [(0.0, 0.0)] if not block.any() else []
+        for share in np.arange(14, 21) / 20 if block.any() else []:
+            nearest = levels[np.abs(block[:, None] / (share * np.abs(block).max()) - levels).argmin(1)]
+            scale = nearest @ block / (nearest @ nearest)
+            codes = np.abs(block[:, None] / scale - levels).argmin(1)
+            lost = ((nearest * scale - block) ** 2).sum()
+            errors.append((lost, float(((levels[codes] * scale - block) ** 2).sum())))
+        error = float(((found - block) ** 2).sum())
+        assert error <= largest + 1e-9 and error == pytest.approx(min(errors)[1], rel=0.01, abs=1e-12)
 
-    train(made)  # the result loads bit for bit whatever the global seed
-    torch.manual_seed(1)
-    result = logits(load_result(made, torch.device("cpu")))
-    torch.manual_seed(2)
-    assert torch.equal(result, logits(load_result(made, torch.device("cpu"))))
-    assert relative(result, logits(oracle)) > 1e-3
 
-    run = Run(Path(made.output))  # stock PEFT computes the same
-    plain = AutoModelForCausalLM.from_pretrained(run.base if run.base.is_dir() else folder, dtype=dtype)
-    for module in plain.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    theirs = peft.PeftModel.from_pretrained(plain, run.adapter)
-    assert relative(logits(theirs), result) < (3e-2 if loose else 1e-4)
+def numbers(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
 
-    merged = export.merge(made)  # and so does the merged model
-    dense = AutoModelForCausalLM.from_pretrained(merged["path"], dtype=dtype)
-    assert relative(logits(dense), result) < (3e-2 if loose else 1e-4)
-    with pytest.raises(UsageError, match="not the model this run was made on"):
-        export.merge(recipe(Path(merged["path"]), *settings(variant, store), *sets))
+
+def test_each_method_by_hand() -> None:
+    """W = diag(4, 1), rank 1: what each method makes of it, and what it does to x after its factors moved."""
+    W, dense = numbers([[4.0, 0.0], [0.0, 1.0]]), quant.Store(32, torch.float32)
+
+    def begin(method: str, scale: float = 1.0, store: quant.Store = dense, **options: Any) -> Any:
+        return METHODS[method].start(W, Layer("x", 1, scale, 0, store), {"svd": "exact", "passes": 1, **options})
+
+    made = begin("pissa", scale=0.25, refit=True)  # S / s = 16, its root 4
+    assert torch.allclose(made.factors["A"].abs(), numbers([[4.0, 0.0]]), atol=1e-6)
+    assert torch.allclose(made.factors["B"].abs(), numbers([[4.0], [0.0]]), atol=1e-6)
+    assert torch.allclose(made.frozen, numbers([[0.0, 0.0], [0.0, 1.0]]), atol=1e-6)
+    moved = {"A": made.factors["A"], "B": 2 * made.factors["B"]}
+    plain = METHODS["pissa"].on_plain_base(moved, made.factors)
+    assert torch.allclose(0.25 * plain["B"] @ plain["A"], numbers([[4.0, 0.0], [0.0, 0.0]]), atol=1e-5)
+
+    made = begin("svfit")
+    assert torch.allclose(made.factors["d"], numbers([4.0]), atol=1e-6)
+    assert torch.allclose(made.frozen, numbers([[0.0, 0.0], [0.0, 1.0]]), atol=1e-6)
+    plain = METHODS["svfit"].on_plain_base({**made.factors, "d": numbers([7.0])}, made.factors)
+    assert torch.allclose(plain["B"] @ plain["A"], numbers([[3.0, 0.0], [0.0, 0.0]]), atol=1e-5)
+
+    made = begin("loftq", store=quant.Store(4, torch.float32))
+    level = 4 * 0.24611230194568634  # of NF4, the nearest to 1 / 4; what is lost is diag(0, 1 - level)
+    assert torch.allclose(quant.read(made.frozen), numbers([[4.0, 0.0], [0.0, level]]), atol=1e-6)
+    lost = numbers([[0.0, 0.0], [0.0, 1 - level]])
+    assert torch.allclose(made.factors["B"] @ made.factors["A"], lost, atol=1e-6)
+
+    made = begin("vera", d_initial=0.1)
+    assert torch.equal(made.factors["d"], numbers([0.1])) and torch.equal(made.factors["b"], numbers([0.0, 0.0]))
+    assert torch.equal(made.frozen, W)
+
+    made = begin("lora", init="B", distribution="gaussian")
+    assert not made.factors["A"].any() and made.factors["B"].all() and torch.equal(made.frozen, W)
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+@pytest.mark.parametrize(("distribution", "variance"), [("kaiming", 1 / 3), ("gaussian", 1.0)])
+def test_variances_of_lora(init: str, distribution: str, variance: float) -> None:
+    layer = Layer("x", 16, 1.0, 0, quant.Store(32, torch.float32))
+    made = METHODS["lora"].start(torch.zeros(600, 400), layer, {"init": init, "distribution": distribution})
+    fan_in = {"A": 400, "B": 16}[init]
+    assert float(made.factors[init].var()) == pytest.approx(variance / fan_in, rel=0.05)
+    assert float(made.factors[init].mean()) == pytest.approx(0, abs=0.01)
+    if distribution == "kaiming":
+        assert float(made.factors[init].abs().max()) <= 1 / math.sqrt(fan_in)
+
+
+def test_parameter_counts_of_the_papers(tmp_path: Path) -> None:
+    """LLaMA-7B's shapes, no weights: VeRA's 1.6 M and LoRA's 159.9 M (arXiv 2310.11454, table 4)."""
+    LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    ).save_pretrained(tmp_path)
+    for method, rank, wanted in (("vera", 1024, 1_589_248), ("lora", 64, 159_907_840), ("svfit", 256, 57_344)):
+        flags = {("model", "name"): ("--model", str(tmp_path))}
+        made = load(None, flags, [f"adapter.method={method}", f"adapter.rank={rank}"]).recipe
+        assert make_plan(made, tmp_path).num_trainable(made) == wanted
+
+
+def test_vera_shares_its_projections_and_stores_none_of_them(
+    models: Callable[[str], Path], recipe: Make, tmp_path: Path
+) -> None:
+    made = recipe(models("llama"), "model.bits=32", "adapter.method=vera", "adapter.rank=4096")
+    model = started(made)
+    x = torch.zeros(1, 64)
+    layers = list(lowrank_layers(model).values())
+    for _ in range(2):
+        pairs = [layer.pair(x if layer.base.in_features == 64 else torch.zeros(1, 128)) for layer in layers]  # type: ignore[operator]
+        assert len({A.data_ptr() for A, _ in pairs}) == 1 and len({B.data_ptr() for _, B in pairs}) == 1
+        model.to(torch.bfloat16).to(torch.float32)
+    assert not [name for name in model.state_dict() if name.endswith((".A", ".B"))]
+    file = Run(Path(made.output)).init / "adapter_model.safetensors"
+    vectors = sum(tensor.numel() * 4 for tensor in load_file(file).values())
+    assert vectors < file.stat().st_size <= 1.03 * vectors
+
+
+def test_vera_draws_its_projections_as_peft_does(models: Callable[[str], Path], recipe: Make) -> None:
+    made = recipe(models("gpt2"), "model.bits=32", "adapter.method=vera", "adapter.rank=7", "seed=3")
+    layer = next(iter(lowrank_layers(started(made)).values()))
+    base = AutoModelForCausalLM.from_pretrained(models("gpt2"))
+    config = peft.VeraConfig(r=7, target_modules="all-linear", projection_prng_key=3, save_projection=False)
+    theirs = peft.get_peft_model(base, config).base_model
+    A, B = layer.projections._copies[(torch.device("cpu"), torch.float32)]  # type: ignore[union-attr]
+    assert torch.equal(A, theirs.vera_A["default"]) and torch.equal(B, theirs.vera_B["default"])
+
+
+def test_an_adapter_is_attached_once(models: Callable[[str], Path], recipe: Make) -> None:
+    made = recipe(models("llama"), "model.bits=32", "adapter.rank=4")
+    model = started(made)
+    with pytest.raises(PissaError, match="has an adapter already"):
+        attach(model, read_peft(Run(Path(made.output)).init)[1], METHODS["pissa"])
+
+
+def test_lora_plus_gives_b_its_own_rate(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    sets = [f"data.train={rows}", "train.steps=1", "train.lr=0.001", "train.warmup=0", "model.bits=32"]
+    sets += ["adapter.method=lora", "adapter.rank=4", "adapter.lr_ratio=16"]
+    for init, first, rate in (("A", "B", 0.016), ("B", "A", 0.001)):  # the factor that is zero moves in step 1, alone
+        made = recipe(models("llama"), f"adapter.init={init}", f"output={rows.parent / init}", *sets)
+        train(made)
+        run = Run(Path(made.output))
+        before, after = (read_peft(folder)[1].factors for folder in (run.init, run.adapter))
+        moved = {key: max(float((after[n][key] - before[n][key]).abs().max()) for n in before) for key in "AB"}
+        assert moved.pop(first) == pytest.approx(rate, rel=0.01) and set(moved.values()) == {0.0}
+
+
+def test_patterns_set_rank_and_scale_by_layer(models: Callable[[str], Path], recipe: Make) -> None:
+    made = recipe(
+        models("llama"),
+        "model.bits=32",
+        "adapter.rank=4",
+        "adapter.alpha=8",
+        "adapter.rslora=true",
+        "adapter.rank_pattern={'layers.0.*q_proj': 16, q_proj: 2}",
+        "adapter.alpha_pattern={up_proj: 5}",
+    )
+    layers = lowrank_layers(started(made))
+    expected = {"layers.0.self_attn.q_proj": (16, 2.0), "layers.1.self_attn.q_proj": (2, 8 / math.sqrt(2))}
+    expected |= {"layers.1.mlp.up_proj": (4, 2.5), "layers.1.self_attn.k_proj": (4, 4.0)}
+    for name, (rank, scale) in expected.items():
+        layer = layers[f"model.{name}"]
+        assert layer.A.shape[0] == rank and layer.scale == pytest.approx(scale)
+    for wrong in ("adapter.rank_pattern={q_prj: 2}", "adapter.alpha_pattern={lm_head: 2}"):
+        with pytest.raises(UsageError, match="matches no adapted layer"):
+            started(recipe(models("llama"), "adapter.rank=4", wrong, f"output={made.output}x"))
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["adapter.method=vera", "adapter.alpha=4"], "method vera has no such option"),
+        (["adapter.method=pissa", "adapter.dropout=0.1"], "pissa needs dropout 0"),
+        (["adapter.method=loftq"], "set model.bits to 4"),
+        (["adapter.rslora=true"], "needs alpha"),
+        (["adapter.rank_pattern={'(': 4}"], "not a regular expression"),
+        (["adapter.rank_pattern={q_proj: 0}"], "must be above 0"),
+        (["model.absmax=largest"], "needs model.bits 4"),
+    ],
+)
+def test_impossible_options_are_refused(sets: list[str], message: str, recipe: Make) -> None:
+    with pytest.raises(UsageError, match=message):
+        recipe(Path("x"), *sets)

@@ -1,0 +1,117 @@
+"""The contract that every method keeps, over every store and kind of model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import peft
+import pytest
+import torch
+from test_start import logits, relative, started
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pissa_cli import export
+from pissa_cli.adapters.methods import METHODS
+from pissa_cli.errors import UsageError
+from pissa_cli.exported import load_result
+from pissa_cli.model import lowrank_layers
+from pissa_cli.rundir import Run
+from pissa_cli.train import train
+
+Make = Callable[..., Any]
+STORES = {
+    "fp32": ("model.bits=32",),
+    "bf16": ("model.bits=16",),
+    "nf4": ("model.bits=4", "train.precision=fp32"),
+    "nf4-dq": ("model.bits=4", "train.precision=fp32", "model.double_quant=true"),
+}
+VARIANTS = {
+    "lora": ("adapter.alpha=6",),
+    "lora-B": ("adapter.init=B", "adapter.distribution=gaussian", "adapter.lr_ratio=4"),
+    "pissa": ("adapter.alpha=6", "adapter.rank_pattern={q_proj|c_attn: 6}"),
+    "loftq": ("adapter.alpha=6",),
+    "vera": (),
+    "svfit": (),
+}
+RATES = {"vera": 0.1, "svfit": 0.02}
+CASES = [
+    (variant, store)
+    for variant in VARIANTS
+    for store in STORES
+    if not (variant == "loftq" and store in ("fp32", "bf16"))
+]
+ARCHITECTURES = ["llama", "qwen2", "gpt2"]
+
+
+def settings(variant: str, store: str) -> list[str]:
+    method = variant.partition("-")[0]
+    rank = {"vera": 12, "svfit": 200}.get(method, 4)
+    return [*STORES[store], f"adapter.method={method}", f"adapter.rank={rank}", *VARIANTS[variant]]
+
+
+def test_every_method_is_in_the_contract() -> None:
+    assert {variant.partition("-")[0] for variant in VARIANTS} == set(METHODS)
+
+
+def stored_base(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The base with every adapted weight replaced by what is stored plus the change of the factors, in fp64."""
+    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    modules = dict(oracle.named_modules())
+    for name, layer in lowrank_layers(model).items():
+        W = layer.base_weight(torch.float32).double()
+        if layer.projections is None:
+            d = layer.d if layer.d is not None else torch.ones(layer.A.shape[0])
+            W = W + layer.scale * (layer.B * d).double() @ layer.A.double()
+        modules[name].weight.data = (W.T if isinstance(modules[name], Conv1D) else W).to(dtype).contiguous()
+    return oracle
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("variant", "store"), CASES)
+def test_contract(
+    variant: str, store: str, architecture: str, models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    folder, method = models(architecture), METHODS[variant.partition("-")[0]]
+    rate = RATES.get(variant, 0.01)
+    sets = [f"data.train={rows}", "train.steps=3", "train.batch_size=4", f"train.lr={rate}", "train.warmup=0"]
+    made = recipe(folder, *settings(variant, store), *sets)
+    loose = store == "bf16"
+
+    model = started(made)  # step 0 is the base
+    dtype = torch.bfloat16 if loose else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    oracle = base if made.model.bits != 4 else stored_base(folder, model, dtype)
+    assert relative(logits(model), logits(oracle)) < (2e-2 if loose else 1e-5)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=loose):  # what trains gets gradients, and nothing else
+        model(input_ids=torch.arange(2, 20)[None]).logits.float().square().mean().backward()
+    layers = lowrank_layers(model)
+    expected = {f"{name}.{key}" for name in layers for key in method.trains}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == expected
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+    train(made)  # the result loads bit for bit whatever the global seed
+    torch.manual_seed(1)
+    result = logits(load_result(made, torch.device("cpu")))
+    torch.manual_seed(2)
+    assert torch.equal(result, logits(load_result(made, torch.device("cpu"))))
+    assert relative(result, logits(oracle)) > 1e-3
+
+    run = Run(Path(made.output))  # stock PEFT computes the same
+    plain = AutoModelForCausalLM.from_pretrained(run.base if run.base.is_dir() else folder, dtype=dtype)
+    for module in plain.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    theirs = peft.PeftModel.from_pretrained(plain, run.adapter)
+    assert relative(logits(theirs), result) < (3e-2 if loose else 1e-4)
+
+    merged = export.merge(made)  # and so does the merged model
+    dense = AutoModelForCausalLM.from_pretrained(merged["path"], dtype=dtype)
+    assert relative(logits(dense), result) < (3e-2 if loose else 1e-4)
+    with pytest.raises(UsageError, match="not the model this run was made on"):
+        export.merge(recipe(Path(merged["path"]), *settings(variant, store), *sets))
