@@ -66,7 +66,7 @@ def test_round_trip_is_bitsandbytes(double_quant: bool, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("shape", [(8, 96), (6, 32), (37, 53), (5, 13), (3, 170)])
 @pytest.mark.parametrize("absmax", ["largest", "fitted"])
 def test_rows_that_are_no_multiple_of_a_block(shape: tuple[int, int], absmax: Any) -> None:
-    """Blocks run on over the ends of rows. Codes and scales are put together by hand, as bitsandbytes 0.50 errs here."""
+    """Blocks run on over the ends of rows. Codes and scales are put together by hand: bitsandbytes 0.50 errs here."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     packed = pack(Store(4, torch.float32, absmax=absmax), weight)
     assert isinstance(packed, Packed)
