@@ -15,7 +15,7 @@ from pissa_cli.checkpoint import latest_checkpoint, step_of
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import copy_side_files, open_run, read_start, require_base
 from pissa_cli.model import attach, load_model, lowrank_layers
-from pissa_cli.peft_files import peft_config, read_peft, write_peft
+from pissa_cli.peft_files import peft_config, rank_of, read_peft, write_peft
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json
 
@@ -44,7 +44,8 @@ def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[s
     config = peft_config(
         peft_type="VERA" if method.share else "LORA",
         base=config["base_model_name_or_path"],
-        adapter=result,
+        ranks={name: rank_of(layer) for name, layer in factors.items()},
+        scales=start.scales,
         targets=config["target_modules"],
         fan_in_fan_out=config["fan_in_fan_out"],
         seed=recipe.seed,

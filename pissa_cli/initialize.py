@@ -19,10 +19,10 @@ from torch import Tensor
 from pissa_cli import __version__, quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.adapters.start import Adapter, Factors, Layer, Method, Start
+from pissa_cli.adapters.start import Adapter, Layer, Method, Start
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.model import DTYPES, Linear, best_device, require_finite, resolve_base, skeleton, target_modules
-from pissa_cli.peft_files import PEFT_WEIGHTS, peft_config, read_peft, write_peft
+from pissa_cli.peft_files import PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
 from pissa_cli.plan import Plan, make_plan
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
@@ -124,45 +124,54 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
         if isinstance(adapter, FullOptions):
             base["fingerprint"] = fingerprint(weights)
         else:
-            method = METHODS[adapter.method]
-            writer = ShardWriter(staged.base) if recipe.model.bits == 4 else None
-            factors: dict[str, Factors] = {}
-            layers = []
-            whole, stored = Fingerprint(), Fingerprint()
-            for number, item in enumerate(_work(recipe, plan, weights, method)):
-                whole.add(item.tensor, item.original)
-                if item.start is not None:
-                    factors[item.name] = {key: f.cpu() for key, f in item.start.factors.items()}
-                    layers.append(item.figures)
-                if writer is not None:
-                    for name, tensor in item.stored().items():
-                        stored.add(name, tensor)
-                        writer.add(name, tensor)
-                progress(number + 1, len(weights.files), item.tensor)
-            names = [layer.name for layer in plan.targets]
-            start = Adapter({name: factors[name] for name in names}, plan.scales)
-            config = peft_config(
-                peft_type=method.peft_type,
-                base=str(run.base.absolute()) if writer else recipe.model.name,
-                adapter=start,
-                targets=target_modules(names, plan.linears),
-                fan_in_fan_out=writer is None and plan.targets[0].transposed,
-                seed=recipe.seed,
-            )
-            write_peft(staged.init, start, config)
-            manifest["init_hash"] = hash_file(staged.init / PEFT_WEIGHTS)
-            base["fingerprint"] = whole.digest()
-            manifest |= {"rank": adapter.rank, "passes": recipe.passes, "widest": plan.widest, "layers": layers}
-            manifest["trainable"] = plan.num_trainable(recipe)
-            if writer is not None:
-                writer.close()
-                base |= {"stored_fingerprint": stored.digest(), "stored_bytes": writer.total_bytes}
-                write_nf4_config(plan.folder, staged.base, recipe, plan.linears, recipe.model.double_quant)
-            manifest["base_bytes"] = weights.num_bytes()
+            manifest |= _split(recipe, plan, weights, run, staged, progress)
+            base |= manifest.pop("stored")
         manifest["seconds"] = round(time.time() - began, 3)
         write_text(staged.recipe, dump(recipe))
         write_json(staged.manifest, manifest)
     return manifest
+
+
+def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, progress: Progress) -> dict[str, Any]:
+    """Write `init/` and, for NF4, `base/` of `staged`, which becomes `run`; returns what the manifest says of it."""
+    method, four = METHODS[recipe.adapter.method], recipe.model.bits == 4
+    config = peft_config(
+        peft_type=method.peft_type,
+        base=str(run.base.absolute()) if four else recipe.model.name,
+        ranks=plan.ranks,
+        scales=plan.scales,
+        targets=target_modules(plan.ranks, plan.linears),
+        fan_in_fan_out=not four and plan.targets[0].transposed,
+        seed=recipe.seed,
+    )
+    start = PeftWriter(staged.init, config, plan.factor_shapes())
+    store = ShardWriter(staged.base) if four else None
+    whole, stored = Fingerprint(), Fingerprint()
+    figures = {}
+    for number, item in enumerate(_work(recipe, plan, weights, method)):
+        whole.add(item.tensor, item.original)
+        if item.start is not None:
+            start.add(item.name, item.start.factors)
+            figures[item.name] = item.figures
+        if store is not None:
+            for name, tensor in item.stored().items():
+                stored.add(name, tensor)
+                store.add(name, tensor)
+        progress(number + 1, len(weights.files), item.tensor)
+    start.close()
+    facts = {"fingerprint": whole.digest(), "bytes": weights.num_bytes()}
+    if store is not None:
+        store.close()
+        facts |= {"stored_fingerprint": stored.digest(), "stored_bytes": store.total_bytes}
+        write_nf4_config(plan.folder, staged.base, recipe, plan.linears, recipe.model.double_quant)
+    return {
+        "init_hash": hash_file(staged.init / PEFT_WEIGHTS),
+        "passes": recipe.passes,
+        "widest": plan.widest,
+        "trainable": plan.num_trainable(recipe),
+        "layers": [figures[layer.name] for layer in plan.targets],
+        "stored": facts,
+    }
 
 
 @dataclass(frozen=True)

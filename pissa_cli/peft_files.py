@@ -11,7 +11,7 @@ from pissa_cli.adapters.start import Adapter, Factors
 from pissa_cli.adapters.vera import projections
 from pissa_cli.errors import UsageError
 from pissa_cli.rundir import read_json, write_json
-from pissa_cli.weights import load_tensors, save_tensors
+from pissa_cli.weights import StreamWriter, load_tensors
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -24,17 +24,38 @@ FACTOR_NAMES = {
 """By `peft_type`. PEFT has no SVFIT and refuses it, as it must: read as LoRA, `init/` of such a run would be wrong."""
 
 
+Shapes = dict[str, dict[str, tuple[int, ...]]]
+"""layer -> factor -> shape."""
+
+
+class PeftWriter:
+    """Writes the two files, the factors layer by layer as they come; config: see `peft_config`."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], shapes: Shapes) -> None:
+        self._names = FACTOR_NAMES[config["peft_type"]]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / PEFT_CONFIG, config)
+        full = {self._key(n, k): factors[k] for n, factors in shapes.items() for k in self._names}
+        self._writer = StreamWriter(folder / PEFT_WEIGHTS, full)
+
+    def add(self, layer: str, factors: Factors) -> None:
+        for key, factor in factors.items():
+            self._writer.add(self._key(layer, key), factor)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _key(self, layer: str, key: str) -> str:
+        return f"{PREFIX}{layer}.{self._names[key]}"
+
+
 def write_peft(folder: Path, adapter: Adapter, config: dict[str, Any]) -> None:
-    """Write the two files; config: see `peft_config`."""
-    names = FACTOR_NAMES[config["peft_type"]]
-    tensors = {
-        f"{PREFIX}{layer}.{names[key]}": factor.detach().float().cpu().contiguous()
-        for layer, factors in adapter.factors.items()
-        for key, factor in factors.items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / PEFT_WEIGHTS, tensors)
-    write_json(folder / PEFT_CONFIG, config)
+    """Write a whole adapter."""
+    shapes = {n: {key: tuple(f.shape) for key, f in factors.items()} for n, factors in adapter.factors.items()}
+    writer = PeftWriter(folder, config, shapes)
+    for name, factors in adapter.factors.items():
+        writer.add(name, factors)
+    writer.close()
 
 
 def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[str, Any], Adapter]:
@@ -57,7 +78,7 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
         ranks = {found[key].shape[axis] for key, axis in (("A", 0), ("B", 1), ("d", 0)) if key in found}
         if set(found) != set(names) or len(ranks) != 1:
             raise UsageError(f"{file}: {', '.join(names)} of {layer} do not belong together")
-    scales = {layer: _scale(config, layer, _rank(found)) for layer, found in factors.items()}
+    scales = {layer: _scale(config, layer, rank_of(found)) for layer, found in factors.items()}
     shared = None
     if config["peft_type"] == "VERA":
         assert widest is not None, "VeRA's projections need the widest layer"
@@ -66,15 +87,20 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
 
 
 def peft_config(
-    peft_type: str, base: str, adapter: Adapter, targets: list[str], fan_in_fan_out: bool, seed: int
+    peft_type: str,
+    base: str,
+    ranks: dict[str, int],
+    scales: dict[str, float],
+    targets: list[str],
+    fan_in_fan_out: bool,
+    seed: int,
 ) -> dict[str, Any]:
     """adapter_config.json of an adapter: r and lora_alpha of most layers, and patterns for the others.
 
     `init_lora_weights` is always true: any other value makes PEFT decompose the base again on loading. VeRA's
     projections are not stored: `seed` makes them again.
     """
-    ranks = {name: _rank(factors) for name, factors in adapter.factors.items()}
-    alphas = {name: adapter.scales[name] * rank for name, rank in ranks.items()}
+    alphas = {name: scales[name] * rank for name, rank in ranks.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config: dict[str, Any] = {
         "peft_type": peft_type,
@@ -100,7 +126,8 @@ def peft_config(
     }
 
 
-def _rank(factors: Factors) -> int:
+def rank_of(factors: Factors) -> int:
+    """r of a layer."""
     return int(factors["A" if "A" in factors else "d"].shape[0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,15 +36,24 @@ class Plan:
         if isinstance(recipe.adapter, FullOptions):
             return self.num_total
         trains = METHODS[recipe.adapter.method].trains
-        return sum(count for layer in self.targets for key, count in self._sizes(layer).items() if key in trains)
+        return sum(
+            math.prod(shape)
+            for shapes in self.factor_shapes().values()
+            for key, shape in shapes.items()
+            if key in trains
+        )
 
     def num_lora(self, rank: int) -> int:
         """Numbers that LoRA of this rank would train in the same layers."""
         return sum(rank * (layer.num_out + layer.num_in) for layer in self.targets)
 
-    def _sizes(self, layer: Linear) -> dict[str, int]:
-        rank = self.ranks[layer.name]
-        return {"A": rank * layer.num_in, "B": layer.num_out * rank, "d": rank, "b": layer.num_out}
+    def factor_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Of every target, the shapes that A, B, d and b have where there are such."""
+        shapes = {}
+        for layer in self.targets:
+            r = self.ranks[layer.name]
+            shapes[layer.name] = {"A": (r, layer.num_in), "B": (layer.num_out, r), "d": (r,), "b": (layer.num_out,)}
+        return shapes
 
 
 def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> Plan:

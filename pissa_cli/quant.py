@@ -16,7 +16,7 @@ BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 ABSMAX_GRID = tuple(0.7 + 0.05 * step for step in range(7))
 TABLE_STEPS = 1024  # of the lookup table from [-1, 1] to NF4's levels, for the search only
-CHUNK = 2**21  # numbers that the search looks at together
+CHUNK = {"cpu": 2**17, "cuda": 2**24}  # numbers that the search looks at together
 QUANT_STATE_SUFFIX = "quant_state.bitsandbytes__nf4"
 
 
@@ -76,7 +76,8 @@ def _pack_fitted(store: Store, weight: Tensor) -> Packed:
     levels = functional.get_4bit_type("nf4", device=weight.device)
     flat = weight.reshape(-1).float()
     blocks = nn.functional.pad(flat, (0, -flat.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
-    chunks = blocks.split(CHUNK // BLOCK_SIZE)
+    size = CHUNK[weight.device.type] // BLOCK_SIZE
+    chunks = blocks.split(size)
     absmax, nested = torch.cat([_fit_absmax(chunk, levels) for chunk in chunks]), {}
     kept = absmax
     if store.double_quant:
@@ -84,7 +85,7 @@ def _pack_fitted(store: Store, weight: Tensor) -> Packed:
         kept, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
         absmax = functional.dequantize_blockwise(kept, state2) + offset
         nested = {"offset": offset, "state2": state2}
-    pairs = [_codes(c, a, levels) for c, a in zip(chunks, absmax.split(CHUNK // BLOCK_SIZE), strict=True)]
+    pairs = [_codes(c, a, levels) for c, a in zip(chunks, absmax.split(size), strict=True)]
     codes = torch.cat(pairs).view(-1)[: flat.numel() + flat.numel() % 2]
     data = ((codes[0::2] << 4) | codes[1::2]).unsqueeze(1)
     state = functional.QuantState(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -157,13 +160,55 @@ class ShardWriter:
         return self.folder / f"shard-{number}.part"
 
 
+class StreamWriter:
+    """Writes fp32 tensors of known shapes into one safetensors file as they come, in any order, keeping none."""
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._path, self._left = path, dict(shapes)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in shapes.items():
+            begin, end = end, end + 4 * math.prod(shape)
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._begins = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
+        with self._failures():
+            self._file = path.open("wb")
+            self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._left.pop(name) != tuple(tensor.shape):
+            raise ValueError(f"{name}: announced with another shape than {tuple(tensor.shape)}")
+        with self._failures():
+            self._file.seek(self._begins[name])
+            self._file.write(tensor.detach().float().contiguous().cpu().numpy().data)
+
+    def close(self) -> None:
+        if self._left:
+            raise ValueError(f"never written: {', '.join(self._left)}")
+        with self._failures():
+            self._file.close()
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _cannot_write(self._path, error) from None
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file; a failing disk is a PissaError that names the file."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(0o644)  # safetensors writes 0600
     except (OSError, SafetensorError) as error:
-        raise PissaError(f"{path}: cannot write: {error}", "free some space; what was saved before is intact") from None
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: Exception) -> PissaError:
+    return PissaError(f"{path}: cannot write: {error}", "free some space; what was saved before is intact")
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ from pissa_cli.initialize import initialize
 from pissa_cli.peft_files import read_peft
 from pissa_cli.rundir import Run, read_json
 from pissa_cli.train import train
+from pissa_cli.weights import StreamWriter
 
 peft = pytest.importorskip("peft")
 
@@ -108,3 +110,18 @@ def test_peft_never_decomposes_again(
             stem, _, last = name.rpartition(".")
             target = f"base_model.model.{stem}.base_layer.{last}" if "proj" in name else f"base_model.model.{name}"
             assert torch.equal(model.state_dict()[target], tensor)
+
+
+def test_an_adapter_written_as_it_comes_is_a_safetensors_file(tmp_path: Path) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"a": (3, 5), "b": (7,), "c": (0, 4), "d": (2, 2, 2)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    writer = StreamWriter(tmp_path / "x.safetensors", shapes)
+    for name in ("d", "a", "c", "b"):
+        writer.add(name, tensors[name])
+    with pytest.raises(ValueError, match="another shape"):
+        StreamWriter(tmp_path / "y.safetensors", shapes).add("a", torch.zeros(5, 3))
+    writer.close()
+    found = load_file(tmp_path / "x.safetensors")
+    assert set(found) == set(tensors) and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    with pytest.raises(ValueError, match="never written: a"):
+        StreamWriter(tmp_path / "z.safetensors", {"a": (1,)}).close()
