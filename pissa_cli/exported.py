@@ -77,7 +77,7 @@ def load_result(recipe: Recipe, device: torch.device) -> PreTrainedModel:
         return load_model(run.merged, recipe.model, recipe.precision).to(device).eval()
     folder, adapter = adapter_files(recipe)
     model = load_model(folder, recipe.model, recipe.precision).to(device)
-    attach(model, adapter, METHODS["vera" if adapter.projections else "lora"])
+    attach(model, adapter, METHODS["vera" if adapter.projections else "lora"], plain=False)
     return model.eval()
 
 
@@ -113,5 +113,5 @@ def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     run, manifest = open_run(recipe)
     model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision).to(device)
     if recipe.model.bits == 4:
-        attach(model, read_start(run, manifest)[1], METHODS[recipe.adapter.method])
+        attach(model, read_start(run, manifest)[1], METHODS[recipe.adapter.method], plain=False)
     return model.eval()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import __version__, quant
 from pissa_cli.adapter_options import FullOptions
@@ -170,6 +171,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, 
         "widest": plan.widest,
         "trainable": plan.num_trainable(recipe),
         "layers": [figures[layer.name] for layer in plan.targets],
+        "kept_dense": [layer.name for layer in plan.linears if four and not quant.packable(layer.num_in)],
         "stored": facts,
     }
 
@@ -181,15 +183,13 @@ class _Item:
     tensor: str
     name: str
     original: Tensor
-    frozen: quant.Packed | Tensor | None
+    frozen: quant.Packed | Tensor
     start: Start | None
     figures: dict[str, Any]
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of `base/`, by the names of the base's own files."""
-        if isinstance(self.frozen, quant.Packed):
-            return self.frozen.tensors(self.tensor)
-        return {self.tensor: self.original}
+        return self.frozen.tensors(self.tensor) if isinstance(self.frozen, quant.Packed) else {self.tensor: self.frozen}
 
 
 def _work(recipe: Recipe, plan: Plan, weights: Weights, method: Method) -> Iterator[_Item]:
@@ -228,20 +228,24 @@ def _one_tensor(
     device: torch.device,
 ) -> _Item:
     original = weights.read(tensor)
-    if linear is None or (method is None and recipe.model.bits != 4):
-        return _Item(tensor, tensor, original, None, None, {})
+    four = recipe.model.bits == 4 and linear is not None and quant.packable(linear.num_in)
+    if linear is None or (method is None and not four):
+        return _Item(tensor, tensor, original, original, None, {})
     W = original.to(device).float()
     W = W.T.contiguous() if linear.transposed else W
     require_finite(tensor, W)
-    dtype = original.dtype if recipe.model.bits == 4 else {16: torch.bfloat16, 32: torch.float32}[recipe.model.bits]
-    store = quant.Store(recipe.model.bits, dtype, recipe.model.double_quant, recipe.model.absmax)
+    dtype = {4: original.dtype, 16: torch.bfloat16, 32: torch.float32}[recipe.model.bits]
+    store = quant.Store(4 if four else 16, dtype, recipe.model.double_quant, recipe.model.absmax)
     if method is None:
         return _Item(tensor, linear.name, original, quant.pack(store, W), None, {})
     layer = Layer(linear.name, plan.ranks[linear.name], plan.scales[linear.name], recipe.seed, store)
-    start = method.start(W, layer, {**recipe.adapter.model_dump(), "passes": recipe.passes})
+    start = method.start(W, layer, {**recipe.adapter.model_dump(), "passes": recipe.passes if four else 1})
     figures = {"name": linear.name, "kind": linear.kind, "shape": [linear.num_out, linear.num_in], "rank": layer.rank}
     figures |= start.figures | _errors(W, start, layer)
-    return _Item(tensor, linear.name, original, start.frozen, start, figures)
+    frozen = start.frozen
+    if isinstance(frozen, Tensor) and linear.transposed:
+        frozen = frozen.T.contiguous()
+    return _Item(tensor, linear.name, original, frozen, start, figures)
 
 
 def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
@@ -265,9 +269,10 @@ def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
 def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[Linear], double_quant: bool) -> None:
     """The side files of `source` in `target`, and a config.json that says which layers are NF4 and which are not."""
     copy_side_files(source, target)
-    names = {layer.name for layer in linears}
+    names = {layer.name for layer in linears if quant.packable(layer.num_in)}
     modules = skeleton(source, recipe.model.trust_remote_code).named_modules()
-    dense = [name for name, module in modules if isinstance(module, torch.nn.Linear) and name not in names]
+    kinds = (torch.nn.Linear, Conv1D)
+    dense = [name for name, module in modules if isinstance(module, kinds) and name not in names]
     content = read_json(source / "config.json")
     compute_dtype = str(DTYPES[recipe.precision]).removeprefix("torch.")
     content["quantization_config"] = quant.config(double_quant, compute_dtype, dense)

@@ -169,11 +169,11 @@ def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBa
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def attach(model: PreTrainedModel, adapter: Adapter, method: Method, dropout: float = 0.0) -> None:
+def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool, dropout: float = 0.0) -> None:
     """Put a low-rank layer around every layer that `adapter` names.
 
-    For a method that moves the base, a dense weight becomes the residual W - s B A of these (initial) factors;
-    an NF4 weight is the residual already. Frozen parameters stop requiring gradients.
+    For a method that moves the base and a `plain` base, the weights become the residuals W - s B A of these (initial)
+    factors; those of `base/` are residuals already. Frozen parameters stop requiring gradients.
     """
     model.requires_grad_(False)
     modules = dict(model.named_modules())
@@ -183,7 +183,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, method: Method, dropout: fl
             raise UsageError(f"the adapter has a layer {name} that the model lacks", "this is not its base model")
         if isinstance(base, LowRank):
             raise PissaError(f"{name} has an adapter already")
-        if method.moves_base and quant.packed_weight(base) is None:
+        if method.moves_base and plain:
             subtract(base, adapter, name)
         device = next(base.parameters()).device
         here = {key: factor.to(device) for key, factor in layer_factors.items()}

@@ -5,7 +5,6 @@ The only file that imports bitsandbytes. NF4 as in QLoRA (arXiv 2305.14314): blo
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -48,6 +47,14 @@ class Packed:
         """As bitsandbytes and transformers write them: `name`, `name.absmax`, `name.quant_map`, ..."""
         parts = {f"{name}.{key}": value for key, value in self.state.as_dict(packed=True).items()}
         return {name: self.data, **parts}
+
+
+def packable(num_in: int) -> bool:
+    """Whether rows of this length are whole blocks.
+
+    Others stay dense: on CPUs with AVX512 bitsandbytes 0.50 reads them with the scales of other blocks.
+    """
+    return num_in % BLOCK_SIZE == 0
 
 
 def pack(store: Store, weight: Tensor) -> Packed | Tensor:
@@ -132,16 +139,8 @@ def read(stored: Packed | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return stored.to(dtype)
     from bitsandbytes import functional
 
-    data, state = stored.data, stored.state
-    shape, count = state.shape, state.shape.numel()
-    if data.device.type == "cpu" and shape[-1] % BLOCK_SIZE:
-        # bitsandbytes' CPU kernel starts a new block with every row; given blocks as rows it is right
-        blocks = -(-count // BLOCK_SIZE)
-        data = nn.functional.pad(data.view(-1), (0, blocks * BLOCK_SIZE // 2 - data.numel()))
-        state = copy(state)
-        state.shape = torch.Size((blocks, BLOCK_SIZE))
-    weight: Tensor = functional.dequantize_4bit(data, state)
-    return weight.reshape(-1)[:count].view(shape).to(dtype)
+    weight: Tensor = functional.dequantize_4bit(stored.data, stored.state)
+    return weight.to(dtype)
 
 
 def unpack(name: str, tensors: dict[str, Tensor]) -> Packed:

@@ -50,10 +50,11 @@ def summarize(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     for kind, members in [*groups, ("all", layers)] if layers else []:
         row: dict[str, Any] = {"kind": kind, "layers": len(members), "rank": members[0]["rank"]}
         for key in ("energy", "start_error", "nuclear", "frobenius", "plain_nuclear", "plain_frobenius"):
-            if key in members[0]:
-                row[key] = sum(member[key] for member in members) / len(members)
+            found = [member[key] for member in members if key in member]
+            if found:
+                row[key] = sum(found) / len(found)
         for norm in ("nuclear", "frobenius"):
-            if norm in row and row[f"plain_{norm}"] > 0:
+            if row.get(f"plain_{norm}", 0) > 0:
                 row[f"{norm}_reduction"] = 100 * (1 - row[norm] / row[f"plain_{norm}"])
         rows.append(row)
     return rows

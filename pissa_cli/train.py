@@ -240,7 +240,8 @@ def _set_up(
     else:
         before = probe() if fresh and recipe.model.bits != 4 else None
         _, start = read_start(run, manifest)
-        attach(model, start, METHODS[recipe.adapter.method], getattr(recipe.adapter, "dropout", 0.0))
+        plain, dropout = recipe.model.bits != 4, getattr(recipe.adapter, "dropout", 0.0)
+        attach(model, start, METHODS[recipe.adapter.method], plain, dropout)
         if before is not None:
             require_same_loss(before, probe(), recipe.precision)
     if recipe.train.gradient_checkpointing:

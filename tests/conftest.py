@@ -51,6 +51,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=32),
     "gemma": lambda: GemmaConfig(**_SHAPE, head_dim=32),
     "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=32, sliding_window=128),
+    "uneven": lambda: LlamaConfig(**{**_SHAPE, "hidden_size": 96}),
     "gpt2": lambda: GPT2Config(
         vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=1
     ),

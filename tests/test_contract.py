@@ -44,7 +44,7 @@ CASES = [
     for store in STORES
     if not (variant == "loftq" and store in ("fp32", "bf16"))
 ]
-ARCHITECTURES = ["llama", "qwen2", "gpt2"]
+ARCHITECTURES = ["llama", "qwen2", "gpt2", "uneven"]
 
 
 def settings(variant: str, store: str) -> list[str]:

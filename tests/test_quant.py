@@ -63,19 +63,6 @@ def test_round_trip_is_bitsandbytes(double_quant: bool, dtype: torch.dtype) -> N
     assert torch.equal(read(again), read(stored)) and again.state.dtype == dtype
 
 
-@pytest.mark.parametrize("shape", [(8, 96), (6, 32), (37, 53), (5, 13), (3, 170)])
-@pytest.mark.parametrize("absmax", ["largest", "fitted"])
-def test_rows_that_are_no_multiple_of_a_block(shape: tuple[int, int], absmax: Any) -> None:
-    """Blocks run on over the ends of rows. Codes and scales are put together by hand: bitsandbytes 0.50 errs here."""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    packed = pack(Store(4, torch.float32, absmax=absmax), weight)
-    assert isinstance(packed, Packed)
-    codes = torch.stack([packed.data.view(-1) >> 4, packed.data.view(-1) & 15], 1).view(-1)[: weight.numel()].long()
-    scales = packed.state.absmax.repeat_interleave(64)[: weight.numel()]
-    assert torch.equal(read(packed), (packed.state.code[codes] * scales).view(shape))
-    assert 0 < float((read(packed) - weight).norm() / weight.norm()) < 0.11
-
-
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_base_read_back_is_what_init_measured(
     double_quant: bool, models: Callable[[str], Path], recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

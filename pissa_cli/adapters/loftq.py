@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pissa_cli import quant
+from pissa_cli.adapters import lora
 from pissa_cli.adapters.start import Layer, Method, Start, balanced
 from pissa_cli.svd import truncated_svd
 
@@ -17,7 +18,11 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     """options: `svd` (fast, exact) and `passes` (T). Starts on quantize, ends on SVD (Algorithm 1):
 
     L = 0;  T times: Q <- store(W - L);  L = s B A <- SVD_r(W - Q).
+
+    A layer that stays dense loses nothing; both factors would be zero and never train, so it starts as LoRA does.
     """
+    if layer.store.bits != 4:
+        return lora.start(weight, layer, {"init": "A", "distribution": "kaiming"})
     rest = weight
     for step in range(options["passes"]):
         frozen = quant.pack(layer.store, rest)

@@ -54,6 +54,11 @@ def init_command(
         manifest = initialize(recipe, progress)
     rows = summarize(manifest)
     result = {"path": recipe.output, **manifest, "summary": rows}
+    dense = manifest.get("kept_dense", [])
+    if dense:
+        show.say(
+            f"stay 16-bit, as their rows are no multiple of NF4's 64 numbers: {len(dense)} layers ({dense[0]}, ...)"
+        )
     lines = [
         f"{recipe.output}: ready in {manifest['seconds']:.1f} s",
         f"next: pissa train {recipe.output} --set data.train=FILE",
@@ -62,26 +67,23 @@ def init_command(
 
 
 def layer_table(rows: list[dict[str, Any]]) -> Any:
-    """The layers by kind: rank, energy kept, and how far the start is from the base."""
+    """The layers by kind: rank, energy kept, relative error, and for NF4 the error beside plain NF4's (means)."""
     from rich.table import Table
 
     columns = {
         "kind": ("layer", "{}"),
-        "layers": ("count", "{}"),
+        "layers": ("n", "{}"),
         "rank": ("rank", "{}"),
         "energy": ("energy kept", "{:.1%}"),
-        "start_error": ("relative error", "{:.2e}"),
-        "plain_nuclear": ("plain NF4, nuclear", "{:.2f}"),
+        "start_error": ("error", "{:.1e}"),
+        "plain_nuclear": ("plain NF4", "{:.2f}"),
         "nuclear": ("ours", "{:.2f}"),
         "nuclear_reduction": ("less by", "{:.1f} %"),
-        "plain_frobenius": ("plain NF4, Frobenius", "{:.3f}"),
-        "frobenius": ("ours", "{:.3f}"),
-        "frobenius_reduction": ("less by", "{:.1f} %"),
     }
-    present = {key: column for key, column in columns.items() if key in rows[0]}
-    table = Table()
+    present = {key: column for key, column in columns.items() if key in rows[-1]}
+    table = Table(caption="plain NF4, ours: nuclear norm of the error" if "nuclear" in present else None)
     for title, _ in present.values():
         table.add_column(title, justify="right")
     for row in rows:
-        table.add_row(*(form.format(row[key]) for key, (_, form) in present.items()))
+        table.add_row(*(form.format(row[key]) if key in row else "-" for key, (_, form) in present.items()))
     return table
