@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,44 +15,54 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pissa_cli import __version__, quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
+from pissa_cli.card import default_repo, model_card
 from pissa_cli.data import batch_losses, load_examples
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.exported import adapter_files, load_result
+from pissa_cli.exported import load_with, result_files
 from pissa_cli.initialize import copy_side_files, open_run, write_nf4_config
 from pissa_cli.loss import autocast, summed_loss
-from pissa_cli.model import DTYPES, Linear, best_device, linear_layers, load_model, load_tokenizer, skeleton
+from pissa_cli.model import (
+    DTYPES,
+    Linear,
+    best_device,
+    linear_layers,
+    load_model,
+    load_tokenizer,
+    read_weight,
+    skeleton,
+)
+from pissa_cli.probes import PROBES, logit_difference, probe_logits
 from pissa_cli.recipe import Recipe
-from pissa_cli.recipe_file import dump, load
-from pissa_cli.rundir import Run, read_json, whole_folder, write_json, write_text
+from pissa_cli.rundir import Run, read_json, require_free, whole_folder, write_json, write_text
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
 Progress = Callable[[int, int, str], None]
 PERPLEXITY_ROWS = 200
-PROBES = (
-    "The capital of the country lies on a river, and most of its people work",
-    "Below is an instruction that describes a task.",
-    "def add(a, b):\n    return",
-    "Anna has 12 apples and gives 5 of them to her brother. She has",
-)
-"""Prompts on which two forms of a model are compared."""
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest ||difference of logits|| / ||logits|| that merged weights, or products, of this dtype explain."""
 
 
-def merge(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Any]:
-    """Write `merged/`, W + s B A rounded once to the dtype of the base, and compare its logits with the adapter's.
+def merge(
+    recipe: Recipe, progress: Progress = lambda *_: None, output: Path | None = None, step: int | None = None
+) -> dict[str, Any]:
+    """Write W + s B A, rounded once to the dtype of the base, and compare its logits with the adapter's.
 
+    Into `merged/` of the run, or `output`; of its result, or of checkpoint `step`.
     From a QPiSSA run W is the 4-bit residual read back, so that nothing is approximated.
     After full fine-tuning `merged/` is there already and only gets its model card; the differences are None then.
     Raises PissaError, leaving no `merged/`, if the logits differ by more than rounding.
     """
     run, _ = open_run(recipe)
     if isinstance(recipe.adapter, FullOptions):
+        if step is not None or output not in (None, run.merged):
+            raise UsageError("full fine-tuning has one model and no other form", f"copy {run.merged}")
         return _finish_full(recipe, run)
-    folder, adapter = adapter_files(recipe)
+    target_folder = output or run.merged
+    require_free(target_folder, run.merged)
+    folder, adapter = result_files(recipe, step)
     weights = open_weights(folder)
-    with whole_folder(run.merged) as target:
+    with whole_folder(target_folder) as target:
         writer = ShardWriter(target)
         dtypes = {DTYPES[recipe.precision]}
         dense = _dense_tensors(recipe, folder, weights, adapter)
@@ -67,31 +76,34 @@ def merge(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Any
         model_config = read_json(target / "config.json")
         model_config.pop("quantization_config", None)
         write_json(target / "config.json", model_config)
-        write_text(target / "README.md", _model_card(recipe))
-        difference = _compare(recipe, target, max(MERGE_TOLERANCE[dtype] for dtype in dtypes))
-    return {"path": str(run.merged), "bytes": writer.total_bytes, **difference}
+        write_text(target / "README.md", model_card(recipe, "merged into one model"))
+        tolerance = max(MERGE_TOLERANCE[dtype] for dtype in dtypes)
+        difference = _compare(recipe, load_with(recipe, folder, adapter, best_device()), target, tolerance)
+    return {"path": str(target_folder), "bytes": writer.total_bytes, **difference}
 
 
 def quantize(
-    recipe: Recipe, model_folder: Path | None, output: Path, progress: Progress = lambda *_: None
+    recipe: Recipe,
+    model_folder: Path | None,
+    output: Path,
+    progress: Progress = lambda *_: None,
+    step: int | None = None,
 ) -> dict[str, Any]:
-    """Write an NF4 transformers folder of a run's merged weights, or of a dense model folder.
+    """Write an NF4 transformers folder of a run (its result, or checkpoint `step`), or of a dense model folder.
 
-    Returns sizes, the relative Frobenius error over the quantized weights, and perplexity before and after
-    (on `data.eval` where the recipe has it, else on four built-in prompts, which says little).
+    Returns sizes, the relative Frobenius error over the quantized weights, differences of logits, and perplexity before
+    and after (on `data.eval` where the recipe has it, else on four built-in prompts, which says little).
     The run's own `quantized/` is replaced; any other folder with something in it is a UsageError.
     """
     if model_folder is None and isinstance(recipe.adapter, FullOptions):
         model_folder = open_run(recipe)[0].merged
     if model_folder is None:
-        folder, adapter = adapter_files(recipe)
+        folder, adapter = result_files(recipe, step)
     else:
         folder, adapter = model_folder, Adapter({}, {})
         if "quantization_config" in read_json(folder / "config.json"):
             raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
-    ours = output.absolute() == Run(Path(recipe.output)).quantized.absolute()
-    if not ours and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output}: exists already", "remove it, or name another with --output")
+    require_free(output, Run(Path(recipe.output)).quantized)
     weights = open_weights(folder)
     error = norm = 0.0
     with whole_folder(output) as target:
@@ -115,15 +127,13 @@ def quantize(
         model = skeleton(folder, recipe.model.trust_remote_code)
         linears = linear_layers(model, weights)
         write_nf4_config(folder, target, recipe, linears, recipe.model.double_quant)
-        before, after, data = _perplexities(recipe, model_folder, target)
+        compared = _before_and_after(recipe, folder, adapter, target)
     return {
         "path": str(output),
         "bytes": writer.total_bytes,
         "dense_bytes": dense_bytes,
         "relative_error": math.sqrt(error / max(norm, 1e-300)),
-        "perplexity_before": before,
-        "perplexity_after": after,
-        "perplexity_data": data,
+        **compared,
     }
 
 
@@ -166,7 +176,7 @@ def require_pushable(recipe: Recipe, repo: str | None) -> None:
 def _finish_full(recipe: Recipe, run: Run) -> dict[str, Any]:
     if not (run.merged / "config.json").is_file():
         raise UsageError(f"{run.folder}: no trained model yet", "run `pissa train` to its end first")
-    write_text(run.merged / "README.md", _model_card(recipe))
+    write_text(run.merged / "README.md", model_card(recipe, "merged into one model"))
     size = open_weights(run.merged).num_bytes()
     return {
         "path": str(run.merged),
@@ -176,95 +186,73 @@ def _finish_full(recipe: Recipe, run: Run) -> dict[str, Any]:
     }
 
 
-def default_repo(recipe: Recipe) -> str:
-    """<base>-<method>-r<rank>, without the user."""
-    base = recipe.model.name.rstrip("/").rsplit("/", 1)[-1]
-    rank = "" if isinstance(recipe.adapter, FullOptions) else f"-r{recipe.adapter.rank}"
-    return f"{base}-{recipe.adapter.method}{rank}"
-
-
 def _dense_tensors(
     recipe: Recipe, folder: Path, weights: Weights, adapter: Adapter
 ) -> Iterator[tuple[str, Linear | None, Tensor]]:
     """(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone."""
-    linears = {
-        layer.tensor: layer for layer in linear_layers(skeleton(folder, recipe.model.trust_remote_code), weights)
-    }
-    device = best_device()
-    parts: dict[str, list[str]] = {}
-    for name in weights.files:
-        owner = next((name[: len(t)] for t in _prefixes(name) if t in linears and name != t), None)
-        parts.setdefault(owner or name, []).append(name)
-    missing = set(adapter.factors) - {layer.name for layer in linears.values()}
+    layers = linear_layers(skeleton(folder, recipe.model.trust_remote_code), weights)
+    linears, device = {layer.tensor: layer for layer in layers}, best_device()
+    missing = set(adapter.factors) - {layer.name for layer in layers}
     if missing:
         raise UsageError(f"the adapter has a layer {min(missing)} that {folder} lacks", "this is not its base model")
-    for name, members in parts.items():
-        linear = linears.get(name)
-        tensor = weights.read(name)
-        if linear is None or (len(members) == 1 and linear.name not in adapter.factors):
-            yield name, linear, tensor
+    for name in weights.files:
+        if any(owner in linears for owner in _owners(name)):
             continue
-        dtype, transposed = tensor.dtype, linear.transposed
-        if len(members) > 1:
-            packed = quant.unpack(name, {member: weights.read(member).to(device) for member in members})
-            W, dtype = quant.read(packed), packed.state.dtype
-        else:
-            W = (tensor.T if transposed else tensor).to(device).float()
+        linear = linears.get(name)
+        if linear is None or (f"{name}.absmax" not in weights.files and linear.name not in adapter.factors):
+            yield name, linear, weights.read(name)
+            continue
+        W, dtype = read_weight(weights, linear, device)
         if linear.name in adapter.factors:
             A, B = adapter.pair(linear.name, W.shape, device)
             W = torch.addmm(W, B, A)
-        yield name, linear, (W.T if transposed else W).to(dtype).contiguous().cpu()
+        yield name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu()
 
 
-def _prefixes(name: str) -> Iterator[str]:
-    """a.b.c -> a.b.c, a.b, a."""
-    while name:
+def _owners(name: str) -> Iterator[str]:
+    """a.b.c -> a.b, a: the tensors that `name` may be a part of, as the scales of an NF4 weight are."""
+    while name := name.rpartition(".")[0]:
         yield name
-        name = name.rpartition(".")[0]
 
 
-def _compare(recipe: Recipe, merged: Path, tolerance: float) -> dict[str, float]:
-    """Logits of the adapter on its base against those of the merged model, on PROBES."""
+def _compare(recipe: Recipe, model: PreTrainedModel, merged: Path, tolerance: float) -> dict[str, float]:
+    """Logits of the adapter on its base, `model`, against those of the merged model."""
     device = best_device()
     tokenizer = load_tokenizer(merged, recipe.model)
     bits = 32 if recipe.precision == "fp32" else 16
     dense = recipe.model.model_copy(update={"bits": bits, "double_quant": False})
-    apart = _logits(load_result(recipe, device), tokenizer, recipe)
+    apart = probe_logits(model, tokenizer, recipe)
+    del model
     gc.collect()
-    together = _logits(load_model(merged, dense, recipe.precision).to(device).eval(), tokenizer, recipe)
-    largest = max(float((a - b).abs().max()) for a, b in zip(apart, together, strict=True))
-    squares = sum(frobenius_norm(a - b) ** 2 for a, b in zip(apart, together, strict=True))
-    relative = math.sqrt(squares / sum(frobenius_norm(a) ** 2 for a in apart))
+    together = load_model(merged, dense, recipe.precision).to(device).eval()
+    difference = logit_difference(apart, probe_logits(together, tokenizer, recipe))
+    relative = difference["relative_logit_difference"]
     if not relative <= tolerance:
         raise PissaError(
             f"the merged model's logits differ from the adapter's by {relative:.1e} (allowed: {tolerance:.0e})",
             "nothing was written; please report this with the recipe and the model",
         )
-    return {"max_logit_difference": largest, "relative_logit_difference": relative}
+    return difference
 
 
-@torch.no_grad()
-def _logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[Tensor]:
-    logits = []
-    with autocast(recipe.model.bits, recipe.precision, model.device):
-        for probe in PROBES:
-            ids = torch.tensor([tokenizer(probe)["input_ids"]], device=model.device)
-            logits.append(model(input_ids=ids).logits.float().cpu())
-    return logits
-
-
-def _perplexities(recipe: Recipe, dense: Path | None, quantized: Path) -> tuple[float, float, str]:
-    """Perplexity before and after quantization, and on what it was measured."""
-    device = best_device()
-    tokenizer = load_tokenizer(quantized, recipe.model)
-    section = recipe.model.model_copy(update={"bits": 32 if recipe.precision == "fp32" else 16, "double_quant": False})
-    before = load_model(dense, section, recipe.precision).to(device) if dense else load_result(recipe, device)
-    first, data = _perplexity(before.eval(), tokenizer, recipe)
-    del before
+def _before_and_after(recipe: Recipe, folder: Path, adapter: Adapter, quantized: Path) -> dict[str, Any]:
+    """Perplexity before and after quantization, on what, and the difference of logits."""
+    device, tokenizer = best_device(), load_tokenizer(quantized, recipe.model)
+    if adapter.factors:
+        model = load_with(recipe, folder, adapter, device)
+    else:
+        bits = 32 if recipe.precision == "fp32" else 16
+        dense = recipe.model.model_copy(update={"bits": bits, "double_quant": False})
+        model = load_model(folder, dense, recipe.precision).to(device).eval()
+    before, data = _perplexity(model, tokenizer, recipe)
+    logits = probe_logits(model, tokenizer, recipe)
+    del model
     gc.collect()
     four = recipe.model.model_copy(update={"bits": 4})
-    after = load_model(quantized, four, recipe.precision).to(device).eval()
-    return first, _perplexity(after, tokenizer, recipe)[0], data
+    model = load_model(quantized, four, recipe.precision).to(device).eval()
+    after, _ = _perplexity(model, tokenizer, recipe)
+    figures = {"perplexity_before": before, "perplexity_after": after, "perplexity_data": data}
+    return figures | logit_difference(logits, probe_logits(model, tokenizer, recipe))
 
 
 def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[float, str]:
@@ -281,19 +269,3 @@ def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reci
             count = sum(examples.num_targets(i) for i in range(len(examples)))
             data = f"{recipe.data.eval} ({len(examples)} examples)"
     return math.exp(min(total / count, 700)), data
-
-
-def _model_card(recipe: Recipe) -> str:
-    """README.md with the recipe the run was trained by; of local paths only the last part is anyone's business."""
-    if Run(Path(recipe.output)).exists():
-        recipe = load(recipe.output, {}).recipe
-    name = recipe.model.name
-    lines = ["---", "library_name: transformers", "tags: [pissa]"]
-    if not Path(name).exists():
-        lines.append(f"base_model: {name}")
-    lines += ["---", "", f"# {default_repo(recipe)}", ""]
-    what = "" if isinstance(recipe.adapter, FullOptions) else f", rank {recipe.adapter.rank}"
-    shown = name if not Path(name).exists() else Path(name).name
-    lines += [f"{shown}, fine-tuned with `pissa {__version__}` (method {recipe.adapter.method}{what}) and merged.", ""]
-    public = re.sub(r"(?<=: )/\S*/(?=[^/\s]+$)", "", dump(recipe), flags=re.M).rstrip()
-    return "\n".join([*lines, "## Recipe", "", "```yaml", public, "```", ""])

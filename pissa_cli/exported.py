@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.adapters.start import Adapter, as_lora
+from pissa_cli.adapters.start import Adapter, Factors, as_lora
 from pissa_cli.checkpoint import latest_checkpoint, step_of
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import copy_side_files, open_run, read_start, require_base
@@ -18,6 +18,7 @@ from pissa_cli.model import attach, load_model, lowrank_layers
 from pissa_cli.peft_files import peft_config, rank_of, read_peft, write_peft
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json
+from pissa_cli.weights import load_tensors
 
 
 def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[str, Any]) -> Path:
@@ -35,16 +36,15 @@ def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[s
             write_json(folder / PROVENANCE, {"method": "full", "step": step, "data": data})
         return run.merged
     config, start = read_start(run, manifest)
-    method = METHODS[adapter.method]
-    factors = {}
-    for name, layer in lowrank_layers(model).items():
-        now = {key: factor.detach().cpu() for key, factor in layer.factors().items()}
-        factors[name] = method.on_plain_base(now, start.factors[name]) if recipe.model.bits != 4 else as_lora(now)
-    result = Adapter(factors, start.scales, start.projections)
+    now = {
+        name: {key: factor.detach().cpu() for key, factor in layer.factors().items()}
+        for name, layer in lowrank_layers(model).items()
+    }
+    result = _result(recipe, start, now)
     config = peft_config(
-        peft_type="VERA" if method.share else "LORA",
+        peft_type="VERA" if result.projections else "LORA",
         base=config["base_model_name_or_path"],
-        ranks={name: rank_of(layer) for name, layer in factors.items()},
+        ranks={name: rank_of(factors) for name, factors in result.factors.items()},
         scales=start.scales,
         targets=config["target_modules"],
         fan_in_fan_out=config["fan_in_fan_out"],
@@ -75,7 +75,11 @@ def load_result(recipe: Recipe, device: torch.device) -> PreTrainedModel:
         if not (run.merged / "config.json").is_file():
             raise UsageError(f"{run.folder}: no trained model yet", "run `pissa train` to its end first")
         return load_model(run.merged, recipe.model, recipe.precision).to(device).eval()
-    folder, adapter = adapter_files(recipe)
+    return load_with(recipe, *adapter_files(recipe), device)
+
+
+def load_with(recipe: Recipe, folder: Path, adapter: Adapter, device: torch.device) -> PreTrainedModel:
+    """The model in `folder` with a finished adapter that is valid on it, in eval mode."""
     model = load_model(folder, recipe.model, recipe.precision).to(device)
     attach(model, adapter, METHODS["vera" if adapter.projections else "lora"], plain=False)
     return model.eval()
@@ -86,6 +90,11 @@ def trained_steps(recipe: Recipe) -> int:
     run = Run(Path(recipe.output))
     folder = run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter
     return int(read_json(folder / PROVENANCE)["step"])
+
+
+def result_files(recipe: Recipe, step: int | None = None) -> tuple[Path, Adapter]:
+    """(folder of the base, adapter) of a run's result, or of its checkpoint `step`."""
+    return adapter_files(recipe) if step is None else checkpoint_files(recipe, step)
 
 
 def adapter_files(recipe: Recipe) -> tuple[Path, Adapter]:
@@ -106,6 +115,33 @@ def adapter_files(recipe: Recipe) -> tuple[Path, Adapter]:
     if expected not in (manifest["base"]["fingerprint"], manifest["base"].get("stored_fingerprint")):
         raise UsageError(f"{run.adapter}: this adapter was trained on another base ({expected})")
     return folder, adapter
+
+
+def checkpoint_files(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
+    """What `adapter_files` would give, had training ended at checkpoint `step`."""
+    run, manifest = open_run(recipe)
+    folder = run.checkpoints / f"step-{step}"
+    if not folder.is_dir():
+        known = ", ".join(sorted((path.name for path in run.checkpoints.glob("step-*")), key=lambda n: int(n[5:])))
+        raise UsageError(f"{folder}: no such checkpoint", f"there are: {known or 'none'}")
+    _, start = read_start(run, manifest)
+    trained = load_tensors(folder / "trained.safetensors")
+    trains = METHODS[recipe.adapter.method].trains
+    now = {
+        name: {key: trained[f"{name}.{key}"] if key in trains else factor for key, factor in factors.items()}
+        for name, factors in start.factors.items()
+    }
+    return require_base(run, manifest, recipe), _result(recipe, start, now)
+
+
+def _result(recipe: Recipe, start: Adapter, now: dict[str, Factors]) -> Adapter:
+    """The adapter to export: for the plain base over dense weights, for `base/` over NF4."""
+    method = METHODS[recipe.adapter.method]
+    factors = {
+        name: method.on_plain_base(layer, start.factors[name]) if recipe.model.bits != 4 else as_lora(layer)
+        for name, layer in now.items()
+    }
+    return Adapter(factors, start.scales, start.projections)
 
 
 def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:

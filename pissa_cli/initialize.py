@@ -68,15 +68,15 @@ def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
                 "name another folder with --output, or remove this one",
             )
     if [recipe.model.name, recipe.model.revision] != [manifest["base"]["name"], manifest["base"]["revision"]]:
-        _require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
+        require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
     return run, manifest
 
 
 def require_base(run: Run, manifest: dict[str, Any], recipe: Recipe) -> Path:
     """The folder of the weights that this run computes with (`base/`, or the dense base), checked by fingerprint."""
     if run.base.is_dir():
-        return _require_fingerprint(run.base, manifest["base"]["stored_fingerprint"])
-    return _require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
+        return require_fingerprint(run.base, manifest["base"]["stored_fingerprint"])
+    return require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
 
 
 def read_start(run: Run, manifest: dict[str, Any]) -> tuple[dict[str, Any], Adapter]:
@@ -86,7 +86,8 @@ def read_start(run: Run, manifest: dict[str, Any]) -> tuple[dict[str, Any], Adap
     return read_peft(run.init, manifest["widest"])
 
 
-def _require_fingerprint(folder: Path, expected: str) -> Path:
+def require_fingerprint(folder: Path, expected: str) -> Path:
+    """The folder, if its weights are those that the fingerprint stands for; else UsageError."""
     found = fingerprint(open_weights(folder))
     if found != expected:
         raise UsageError(

@@ -104,6 +104,17 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
     return layers
 
 
+def read_weight(weights: Weights, layer: Linear, device: torch.device) -> tuple[Tensor, torch.dtype]:
+    """W (out, in) of a layer in fp32, NF4 undone, and the dtype it has (dense) or reads back as (NF4)."""
+    members = [name for name in weights.files if name == layer.tensor or name.startswith(f"{layer.tensor}.")]
+    if len(members) > 1:
+        packed = quant.unpack(layer.tensor, {name: weights.read(name).to(device) for name in members})
+        return quant.read(packed), packed.state.dtype
+    tensor = weights.read(layer.tensor)
+    W = tensor.to(device).float()
+    return (W.T if layer.transposed else W), tensor.dtype
+
+
 def disk_name(parameter: str, prefix: str, weights: Weights) -> str:
     """The tensor of a parameter: by its own name, or without the base model's prefix (GPT-2's `transformer.`)."""
     for name in (parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"):

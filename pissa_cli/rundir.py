@@ -97,6 +97,12 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def require_free(output: Path, own: Path) -> None:
+    """UsageError for an output folder with something in it, unless it is `own`, the run's place for this."""
+    if output.absolute() != own.absolute() and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output}: exists already", "remove it, or name another with --output")
+
+
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends well, and vanishes otherwise.

@@ -220,6 +220,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path}: missing or damaged ({error})") from None
 
 
+def read_header(path: Path) -> list[str]:
+    """The names in one safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: missing or damaged ({error})") from None
+
+
 def _tensors(file: safe_open) -> Iterator[tuple[str, Tensor]]:
     for name in file.offset_keys():
         yield name, file.get_tensor(name)

@@ -91,7 +91,7 @@ def test_every_block_loads(path: Path) -> None:
 def test_the_commands_of_the_readme_exist() -> None:
     known = {command.name for command in app.registered_commands}
     used = set(re.findall(r"^pissa (\w+)", (ROOT / "README.md").read_text(), re.M))
-    assert used == known == {"init", "train", "eval", "merge", "quantize"}
+    assert used == known == {"init", "train", "eval", "merge", "quantize", "export"}
 
 
 def test_links_in_the_documentation_lead_somewhere() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+import yaml
 from conftest import Outcome, make_model, save_model
 from hub import TOKEN, serve
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from pissa_cli import export, quant
 from pissa_cli.adapters.start import Adapter
+from pissa_cli.card import model_card
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.exported import load_result
 from pissa_cli.rundir import Run
@@ -161,7 +163,13 @@ def test_full_fine_tuning_needs_no_merge_and_quantizes(models: Callable[[str], P
 
 
 def test_the_model_card_keeps_folders_to_itself(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
-    card = export._model_card(recipe(models("llama"), f"data.train={rows}"))
+    made = recipe(models("llama"), "model.bits=32", f"data.train={rows}", "train.steps=2")
+    train(made)
+    (models("llama") / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base\n")
+    card = model_card(made, "merged")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {"library_name": "transformers", "tags": ["pissa"], "license": "apache-2.0"}
+    assert "| steps | 2 |" in card and "training loss, first and last step" in card
     assert "train: rows.jsonl" in card and "name: llama" in card and str(rows.parent) not in card
 
 

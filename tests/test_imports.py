@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 LAYERS = [
     "__main__ demo cli",
-    "train evals export",
-    "exported guards",
+    "train evals convert export",
+    "exported guards card serving probes",
     "initialize",
     "plan checkpoint",
     "data",

@@ -12,6 +12,7 @@ import typer
 from pissa_cli import __version__
 from pissa_cli.cli.edge import run_guarded
 from pissa_cli.cli.evaluate import evaluate_command
+from pissa_cli.cli.export import export_command
 from pissa_cli.cli.init import init_command
 from pissa_cli.cli.merge import merge_command
 from pissa_cli.cli.quantize import quantize_command
@@ -29,6 +30,7 @@ app.command("train")(train_command)
 app.command("eval")(evaluate_command)
 app.command("merge")(merge_command)
 app.command("quantize")(quantize_command)
+app.command("export")(export_command)
 
 
 def _print_version(wanted: bool) -> None:

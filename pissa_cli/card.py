@@ -1,0 +1,80 @@
+"""The README.md of what is exported: where it came from, how, and with what figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pissa_cli import __version__
+from pissa_cli.adapter_options import FullOptions
+from pissa_cli.errors import UsageError
+from pissa_cli.model import SMALL_FILES, resolve_base
+from pissa_cli.recipe import Recipe
+from pissa_cli.recipe_file import dump, load
+from pissa_cli.rundir import Run, read_json
+
+
+def model_card(recipe: Recipe, what: str, library: str = "transformers") -> str:
+    """README.md of a run's export; `what` it is, e.g. "merged into one model".
+
+    With the recipe the run was trained by; of local paths only the last part is anyone's business.
+    """
+    run = Run(Path(recipe.output))
+    if run.exists():
+        recipe = load(recipe.output, {}).recipe
+    name = recipe.model.name
+    local = Path(name).exists()
+    front: dict[str, Any] = {"library_name": library, "tags": ["pissa"]}
+    if not local:
+        front["base_model"] = name
+    if licence := _licence(recipe):
+        front["license"] = licence
+    if recipe.data.train and not Path(recipe.data.train).exists():
+        front["datasets"] = [recipe.data.train.partition(":")[0]]
+    method = recipe.adapter.method
+    rank = "" if isinstance(recipe.adapter, FullOptions) else f", rank {recipe.adapter.rank}"
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# {default_repo(recipe)}", ""]
+    lines.append(f"{Path(name).name if local else name}, fine-tuned with `pissa {__version__}` (method {method}{rank})")
+    lines += [f"and {what}.", ""]
+    if figures := _figures(run):
+        lines += ["| figure | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in figures), ""]
+    public = re.sub(r"(?<=: )/\S*/(?=[^/\s]+$)", "", dump(recipe), flags=re.M).rstrip()
+    return "\n".join([*lines, "## Recipe", "", "```yaml", public, "```", ""])
+
+
+def default_repo(recipe: Recipe) -> str:
+    """<base>-<method>-r<rank>, without the user."""
+    base = recipe.model.name.rstrip("/").rsplit("/", 1)[-1]
+    rank = "" if isinstance(recipe.adapter, FullOptions) else f"-r{recipe.adapter.rank}"
+    return f"{base}-{recipe.adapter.method}{rank}"
+
+
+def _figures(run: Run) -> list[tuple[str, str]]:
+    """Loss of training and on held-out data, and what `eval` found."""
+    rows: list[tuple[str, str]] = []
+    if run.metrics.is_file():
+        events = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+        if events:
+            rows.append(("steps", str(events[-1]["step"])))
+            rows.append(("training loss, first and last step", f"{events[0]['loss']:.4f}, {events[-1]['loss']:.4f}"))
+        held_out = [event["eval_loss"] for event in events if "eval_loss" in event]
+        if held_out:
+            rows.append(("held-out loss", f"{held_out[-1]:.4f}"))
+    for path in sorted((run.folder / "eval").glob("*/result.json")):
+        result = read_json(path)
+        rows.append((f"{path.parent.name}, {result['metric']}", f"{result['score']:.2f} ± {result['stderr']:.2f}"))
+    return rows
+
+
+def _licence(recipe: Recipe) -> str | None:
+    """What the base's own model card says, where it is at hand."""
+    try:
+        text = (resolve_base(recipe.model, [*SMALL_FILES, "README.md"]) / "README.md").read_text(encoding="utf-8")
+        front = yaml.safe_load(text.split("---")[1])
+        return str(front["license"])
+    except (UsageError, OSError, UnicodeDecodeError, IndexError, KeyError, TypeError, yaml.YAMLError):
+        return None

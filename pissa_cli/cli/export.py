@@ -1,0 +1,71 @@
+"""`pissa export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pissa_cli.cli.options import Debug, Json, Set, Target, load_recipe
+
+
+def export_command(
+    target: Target = None,
+    form: Annotated[
+        Literal["lora", "merged", "nf4"],
+        typer.Option("--as", help="lora: PEFT LoRA on the plain base; merged: one dense model; nf4: one 4-bit model."),
+    ] = "lora",
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-r", min=1, help="Recompress the LoRA to this rank; the error is printed.")
+    ] = None,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="One rank and one scale for all layers (the same function).")
+    ] = False,
+    server: Annotated[
+        str | None, typer.Option("--for", help="Check the LoRA by the rules of vllm, sglang, tgi or llama.cpp.")
+    ] = None,
+    checkpoint: Annotated[
+        int | None, typer.Option("--checkpoint", help="Step of the checkpoint; default: the result.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare the logits before and after.")] = False,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The folder to write; default: inside the run.")
+    ] = None,
+    set_: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run, or one of its checkpoints, in a form that other programs load."""
+    loaded = load_recipe(target, set_)
+    from pissa_cli.cli import show
+    from pissa_cli.errors import UsageError
+
+    show.quiet_libraries(debug)
+    if form != "lora" and (rank is not None or uniform or server is not None):
+        raise UsageError(f"--rank, --uniform and --for are about LoRA files, not --as {form}", "leave them out")
+    from pissa_cli import convert, export
+
+    recipe = loaded.recipe
+    folder = Path(output or Path(recipe.output) / {"lora": "exported", "nf4": "quantized"}.get(form, form))
+    with show.counting("export") as progress:
+        if form == "merged":
+            result = export.merge(recipe, progress, folder, checkpoint)
+        elif form == "nf4":
+            result = export.quantize(recipe, None, folder, progress, checkpoint)
+        else:
+            result = convert.export_lora(recipe, folder, rank, uniform, server, checkpoint, check)
+    lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
+    if form == "lora":
+        lines.append(f"LoRA of rank {result['rank']} for {result['base']}, {_error(result['relative_error'])}")
+    elif form == "nf4":
+        lines.append(f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)")
+    if result.get("relative_logit_difference") is not None:
+        lines.append(f"difference of logits: {result['relative_logit_difference']:.1e} relative")
+    if result.get("serve"):
+        lines.append(f"serve it: {result['serve']}")
+    show.print_result(result, as_json, lines)
+
+
+def _error(relative: float) -> str:
+    return f"relative error of the change {relative:.2e}" if relative else "exact"

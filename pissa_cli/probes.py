@@ -1,0 +1,41 @@
+"""Are two forms of a model the same? Their logits on a few prompts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pissa_cli.loss import autocast
+from pissa_cli.recipe import Recipe
+from pissa_cli.svd import frobenius_norm
+
+PROBES = (
+    "The capital of the country lies on a river, and most of its people work",
+    "Below is an instruction that describes a task.",
+    "def add(a, b):\n    return",
+    "Anna has 12 apples and gives 5 of them to her brother. She has",
+)
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[Tensor]:
+    """Logits (1, tokens, vocabulary) fp32 on the CPU, for each of PROBES."""
+    logits = []
+    with autocast(recipe.model.bits, recipe.precision, model.device):
+        for probe in PROBES:
+            ids = torch.tensor([tokenizer(probe)["input_ids"]], device=model.device)
+            logits.append(model(input_ids=ids).logits.float().cpu())
+    return logits
+
+
+def logit_difference(before: list[Tensor], after: list[Tensor]) -> dict[str, float]:
+    """The largest difference, and ||difference|| / ||before|| over all probes."""
+    pairs = list(zip(before, after, strict=True))
+    squares = sum(frobenius_norm(a - b) ** 2 for a, b in pairs)
+    return {
+        "max_logit_difference": max(float((a - b).abs().max()) for a, b in pairs),
+        "relative_logit_difference": math.sqrt(squares / sum(frobenius_norm(a) ** 2 for a, _ in pairs)),
+    }

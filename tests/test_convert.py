@@ -1,0 +1,173 @@
+"""`export`: LoRA files for the plain base, at any rank, for any server; by stock PEFT and NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from conftest import Outcome
+from safetensors.torch import load_file
+from test_contract import stored_base
+from test_start import logits, relative
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from pissa_cli.convert import export_lora, recompress
+from pissa_cli.errors import UsageError
+from pissa_cli.exported import load_result
+from pissa_cli.rundir import Run, read_json
+from pissa_cli.train import train
+
+Make = Callable[..., Any]
+
+
+def trained(recipe: Make, folder: Path, rows: Path, *sets: str) -> Any:
+    steps = ("train.steps=4", "train.save_every=2", "train.batch_size=4", "train.warmup=0", f"data.train={rows}")
+    made = recipe(folder, "train.lr=0.02", *steps, *sets)
+    train(made)
+    return made
+
+
+def change(folder: Path) -> dict[str, Tensor]:
+    """s B A of every layer, in fp64, from the files."""
+    config = read_json(folder / "adapter_config.json")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    layers = {name.rsplit(".lora_", 1)[0] for name in tensors}
+    found = {}
+    for layer in layers:
+        A, B = (tensors[f"{layer}.lora_{x}.weight"].double() for x in "AB")
+        name = layer.removeprefix("base_model.model.")
+        alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
+        found[name] = alpha / config["rank_pattern"].get(name, config["r"]) * B @ A
+    return found
+
+
+def by_peft(base: Path, adapter: Path) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return logits(peft.PeftModel.from_pretrained(model, adapter))
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "svfit", "vera"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_lora_at_full_rank_is_exact(
+    method: str, architecture: str, models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    folder = models(architecture)
+    made = trained(recipe, folder, rows, "model.bits=32", f"adapter.method={method}", "adapter.rank=6", "train.lr=0.1")
+    out = Run(Path(made.output)).folder / "exported"
+    result = export_lora(made, out, check=True)
+    wanted = logits(load_result(made, torch.device("cpu")))
+    assert result["relative_error"] == 0 and result["rank"] == (12 if method == "pissa" else 6)
+    assert relative(by_peft(folder, out), wanted) < 1e-6 and result["relative_logit_difference"] < 1e-6
+
+
+@pytest.mark.parametrize("rank", [3, 6, 9])
+def test_the_printed_error_of_recompression_is_the_true_one(
+    rank: int, models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    made = trained(recipe, models("llama"), rows, "model.bits=32", "adapter.rank=6", "adapter.alpha=4")
+    run = Run(Path(made.output))
+    result = export_lora(made, run.folder / "exported", rank=rank)
+    whole, found = change(run.adapter), change(run.folder / "exported")
+    lost = sum(float((whole[name] - found[name]).square().sum()) for name in whole)
+    true = (lost / sum(float(delta.square().sum()) for delta in whole.values())) ** 0.5
+    assert result["relative_error"] == pytest.approx(true, rel=1e-4) and true > 1e-4
+    worst = max(float((whole[name] - found[name]).norm() / whole[name].norm()) for name in whole)
+    assert result["worst_relative_error"] == pytest.approx(worst, rel=1e-4)
+    best = sum(float(np.square(np.linalg.svd(d.numpy(), compute_uv=False)[rank:]).sum()) for d in whole.values())
+    assert lost == pytest.approx(best, rel=1e-4)
+    model = by_peft(models("llama"), run.folder / "exported")
+    assert torch.isfinite(model).all()
+
+
+def test_recompress_by_hand() -> None:
+    A, B = torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    best_A, best_B, lost, norm = recompress(A, B, 1)
+    torch.testing.assert_close(best_B @ best_A, torch.diag(torch.tensor([3.0, 0.0, 0.0])))
+    assert (lost, norm) == (pytest.approx(1.0), pytest.approx(10**0.5))
+
+
+def test_a_run_over_nf4_is_approximated_and_says_how_well(
+    models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    made = trained(recipe, models("llama"), rows, "model.bits=4", "train.precision=fp32", "adapter.rank=6")
+    run, base = Run(Path(made.output)), load_file(models("llama") / "model.safetensors")
+    wanted = logits(load_result(made, torch.device("cpu")))
+    trained_model = load_result(made, torch.device("cpu"))
+    dense = dict(stored_base(models("llama"), trained_model, torch.float32).named_parameters())
+    errors, differences = [], []
+    for rank in (4, 12, 64):
+        result = export_lora(made, run.folder / "exported", rank=rank, check=True)
+        found = change(run.folder / "exported")
+        targets = {name: dense[f"{name}.weight"].double() - base[f"{name}.weight"].double() for name in found}
+        lost = sum(float((targets[name] - found[name]).square().sum()) for name in found)
+        true = (lost / sum(float(target.square().sum()) for target in targets.values())) ** 0.5
+        assert result["relative_error"] == pytest.approx(true, rel=1e-3, abs=1e-5)
+        errors.append(true)
+        differences.append(relative(by_peft(models("llama"), run.folder / "exported"), wanted))
+        assert result["relative_logit_difference"] == pytest.approx(differences[-1], rel=1, abs=1e-4)  # other prompts
+    assert errors[0] > errors[1] > errors[2] and differences[2] < 1e-4 < differences[0]
+
+
+def test_uniform_is_the_same_function_and_what_servers_want(
+    models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome]
+) -> None:
+    patterns = ("adapter.rank_pattern={q_proj: 2}", "adapter.alpha_pattern={up_proj: 9}", "adapter.alpha=4")
+    made = trained(recipe, models("llama"), rows, "model.bits=32", "adapter.rank=6", *patterns)
+    for server in ("vllm", "sglang", "tgi", "llama.cpp"):
+        refused = pissa("export", made.output, "--for", server)
+        assert refused.code == 2 and "_pattern" in refused.err and "--uniform" in refused.err
+    assert not (Path(made.output) / "exported").exists()
+    done = pissa("export", made.output, "--for", "vllm", "--uniform", "--check", "--json")
+    assert done.code == 0, done.err
+    assert done.json["relative_logit_difference"] < 1e-6 and "--max-lora-rank 16" in done.json["serve"]
+    config = read_json(Path(done.json["path"]) / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (12, 12, {}, {})
+    wanted = logits(load_result(made, torch.device("cpu")))
+    assert relative(by_peft(models("llama"), Path(done.json["path"])), wanted) < 1e-6
+
+
+def test_servers_refuse_what_they_cannot_serve(
+    models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome], monkeypatch: Any
+) -> None:
+    import pissa_cli.serving
+
+    made = trained(recipe, models("llama"), rows, "model.bits=32", "adapter.rank=6")
+    monkeypatch.setattr(
+        pissa_cli.serving, "SERVERS", {"vllm": pissa_cli.serving.Server("vLLM", (1, 8), "x {base} {folder} {rank}")}
+    )
+    refused = pissa("export", made.output, "--for", "vllm")
+    assert refused.code == 2 and "ranks up to 8, this adapter has 12" in refused.err and "--rank 8" in refused.err
+    done = pissa("export", made.output, "--for", "vllm", "--rank", "8", "--json")
+    assert done.code == 0 and 0 < done.json["relative_error"] < 1 and done.json["serve"].endswith(" 8")
+    assert pissa("export", made.output, "--for", "ollama").code == 2
+    assert pissa("export", made.output, "--as", "nf4", "--rank", "4").code == 2
+
+
+def test_any_checkpoint_can_be_exported(
+    models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome]
+) -> None:
+    made = trained(recipe, models("llama"), rows, "model.bits=32", "adapter.rank=6", "train.schedule=constant")
+    short = recipe(
+        models("llama"), "model.bits=32", "adapter.rank=6", "train.schedule=constant", "train.lr=0.02",
+        "train.steps=2", "train.batch_size=4", "train.warmup=0", f"data.train={rows}", f"output={made.output}2",
+    )  # fmt: skip
+    train(short)
+    wanted = logits(load_result(short, torch.device("cpu")))
+    result = export_lora(made, Path(made.output) / "exported", step=2)
+    assert relative(by_peft(models("llama"), Path(result["path"])), wanted) < 1e-6
+    merged = pissa("export", made.output, "--as", "merged", "--checkpoint", "2", "-o", f"{made.output}-m", "--json")
+    assert merged.code == 0, merged.err
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(f"{made.output}-m")), wanted) < 1e-5
+    nf4 = pissa("export", made.output, "--as", "nf4", "--checkpoint", "2", "--json")
+    assert nf4.code == 0 and 0 < nf4.json["relative_logit_difference"] < 0.5
+    with pytest.raises(UsageError, match="no such checkpoint") as refused:
+        export_lora(made, Path(made.output) / "x", step=3)
+    assert refused.value.hint == "there are: step-2, step-4"
+    taken = pissa("export", made.output, "-o", str(rows.parent))
+    assert taken.code == 2 and "exists already" in taken.err
