@@ -24,6 +24,10 @@ class AdapterBase(Section):
         "all-linear", description="all-linear (every linear layer but the output head) or a list of name endings"
     )
 
+    modules_to_save: list[str] = Field(
+        [], description="modules that train whole beside the adapter, e.g. [embed_tokens, lm_head], by name ending"
+    )
+
     @field_validator("targets")
     @classmethod
     def _some_targets(cls, targets: str | list[str]) -> str | list[str]:

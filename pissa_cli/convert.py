@@ -82,10 +82,12 @@ def export_lora(
         targets=target_modules(ranks, every),
         fan_in_fan_out=layers[0].transposed,
         seed=recipe.seed,
+        saved=adapter.saved,
     )
     lost = whole = worst = 0.0
     with whole_folder(output) as folder:
-        writer = PeftWriter(folder, config, {layer.name: _shapes(layer, ranks[layer.name]) for layer in layers})
+        shapes = {layer.name: _shapes(layer, ranks[layer.name]) for layer in layers}
+        writer = PeftWriter(folder, config, shapes, adapter.saved)
         if as_it_is:
             for name, factors in adapter.factors.items():
                 writer.add(name, factors)

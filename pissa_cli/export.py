@@ -25,6 +25,7 @@ from pissa_cli.model import (
     DTYPES,
     Linear,
     best_device,
+    disk_name,
     linear_layers,
     load_model,
     load_tokenizer,
@@ -190,12 +191,17 @@ def _dense_tensors(
     recipe: Recipe, folder: Path, weights: Weights, adapter: Adapter
 ) -> Iterator[tuple[str, Linear | None, Tensor]]:
     """(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone."""
-    layers = linear_layers(skeleton(folder, recipe.model.trust_remote_code), weights)
+    model = skeleton(folder, recipe.model.trust_remote_code)
+    layers = linear_layers(model, weights)
     linears, device = {layer.tensor: layer for layer in layers}, best_device()
     missing = set(adapter.factors) - {layer.name for layer in layers}
     if missing:
         raise UsageError(f"the adapter has a layer {min(missing)} that {folder} lacks", "this is not its base model")
+    whole = {disk_name(name, model.base_model_prefix, weights): tensor for name, tensor in _on_disk(model, adapter)}
     for name in weights.files:
+        if name in whole:
+            yield name, linears.get(name), whole[name].to(weights.read(name).dtype)
+            continue
         if any(owner in linears for owner in _owners(name)):
             continue
         linear = linears.get(name)
@@ -207,6 +213,12 @@ def _dense_tensors(
             A, B = adapter.pair(linear.name, W.shape, device)
             W = torch.addmm(W, B, A)
         yield name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu()
+
+
+def _on_disk(model: PreTrainedModel, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that trained whole, without the second name of a tied one: checkpoints hold the first alone."""
+    first = {name for name, _ in model.named_parameters()}
+    yield from ((name, tensor) for name, tensor in adapter.saved.items() if name in first)
 
 
 def _owners(name: str) -> Iterator[str]:

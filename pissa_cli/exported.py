@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pissa_cli.adapter_options import FullOptions
@@ -14,7 +15,7 @@ from pissa_cli.adapters.start import Adapter, Factors, as_lora
 from pissa_cli.checkpoint import latest_checkpoint, step_of
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import copy_side_files, open_run, read_start, require_base
-from pissa_cli.model import attach, load_model, lowrank_layers
+from pissa_cli.model import attach, load_model, lowrank_layers, restore_whole, skeleton, whole_modules
 from pissa_cli.peft_files import peft_config, rank_of, read_peft, write_peft
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json
@@ -40,7 +41,9 @@ def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[s
         name: {key: factor.detach().cpu() for key, factor in layer.factors().items()}
         for name, layer in lowrank_layers(model).items()
     }
-    result = _result(recipe, start, now)
+    whole = whole_modules(model, adapter.modules_to_save)
+    parameters = {f"{name}.{key}": p for name, m in whole.items() for key, p in m.named_parameters(recurse=False)}
+    result = _result(recipe, start, now, {name: p.detach().cpu() for name, p in parameters.items()})
     config = peft_config(
         peft_type="VERA" if result.projections else "LORA",
         base=config["base_model_name_or_path"],
@@ -49,6 +52,7 @@ def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[s
         targets=config["target_modules"],
         fan_in_fan_out=config["fan_in_fan_out"],
         seed=recipe.seed,
+        saved=result.saved,
     )
     provenance = {
         "method": adapter.method,
@@ -82,6 +86,7 @@ def load_with(recipe: Recipe, folder: Path, adapter: Adapter, device: torch.devi
     """The model in `folder` with a finished adapter that is valid on it, in eval mode."""
     model = load_model(folder, recipe.model, recipe.precision).to(device)
     attach(model, adapter, METHODS["vera" if adapter.projections else "lora"], plain=False)
+    restore_whole(model, adapter.saved)
     return model.eval()
 
 
@@ -131,17 +136,24 @@ def checkpoint_files(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
         name: {key: trained[f"{name}.{key}"] if key in trains else factor for key, factor in factors.items()}
         for name, factors in start.factors.items()
     }
-    return require_base(run, manifest, recipe), _result(recipe, start, now)
+    base, saved = require_base(run, manifest, recipe), {}
+    assert not isinstance(recipe.adapter, FullOptions)
+    model = skeleton(base, recipe.model.trust_remote_code)
+    for name, module in whole_modules(model, recipe.adapter.modules_to_save).items():
+        for key, parameter in module.named_parameters(recurse=False):
+            tied = next(n for n, p in model.named_parameters() if p is parameter)
+            saved[f"{name}.{key}"] = trained[tied]
+    return base, _result(recipe, start, now, saved)
 
 
-def _result(recipe: Recipe, start: Adapter, now: dict[str, Factors]) -> Adapter:
+def _result(recipe: Recipe, start: Adapter, now: dict[str, Factors], saved: dict[str, Tensor]) -> Adapter:
     """The adapter to export: for the plain base over dense weights, for `base/` over NF4."""
     method = METHODS[recipe.adapter.method]
     factors = {
         name: method.on_plain_base(layer, start.factors[name]) if recipe.model.bits != 4 else as_lora(layer)
         for name, layer in now.items()
     }
-    return Adapter(factors, start.scales, start.projections)
+    return Adapter(factors, start.scales, start.projections, saved)
 
 
 def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:

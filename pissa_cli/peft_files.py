@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pissa_cli.adapters.start import Adapter, Factors
 from pissa_cli.adapters.vera import projections
@@ -31,12 +33,19 @@ Shapes = dict[str, dict[str, tuple[int, ...]]]
 class PeftWriter:
     """Writes the two files, the factors layer by layer as they come; config: see `peft_config`."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], shapes: Shapes) -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any], shapes: Shapes, saved: dict[str, Tensor] | None = None
+    ) -> None:
+        """saved: parameters of `modules_to_save`, written at once."""
+        saved = saved or {}
         self._names = FACTOR_NAMES[config["peft_type"]]
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / PEFT_CONFIG, config)
         full = {self._key(n, k): factors[k] for n, factors in shapes.items() for k in self._names}
+        full |= {f"{PREFIX}{name}": tuple(tensor.shape) for name, tensor in saved.items()}
         self._writer = StreamWriter(folder / PEFT_WEIGHTS, full)
+        for name, tensor in saved.items():
+            self._writer.add(f"{PREFIX}{name}", tensor)
 
     def add(self, layer: str, factors: Factors) -> None:
         for key, factor in factors.items():
@@ -52,7 +61,7 @@ class PeftWriter:
 def write_peft(folder: Path, adapter: Adapter, config: dict[str, Any]) -> None:
     """Write a whole adapter."""
     shapes = {n: {key: tuple(f.shape) for key, f in factors.items()} for n, factors in adapter.factors.items()}
-    writer = PeftWriter(folder, config, shapes)
+    writer = PeftWriter(folder, config, shapes, adapter.saved)
     for name, factors in adapter.factors.items():
         writer.add(name, factors)
     writer.close()
@@ -68,11 +77,16 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
         raise UsageError(f"{folder / PEFT_CONFIG}: peft_type {config.get('peft_type')} is not understood")
     names = FACTOR_NAMES[config["peft_type"]]
     factors: dict[str, Factors] = {}
+    saved: dict[str, Tensor] = {}
     for full, tensor in load_tensors(file).items():
         key = next((key for key, suffix in names.items() if full.endswith(f".{suffix}")), None)
+        name = full.removeprefix(PREFIX)
+        if key is None and name.rpartition(".")[0] in (config.get("modules_to_save") or []):
+            saved[name] = tensor
+            continue
         if key is None:
             raise UsageError(f"{file}: unexpected tensor {full}", f"only {', '.join(names.values())} are understood")
-        layer = full.removeprefix(PREFIX).removesuffix(f".{names[key]}")
+        layer = name.removesuffix(f".{names[key]}")
         factors.setdefault(layer, {})[key] = tensor.float()
     for layer, found in factors.items():
         ranks = {found[key].shape[axis] for key, axis in (("A", 0), ("B", 1), ("d", 0)) if key in found}
@@ -83,7 +97,7 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
     if config["peft_type"] == "VERA":
         assert widest is not None, "VeRA's projections need the widest layer"
         shared = projections(config["projection_prng_key"], config["r"], *widest)
-    return config, Adapter(factors, scales, shared)
+    return config, Adapter(factors, scales, shared, saved)
 
 
 def peft_config(
@@ -94,11 +108,12 @@ def peft_config(
     targets: list[str],
     fan_in_fan_out: bool,
     seed: int,
+    saved: Iterable[str] = (),
 ) -> dict[str, Any]:
     """adapter_config.json of an adapter: r and lora_alpha of most layers, and patterns for the others.
 
     `init_lora_weights` is always true: any other value makes PEFT decompose the base again on loading. VeRA's
-    projections are not stored: `seed` makes them again.
+    projections are not stored: `seed` makes them again. saved: names of parameters that trained whole.
     """
     alphas = {name: scales[name] * rank for name, rank in ranks.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -110,7 +125,7 @@ def peft_config(
         "target_modules": targets,
         "fan_in_fan_out": fan_in_fan_out,
         "bias": "none",
-        "modules_to_save": None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in saved}) or None,
         "inference_mode": True,
     }
     if peft_type == "VERA":

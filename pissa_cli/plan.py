@@ -9,7 +9,7 @@ from pathlib import Path
 from pissa_cli.adapter_options import AdapterBase, FullOptions, first_match
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.errors import UsageError
-from pissa_cli.model import DTYPES, Linear, linear_layers, match_targets, skeleton
+from pissa_cli.model import DTYPES, Linear, linear_layers, match_targets, skeleton, whole_modules
 from pissa_cli.recipe import Recipe
 from pissa_cli.weights import Weights
 
@@ -23,6 +23,7 @@ class Plan:
     targets: list[Linear]
     ranks: dict[str, int]
     scales: dict[str, float]
+    num_whole: int
     num_total: int
     vocabulary: int
 
@@ -36,7 +37,7 @@ class Plan:
         if isinstance(recipe.adapter, FullOptions):
             return self.num_total
         trains = METHODS[recipe.adapter.method].trains
-        return sum(
+        return self.num_whole + sum(
             math.prod(shape)
             for shapes in self.factor_shapes().values()
             for key, shape in shapes.items()
@@ -74,11 +75,18 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         head.weight.shape[0] if head is not None else 0,
     )
     if isinstance(adapter, FullOptions):
-        return Plan(folder, linears, [], {}, {}, *sizes)
+        return Plan(folder, linears, [], {}, {}, 0, *sizes)
     targets = match_targets(linears, adapter.targets)
     ranks = _ranks(adapter, targets)
     scales = {name: adapter.layer_scale(name, rank) for name, rank in ranks.items()}
-    return Plan(folder, linears, targets, ranks, scales, *sizes)
+    whole = whole_modules(model, adapter.modules_to_save)
+    twice = set(whole) & set(ranks)
+    if twice:
+        raise UsageError(
+            f"adapter.modules_to_save: {min(twice)} has an adapter as well", "take it out of adapter.targets"
+        )
+    trained = {id(p): p.numel() for module in whole.values() for p in module.parameters(recurse=False)}
+    return Plan(folder, linears, targets, ranks, scales, sum(trained.values()), *sizes)
 
 
 def _ranks(adapter: AdapterBase, targets: list[Linear]) -> dict[str, int]:

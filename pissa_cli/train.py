@@ -36,7 +36,15 @@ from pissa_cli.guards import (
 )
 from pissa_cli.initialize import Progress, initialize, open_run, read_start, require_base
 from pissa_cli.loss import autocast, summed_loss
-from pissa_cli.model import attach, context_length, load_model, load_tokenizer, parameter_counts, resolve_base
+from pissa_cli.model import (
+    attach,
+    context_length,
+    load_model,
+    load_tokenizer,
+    parameter_counts,
+    resolve_base,
+    train_whole,
+)
 from pissa_cli.optim import learning_rate, make_optimizer
 from pissa_cli.process import peak_memory, stop_signals
 from pissa_cli.recipe import Recipe
@@ -242,6 +250,7 @@ def _set_up(
         _, start = read_start(run, manifest)
         plain, dropout = recipe.model.bits != 4, getattr(recipe.adapter, "dropout", 0.0)
         attach(model, start, METHODS[recipe.adapter.method], plain, dropout)
+        train_whole(model, recipe.adapter.modules_to_save)
         if before is not None:
             require_same_loss(before, probe(), recipe.precision)
     if recipe.train.gradient_checkpointing:

@@ -53,11 +53,15 @@ class Projections:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The factors of every adapted layer by name, with the scale s of each, and the projections they share."""
+    """The factors of every adapted layer by name, with the scale s of each, and the projections they share.
+
+    saved: parameters of `modules_to_save` that trained whole, by their names in the model.
+    """
 
     factors: dict[str, Factors]
     scales: dict[str, float]
     projections: Projections | None = None
+    saved: dict[str, Tensor] = field(default_factory=dict)
 
     def pair(self, name: str, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) for a W (out, in) of this shape: its change is B A, with s, d and b inside B."""

@@ -1,0 +1,94 @@
+"""`adapter.modules_to_save`: modules that train whole, through checkpoints, PEFT files, merge and export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import peft
+import pytest
+import torch
+from conftest import Outcome
+from safetensors.torch import load_file
+from test_start import logits, relative
+from transformers import AutoModelForCausalLM
+
+from pissa_cli import export
+from pissa_cli.convert import export_lora
+from pissa_cli.errors import UsageError
+from pissa_cli.exported import load_result
+from pissa_cli.plan import make_plan
+from pissa_cli.rundir import Run, read_json
+from pissa_cli.train import train
+
+Make = Callable[..., Any]
+CASES = [
+    ("llama", "[embed_tokens, lm_head, norm]", {"model.embed_tokens", "lm_head", "model.norm"}),
+    ("qwen2", "[embed_tokens]", {"model.embed_tokens", "lm_head"}),  # tied: one trains, both are saved
+    ("gpt2", "[lm_head]", {"transformer.wte", "lm_head"}),
+]
+
+
+@pytest.mark.parametrize("store", [("model.bits=32",), ("model.bits=4", "train.precision=fp32"), ("model.bits=16",)])
+@pytest.mark.parametrize(("architecture", "names", "modules"), CASES)
+def test_whole_modules_go_everywhere(
+    architecture: str,
+    names: str,
+    modules: set[str],
+    store: tuple[str, ...],
+    models: Callable[[str], Path],
+    recipe: Make,
+    rows: Path,
+    tmp_path: Path,
+) -> None:
+    folder, loose = models(architecture), store == ("model.bits=16",)
+    sets = (*store, f"adapter.modules_to_save={names}", "adapter.rank=4", "train.lr=0.01", "train.batch_size=4")
+    sets = (*sets, "train.warmup=0", "train.schedule=constant", f"data.train={rows}", "train.save_every=1")
+    made = recipe(folder, *sets, "train.steps=3")
+    train(made)
+    halves = recipe(folder, *sets, "train.steps=2", f"output={tmp_path / 'halves'}")
+    train(halves)
+    train(recipe(folder, *sets, "train.steps=3", f"output={tmp_path / 'halves'}"), resume=True)
+
+    run = Run(Path(made.output))
+    assert set(read_json(run.adapter / "adapter_config.json")["modules_to_save"]) == modules
+    one, other = (load_file(r.adapter / "adapter_model.safetensors") for r in (run, Run(tmp_path / "halves")))
+    assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+    original = load_file(folder / "model.safetensors")
+    module = "lm_head" if architecture == "gpt2" else "model.embed_tokens"
+    saved = one[f"base_model.model.{module}.weight"]
+    before = original["transformer.wte.weight" if architecture == "gpt2" else "model.embed_tokens.weight"]
+    assert saved.dtype == torch.float32 and 0.001 < float((saved - before).abs().max()) < 0.05
+
+    dtype = torch.bfloat16 if loose else torch.float32
+    result = logits(load_result(made, torch.device("cpu")))
+    plain = AutoModelForCausalLM.from_pretrained(run.base if run.base.is_dir() else folder, dtype=dtype)
+    for module in plain.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    assert relative(logits(peft.PeftModel.from_pretrained(plain, run.adapter)), result) < (3e-2 if loose else 1e-4)
+    merged = AutoModelForCausalLM.from_pretrained(export.merge(made)["path"], dtype=dtype)
+    assert relative(logits(merged), result) < (3e-2 if loose else 1e-4)
+    if made.model.bits == 32:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        exported = export_lora(made, run.folder / "exported", step=3)["path"]
+        assert relative(logits(peft.PeftModel.from_pretrained(base, exported)), result) < 1e-5
+
+
+def test_servers_and_impossible_modules_are_refused(
+    models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome]
+) -> None:
+    folder = models("llama")
+    made = recipe(folder, "adapter.modules_to_save=[lm_head]", "adapter.rank=4", f"data.train={rows}", "train.steps=1")
+    assert (
+        make_plan(made, folder).num_trainable(made)
+        == 4 * sum(layer.num_in + layer.num_out for layer in make_plan(made, folder).targets) + 64 * 512
+    )
+    train(made)
+    refused = pissa("export", made.output, "--for", "vllm")
+    assert refused.code == 2 and "takes no modules_to_save (lm_head)" in refused.err and "--as merged" in refused.err
+    for names, message in (("[lm_hed]", "matches no module"), ("[q_proj]", "has an adapter as well")):
+        with pytest.raises(UsageError, match=message):
+            make_plan(recipe(folder, f"adapter.modules_to_save={names}"), folder)
