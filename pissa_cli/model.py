@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
-from pissa_cli.adapters.lowrank import LowRank
-from pissa_cli.adapters.start import Adapter, Method
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.recipe import ModelSection
 from pissa_cli.weights import Weights
@@ -179,85 +176,6 @@ def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBa
     if tokenizer.eos_token_id is None:
         raise UsageError(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
     return cast(PreTrainedTokenizerBase, tokenizer)
-
-
-def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool, dropout: float = 0.0) -> None:
-    """Put a low-rank layer around every layer that `adapter` names.
-
-    For a method that moves the base and a `plain` base, the weights become the residuals W - s B A of these (initial)
-    factors; those of `base/` are residuals already. Frozen parameters stop requiring gradients.
-    """
-    model.requires_grad_(False)
-    modules = dict(model.named_modules())
-    for name, layer_factors in adapter.factors.items():
-        base = modules.get(name)
-        if base is None:
-            raise UsageError(f"the adapter has a layer {name} that the model lacks", "this is not its base model")
-        if isinstance(base, LowRank):
-            raise PissaError(f"{name} has an adapter already")
-        if method.moves_base and plain:
-            subtract(base, adapter, name)
-        device = next(base.parameters()).device
-        here = {key: factor.to(device) for key, factor in layer_factors.items()}
-        layer = LowRank(base, here, method.trains, adapter.scales[name], dropout, adapter.projections)
-        parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, layer)
-
-
-@torch.no_grad()
-def subtract(base: nn.Module, adapter: Adapter, name: str) -> None:
-    """W <- W - s B A, computed in fp32 and rounded once."""
-    weight = cast(nn.Parameter, base.weight)
-    W = weight.T if isinstance(base, Conv1D) else weight
-    A, B = adapter.pair(name, W.shape, W.device)
-    W.copy_(torch.addmm(W.float(), B, A, alpha=-1))
-
-
-def whole_modules(model: PreTrainedModel, names: list[str]) -> dict[str, nn.Module]:
-    """The modules with parameters that `adapter.modules_to_save` names; a tied head with its embedding, and vice versa.
-
-    Raises UsageError, listing what there is, for a name that matches none.
-    """
-    own = {name: m for name, m in model.named_modules() if name and any(True for _ in m.parameters(recurse=False))}
-    chosen: dict[str, nn.Module] = {}
-    for wanted in names:
-        found = {name: m for name, m in own.items() if name == wanted or name.endswith(f".{wanted}")}
-        if not found:
-            kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in own}))
-            raise UsageError(f"adapter.modules_to_save: '{wanted}' matches no module", f"this model has: {kinds}")
-        chosen |= found
-    weights = {id(p) for m in chosen.values() for p in m.parameters(recurse=False)}
-    return {name: m for name, m in own.items() if any(id(p) in weights for p in m.parameters(recurse=False))}
-
-
-def train_whole(model: PreTrainedModel, names: list[str]) -> None:
-    """Make modules train in fp32. They compute and hand on their output in the dtype they had."""
-    modules = list(whole_modules(model, names).values())
-    dtypes = [next(module.parameters()).dtype for module in modules]  # a tied parameter changes with the first
-    for module, dtype in zip(modules, dtypes, strict=True):
-        module.float().requires_grad_(True)
-        if dtype != torch.float32:
-            module.forward = partial(_compute_in, dtype, module.forward)
-
-
-def _compute_in(dtype: torch.dtype, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, dtype):
-        return forward(x).to(dtype)
-
-
-@torch.no_grad()
-def restore_whole(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
-    """Put trained parameters of `modules_to_save` into a model. UsageError for one that it lacks."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in saved.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise UsageError(f"the adapter has a parameter {name} that the model lacks", "this is not its base model")
-        parameters[name].copy_(tensor)
-
-
-def lowrank_layers(model: nn.Module) -> dict[str, LowRank]:
-    """The low-rank layers by the name of the linear layer they stand for."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
 
 
 def target_modules(targets: Iterable[str], layers: list[Linear]) -> list[str]:

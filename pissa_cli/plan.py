@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pissa_cli.adapter_options import AdapterBase, FullOptions, first_match
 from pissa_cli.adapters.methods import METHODS
+from pissa_cli.attach import whole_modules
 from pissa_cli.errors import UsageError
-from pissa_cli.model import DTYPES, Linear, linear_layers, match_targets, skeleton, whole_modules
+from pissa_cli.model import DTYPES, Linear, linear_layers, match_targets, skeleton
 from pissa_cli.recipe import Recipe
 from pissa_cli.weights import Weights
 

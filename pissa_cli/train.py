@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from pissa_cli import report
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
+from pissa_cli.attach import attach, train_whole
 from pissa_cli.checkpoint import Names, restore_checkpoint, save_checkpoint
 from pissa_cli.data import chunk_by_length, collate, load_examples
 from pissa_cli.errors import Interrupted, PissaError, UsageError
@@ -36,15 +37,7 @@ from pissa_cli.guards import (
 )
 from pissa_cli.initialize import Progress, initialize, open_run, read_start, require_base
 from pissa_cli.loss import autocast, summed_loss
-from pissa_cli.model import (
-    attach,
-    context_length,
-    load_model,
-    load_tokenizer,
-    parameter_counts,
-    resolve_base,
-    train_whole,
-)
+from pissa_cli.model import context_length, load_model, load_tokenizer, parameter_counts, resolve_base
 from pissa_cli.optim import learning_rate, make_optimizer
 from pissa_cli.process import peak_memory, stop_signals
 from pissa_cli.recipe import Recipe

@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import export
 from pissa_cli.adapters.methods import METHODS
+from pissa_cli.attach import lowrank_layers
 from pissa_cli.errors import UsageError
 from pissa_cli.exported import load_result
-from pissa_cli.model import lowrank_layers
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
 

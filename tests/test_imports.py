@@ -16,6 +16,7 @@ LAYERS = [
     "exported guards card serving probes",
     "initialize",
     "plan checkpoint",
+    "attach",
     "data",
     "examples",
     "model peft_files report optim process",

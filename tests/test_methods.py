@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
+from pissa_cli.attach import attach, lowrank_layers
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.model import attach, lowrank_layers
 from pissa_cli.peft_files import read_peft
 from pissa_cli.plan import make_plan
 from pissa_cli.recipe_file import load
