@@ -19,7 +19,7 @@ class AdapterBase(Section):
     """What every adapter has; here for methods without alpha, whose scale is 1."""
 
     method: str
-    rank: int = Field(256, ge=1)
+    rank: int | Literal["auto"] = Field(256, ge=1)
     targets: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="all-linear (every linear layer but the output head) or a list of name endings"
     )
@@ -37,7 +37,7 @@ class AdapterBase(Section):
 
     def layer_rank(self, _name: str) -> int:
         """r of a layer."""
-        return self.rank
+        return int(self.rank)
 
     def layer_scale(self, _name: str, _rank: int) -> float:
         """s of a layer of this rank, the factor in front of B A."""
@@ -45,7 +45,13 @@ class AdapterBase(Section):
 
 
 class ScaledBase(AdapterBase):
-    rank: int = Field(16, ge=1, description="r: columns of B, rows of A")
+    rank: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        16, description="r: columns of B, rows of A; auto: by layer, from the spectra, under a budget"
+    )
+    max_parameters: int | None = Field(None, ge=1, description="budget of rank auto: numbers that train")
+    max_error: float | None = Field(
+        None, gt=0, lt=1, description="budget of rank auto: 4-bit error of the start, as a share of plain NF4's"
+    )
     alpha: float | None = Field(
         None, gt=0, description="scale s = alpha / rank (rslora: alpha / sqrt rank); default: s = 1"
     )
@@ -66,13 +72,26 @@ class ScaledBase(AdapterBase):
         return patterns
 
     @model_validator(mode="after")
+    def _one_budget(self) -> ScaledBase:
+        budgets = (self.max_parameters is not None) + (self.max_error is not None)
+        if self.rank == "auto" and budgets != 1:
+            raise ValueError("rank: auto needs one budget, max_parameters or max_error")
+        if self.rank != "auto" and budgets:
+            raise ValueError("max_parameters and max_error are budgets of rank: auto; set that, or remove them")
+        if self.rank == "auto" and self.rank_pattern:
+            raise ValueError("rank: auto chooses every rank; remove rank_pattern, or give a rank")
+        return self
+
+    @model_validator(mode="after")
     def _scale_is_used(self) -> ScaledBase:
         if self.rslora and self.alpha is None:
             raise ValueError("rslora: needs alpha (without it s = 1 whatever the rank); give alpha, e.g. the rank")
         return self
 
     def layer_rank(self, name: str) -> int:
-        """Of the first pattern that matches the end of its name, as PEFT has it, else `rank`."""
+        """Of the first pattern that matches the end of its name, as PEFT has it, else `rank`; 1 until it is chosen."""
+        if self.rank == "auto":
+            return 1
         return int(first_match(self.rank_pattern, name, self.rank))
 
     def layer_scale(self, name: str, rank: int) -> float:

@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import __version__, quant
-from pissa_cli.adapter_options import FullOptions
+from pissa_cli.adapter_options import FullOptions, ScaledBase
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Layer, Method, Start
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.model import DTYPES, Linear, best_device, require_finite, resolve_base, skeleton, target_modules
 from pissa_cli.peft_files import PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
 from pissa_cli.plan import Plan, make_plan
+from pissa_cli.ranks import with_auto_ranks
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, read_json, whole_folder, write_json, write_text
@@ -49,7 +50,10 @@ def initialize(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str
         raise UsageError(f"{run.folder}: exists and is not a run folder", "name another with --output")
     folder = resolve_base(recipe.model)
     weights = open_weights(folder)
-    return _write_run(recipe, make_plan(recipe, folder, weights), weights, run, progress)
+    plan = make_plan(recipe, folder, weights)
+    if isinstance(recipe.adapter, ScaledBase) and recipe.adapter.rank == "auto":
+        plan = with_auto_ranks(recipe.adapter, plan, weights, progress)
+    return _write_run(recipe, plan, weights, run, progress)
 
 
 def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:

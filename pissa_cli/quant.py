@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+Absmax = Literal["fitted", "largest"]
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 ABSMAX_GRID = tuple(0.7 + 0.05 * step for step in range(7))
@@ -29,7 +30,7 @@ class Store:
     bits: int
     dtype: torch.dtype
     double_quant: bool = False
-    absmax: Literal["fitted", "largest"] = "largest"
+    absmax: Absmax = "largest"
 
     def plain(self) -> Store:
         """The same with bitsandbytes' own scales: what QLoRA would store."""

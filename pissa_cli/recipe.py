@@ -12,6 +12,7 @@ from pissa_cli.adapter_options import (
     FullOptions,
     LoftqOptions,
     PissaOptions,
+    ScaledBase,
     Section,
 )
 
@@ -138,6 +139,8 @@ class Recipe(Section):
             raise ValueError(
                 "adapter.passes repeats the split against 4-bit rounding; set model.bits to 4 or remove it"
             )
+        if isinstance(adapter, ScaledBase) and adapter.max_error is not None and bits != 4:
+            raise ValueError("adapter.max_error is about 4-bit error: set model.bits to 4, or use max_parameters")
         if self.model.double_quant and bits != 4:
             raise ValueError("model.double_quant needs model.bits 4")
         if self.model.absmax == "largest" and bits != 4:

@@ -99,7 +99,7 @@ def listing(loaded: Loaded) -> list[tuple[str, str, str]]:
     """Rows (key, value, source) of every value of the recipe, defaults included."""
     recipe, rows = loaded.recipe, list[tuple[str, str, str]]()
     by_other_keys: dict[KeyPath, Any] = {("train", "lr"): recipe.lr, ("train", "precision"): recipe.precision}
-    if isinstance(recipe.adapter, ScaledBase):
+    if isinstance(recipe.adapter, ScaledBase) and recipe.adapter.rank != "auto":
         by_other_keys[("adapter", "alpha")] = float(recipe.adapter.rank)
     if "passes" in type(recipe.adapter).model_fields:
         by_other_keys[("adapter", "passes")] = recipe.passes

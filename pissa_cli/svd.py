@@ -54,6 +54,13 @@ def truncated_svd(
         return SVD(Vh.T, S, U.T)
 
 
+def energies(weight: Tensor) -> Tensor:
+    """All squared singular values of `weight`, descending: eigenvalues of the smaller Gram matrix, fp32."""
+    wide = weight.float() if weight.shape[0] <= weight.shape[1] else weight.float().T
+    squares: Tensor = torch.linalg.eigvalsh(wide @ wide.T)
+    return squares.flip(0).clamp_min(0)
+
+
 def frobenius_norm(weight: Tensor) -> float:
     """The square root of the sum of squares, accumulated in fp64."""
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64))

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
@@ -23,6 +23,8 @@ def values(annotation: Any) -> str:
         return " ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(values(part) for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is Annotated:
+        return values(get_args(annotation)[0])
     if get_origin(annotation) is list:
         return "list"
     if get_origin(annotation) is dict:

@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 LAYERS = [
     "__main__ demo cli",
     "train evals convert export",
-    "exported guards card serving probes",
+    "exported guards card serving probes layer_report",
     "initialize",
+    "ranks",
     "plan checkpoint",
     "attach",
     "data",

@@ -248,3 +248,23 @@ def test_patterns_set_rank_and_scale_by_layer(models: Callable[[str], Path], rec
 def test_impossible_options_are_refused(sets: list[str], message: str, recipe: Make) -> None:
     with pytest.raises(UsageError, match=message):
         recipe(Path("x"), *sets)
+
+
+def test_the_report_of_init(models: Callable[[str], Path], pissa: Callable[..., Any], tmp_path: Path) -> None:
+    flags = ("--model", models("llama"), "--bits", "4", "--rank", "8", "--output", tmp_path / "out", "--report")
+    shown = pissa("init", *flags)
+    assert shown.code == 0 and "qpissa_paper" in shown.out and "energy kept by rank" in shown.out
+    report = pissa("init", *flags, "--json").json["report"]
+    assert (tmp_path / "out" / "report.png").stat().st_size > 10_000 and (tmp_path / "out" / "report.json").is_file()
+    weights = load_file(models("llama") / "model.safetensors")
+    for row in report["layers"]:
+        W = weights[f"{row['name']}.weight"]
+        squares = np.linalg.svd(W.double().numpy(), compute_uv=False) ** 2
+        for rank, share in row["energy"].items():
+            assert share == pytest.approx(squares[: int(rank)].sum() / squares.sum(), rel=1e-4)
+        assert row["errors"]["nf4"] == pytest.approx(
+            nuclear((W - torch.from_numpy(numpy_nf4(W.numpy()))).numpy()), rel=1e-4
+        )
+        paper = error_of("pissa", W, 8, passes=5, refit=False)
+        assert row["errors"]["qpissa_paper"] == pytest.approx(paper, rel=0.02)  # fast and exact SVD
+        assert row["errors"]["qpissa"] < row["errors"]["qpissa_paper"] < row["errors"]["nf4"]

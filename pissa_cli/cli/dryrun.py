@@ -26,6 +26,7 @@ def dry_run(loaded: Loaded, as_json: bool) -> None:
         "parameters": planned.num_total,
         "memory_bytes": estimate,
     }
+    auto = getattr(recipe.adapter, "rank", None) == "auto"
     share = result["trainable"] / result["parameters"]
     keys, values = max(len(key) for key, _, _ in rows), min(40, max(len(value) for _, value, _ in rows))
     lines = [
@@ -36,6 +37,7 @@ def dry_run(loaded: Loaded, as_json: bool) -> None:
         "",
         f"base {planned.folder}: {result['parameters']:,} parameters, {result['trainable']:,} train ({share:.2%}), "
         f"in {result['layers']} layers",
+        *(["ranks are chosen at init from the spectra; counted here: rank 1"] if auto else []),
         "memory of training, estimated: " + ", ".join(f"{key} {_size(value)}" for key, value in estimate.items()),
         "dry run: nothing was written",
     ]

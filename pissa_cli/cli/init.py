@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from pissa_cli.cli.options import (
     Bits,
@@ -30,6 +32,9 @@ def init_command(
     bits: Bits = None,
     seed: Seed = None,
     output: Output = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Spectra and 4-bit errors layer by layer: report.json, report.png.")
+    ] = False,
     set_: Set = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -63,6 +68,15 @@ def init_command(
         f"{recipe.output}: ready in {manifest['seconds']:.1f} s",
         f"next: pissa train {recipe.output} --set data.train=FILE",
     ]
+    if report:
+        from pissa_cli.layer_report import by_kind, layer_report
+
+        with show.counting("report") as progress:
+            result["report"] = layer_report(recipe, progress)
+        means = by_kind(result["report"]["layers"])
+        if not as_json:
+            show.print_table(report_table(means))
+        lines.insert(1, f"{recipe.output}/report.json, report.png: layer by layer")
     show.print_result(result, as_json, lines, layer_table(rows) if rows else None)
 
 
@@ -86,4 +100,20 @@ def layer_table(rows: list[dict[str, Any]]) -> Any:
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(*(form.format(row[key]) if key in row else "-" for key, (_, form) in present.items()))
+    return table
+
+
+def report_table(means: list[dict[str, Any]]) -> Any:
+    """Energy at a few ranks and, over NF4, errors by kind of layer."""
+    from rich.table import Table
+
+    ranks = [rank for rank in ("8", "32", "128") if all(rank in mean["energy"] for mean in means)]
+    names = list(next((mean["errors"] for mean in means if "errors" in mean), {}))
+    table = Table(caption="energy kept by rank; nuclear-norm errors, plain NF4 = 100" if names else None)
+    for title in ("layer", "n", *(f"r {rank}" for rank in ranks), *names):
+        table.add_column(title, justify="right")
+    for mean in means:
+        energy = (f"{mean['energy'][rank]:.1%}" for rank in ranks)
+        errors = (f"{mean['errors'][name]:.1f}" if "errors" in mean else "-" for name in names)
+        table.add_row(mean["kind"], str(mean["layers"]), *energy, *errors)
     return table

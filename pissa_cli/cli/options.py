@@ -23,7 +23,7 @@ Set = Annotated[
 Output = Annotated[str | None, typer.Option("--output", "-o", help="The run folder.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Alias, Hub id or folder of the base model.")]
 Method = Annotated[str | None, typer.Option("--method", help="pissa, lora, loftq, vera, svfit or full.")]
-Rank = Annotated[int | None, typer.Option("--rank", "-r", help="Rank of the trained part.")]
+Rank = Annotated[str | None, typer.Option("--rank", "-r", metavar="N|auto", help="Rank of the trained part.")]
 Svd = Annotated[str | None, typer.Option("--svd", help="fast or exact.")]
 Bits = Annotated[int | None, typer.Option("--bits", help="Storage of frozen weights: 4 (NF4), 16 or 32.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
@@ -37,7 +37,10 @@ def load_recipe(
 ) -> Loaded:
     """The recipe from a target, named flags, `--data` of eval and --set. flags: model, rank, ...; None is not given."""
     from pissa_cli.recipe_file import load
+    from pissa_cli.yamlfile import parse_scalar
 
+    if flags.get("rank") is not None:
+        flags["rank"] = parse_scalar(flags["rank"])
     places = {
         "model": ("model", "name"),
         "method": ("adapter", "method"),

@@ -44,11 +44,16 @@ def print_result(
         json.dump(result, sys.stdout, indent=2, ensure_ascii=False, default=str)
         sys.stdout.write("\n")
         return
-    console = Console(highlight=False)
     if table is not None:
-        console.print(table)
+        print_table(table)
+    console = Console(highlight=False)
     for line in lines or []:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """A table on stdout."""
+    Console(highlight=False).print(table)
 
 
 @contextmanager

@@ -1,0 +1,92 @@
+"""`adapter.rank: auto`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Outcome
+from safetensors.torch import load_file
+from test_start import logits, relative
+from transformers import AutoModelForCausalLM
+
+from pissa_cli.errors import UsageError
+from pissa_cli.exported import load_result
+from pissa_cli.initialize import initialize
+from pissa_cli.ranks import allot
+from pissa_cli.rundir import Run, read_json
+from pissa_cli.train import train
+
+peft = pytest.importorskip("peft")
+Make = Callable[..., Any]
+
+
+def test_allot_by_hand() -> None:
+    spectra = {"a": torch.tensor([9.0, 4.0, 1.0]), "b": torch.tensor([6.0, 5.0, 0.1])}
+    costs = {"a": 1, "b": 2}  # per number: a 9, 4, 1; b 3, 2.5, 0.05
+    assert allot(spectra, costs, 3, None) == {"a": 1, "b": 1}
+    assert allot(spectra, costs, 4, None) == {"a": 2, "b": 1}
+    assert allot(spectra, costs, 5, None) == {"a": 3, "b": 1}  # b's next costs 2 and does not fit
+    assert allot(spectra, costs, 6, None) == {"a": 2, "b": 2}
+    assert allot(spectra, costs, 100, None) == {"a": 3, "b": 3}
+    # E = 25.1; rank 1 keeps 15, then a's 4 and b's 5
+    assert allot(spectra, costs, None, 0.6) == {"a": 2, "b": 1}  # 1 - 0.36 = 64 % is 16.06
+    assert allot(spectra, costs, None, 0.4) == {"a": 2, "b": 2}  # 84 % is 21.1
+    assert allot(spectra, costs, None, 1e-6) == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_a_budget_of_parameters(method: str, models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    sets = [f"adapter.method={method}", "model.bits=32", f"data.train={rows}", "train.steps=2", "train.lr=0.01"]
+    made = recipe(models("llama"), *sets, "adapter.rank=auto", "adapter.max_parameters=9000")
+    train(made)
+    run = Run(Path(made.output))
+    manifest = run.read_manifest()
+    weights = load_file(models("llama") / "model.safetensors")
+    used = sum(layer["rank"] * sum(layer["shape"]) for layer in manifest["layers"])
+    assert manifest["trainable"] == used and 8700 < used <= 9000
+    assert len({layer["rank"] for layer in manifest["layers"]}) > 1
+
+    def energy(ranks: dict[str, int]) -> float:
+        squares = {name: torch.linalg.svdvals(weights[f"{name}.weight"]).square() for name in ranks}
+        return sum(float(squares[name][:rank].sum()) for name, rank in ranks.items())
+
+    auto = {layer["name"]: layer["rank"] for layer in manifest["layers"]}
+    cost = sum(sum(layer["shape"]) for layer in manifest["layers"])
+    assert energy(auto) > energy(dict.fromkeys(auto, 9000 // cost))
+    base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
+    theirs = logits(peft.PeftModel.from_pretrained(base, run.adapter))
+    assert relative(theirs, logits(load_result(made, torch.device("cpu")))) < 1e-5
+    assert read_json(run.adapter / "adapter_config.json")["rank_pattern"]
+
+
+@pytest.mark.parametrize("share", [0.7, 0.4])
+def test_a_budget_of_error_is_met(share: float, models: Callable[[str], Path], recipe: Make) -> None:
+    made = recipe(models("llama"), "model.bits=4", "adapter.rank=auto", f"adapter.max_error={share}")
+    layers = initialize(made)["layers"]
+    found = sum(layer["frobenius"] ** 2 for layer in layers) ** 0.5
+    plain = sum(layer["plain_frobenius"] ** 2 for layer in layers) ** 0.5
+    assert 0.5 * share < found / plain <= share
+
+
+def test_impossible_budgets(
+    models: Callable[[str], Path], recipe: Make, pissa: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"100 is less than rank 1 in every layer takes \(2,048\)"):
+        initialize(recipe(models("llama"), "adapter.rank=auto", "adapter.max_parameters=100"))
+    assert not (tmp_path / "out").exists()
+    budget = ["adapter.rank=auto", "adapter.max_parameters=9000"]
+    for sets, message in (
+        (["adapter.rank=auto"], "needs one budget"),
+        (["adapter.max_parameters=100"], "budgets of rank: auto"),
+        (["adapter.rank=auto", "adapter.max_error=0.5"], "set model.bits to 4"),
+        ([*budget, "adapter.rank_pattern={q_proj: 3}"], "remove rank_pattern"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            recipe(models("llama"), *sets)
+    shown = pissa("init", "--model", models("llama"), "--rank", "auto", "--set", budget[1], "--dry-run")
+    assert shown.code == 0 and "ranks are chosen at init" in shown.out
+    assert pissa("init", "--model", models("llama"), "--rank", "many").code == 2
