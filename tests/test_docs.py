@@ -87,7 +87,8 @@ def test_every_recipe_loads(path: Path) -> None:
 def test_every_block_loads(path: Path) -> None:
     section = path.parent.name
     flags = {} if section == "model" else {("model", "name"): ("--model", "x")}
-    load(None, flags, [f"use.{section}={path.stem}"])
+    four = ["model.bits=4"] if path.stem.startswith(("loftq", "qpissa")) else []
+    load(None, flags, [f"use.{section}={path.stem}", *four])
 
 
 def test_the_commands_of_the_readme_exist() -> None:
