@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pissa_cli.adapters.lowrank import LowRank
+from pissa_cli.adapters.lowrank import LowRank, LowRankEmbedding
 from pissa_cli.adapters.start import Adapter, Method
 from pissa_cli.errors import PissaError, UsageError
 
@@ -34,7 +34,8 @@ def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool
             subtract(base, adapter, name)
         device = next(base.parameters()).device
         here = {key: factor.to(device) for key, factor in layer_factors.items()}
-        layer = LowRank(base, here, method.trains, adapter.scales[name], dropout, adapter.projections)
+        kind = LowRankEmbedding if isinstance(base, nn.Embedding) else LowRank
+        layer = kind(base, here, method.trains, adapter.scales[name], dropout, adapter.projections)
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, layer)
 

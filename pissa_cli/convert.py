@@ -80,14 +80,14 @@ def export_lora(
         ranks=ranks,
         scales=adapter.scales if as_it_is else dict.fromkeys(ranks, 1.0),
         targets=target_modules(ranks, every),
-        fan_in_fan_out=layers[0].transposed,
+        fan_in_fan_out=any(layer.transposed and not layer.embedding for layer in layers),
         seed=recipe.seed,
         saved=adapter.saved,
     )
     lost = whole = worst = 0.0
     with whole_folder(output) as folder:
         shapes = {layer.name: _shapes(layer, ranks[layer.name]) for layer in layers}
-        writer = PeftWriter(folder, config, shapes, adapter.saved)
+        writer = PeftWriter(folder, config, shapes, adapter.saved, adapter.embeddings)
         if as_it_is:
             for name, factors in adapter.factors.items():
                 writer.add(name, factors)

@@ -114,7 +114,7 @@ def quantize(
         for number, (name, linear, tensor) in enumerate(dense):
             dense_bytes += tensor.numel() * tensor.element_size()
             parts = {name: tensor}
-            if linear is not None and quant.packable(linear.num_in):
+            if linear is not None and linear.packable:
                 W = (tensor.T if linear.transposed else tensor).float().contiguous()
                 packed = quant.pack(quant.Store(4, tensor.dtype, recipe.model.double_quant, recipe.model.absmax), W)
                 assert isinstance(packed, quant.Packed)

@@ -154,7 +154,7 @@ def _result(recipe: Recipe, start: Adapter, now: dict[str, Factors], saved: dict
         name: method.on_plain_base(layer, start.factors[name]) if recipe.model.bits != 4 else as_lora(layer)
         for name, layer in now.items()
     }
-    return Adapter(factors, start.scales, start.projections, saved)
+    return Adapter(factors, start.scales, start.projections, saved, start.embeddings)
 
 
 def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:

@@ -147,10 +147,11 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, 
         ranks=plan.ranks,
         scales=plan.scales,
         targets=target_modules(plan.ranks, plan.linears),
-        fan_in_fan_out=not four and plan.targets[0].transposed,
+        fan_in_fan_out=not four and any(layer.transposed and not layer.embedding for layer in plan.targets),
         seed=recipe.seed,
     )
-    start = PeftWriter(staged.init, config, plan.factor_shapes())
+    embeddings = frozenset(layer.name for layer in plan.targets if layer.embedding)
+    start = PeftWriter(staged.init, config, plan.factor_shapes(), embeddings=embeddings)
     store = ShardWriter(staged.base) if four else None
     whole, stored = Fingerprint(), Fingerprint()
     figures = {}
@@ -176,7 +177,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, 
         "widest": plan.widest,
         "trainable": plan.num_trainable(recipe),
         "layers": [figures[layer.name] for layer in plan.targets],
-        "kept_dense": [layer.name for layer in plan.linears if four and not quant.packable(layer.num_in)],
+        "kept_dense": [layer.name for layer in plan.linears if four and not layer.packable and not layer.embedding],
         "stored": facts,
     }
 
@@ -233,7 +234,7 @@ def _one_tensor(
     device: torch.device,
 ) -> _Item:
     original = weights.read(tensor)
-    four = recipe.model.bits == 4 and linear is not None and quant.packable(linear.num_in)
+    four = recipe.model.bits == 4 and linear is not None and linear.packable
     if linear is None or (method is None and not four):
         return _Item(tensor, tensor, original, original, None, {})
     W = original.to(device).float()
@@ -243,7 +244,7 @@ def _one_tensor(
     store = quant.Store(4 if four else 16, dtype, recipe.model.double_quant, recipe.model.absmax)
     if method is None:
         return _Item(tensor, linear.name, original, quant.pack(store, W), None, {})
-    layer = Layer(linear.name, plan.ranks[linear.name], plan.scales[linear.name], recipe.seed, store)
+    layer = Layer(linear.name, plan.ranks[linear.name], plan.scales[linear.name], recipe.seed, store, linear.embedding)
     start = method.start(W, layer, {**recipe.adapter.model_dump(), "passes": recipe.passes if four else 1})
     figures = {"name": linear.name, "kind": linear.kind, "shape": [linear.num_out, linear.num_in], "rank": layer.rank}
     figures |= start.figures | _errors(W, start, layer)
@@ -274,7 +275,7 @@ def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
 def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[Linear], double_quant: bool) -> None:
     """The side files of `source` in `target`, and a config.json that says which layers are NF4 and which are not."""
     copy_side_files(source, target)
-    names = {layer.name for layer in linears if quant.packable(layer.num_in)}
+    names = {layer.name for layer in linears if layer.packable}
     modules = skeleton(source, recipe.model.trust_remote_code).named_modules()
     kinds = (torch.nn.Linear, Conv1D)
     dense = [name for name, module in modules if isinstance(module, kinds) and name not in names]

@@ -25,13 +25,22 @@ HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of the model: weight (out, in), stored transposed on disk by GPT-2's Conv1D."""
+    """A linear layer of the model: weight (out, in), stored transposed on disk by GPT-2's Conv1D and by embeddings.
+
+    An embedding is the linear map of one-hot vectors: out = its width, in = the size of the vocabulary.
+    """
 
     name: str
     tensor: str
     num_out: int
     num_in: int
     transposed: bool
+    embedding: bool = False
+
+    @property
+    def packable(self) -> bool:
+        """Whether it can be stored in NF4."""
+        return not self.embedding and quant.packable(self.num_in)
 
     @property
     def kind(self) -> str:
@@ -78,7 +87,7 @@ def skeleton(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> list[Linear]:
-    """Every linear layer but the output head, with the tensor on disk that holds its weight (if `weights` is given).
+    """Every linear layer but the output head, and every embedding, with the tensor on disk (if `weights` is given).
 
     Those that transformers stores in NF4: torch's own Linear and Conv1D, no subclasses that may compute otherwise.
     Raises UsageError for a tensor that is missing, has another shape, or is no floating-point weight.
@@ -86,19 +95,22 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
     head = model.get_output_embeddings()
     layers = []
     for name, module in model.named_modules():
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and module is not head:
-            num_in, num_out = module.weight.shape if isinstance(module, Conv1D) else reversed(module.weight.shape)
+        embedding = type(module) is nn.Embedding
+        transposed = embedding or isinstance(module, Conv1D)
+        if (type(module) is nn.Linear or transposed) and module is not head:
+            shape: torch.Size = module.weight.shape
+            num_in, num_out = shape if transposed else reversed(shape)
             tensor = f"{name}.weight"
             if weights is not None:
                 tensor = disk_name(tensor, model.base_model_prefix, weights)
                 packed = f"{tensor}.absmax" in weights.files
-                if not packed and weights.shapes[tensor] != tuple(module.weight.shape):
+                if not packed and weights.shapes[tensor] != tuple(shape):
                     raise UsageError(
                         f"{weights.files[tensor]}: {tensor} is {weights.shapes[tensor]}, config.json makes it "
-                        f"{tuple(module.weight.shape)}",
+                        f"{tuple(shape)}",
                         "the weights and config.json do not belong together",
                     )
-            layers.append(Linear(name, tensor, num_out, num_in, isinstance(module, Conv1D)))
+            layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding))
     return layers
 
 
@@ -122,13 +134,14 @@ def disk_name(parameter: str, prefix: str, weights: Weights) -> str:
 
 
 def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear]:
-    """The layers that `adapter.targets` names: all, or those whose name is or ends in one of the list.
+    """The layers that `adapter.targets` names: all linear ones, or those whose name is or ends in one of the list.
 
     Raises UsageError, listing the kinds of linear layers there are, for an entry that matches none.
     """
-    if targets == "all-linear" and layers:
-        return layers
-    if not layers:
+    linears = [layer for layer in layers if not layer.embedding]
+    if targets == "all-linear" and linears:
+        return linears
+    if not linears:
         raise UsageError("adapter.targets: this model has no layer of torch's Linear or transformers' Conv1D")
     chosen: dict[str, Linear] = {}
     for target in targets:

@@ -24,6 +24,7 @@ FACTOR_NAMES = {
     "SVFIT": {"A": "lora_A.weight", "B": "lora_B.weight", "d": "svfit_d"},
 }
 """By `peft_type`. PEFT has no SVFIT and refuses it, as it must: read as LoRA, `init/` of such a run would be wrong."""
+EMBEDDING_NAMES = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
@@ -34,10 +35,15 @@ class PeftWriter:
     """Writes the two files, the factors layer by layer as they come; config: see `peft_config`."""
 
     def __init__(
-        self, folder: Path, config: dict[str, Any], shapes: Shapes, saved: dict[str, Tensor] | None = None
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        shapes: Shapes,
+        saved: dict[str, Tensor] | None = None,
+        embeddings: frozenset[str] = frozenset(),
     ) -> None:
-        """saved: parameters of `modules_to_save`, written at once."""
-        saved = saved or {}
+        """saved: parameters of `modules_to_save`, written at once; embeddings: names of layers that are embeddings."""
+        saved, self._embeddings = saved or {}, embeddings
         self._names = FACTOR_NAMES[config["peft_type"]]
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / PEFT_CONFIG, config)
@@ -55,13 +61,13 @@ class PeftWriter:
         self._writer.close()
 
     def _key(self, layer: str, key: str) -> str:
-        return f"{PREFIX}{layer}.{self._names[key]}"
+        return f"{PREFIX}{layer}.{(EMBEDDING_NAMES if layer in self._embeddings else self._names)[key]}"
 
 
 def write_peft(folder: Path, adapter: Adapter, config: dict[str, Any]) -> None:
     """Write a whole adapter."""
     shapes = {n: {key: tuple(f.shape) for key, f in factors.items()} for n, factors in adapter.factors.items()}
-    writer = PeftWriter(folder, config, shapes, adapter.saved)
+    writer = PeftWriter(folder, config, shapes, adapter.saved, adapter.embeddings)
     for name, factors in adapter.factors.items():
         writer.add(name, factors)
     writer.close()
@@ -78,15 +84,19 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
     names = FACTOR_NAMES[config["peft_type"]]
     factors: dict[str, Factors] = {}
     saved: dict[str, Tensor] = {}
+    embeddings = set()
     for full, tensor in load_tensors(file).items():
-        key = next((key for key, suffix in names.items() if full.endswith(f".{suffix}")), None)
+        suffixes = [*names.items(), *EMBEDDING_NAMES.items()]
+        key, suffix = next(((k, suffix) for k, suffix in suffixes if full.endswith(f".{suffix}")), (None, ""))
         name = full.removeprefix(PREFIX)
         if key is None and name.rpartition(".")[0] in (config.get("modules_to_save") or []):
             saved[name] = tensor
             continue
         if key is None:
             raise UsageError(f"{file}: unexpected tensor {full}", f"only {', '.join(names.values())} are understood")
-        layer = name.removesuffix(f".{names[key]}")
+        layer = name.removesuffix(f".{suffix}")
+        if suffix in EMBEDDING_NAMES.values():
+            embeddings.add(layer)
         factors.setdefault(layer, {})[key] = tensor.float()
     for layer, found in factors.items():
         ranks = {found[key].shape[axis] for key, axis in (("A", 0), ("B", 1), ("d", 0)) if key in found}
@@ -97,7 +107,7 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
     if config["peft_type"] == "VERA":
         assert widest is not None, "VeRA's projections need the widest layer"
         shared = projections(config["projection_prng_key"], config["r"], *widest)
-    return config, Adapter(factors, scales, shared, saved)
+    return config, Adapter(factors, scales, shared, saved, frozenset(embeddings))
 
 
 def peft_config(

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from pissa_cli.adapter_options import AdapterBase, FullOptions, first_match
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import whole_modules
@@ -78,6 +80,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     if isinstance(adapter, FullOptions):
         return Plan(folder, linears, [], {}, {}, 0, *sizes)
     targets = match_targets(linears, adapter.targets)
+    _require_embeddings(model, adapter, [layer for layer in targets if layer.embedding])
     ranks = _ranks(adapter, targets)
     scales = {name: adapter.layer_scale(name, rank) for name, rank in ranks.items()}
     whole = whole_modules(model, adapter.modules_to_save)
@@ -88,6 +91,22 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         )
     trained = {id(p): p.numel() for module in whole.values() for p in module.parameters(recurse=False)}
     return Plan(folder, linears, targets, ranks, scales, sum(trained.values()), *sizes)
+
+
+def _require_embeddings(model: PreTrainedModel, adapter: AdapterBase, layers: list[Linear]) -> None:
+    """UsageError for an embedding that this method cannot adapt, or that is the output head's weight as well."""
+    for layer in layers:
+        if not METHODS[adapter.method].embeddings:
+            raise UsageError(
+                f"adapter.targets: {layer.name} is an embedding, which method {adapter.method} does not adapt",
+                "use method lora, or train it whole: adapter.modules_to_save",
+            )
+        head = model.get_output_embeddings()
+        if head is not None and head.weight is model.get_submodule(layer.name).weight:
+            raise UsageError(
+                f"adapter.targets: {layer.name} is tied to the output head; merging would change both",
+                "train it whole: adapter.modules_to_save",
+            )
 
 
 def _ranks(adapter: AdapterBase, targets: list[Linear]) -> dict[str, int]:
@@ -115,13 +134,14 @@ def memory_estimate(recipe: Recipe, plan: Plan) -> dict[str, int]:
     """Bytes that training takes, by what takes them; activations are a rough figure for full-length examples."""
     compute = DTYPES[recipe.precision].itemsize
     dense = {4: compute, 16: 2, 32: 4}[recipe.model.bits]
-    in_linears = sum(layer.num_in * layer.num_out for layer in plan.linears)
+    linears = [layer for layer in plan.linears if not layer.embedding]
+    in_linears = sum(layer.num_in * layer.num_out for layer in linears)
     packed = 0.5 + (0.127 if recipe.model.double_quant else 0.5) / 8 if recipe.model.bits == 4 else dense
     trainable = plan.num_trainable(recipe)
     state = 2 if recipe.train.optimizer == "paged-adamw-8bit" else 8
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
-    layers = len({layer.name.rpartition(".")[0] for layer in plan.linears})
-    per_token = sum(layer.num_in + layer.num_out for layer in plan.linears) * compute
+    layers = len({layer.name.rpartition(".")[0] for layer in linears})
+    per_token = sum(layer.num_in + layer.num_out for layer in linears) * compute
     if recipe.train.gradient_checkpointing:
         per_token = 2 * per_token // max(1, layers // 2)
     full = isinstance(recipe.adapter, FullOptions)

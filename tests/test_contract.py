@@ -10,15 +10,19 @@ import bitsandbytes
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_start import logits, relative, started
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import export
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import lowrank_layers
+from pissa_cli.convert import export_lora
 from pissa_cli.errors import UsageError
 from pissa_cli.exported import load_result
+from pissa_cli.plan import make_plan
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
 
@@ -66,7 +70,9 @@ def stored_base(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> Pre
         if layer.projections is None:
             d = layer.d if layer.d is not None else torch.ones(layer.A.shape[0])
             W = W + layer.scale * (layer.B * d).double() @ layer.A.double()
-        modules[name].weight.data = (W.T if isinstance(modules[name], Conv1D) else W).to(dtype).contiguous()
+        modules[name].weight.data = (
+            (W.T if isinstance(modules[name], Conv1D | nn.Embedding) else W).to(dtype).contiguous()
+        )
     return oracle
 
 
@@ -115,3 +121,43 @@ def test_contract(
     assert relative(logits(dense), result) < (3e-2 if loose else 1e-4)
     with pytest.raises(UsageError, match="not the model this run was made on"):
         export.merge(recipe(Path(merged["path"]), *settings(variant, store), *sets))
+
+
+@pytest.mark.parametrize("init", ["A", "B"])
+@pytest.mark.parametrize("bits", [32, 4])
+def test_lora_on_embeddings(bits: int, init: str, models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    sets = [f"model.bits={bits}", "train.precision=fp32", "adapter.method=lora", f"adapter.init={init}"]
+    sets += ["adapter.rank=4", "adapter.alpha=2", "adapter.targets=[embed_tokens, q_proj, down_proj]"]
+    steps = [f"data.train={rows}", "train.steps=3", "train.batch_size=4", "train.lr=0.02", "train.warmup=0"]
+    folder, made = models("llama"), recipe(models("llama"), *sets, *steps)
+    model = started(made)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert relative(logits(model), logits(base if bits == 32 else stored_base(folder, model, torch.float32))) < 1e-5
+    train(made)
+    run = Run(Path(made.output))
+    assert load_file(run.adapter / "adapter_model.safetensors")[
+        "base_model.model.model.embed_tokens.lora_embedding_A"
+    ].shape == (4, 512)
+    result = logits(load_result(made, torch.device("cpu")))
+    plain = AutoModelForCausalLM.from_pretrained(run.base if bits == 4 else folder, dtype=torch.float32)
+    for module in plain.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    assert relative(logits(peft.PeftModel.from_pretrained(plain, run.adapter)), result) < 1e-4
+    merged = export.merge(made)["path"]
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)), result) < 1e-4
+    changed = load_file(Path(merged) / "model.safetensors")["model.embed_tokens.weight"]
+    before = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    assert float((changed - before).abs().max()) > 1e-3
+    with pytest.raises(UsageError, match=r"does not know the tensor .*lora_embedding"):
+        export_lora(made, run.folder / "exported", server="vllm")
+
+
+def test_embeddings_that_cannot_be_adapted(models: Callable[[str], Path], recipe: Make) -> None:
+    for architecture, method, message in (
+        ("llama", "pissa", "does not adapt"),
+        ("qwen2", "lora", "tied to the output"),
+    ):
+        made = recipe(models(architecture), f"adapter.method={method}", "adapter.targets=[embed_tokens]")
+        with pytest.raises(UsageError, match=message):
+            make_plan(made, models(architecture))

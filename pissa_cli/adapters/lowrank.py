@@ -80,6 +80,18 @@ class LowRank(nn.Module):
         return y
 
 
+class LowRankEmbedding(LowRank):
+    """An nn.Embedding (in, out) with factors: token ids -> W^T[ids] + s A^T[ids] B^T. Dropout has no place here."""
+
+    def base_weight(self, dtype: torch.dtype) -> Tensor:
+        weight: Tensor = self.base.weight.to(dtype)  # type: ignore[assignment]
+        return weight.T
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.base(ids)
+        return y + self.scale * functional.embedding(ids, self.A.T).to(y.dtype) @ self.B.T.to(y.dtype)
+
+
 class LowRankFunction(torch.autograd.Function):
     """Saves x' (x itself where `dropped` is None) and h = x' A^T; reads W again in the backward pass."""
 

@@ -34,6 +34,7 @@ class Layer:
     scale: float
     seed: int
     store: Store
+    embedding: bool = False
 
 
 class Projections:
@@ -55,13 +56,15 @@ class Projections:
 class Adapter:
     """The factors of every adapted layer by name, with the scale s of each, and the projections they share.
 
-    saved: parameters of `modules_to_save` that trained whole, by their names in the model.
+    saved: parameters of `modules_to_save` that trained whole, by their names in the model; embeddings: names of those
+    layers that are embeddings.
     """
 
     factors: dict[str, Factors]
     scales: dict[str, float]
     projections: Projections | None = None
     saved: dict[str, Tensor] = field(default_factory=dict)
+    embeddings: frozenset[str] = frozenset()
 
     def pair(self, name: str, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) for a W (out, in) of this shape: its change is B A, with s, d and b inside B."""
@@ -86,6 +89,7 @@ class Method:
     on_plain_base: (factors now, factors at step 0) -> LoRA {A, B} with s B A = W_frozen + s (B * d * b) A - W.
     share: (seed, r, widest out, widest in) -> projections that all layers share.
     peft_type: the kind of PEFT files the factors at step 0 make; see `pissa_cli.peft_files`.
+    embeddings: whether it adapts embeddings as well.
     rank_limit: what a rank above the smaller dimension of a layer is: an "error", "lowered" to it, or "none".
     """
 
@@ -96,6 +100,7 @@ class Method:
     share: Callable[[int, int, int, int], Projections] | None = None
     rank_limit: Literal["error", "lowered", "none"] = "error"
     peft_type: Literal["LORA", "VERA", "SVFIT"] = "LORA"
+    embeddings: bool = False
 
 
 def as_lora(factors: Factors) -> Factors:
