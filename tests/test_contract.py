@@ -127,7 +127,8 @@ def test_contract(
 @pytest.mark.parametrize("bits", [32, 4])
 def test_lora_on_embeddings(bits: int, init: str, models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
     sets = [f"model.bits={bits}", "train.precision=fp32", "adapter.method=lora", f"adapter.init={init}"]
-    sets += ["adapter.rank=4", "adapter.alpha=2", "adapter.targets=[embed_tokens, q_proj, down_proj]"]
+    sets += ["adapter.rank=4", "adapter.alpha=2"]
+    sets += ["adapter.targets=[embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"]
     steps = [f"data.train={rows}", "train.steps=3", "train.batch_size=4", "train.lr=0.02", "train.warmup=0"]
     folder, made = models("llama"), recipe(models("llama"), *sets, *steps)
     model = started(made)
