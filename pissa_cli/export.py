@@ -6,13 +6,13 @@ import gc
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli import __version__, quant
+from pissa_cli import __version__, int4, quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import default_repo, model_card
@@ -89,8 +89,9 @@ def quantize(
     output: Path,
     progress: Progress = lambda *_: None,
     step: int | None = None,
+    form: Literal["nf4", "compressed-tensors"] = "nf4",
 ) -> dict[str, Any]:
-    """Write an NF4 transformers folder of a run (its result, or checkpoint `step`), or of a dense model folder.
+    """Write a 4-bit transformers folder of a run (its result, or checkpoint `step`), or of a dense model folder.
 
     Returns sizes, the relative Frobenius error over the quantized weights, differences of logits, and perplexity before
     and after (on `data.eval` where the recipe has it, else on four built-in prompts, which says little).
@@ -106,6 +107,11 @@ def quantize(
             raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
     require_free(output, Run(Path(recipe.output)).quantized)
     weights = open_weights(folder)
+    model = skeleton(folder, recipe.model.trust_remote_code)
+    linears = linear_layers(model, weights)
+    if form == "compressed-tensors":
+        int4.require_compressed_tensors()
+        group = int4.group_size(linears)
     error = norm = 0.0
     with whole_folder(output) as target:
         writer = ShardWriter(target)
@@ -114,20 +120,28 @@ def quantize(
         for number, (name, linear, tensor) in enumerate(dense):
             dense_bytes += tensor.numel() * tensor.element_size()
             parts = {name: tensor}
-            if linear is not None and linear.packable:
+            packed = linear is not None and (linear.packable if form == "nf4" else int4.takes(linear, group))
+            if linear is not None and packed:
                 W = (tensor.T if linear.transposed else tensor).float().contiguous()
-                packed = quant.pack(quant.Store(4, tensor.dtype, recipe.model.double_quant, recipe.model.absmax), W)
-                assert isinstance(packed, quant.Packed)
-                error += frobenius_norm(quant.read(packed).sub_(W)) ** 2
+                if form == "nf4":
+                    store = quant.Store(4, tensor.dtype, recipe.model.double_quant, recipe.model.absmax)
+                    parts, back = quant.pack_tensors(name, store, W)
+                else:
+                    parts, back = int4.pack(name, W, tensor.dtype, group)
+                error += frobenius_norm(back.sub_(W)) ** 2
                 norm += frobenius_norm(W) ** 2
-                parts = packed.tensors(name)
             for part, content in parts.items():
                 writer.add(part, content)
             progress(number + 1, len(weights.files), name)
         writer.close()
-        model = skeleton(folder, recipe.model.trust_remote_code)
-        linears = linear_layers(model, weights)
-        write_nf4_config(folder, target, recipe, linears, recipe.model.double_quant)
+        if form == "nf4":
+            write_nf4_config(folder, target, recipe, linears, recipe.model.double_quant)
+        else:
+            copy_side_files(folder, target)
+            settings = read_json(folder / "config.json")
+            settings["quantization_config"] = int4.config(int4.dense_modules(model, linears, group), group)
+            write_json(target / "config.json", settings)
+        write_text(target / "README.md", model_card(recipe, f"quantized to 4 bits ({form})"))
         compared = _before_and_after(recipe, folder, adapter, target)
     return {
         "path": str(output),

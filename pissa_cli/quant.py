@@ -144,6 +144,13 @@ def read(stored: Packed | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return weight.to(dtype)
 
 
+def pack_tensors(name: str, store: Store, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """(the tensors of an NF4 weight as files hold them, the weight as it reads back)."""
+    packed = pack(store, weight)
+    assert isinstance(packed, Packed)
+    return packed.tensors(name), read(packed)
+
+
 def unpack(name: str, tensors: dict[str, Tensor]) -> Packed:
     """The inverse of `Packed.tensors`."""
     from bitsandbytes import functional

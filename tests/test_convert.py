@@ -19,7 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from pissa_cli.convert import export_lora, recompress
 from pissa_cli.errors import UsageError
+from pissa_cli.export import merge
 from pissa_cli.exported import load_result
+from pissa_cli.int4 import group_size
+from pissa_cli.model import Linear
 from pissa_cli.rundir import Run, read_json
 from pissa_cli.train import train
 
@@ -171,3 +174,39 @@ def test_any_checkpoint_can_be_exported(
     assert refused.value.hint == "there are: step-2, step-4"
     taken = pissa("export", made.output, "-o", str(rows.parent))
     assert taken.code == 2 and "exists already" in taken.err
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_compressed_tensors_by_stock_transformers(
+    bits: int, models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome]
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    made = trained(recipe, models("llama"), rows, f"model.bits={bits}", "train.precision=fp32", "adapter.rank=6")
+    done = pissa("export", made.output, "--as", "compressed-tensors", "--check", "--json")
+    assert done.code == 0, done.err
+    folder = Path(done.json["path"])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    dense = load_file(Path(merge(made)["path"]) / "model.safetensors")
+    stored = load_file(folder / "model.safetensors")
+    lost, norm, read_back = 0.0, 0.0, {}
+    for name, W in dense.items():
+        prefix = name.removesuffix(".weight")
+        if f"{prefix}.weight_packed" in stored:
+            packed, scale = stored[f"{prefix}.weight_packed"], stored[f"{prefix}.weight_scale"]
+            codes = torch.stack([(packed >> (4 * i)) & 15 for i in range(8)], -1).flatten(1) - 8
+            back = (codes.view(len(W), scale.shape[1], -1) * scale[:, :, None]).flatten(1)
+            read_back[name] = back
+            lost, norm = lost + float((back - W).square().sum()), norm + float(W.square().sum())
+            largest = W.view(len(W), scale.shape[1], -1).abs().amax(2, keepdim=True) / 7.5
+            plain = (W.view(len(W), scale.shape[1], -1) / largest).round().clamp(-8, 7) * largest
+            assert float((back - W).norm()) < float((plain.flatten(1) - W).norm())
+        else:
+            assert torch.equal(stored[name], W)
+    assert done.json["relative_error"] == pytest.approx((lost / norm) ** 0.5, rel=1e-4) and norm > 0
+    oracle = AutoModelForCausalLM.from_pretrained(Run(Path(made.output)).merged, dtype=torch.float32)
+    oracle.load_state_dict(read_back, strict=False)
+    assert relative(logits(model), logits(oracle)) < 1e-5
+    difference = relative(logits(model), logits(load_result(made, torch.device("cpu"))))
+    assert 0 < done.json["relative_logit_difference"] < 5 * difference
+    with pytest.raises(UsageError, match="no linear layer of this model fits"):
+        group_size([Linear("x", "x.weight", 8, 48, False), Linear("y", "y.weight", 8, 128, True)])

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 LAYERS = [
     "__main__ demo cli",
     "train evals convert export",
-    "exported guards card serving probes layer_report",
+    "exported guards card serving probes layer_report int4",
     "initialize",
     "ranks",
     "plan checkpoint",

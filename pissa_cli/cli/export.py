@@ -9,12 +9,17 @@ import typer
 
 from pissa_cli.cli.options import Debug, Json, Set, Target, load_recipe
 
+_FOLDERS = {"lora": "exported", "merged": "merged", "nf4": "quantized", "compressed-tensors": "quantized"}
+
 
 def export_command(
     target: Target = None,
     form: Annotated[
-        Literal["lora", "merged", "nf4"],
-        typer.Option("--as", help="lora: PEFT LoRA on the plain base; merged: one dense model; nf4: one 4-bit model."),
+        Literal["lora", "merged", "nf4", "compressed-tensors"],
+        typer.Option(
+            "--as",
+            help="lora: PEFT LoRA on the plain base; merged: a dense model; nf4, compressed-tensors: a 4-bit model.",
+        ),
     ] = "lora",
     rank: Annotated[
         int | None, typer.Option("--rank", "-r", min=1, help="Recompress the LoRA to this rank; the error is printed.")
@@ -47,18 +52,18 @@ def export_command(
     from pissa_cli import convert, export
 
     recipe = loaded.recipe
-    folder = Path(output or Path(recipe.output) / {"lora": "exported", "nf4": "quantized"}.get(form, form))
+    folder = Path(output or Path(recipe.output) / _FOLDERS[form])
     with show.counting("export") as progress:
         if form == "merged":
             result = export.merge(recipe, progress, folder, checkpoint)
-        elif form == "nf4":
-            result = export.quantize(recipe, None, folder, progress, checkpoint)
+        elif form != "lora":
+            result = export.quantize(recipe, None, folder, progress, checkpoint, form)
         else:
             result = convert.export_lora(recipe, folder, rank, uniform, server, checkpoint, check)
     lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
     if form == "lora":
         lines.append(f"LoRA of rank {result['rank']} for {result['base']}, {_error(result['relative_error'])}")
-    elif form == "nf4":
+    elif form != "merged":
         lines.append(f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)")
     if result.get("relative_logit_difference") is not None:
         lines.append(f"difference of logits: {result['relative_logit_difference']:.1e} relative")

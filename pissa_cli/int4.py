@@ -1,0 +1,101 @@
+"""int4 weights in the compressed-tensors format (W4A16, pack-quantized), which vLLM and SGLang read.
+
+The only file that imports compressed_tensors, an optional extra.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pissa_cli.errors import UsageError
+from pissa_cli.model import Linear
+
+GROUP_SIZES = (128, 64, 32)
+SHARE_GRID = tuple(0.7 + 0.05 * step for step in range(7))
+
+
+def require_compressed_tensors() -> None:
+    """UsageError, with what to install, where the package is missing."""
+    try:
+        import compressed_tensors  # noqa: F401
+    except ImportError:
+        raise UsageError(
+            "--as compressed-tensors needs a package that is not installed", "pip install 'pissa[compressed]'"
+        ) from None
+
+
+def group_size(layers: list[Linear]) -> int:
+    """The largest group size that divides the rows of most layers; UsageError if none divides any."""
+    usable = {g: sum(takes(layer, g) for layer in layers) for g in GROUP_SIZES}
+    best = max(GROUP_SIZES, key=lambda g: (usable[g], g))
+    if usable[best] == 0:
+        raise UsageError("no linear layer of this model fits compressed-tensors", "export with --as nf4 or merged")
+    return best
+
+
+def takes(layer: Linear, group: int) -> bool:
+    """Whether a layer can be stored so: torch's own Linear with rows of whole groups."""
+    return not layer.transposed and layer.num_in % group == 0
+
+
+def pack(name: str, W: Tensor, dtype: torch.dtype, group: int) -> tuple[dict[str, Tensor], Tensor]:
+    """(tensors of a weight (out, in) fp32 by name, the weight as it reads back).
+
+    Symmetric int4 with one scale a group of `group` numbers of a row, kept in `dtype` and fitted for the least squared
+    error over SHARE_GRID, as `quant` fits NF4's.
+    """
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+    groups = W.reshape(-1, group)
+    scale = _fit(groups).to(dtype)
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+    codes = (groups / safe[:, None]).round_().clamp_(-8, 7)
+    back = (codes * safe[:, None]).view_as(W)
+    prefix = name.removesuffix(".weight")
+    tensors = {
+        f"{prefix}.weight_packed": pack_to_int32(codes.view_as(W).to(torch.int8), 4),
+        f"{prefix}.weight_scale": safe.to(dtype).view(W.shape[0], -1),
+        f"{prefix}.weight_shape": torch.tensor(W.shape),
+    }
+    return tensors, back
+
+
+def config(dense: list[str], group: int) -> dict[str, Any]:
+    """`quantization_config` of a transformers checkpoint; `dense` names the Linear modules left as they are."""
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": group,
+        "dynamic": False,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": dense,
+    }
+
+
+def dense_modules(model: nn.Module, layers: list[Linear], group: int) -> list[str]:
+    """The Linear modules that stay dense."""
+    packed = {layer.name for layer in layers if takes(layer, group)}
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
+
+
+def _fit(groups: Tensor) -> Tensor:
+    """The best scale (n,) of each group (n, g)."""
+    largest = groups.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
+    for share in SHARE_GRID:
+        q = (groups / (share * largest / 7.5)).round_().clamp_(-8, 7)
+        along, length = (q * groups).sum(1, keepdim=True), q.square().sum(1, keepdim=True).clamp_min(1)
+        gain = along.square() / length
+        better = gain > best
+        best, scale = torch.where(better, gain, best), torch.where(better, along / length, scale)
+    return scale.squeeze(1)
