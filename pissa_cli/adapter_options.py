@@ -143,6 +143,7 @@ class VeraOptions(AdapterBase):
     method: Literal["vera"] = "vera"
     rank: int = Field(256, ge=1, description="r: rows of the shared A, columns of the shared B")
     d_initial: float = Field(0.1, description="every entry of d at the start")
+    save_projection: bool = Field(False, description="store A and B beside the seed that makes them again")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
 
 

@@ -54,6 +54,7 @@ def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[s
         fan_in_fan_out=config["fan_in_fan_out"],
         seed=recipe.seed,
         saved=result.saved,
+        save_projection=getattr(adapter, "save_projection", False),
     )
     provenance = {
         "method": adapter.method,

@@ -176,6 +176,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, 
         "passes": recipe.passes,
         "widest": plan.widest,
         "trainable": plan.num_trainable(recipe),
+        "trainable_lora_r16": plan.num_lora(16),
         "layers": [figures[layer.name] for layer in plan.targets],
         "kept_dense": [layer.name for layer in plan.linears if four and not layer.packable and not layer.embedding],
         "stored": facts,
@@ -277,8 +278,7 @@ def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[L
     copy_side_files(source, target)
     names = {layer.name for layer in linears if layer.packable}
     modules = skeleton(source, recipe.model.trust_remote_code).named_modules()
-    kinds = (torch.nn.Linear, Conv1D)
-    dense = [name for name, module in modules if isinstance(module, kinds) and name not in names]
+    dense = [name for name, module in modules if isinstance(module, torch.nn.Linear | Conv1D) and name not in names]
     content = read_json(source / "config.json")
     compute_dtype = str(DTYPES[recipe.precision]).removeprefix("torch.")
     content["quantization_config"] = quant.config(double_quant, compute_dtype, dense)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pissa_cli.adapter_options import LoraOptions
+from pissa_cli.adapters.lowrank import FACTOR_NAMES
 from pissa_cli.errors import UsageError
 from pissa_cli.recipe import Recipe, TrainSection
 
@@ -16,12 +17,16 @@ from pissa_cli.recipe import Recipe, TrainSection
 def make_optimizer(names: dict[nn.Parameter, str], recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with betas (0.9, 0.999), or bitsandbytes' paged 8-bit AdamW. names: the parameters that train.
 
-    Each group's `ratio` multiplies the learning rate: that of B over that of A for LoRA+ (arXiv 2402.12354).
+    Each group's `ratio` multiplies the learning rate: that of B over that of A for LoRA+ (arXiv 2402.12354), and that
+    of modules that train whole beside an adapter.
     """
-    ratio = recipe.adapter.lr_ratio if isinstance(recipe.adapter, LoraOptions) else 1.0
+    ratios = dict.fromkeys(FACTOR_NAMES, 1.0)
+    if isinstance(recipe.adapter, LoraOptions):
+        ratios["B"] = recipe.adapter.lr_ratio
+    whole = (recipe.train.head_lr or recipe.lr) / recipe.lr
     members: dict[float, list[nn.Parameter]] = {}
     for parameter, name in names.items():
-        members.setdefault(ratio if name.rpartition(".")[2] == "B" else 1.0, []).append(parameter)
+        members.setdefault(ratios.get(name.rpartition(".")[2], whole), []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": parameters, "ratio": group, "lr": recipe.lr * group} for group, parameters in members.items()
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pissa_cli.adapters.start import Adapter, Factors
+from pissa_cli.adapters.start import Adapter, Factors, Projections
 from pissa_cli.adapters.vera import projections
 from pissa_cli.errors import UsageError
 from pissa_cli.rundir import read_json, write_json
@@ -24,6 +24,7 @@ FACTOR_NAMES = {
     "SVFIT": {"A": "lora_A.weight", "B": "lora_B.weight", "d": "svfit_d"},
 }
 """By `peft_type`. PEFT has no SVFIT and refuses it, as it must: read as LoRA, `init/` of such a run would be wrong."""
+PROJECTION_NAMES = ("base_model.vera_A", "base_model.vera_B")
 EMBEDDING_NAMES = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 
 
@@ -41,17 +42,24 @@ class PeftWriter:
         shapes: Shapes,
         saved: dict[str, Tensor] | None = None,
         embeddings: frozenset[str] = frozenset(),
+        projections: Projections | None = None,
     ) -> None:
-        """saved: parameters of `modules_to_save`, written at once; embeddings: names of layers that are embeddings."""
+        """saved: parameters of `modules_to_save`, written at once; embeddings: names of layers that are embeddings.
+
+        projections are written where the configuration says `save_projection`.
+        """
         saved, self._embeddings = saved or {}, embeddings
         self._names = FACTOR_NAMES[config["peft_type"]]
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / PEFT_CONFIG, config)
         full = {self._key(n, k): factors[k] for n, factors in shapes.items() for k in self._names}
-        full |= {f"{PREFIX}{name}": tuple(tensor.shape) for name, tensor in saved.items()}
+        at_once = {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}
+        if config.get("save_projection") and projections is not None:
+            at_once |= dict(zip(PROJECTION_NAMES, projections.whole(), strict=True))
+        full |= {name: tuple(tensor.shape) for name, tensor in at_once.items()}
         self._writer = StreamWriter(folder / PEFT_WEIGHTS, full)
-        for name, tensor in saved.items():
-            self._writer.add(f"{PREFIX}{name}", tensor)
+        for name, tensor in at_once.items():
+            self._writer.add(name, tensor)
 
     def add(self, layer: str, factors: Factors) -> None:
         for key, factor in factors.items():
@@ -67,7 +75,7 @@ class PeftWriter:
 def write_peft(folder: Path, adapter: Adapter, config: dict[str, Any]) -> None:
     """Write a whole adapter."""
     shapes = {n: {key: tuple(f.shape) for key, f in factors.items()} for n, factors in adapter.factors.items()}
-    writer = PeftWriter(folder, config, shapes, adapter.saved, adapter.embeddings)
+    writer = PeftWriter(folder, config, shapes, adapter.saved, adapter.embeddings, adapter.projections)
     for name, factors in adapter.factors.items():
         writer.add(name, factors)
     writer.close()
@@ -85,7 +93,9 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
     factors: dict[str, Factors] = {}
     saved: dict[str, Tensor] = {}
     embeddings = set()
-    for full, tensor in load_tensors(file).items():
+    tensors = load_tensors(file)
+    stored = [tensors.pop(name).float() for name in PROJECTION_NAMES if name in tensors]
+    for full, tensor in tensors.items():
         suffixes = [*names.items(), *EMBEDDING_NAMES.items()]
         key, suffix = next(((k, suffix) for k, suffix in suffixes if full.endswith(f".{suffix}")), (None, ""))
         name = full.removeprefix(PREFIX)
@@ -106,7 +116,8 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
     shared = None
     if config["peft_type"] == "VERA":
         assert widest is not None, "VeRA's projections need the widest layer"
-        shared = projections(config["projection_prng_key"], config["r"], *widest)
+        seed, rank = config["projection_prng_key"], config["r"]
+        shared = Projections(*stored) if len(stored) == 2 else projections(seed, rank, *widest)
     return config, Adapter(factors, scales, shared, saved, frozenset(embeddings))
 
 
@@ -119,11 +130,12 @@ def peft_config(
     fan_in_fan_out: bool,
     seed: int,
     saved: Iterable[str] = (),
+    save_projection: bool = False,
 ) -> dict[str, Any]:
     """adapter_config.json of an adapter: r and lora_alpha of most layers, and patterns for the others.
 
     `init_lora_weights` is always true: any other value makes PEFT decompose the base again on loading. VeRA's
-    projections are not stored: `seed` makes them again. saved: names of parameters that trained whole.
+    projections are made again from `seed`, or stored with `save_projection`. saved: names of whole trained parameters.
     """
     alphas = {name: scales[name] * rank for name, rank in ranks.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -139,7 +151,7 @@ def peft_config(
         "inference_mode": True,
     }
     if peft_type == "VERA":
-        return config | {"projection_prng_key": seed, "save_projection": False, "vera_dropout": 0.0}
+        return config | {"projection_prng_key": seed, "save_projection": save_projection, "vera_dropout": 0.0}
     return config | {
         "lora_alpha": _tidy(alpha),
         "lora_dropout": 0.0,

@@ -71,6 +71,9 @@ class DataSection(Section):
 
 class TrainSection(Section):
     lr: float | None = Field(None, gt=0, description=f"peak learning rate; default by method: {_RATES}")
+    head_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of adapter.modules_to_save; default: train.lr"
+    )
     epochs: float | None = Field(None, gt=0, description="passes over the data; default 1")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     batch_size: int = Field(32, ge=1, description="examples in one optimizer step, over all processes")
@@ -143,6 +146,8 @@ class Recipe(Section):
             raise ValueError("adapter.max_error is about 4-bit error: set model.bits to 4, or use max_parameters")
         if self.model.double_quant and bits != 4:
             raise ValueError("model.double_quant needs model.bits 4")
+        if self.train.head_lr is not None and not getattr(adapter, "modules_to_save", []):
+            raise ValueError("train.head_lr is the rate of adapter.modules_to_save, which is empty; remove it")
         if self.model.absmax == "largest" and bits != 4:
             raise ValueError("model.absmax needs model.bits 4")
         if self.train.precision == "fp32" and bits == 16:

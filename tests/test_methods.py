@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_start import started
+from test_start import logits, relative, started
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -22,6 +22,7 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
 from pissa_cli.attach import attach, lowrank_layers
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.exported import load_result
 from pissa_cli.peft_files import read_peft
 from pissa_cli.plan import make_plan
 from pissa_cli.recipe_file import load
@@ -189,7 +190,8 @@ def test_vera_draws_its_projections_as_peft_does(models: Callable[[str], Path], 
     base = AutoModelForCausalLM.from_pretrained(models("gpt2"))
     config = peft.VeraConfig(r=7, target_modules="all-linear", projection_prng_key=3, save_projection=False)
     theirs = peft.get_peft_model(base, config).base_model
-    A, B = layer.projections._copies[(torch.device("cpu"), torch.float32)]  # type: ignore[union-attr]
+    assert layer.projections is not None
+    A, B = layer.projections.whole()
     assert torch.equal(A, theirs.vera_A["default"]) and torch.equal(B, theirs.vera_B["default"])
 
 
@@ -268,3 +270,27 @@ def test_the_report_of_init(models: Callable[[str], Path], pissa: Callable[..., 
         paper = error_of("pissa", W, 8, passes=5, refit=False)
         assert row["errors"]["qpissa_paper"] == pytest.approx(paper, rel=0.02)  # fast and exact SVD
         assert row["errors"]["qpissa"] < row["errors"]["qpissa_paper"] < row["errors"]["nf4"]
+
+
+def test_vera_stores_its_projections_if_asked(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    sets = ["model.bits=32", "adapter.method=vera", "adapter.rank=8", "train.lr=0.1", "train.steps=2"]
+    made = recipe(models("llama"), *sets, f"data.train={rows}", "adapter.save_projection=true")
+    train(made)
+    run = Run(Path(made.output))
+    tensors = load_file(run.adapter / "adapter_model.safetensors")
+    assert tensors["base_model.vera_A"].shape == (8, 128) and tensors["base_model.vera_B"].shape == (128, 8)
+    base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
+    theirs = logits(peft.PeftModel.from_pretrained(base, run.adapter))
+    assert relative(theirs, logits(load_result(made, torch.device("cpu")))) < 1e-6
+
+
+def test_modules_that_train_whole_have_their_own_rate(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    sets = ["model.bits=32", "adapter.rank=4", "train.lr=0.001", "train.head_lr=0.016", "train.steps=1"]
+    made = recipe(models("llama"), *sets, "train.warmup=0", f"data.train={rows}", "adapter.modules_to_save=[lm_head]")
+    train(made)
+    run = Run(Path(made.output))
+    after = load_file(run.adapter / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    before = load_file(models("llama") / "model.safetensors")["lm_head.weight"]
+    assert float((after - before).abs().max()) == pytest.approx(0.016, rel=0.01)
+    with pytest.raises(UsageError, match="modules_to_save, which is empty"):
+        recipe(models("llama"), "train.head_lr=0.1", f"output={made.output}2")

@@ -43,10 +43,14 @@ class Projections:
     def __init__(self, A: Tensor, B: Tensor) -> None:
         self._copies = {(A.device, A.dtype): (A, B)}
 
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """A and B as they were drawn."""
+        return next(iter(self._copies.values()))
+
     def pair(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A[:, :in] and B[:out] for a shape (out, in): views of the copy on `device`, made at the first call."""
         if (device, dtype) not in self._copies:
-            A, B = next(iter(self._copies.values()))
+            A, B = self.whole()
             self._copies[(device, dtype)] = (A.to(device, dtype), B.to(device, dtype))
         A, B = self._copies[(device, dtype)]
         return A[:, : shape[1]], B[: shape[0]]

@@ -64,8 +64,11 @@ def init_command(
         show.say(
             f"stay 16-bit, as their rows are no multiple of NF4's 64 numbers: {len(dense)} layers ({dense[0]}, ...)"
         )
+    counts = ""
+    if "trainable" in manifest:
+        counts = f"; {manifest['trainable']:,} numbers train (LoRA of rank 16: {manifest['trainable_lora_r16']:,})"
     lines = [
-        f"{recipe.output}: ready in {manifest['seconds']:.1f} s",
+        f"{recipe.output}: ready in {manifest['seconds']:.1f} s{counts}",
         f"next: pissa train {recipe.output} --set data.train=FILE",
     ]
     if report:
