@@ -48,9 +48,12 @@ class ScaledBase(AdapterBase):
     rank: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         16, description="r: columns of B, rows of A; auto: by layer, from the spectra, under a budget"
     )
-    max_parameters: int | None = Field(None, ge=1, description="budget of rank auto: numbers that train")
+    max_parameters: int | None = Field(None, ge=1, description="budget of rank auto: numbers that the factors train")
     max_error: float | None = Field(
-        None, gt=0, lt=1, description="budget of rank auto: 4-bit error of the start, as a share of plain NF4's"
+        None,
+        gt=0,
+        lt=1,
+        description="budget of rank auto, pissa in 4 bits: error of the start, a share of plain NF4's",
     )
     alpha: float | None = Field(
         None, gt=0, description="scale s = alpha / rank (rslora: alpha / sqrt rank); default: s = 1"

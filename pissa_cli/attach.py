@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +76,9 @@ def train_whole(model: PreTrainedModel, names: list[str]) -> None:
             module.forward = partial(_compute_in, dtype, module.forward)
 
 
-def _compute_in(dtype: torch.dtype, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _compute_in(dtype: torch.dtype, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     with torch.autocast(x.device.type, dtype):
-        return forward(x).to(dtype)
+        return forward(x, *args, **kwargs).to(dtype)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.errors import UsageError
 from pissa_cli.model import SMALL_FILES, resolve_base
 from pissa_cli.recipe import Recipe
-from pissa_cli.recipe_file import dump, load
+from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run, read_json
 
 
-def model_card(recipe: Recipe, what: str, library: str = "transformers") -> str:
-    """README.md of a run's export; `what` it is, e.g. "merged into one model".
+def model_card(recipe: Recipe, what: str, library: str = "transformers", step: int | None = None) -> str:
+    """README.md of a run's export; `what` it is, e.g. "merged into one model"; step: of a checkpoint.
 
     With the recipe the run was trained by; of local paths only the last part is anyone's business.
     """
@@ -40,10 +39,21 @@ def model_card(recipe: Recipe, what: str, library: str = "transformers") -> str:
     lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# {default_repo(recipe)}", ""]
     lines.append(f"{Path(name).name if local else name}, fine-tuned with `pissa {__version__}` (method {method}{rank})")
     lines += [f"and {what}.", ""]
-    if figures := _figures(run):
+    if figures := _figures(run, step):
         lines += ["| figure | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in figures), ""]
-    public = re.sub(r"(?<=: )/\S*/(?=[^/\s]+$)", "", dump(recipe), flags=re.M).rstrip()
-    return "\n".join([*lines, "## Recipe", "", "```yaml", public, "```", ""])
+    public = yaml.safe_dump(_without_folders(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+    return "\n".join([*lines, "## Recipe", "", "```yaml", public.rstrip(), "```", ""])
+
+
+def _without_folders(value: Any) -> Any:
+    """The same with the last part alone of every absolute path and of `output`-like relative ones that exist here."""
+    if isinstance(value, dict):
+        return {key: _without_folders(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(child) for child in value]
+    if isinstance(value, str) and (Path(value).is_absolute() or ("/" in value and Path(value).exists())):
+        return Path(value).name
+    return value
 
 
 def default_repo(recipe: Recipe) -> str:
@@ -53,18 +63,19 @@ def default_repo(recipe: Recipe) -> str:
     return f"{base}-{recipe.adapter.method}{rank}"
 
 
-def _figures(run: Run) -> list[tuple[str, str]]:
-    """Loss of training and on held-out data, and what `eval` found."""
+def _figures(run: Run, step: int | None) -> list[tuple[str, str]]:
+    """Loss of training and on held-out data, and what `eval` found; up to a step, without what was scored later."""
     rows: list[tuple[str, str]] = []
     if run.metrics.is_file():
         events = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+        events = [event for event in events if step is None or event["step"] <= step]
         if events:
             rows.append(("steps", str(events[-1]["step"])))
             rows.append(("training loss, first and last step", f"{events[0]['loss']:.4f}, {events[-1]['loss']:.4f}"))
         held_out = [event["eval_loss"] for event in events if "eval_loss" in event]
         if held_out:
             rows.append(("held-out loss", f"{held_out[-1]:.4f}"))
-    for path in sorted((run.folder / "eval").glob("*/result.json")):
+    for path in sorted((run.folder / "eval").glob("*/result.json")) if step is None else []:
         result = read_json(path)
         rows.append((f"{path.parent.name}, {result['metric']}", f"{result['score']:.2f} ± {result['stderr']:.2f}"))
     return rows

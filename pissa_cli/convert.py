@@ -96,7 +96,7 @@ def export_lora(
                 lost, whole, worst = lost + missed**2, whole + norm**2, max(worst, missed / max(norm, 1e-30))
                 writer.add(name, _padded(A, B, ranks[name]))
         writer.close()
-        write_text(folder / "README.md", model_card(recipe, "written as a LoRA for the plain base model", "peft"))
+        write_text(folder / "README.md", model_card(recipe, "written as a LoRA for the plain base model", "peft", step))
         serve = check_served(folder, server) if server else None
         compared = _compare(recipe, stored, adapter, plain, folder) if check else {}
     return {
@@ -156,7 +156,7 @@ def _differences(
         if four:
             trained, _ = read_weight(stored_weights, there[layer.name], device)
             change = torch.addmm(trained, B, A).sub_(read_weight(plain_weights, layer, device)[0])
-            A, B = balanced(truncated_svd(change, rank, "fast", recipe.seed, layer.name), 1.0)
+            A, B = balanced(truncated_svd(change, min(rank, *change.shape), "fast", recipe.seed, layer.name), 1.0)
             yield layer.name, A, B, frobenius_norm(torch.addmm(change, B, A, alpha=-1)), frobenius_norm(change)
         elif rank < A.shape[0]:
             yield layer.name, *recompress(A, B, rank)

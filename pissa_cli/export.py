@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli import __version__, int4, quant
+from pissa_cli import int4, quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
-from pissa_cli.card import default_repo, model_card
+from pissa_cli.card import model_card
 from pissa_cli.data import batch_losses, load_examples
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.exported import load_with, result_files
@@ -30,6 +31,7 @@ from pissa_cli.model import (
     load_model,
     load_tokenizer,
     read_weight,
+    require_finite,
     skeleton,
 )
 from pissa_cli.probes import PROBES, logit_difference, probe_logits
@@ -77,7 +79,7 @@ def merge(
         model_config = read_json(target / "config.json")
         model_config.pop("quantization_config", None)
         write_json(target / "config.json", model_config)
-        write_text(target / "README.md", model_card(recipe, "merged into one model"))
+        write_text(target / "README.md", model_card(recipe, "merged into one model", step=step))
         tolerance = max(MERGE_TOLERANCE[dtype] for dtype in dtypes)
         difference = _compare(recipe, load_with(recipe, folder, adapter, best_device()), target, tolerance)
     return {"path": str(target_folder), "bytes": writer.total_bytes, **difference}
@@ -90,6 +92,8 @@ def quantize(
     progress: Progress = lambda *_: None,
     step: int | None = None,
     form: Literal["nf4", "compressed-tensors"] = "nf4",
+    double_quant: bool = False,
+    absmax: quant.Absmax = "fitted",
 ) -> dict[str, Any]:
     """Write a 4-bit transformers folder of a run (its result, or checkpoint `step`), or of a dense model folder.
 
@@ -98,6 +102,8 @@ def quantize(
     The run's own `quantized/` is replaced; any other folder with something in it is a UsageError.
     """
     if model_folder is None and isinstance(recipe.adapter, FullOptions):
+        if step is not None:
+            raise UsageError("full fine-tuning keeps one model, no checkpoints to export", "leave out --checkpoint")
         model_folder = open_run(recipe)[0].merged
     if model_folder is None:
         folder, adapter = result_files(recipe, step)
@@ -123,8 +129,9 @@ def quantize(
             packed = linear is not None and (linear.packable if form == "nf4" else int4.takes(linear, group))
             if linear is not None and packed:
                 W = (tensor.T if linear.transposed else tensor).float().contiguous()
+                require_finite(name, W)
                 if form == "nf4":
-                    store = quant.Store(4, tensor.dtype, recipe.model.double_quant, recipe.model.absmax)
+                    store = quant.Store(4, tensor.dtype, double_quant, absmax)
                     parts, back = quant.pack_tensors(name, store, W)
                 else:
                     parts, back = int4.pack(name, W, tensor.dtype, group)
@@ -135,13 +142,13 @@ def quantize(
             progress(number + 1, len(weights.files), name)
         writer.close()
         if form == "nf4":
-            write_nf4_config(folder, target, recipe, linears, recipe.model.double_quant)
+            write_nf4_config(folder, target, recipe, linears, double_quant)
         else:
             copy_side_files(folder, target)
             settings = read_json(folder / "config.json")
             settings["quantization_config"] = int4.config(int4.dense_modules(model, linears, group), group)
             write_json(target / "config.json", settings)
-        write_text(target / "README.md", model_card(recipe, f"quantized to 4 bits ({form})"))
+        write_text(target / "README.md", model_card(recipe, f"quantized to 4 bits ({form})", step=step))
         compared = _before_and_after(recipe, folder, adapter, target)
     return {
         "path": str(output),
@@ -150,42 +157,6 @@ def quantize(
         "relative_error": math.sqrt(error / max(norm, 1e-300)),
         **compared,
     }
-
-
-def push(recipe: Recipe, folder: Path, repo: str | None) -> str:
-    """Upload a model folder to the Hub in one commit and return its address.
-
-    The repository is `repo`, `hub.repo`, or `<user>/<base>-<method>-r<rank>`; HF_ENDPOINT and HF_TOKEN are honoured.
-    Raises UsageError without a token and for a name the Hub refuses, PissaError when the upload fails.
-    """
-    from huggingface_hub import HfApi
-
-    require_pushable(recipe, repo)
-    api = HfApi()
-    try:
-        name = repo or recipe.hub.repo or f"{api.whoami()['name']}/{default_repo(recipe)}"
-        api.create_repo(name, private=recipe.hub.private, exist_ok=True)
-        commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Upload by pissa {__version__}")
-    except Exception as error:  # the network and the Hub raise many kinds
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PissaError(
-            f"upload to the Hub failed: {reason}", f"{folder} is complete; try again with --push"
-        ) from None
-    return str(commit.repo_url if hasattr(commit, "repo_url") else f"{api.endpoint}/{name}")
-
-
-def require_pushable(recipe: Recipe, repo: str | None) -> None:
-    """Raise UsageError if there is no token for the Hub, or the repository's name is impossible."""
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    try:
-        validate_repo_id(repo or recipe.hub.repo or default_repo(recipe))
-    except HFValidationError as error:
-        raise UsageError(f"hub.repo: {error}") from None
-    if get_token() is None:
-        raise UsageError("no token for the Hub", "log in with `hf auth login`, or set HF_TOKEN")
 
 
 def _finish_full(recipe: Recipe, run: Run) -> dict[str, Any]:
@@ -211,7 +182,7 @@ def _dense_tensors(
     missing = set(adapter.factors) - {layer.name for layer in layers}
     if missing:
         raise UsageError(f"the adapter has a layer {min(missing)} that {folder} lacks", "this is not its base model")
-    whole = {disk_name(name, model.base_model_prefix, weights): tensor for name, tensor in _on_disk(model, adapter)}
+    whole = dict(_on_disk(model, weights, adapter))
     for name in weights.files:
         if name in whole:
             yield name, linears.get(name), whole[name].to(weights.read(name).dtype)
@@ -229,10 +200,15 @@ def _dense_tensors(
         yield name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu()
 
 
-def _on_disk(model: PreTrainedModel, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that trained whole, without the second name of a tied one: checkpoints hold the first alone."""
+def _on_disk(model: PreTrainedModel, weights: Weights, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """(name on disk, tensor) of what trained whole. Of a tied parameter some files hold one name, some both."""
     first = {name for name, _ in model.named_parameters()}
-    yield from ((name, tensor) for name, tensor in adapter.saved.items() if name in first)
+    for name, tensor in adapter.saved.items():
+        with suppress(UsageError):
+            yield disk_name(name, model.base_model_prefix, weights), tensor
+            continue
+        if name in first:
+            raise UsageError(f"{weights.folder}: no tensor for {name}, which trained whole")
 
 
 def _owners(name: str) -> Iterator[str]:

@@ -204,8 +204,8 @@ def _work(recipe: Recipe, plan: Plan, weights: Weights, method: Method) -> Itera
     linears = {layer.tensor: layer for layer in plan.linears}
     targets = {layer.name for layer in plan.targets}
     device, threads = best_device(), torch.get_num_threads()
-    largest = max((4 * layer.num_out * layer.num_in for layer in plan.linears), default=1)
-    workers = 1 if device.type == "cuda" else max(1, min(threads, IN_FLIGHT_BYTES // (5 * largest)))
+    sizes = [4 * t.num_out * t.num_in for t in plan.linears if not t.embedding or t.name in targets]
+    workers = 1 if device.type == "cuda" else max(1, min(threads, IN_FLIGHT_BYTES // (5 * max(sizes))))
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting: deque[Future[_Item]] = deque()
         try:

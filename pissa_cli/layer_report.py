@@ -44,7 +44,7 @@ def layer_report(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[s
         layer, rank = layers[figures["name"]], figures["rank"]
         W, dtype = read_weight(weights, layer, best_device())
         row = {"name": layer.name, "kind": layer.kind, "shape": figures["shape"], "rank": rank, "energy": energy(W)}
-        if recipe.model.bits == 4 and layer.packable and rank <= min(W.shape):
+        if recipe.model.bits == 4 and layer.packable and rank <= min(W.shape) and bool(W.any()):
             row["errors"] = _errors(recipe, layer, rank, W, dtype)
         rows.append(row)
         progress(number + 1, len(manifest["layers"]), layer.name)

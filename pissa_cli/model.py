@@ -147,7 +147,7 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
     for target in targets:
         found = [layer for layer in layers if layer.name == target or layer.name.endswith(f".{target}")]
         if not found:
-            kinds = ", ".join(sorted({layer.kind for layer in layers}))
+            kinds = ", ".join(sorted({layer.kind for layer in linears}))
             raise UsageError(f"adapter.targets: '{target}' matches no linear layer", f"this model has: {kinds}")
         chosen |= {layer.name: layer for layer in found}
     return [layer for layer in layers if layer.name in chosen]

@@ -13,6 +13,7 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import whole_modules
 from pissa_cli.errors import UsageError
 from pissa_cli.model import DTYPES, Linear, linear_layers, match_targets, skeleton
+from pissa_cli.peft_files import FACTOR_NAMES
 from pissa_cli.recipe import Recipe
 from pissa_cli.weights import Weights
 
@@ -46,6 +47,16 @@ class Plan:
             for key, shape in shapes.items()
             if key in trains
         )
+
+    def factor_bytes(self, recipe: Recipe) -> int:
+        """Bytes of all factors in fp32, those that are frozen and VeRA's projections included."""
+        assert not isinstance(recipe.adapter, FullOptions)
+        method = METHODS[recipe.adapter.method]
+        kept = FACTOR_NAMES[method.peft_type]
+        count = self.num_whole
+        for shapes in self.factor_shapes().values():
+            count += sum(math.prod(shape) for key, shape in shapes.items() if key in kept)
+        return 4 * (count + (max(self.ranks.values()) * sum(self.widest) if method.share else 0))
 
     def num_lora(self, rank: int) -> int:
         """Numbers that LoRA of this rank would train in the same layers."""
@@ -89,6 +100,12 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         raise UsageError(
             f"adapter.modules_to_save: {min(twice)} has an adapter as well", "take it out of adapter.targets"
         )
+    packed = {layer.name for layer in linears if layer.packable} & set(whole) if recipe.model.bits == 4 else set()
+    if packed:
+        raise UsageError(
+            f"adapter.modules_to_save: {min(packed)} is stored in 4 bits and cannot train",
+            "give it an adapter (adapter.targets), or set model.bits to 16",
+        )
     trained = {id(p): p.numel() for module in whole.values() for p in module.parameters(recurse=False)}
     return Plan(folder, linears, targets, ranks, scales, sum(trained.values()), *sizes)
 
@@ -121,10 +138,12 @@ def _ranks(adapter: AdapterBase, targets: list[Linear]) -> dict[str, int]:
     for layer in targets:
         rank, smallest = adapter.layer_rank(layer.name), min(layer.num_out, layer.num_in)
         if limit == "error" and rank > smallest:
+            own = rank != adapter.rank
+            least = smallest if own else min(min(t.num_out, t.num_in) for t in targets)
             raise UsageError(
-                f"adapter.rank: {rank} is above the smallest dimension of {layer.name} "
+                f"adapter.{'rank_pattern' if own else 'rank'}: {rank} is above the smallest dimension of {layer.name} "
                 f"({layer.num_out} x {layer.num_in})",
-                f"use at most {min(min(t.num_out, t.num_in) for t in targets)}, or take it out of adapter.targets",
+                f"use at most {least}, or take it out of adapter.targets",
             )
         ranks[layer.name] = min(rank, smallest) if limit == "lowered" else rank
     return ranks
@@ -147,7 +166,7 @@ def memory_estimate(recipe: Recipe, plan: Plan) -> dict[str, int]:
     full = isinstance(recipe.adapter, FullOptions)
     estimate = {
         "weights": int(in_linears * packed + (plan.num_total - in_linears) * dense),
-        "factors": 0 if full else trainable * 4,
+        "factors": 0 if full else plan.factor_bytes(recipe),
         "gradients": trainable * (dense if full else 4),
         "optimizer": trainable * state,
         "activations": tokens * per_token,

@@ -142,8 +142,13 @@ class Recipe(Section):
             raise ValueError(
                 "adapter.passes repeats the split against 4-bit rounding; set model.bits to 4 or remove it"
             )
-        if isinstance(adapter, ScaledBase) and adapter.max_error is not None and bits != 4:
-            raise ValueError("adapter.max_error is about 4-bit error: set model.bits to 4, or use max_parameters")
+        if isinstance(adapter, ScaledBase) and adapter.max_error is not None:
+            if bits != 4:
+                raise ValueError("adapter.max_error is about 4-bit error: set model.bits to 4, or use max_parameters")
+            if not isinstance(adapter, PissaOptions):
+                raise ValueError("adapter.max_error is for pissa, whose ranks lower it; use max_parameters")
+        if isinstance(adapter, PissaOptions) and not adapter.refit and bits != 4:
+            raise ValueError("adapter.refit is about 4-bit error: set model.bits to 4, or remove it")
         if self.model.double_quant and bits != 4:
             raise ValueError("model.double_quant needs model.bits 4")
         if self.train.head_lr is not None and not getattr(adapter, "modules_to_save", []):

@@ -72,6 +72,8 @@ def check_served(folder: Path, server: str) -> str:
         )
     _require_plain_keys(read_header(folder / PEFT_WEIGHTS), rules.name)
     allowed = min((r for r in rules.ranks if r >= rank), default=rank)
+    if server == "llama.cpp" and not Path(config["base_model_name_or_path"]).is_dir():
+        return f"python convert_lora_to_gguf.py {folder}"  # it finds a base of the Hub by itself
     return rules.serve.format(base=config["base_model_name_or_path"], folder=folder, rank=allowed)
 
 

@@ -210,3 +210,20 @@ def test_compressed_tensors_by_stock_transformers(
     assert 0 < done.json["relative_logit_difference"] < 5 * difference
     with pytest.raises(UsageError, match="no linear layer of this model fits"):
         group_size([Linear("x", "x.weight", 8, 48, False), Linear("y", "y.weight", 8, 128, True)])
+
+
+def test_uniform_over_nf4_where_a_layer_is_small(
+    models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome]
+) -> None:
+    made = trained(recipe, models("llama"), rows, "model.bits=4", "train.precision=fp32", "adapter.rank=20")
+    refused = pissa("export", made.output, "--for", "vllm")
+    assert refused.code == 2 and "rank_pattern" in refused.err  # k_proj is 32 x 64
+    done = pissa("export", made.output, "--for", "vllm", "--uniform", "--json")
+    assert done.code == 0 and done.json["rank"] == 40, done.err
+    assert torch.isfinite(by_peft(models("llama"), Path(done.json["path"]))).all()
+
+
+def test_a_checkpoint_s_card_has_its_own_figures(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made = trained(recipe, models("llama"), rows, "model.bits=32", "adapter.rank=4")
+    card = (Path(export_lora(made, Path(made.output) / "exported", step=2)["path"]) / "README.md").read_text()
+    assert "| steps | 2 |" in card and str(rows.parent) not in card

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 LAYERS = [
     "__main__ demo cli",
-    "train evals convert export",
+    "train evals convert export hub",
     "exported guards card serving probes layer_report int4",
     "initialize",
     "ranks",

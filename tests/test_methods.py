@@ -245,6 +245,7 @@ def test_patterns_set_rank_and_scale_by_layer(models: Callable[[str], Path], rec
         (["adapter.rank_pattern={'(': 4}"], "not a regular expression"),
         (["adapter.rank_pattern={q_proj: 0}"], "must be above 0"),
         (["model.absmax=largest"], "needs model.bits 4"),
+        (["adapter.refit=false"], "set model.bits to 4"),
     ],
 )
 def test_impossible_options_are_refused(sets: list[str], message: str, recipe: Make) -> None:
@@ -294,3 +295,13 @@ def test_modules_that_train_whole_have_their_own_rate(models: Callable[[str], Pa
     assert float((after - before).abs().max()) == pytest.approx(0.016, rel=0.01)
     with pytest.raises(UsageError, match="modules_to_save, which is empty"):
         recipe(models("llama"), "train.head_lr=0.1", f"output={made.output}2")
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_a_zero_matrix_gets_a_factor_that_can_train(bits: int) -> None:
+    layer = Layer("x", 4, 1.0, 0, quant.Store(bits, torch.float32, absmax="fitted"))
+    for method in ("pissa", "loftq") if bits == 4 else ("pissa",):
+        options = {"svd": "fast", "passes": 2 if bits == 4 else 1, "refit": True}
+        made = METHODS[method].start(torch.zeros(64, 128), layer, options)
+        assert made.factors["A"].any() or made.factors["B"].any(), method
+        assert not (made.factors["B"] @ made.factors["A"]).any()

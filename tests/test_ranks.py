@@ -83,6 +83,7 @@ def test_impossible_budgets(
         (["adapter.rank=auto"], "needs one budget"),
         (["adapter.max_parameters=100"], "budgets of rank: auto"),
         (["adapter.rank=auto", "adapter.max_error=0.5"], "set model.bits to 4"),
+        (["adapter.method=lora", "model.bits=4", "adapter.rank=auto", "adapter.max_error=0.5"], "is for pissa"),
         ([*budget, "adapter.rank_pattern={q_proj: 3}"], "remove rank_pattern"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 from conftest import Outcome
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_start import logits, relative
 from transformers import AutoModelForCausalLM
 
@@ -89,6 +90,27 @@ def test_servers_and_impossible_modules_are_refused(
     train(made)
     refused = pissa("export", made.output, "--for", "vllm")
     assert refused.code == 2 and "takes no modules_to_save (lm_head)" in refused.err and "--as merged" in refused.err
+    stored = recipe(folder, "model.bits=4", "adapter.targets=[v_proj]", "adapter.modules_to_save=[q_proj]", "output=x")
+    with pytest.raises(UsageError, match="stored in 4 bits and cannot train"):
+        make_plan(stored, folder)
     for names, message in (("[lm_hed]", "matches no module"), ("[q_proj]", "has an adapter as well")):
         with pytest.raises(UsageError, match=message):
             make_plan(recipe(folder, f"adapter.modules_to_save={names}"), folder)
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_a_tied_head_that_is_in_the_files_as_well(
+    bits: int, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tied"
+    shutil.copytree(models("qwen2"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    sets = (f"model.bits={bits}", "train.precision=fp32", "adapter.rank=4", "adapter.modules_to_save=[embed_tokens]")
+    made = recipe(folder, *sets, f"data.train={rows}", "train.steps=2", "train.lr=0.01", "train.warmup=0")
+    train(made)
+    assert export.merge(made)["relative_logit_difference"] < 1e-4
+    merged = load_file(Run(Path(made.output)).merged / "model.safetensors")
+    assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    assert export.quantize(made, None, Run(Path(made.output)).quantized)["relative_logit_difference"] < 0.5

@@ -13,16 +13,18 @@ from pissa_cli.adapters import lora
 from pissa_cli.adapters.start import Layer, Method, Start, balanced
 from pissa_cli.svd import truncated_svd
 
+LORA_START = {"init": "A", "distribution": "kaiming"}
+
 
 def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     """options: `svd` (fast, exact) and `passes` (T). Starts on quantize, ends on SVD (Algorithm 1):
 
     L = 0;  T times: Q <- store(W - L);  L = s B A <- SVD_r(W - Q).
 
-    A layer that stays dense loses nothing; both factors would be zero and never train, so it starts as LoRA does.
+    A layer that loses nothing, as a dense one, would have two zero factors that never train; it starts as LoRA does.
     """
     if layer.store.bits != 4:
-        return lora.start(weight, layer, {"init": "A", "distribution": "kaiming"})
+        return lora.start(weight, layer, LORA_START)
     rest = weight
     for step in range(options["passes"]):
         frozen = quant.pack(layer.store, rest)
@@ -30,6 +32,8 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
         A, B = balanced(truncated_svd(lost, layer.rank, options["svd"], layer.seed, layer.name), layer.scale)
         if step + 1 < options["passes"]:
             rest = torch.addmm(weight, B, A, alpha=-layer.scale)
+    if not A.any():  # storage lost nothing
+        return lora.start(weight, layer, LORA_START)
     return Start({"A": A, "B": B}, frozen)
 
 

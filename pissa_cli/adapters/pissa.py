@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pissa_cli import quant
+from pissa_cli.adapters import lora
 from pissa_cli.adapters.start import Factors, Layer, Method, Start, balanced
 from pissa_cli.svd import frobenius_norm, truncated_svd
 
@@ -25,11 +26,14 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     E = W;  T times: L <- SVD_r(E);  Q <- store(W - L);  E <- W - Q.
     With it, over NF4, Q <- store(W - L - 0.8 (L - L_before)) and at the end L <- SVD_r(E) again, the best L for that
     Q in any unitarily invariant norm (Eckart-Young); `ends_on` in the figures says which L left less.
+    A zero matrix has no principal part and starts as LoRA does.
     """
     refit = options["refit"] and layer.store.bits == 4
     target, before, energy = weight, None, 0.0
     for step in range(options["passes"]):
         svd = truncated_svd(target, layer.rank, options["svd"], layer.seed, layer.name)
+        if step == 0 and not float(svd.S[0]) > 0:  # both factors would be zero and never train
+            return lora.start(weight, layer, {"init": "A", "distribution": "kaiming"})
         if step == 0:
             energy = float(svd.S.double().square().sum() / weight.double().square().sum().clamp_min(1e-300))
         A, B = balanced(svd, layer.scale)

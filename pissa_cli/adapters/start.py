@@ -49,6 +49,8 @@ class Projections:
 
     def pair(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A[:, :in] and B[:out] for a shape (out, in): views of the copy on `device`, made at the first call."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         if (device, dtype) not in self._copies:
             A, B = self.whole()
             self._copies[(device, dtype)] = (A.to(device, dtype), B.to(device, dtype))

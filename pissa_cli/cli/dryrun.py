@@ -23,6 +23,7 @@ def dry_run(loaded: Loaded, as_json: bool) -> None:
         "base": str(planned.folder),
         "layers": len(planned.targets),
         "trainable": planned.num_trainable(recipe),
+        "ranks": "chosen at init; counted as 1" if getattr(recipe.adapter, "rank", None) == "auto" else "final",
         "parameters": planned.num_total,
         "memory_bytes": estimate,
     }

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pissa_cli.cli.options import Debug, Json, Set, Target, load_recipe
+from pissa_cli.cli.options import Absmax, Debug, DoubleQuant, Json, Set, Target, load_recipe
 
 _FOLDERS = {"lora": "exported", "merged": "merged", "nf4": "quantized", "compressed-tensors": "quantized"}
 
@@ -33,6 +33,8 @@ def export_command(
     checkpoint: Annotated[
         int | None, typer.Option("--checkpoint", help="Step of the checkpoint; default: the result.")
     ] = None,
+    double_quant: DoubleQuant = False,
+    absmax: Absmax = "fitted",
     check: Annotated[bool, typer.Option("--check", help="Compare the logits before and after.")] = False,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="The folder to write; default: inside the run.")
@@ -49,6 +51,8 @@ def export_command(
     show.quiet_libraries(debug)
     if form != "lora" and (rank is not None or uniform or server is not None):
         raise UsageError(f"--rank, --uniform and --for are about LoRA files, not --as {form}", "leave them out")
+    if form != "nf4" and (double_quant or absmax != "fitted"):
+        raise UsageError(f"--double-quant and --absmax are about NF4, not --as {form}", "leave them out")
     from pissa_cli import convert, export
 
     recipe = loaded.recipe
@@ -57,7 +61,7 @@ def export_command(
         if form == "merged":
             result = export.merge(recipe, progress, folder, checkpoint)
         elif form != "lora":
-            result = export.quantize(recipe, None, folder, progress, checkpoint, form)
+            result = export.quantize(recipe, None, folder, progress, checkpoint, form, double_quant, absmax)
         else:
             result = convert.export_lora(recipe, folder, rank, uniform, server, checkpoint, check)
     lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]

@@ -50,10 +50,13 @@ def init_command(
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
+    from pissa_cli.errors import UsageError
     from pissa_cli.initialize import initialize
     from pissa_cli.report import summarize
 
     recipe = loaded.recipe
+    if report and recipe.adapter.method == "full":
+        raise UsageError("--report is about adapters; method full has none", "leave it out")
     show.say(f"init: {recipe.adapter.method} over {recipe.model.name}, {recipe.model.bits} bits, into {recipe.output}")
     with show.counting("init") as progress:
         manifest = initialize(recipe, progress)

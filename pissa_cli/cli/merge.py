@@ -30,11 +30,11 @@ def merge_command(
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
-    from pissa_cli import export
+    from pissa_cli import export, hub
 
     recipe = loaded.recipe
     if push:
-        export.require_pushable(recipe, repo)
+        hub.require_pushable(recipe, repo)
     with show.counting("merge") as progress:
         result = export.merge(recipe, progress)
     lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
@@ -47,6 +47,6 @@ def merge_command(
         )
     if push:
         show.say("uploading ...")
-        result["url"] = export.push(recipe, Path(result["path"]), repo)
+        result["url"] = hub.push(recipe, Path(result["path"]), repo)
         lines.append(result["url"])
     show.print_result(result, as_json, lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,11 @@ Rank = Annotated[str | None, typer.Option("--rank", "-r", metavar="N|auto", help
 Svd = Annotated[str | None, typer.Option("--svd", help="fast or exact.")]
 Bits = Annotated[int | None, typer.Option("--bits", help="Storage of frozen weights: 4 (NF4), 16 or 32.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
+DoubleQuant = Annotated[bool, typer.Option("--double-quant", help="NF4: quantize the block scales as well.")]
+Absmax = Annotated[
+    Literal["fitted", "largest"],
+    typer.Option("--absmax", help="NF4 block scales: fitted for the least error, or bitsandbytes' own."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; touch nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
 Debug = Annotated[bool, typer.Option("-v", "--debug", help="Show the libraries' messages, and tracebacks.")]

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from pissa_cli.cli.options import Debug, DryRun, Json, Set, Target, load_recipe
+from pissa_cli.cli.options import Absmax, Debug, DoubleQuant, DryRun, Json, Set, Target, load_recipe
 
 
 def quantize_command(
     target: Target = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the 4-bit model.")] = None,
+    double_quant: DoubleQuant = False,
+    absmax: Absmax = "fitted",
     set_: Set = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -36,7 +38,14 @@ def quantize_command(
     from pissa_cli.export import quantize
 
     with show.counting("quantize") as progress:
-        result = quantize(loaded.recipe, folder if is_model else None, destination, progress)
+        result = quantize(
+            loaded.recipe,
+            folder if is_model else None,
+            destination,
+            progress,
+            double_quant=double_quant,
+            absmax=absmax,
+        )
     before, after = result["perplexity_before"], result["perplexity_after"]
     lines = [
         f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB (dense: {result['dense_bytes'] / 2**20:,.1f} MiB)",
