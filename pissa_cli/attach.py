@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from pissa_cli.adapters.lowrank import LowRank, LowRankEmbedding
 from pissa_cli.adapters.start import Adapter, Method
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.experts import IMPLEMENTATION, ExpertWeight, expert_layers
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool, dropout: float = 0.0) -> None:
@@ -24,20 +25,33 @@ def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool
     """
     model.requires_grad_(False)
     modules = dict(model.named_modules())
+    experts = {name: expert for name, expert, _ in expert_layers(model)}
     for name, layer_factors in adapter.factors.items():
-        base = modules.get(name)
+        expert = experts.get(name)
+        base = modules.get(name) if expert is None else ExpertWeight(modules[expert.module], expert)
         if base is None:
             raise UsageError(f"the adapter has a layer {name} that the model lacks", "this is not its base model")
         if isinstance(base, LowRank):
             raise PissaError(f"{name} has an adapter already")
         if method.moves_base and plain:
             subtract(base, adapter, name)
-        device = next(base.parameters()).device
+        device = cast(Tensor, base.weight).device
         here = {key: factor.to(device) for key, factor in layer_factors.items()}
         kind = LowRankEmbedding if isinstance(base, nn.Embedding) else LowRank
         layer = kind(base, here, method.trains, adapter.scales[name], dropout, adapter.projections)
+        layer.name = name
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, layer)
+        if expert is None:
+            setattr(modules[parent], child, layer)
+            continue
+        holder = modules[expert.module]
+        if not hasattr(holder, "adapters"):
+            holder.adapters = nn.ModuleDict()
+        key = f"{expert.part}_{expert.number}"
+        if key in holder.adapters:
+            raise PissaError(f"{name} has an adapter already")
+        holder.adapters[key] = layer
+        model.config._experts_implementation = IMPLEMENTATION
 
 
 @torch.no_grad()
@@ -93,4 +107,4 @@ def restore_whole(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
 
 def lowrank_layers(model: nn.Module) -> dict[str, LowRank]:
     """The low-rank layers by the name of the linear layer they stand for."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
+    return {module.name: module for module in model.modules() if isinstance(module, LowRank)}

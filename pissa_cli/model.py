@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.experts import Expert, expert_layers
 from pissa_cli.recipe import ModelSection
 from pissa_cli.weights import Weights
 
@@ -36,11 +37,12 @@ class Linear:
     num_in: int
     transposed: bool
     embedding: bool = False
+    expert: Expert | None = None
 
     @property
     def packable(self) -> bool:
         """Whether it can be stored in NF4."""
-        return not self.embedding and quant.packable(self.num_in)
+        return not self.embedding and self.expert is None and quant.packable(self.num_in)
 
     @property
     def kind(self) -> str:
@@ -111,6 +113,9 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
                         "the weights and config.json do not belong together",
                     )
             layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding))
+    for name, expert, shape in expert_layers(model):
+        if weights is None or weights.shapes.get(f"{name}.weight") == tuple(shape):
+            layers.append(Linear(name, f"{name}.weight", shape[0], shape[1], False, expert=expert))
     return layers
 
 

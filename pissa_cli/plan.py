@@ -90,7 +90,8 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     )
     if isinstance(adapter, FullOptions):
         return Plan(folder, linears, [], {}, {}, 0, *sizes)
-    targets = match_targets(linears, adapter.targets)
+    method = METHODS[adapter.method]
+    targets = match_targets([layer for layer in linears if method.experts or layer.expert is None], adapter.targets)
     _require_embeddings(model, adapter, [layer for layer in targets if layer.embedding])
     ranks = _ranks(adapter, targets)
     scales = {name: adapter.layer_scale(name, rank) for name, rank in ranks.items()}

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from pissa_cli import report
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.attach import attach, train_whole
+from pissa_cli.attach import attach, lowrank_layers, train_whole
 from pissa_cli.checkpoint import Names, restore_checkpoint, save_checkpoint
 from pissa_cli.data import chunk_by_length, collate, load_examples
 from pissa_cli.errors import Interrupted, PissaError, UsageError
@@ -249,6 +249,8 @@ def _set_up(
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, layer in lowrank_layers(model).items():
+        names |= {p: f"{name}.{key}" for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
     total_steps = count_steps(len(examples), recipe)
     trainable, total = parameter_counts(model)
     steps = f"{total_steps} steps of {recipe.train.batch_size} examples"

@@ -22,9 +22,11 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from pissa_cli.recipe_file import load
@@ -56,17 +58,23 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=1
     ),
 }
+MOE_CONFIGS: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_SHAPE, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1
+    ),
+}
 
 
 def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     """A tiny model whose weights have decaying spectra and whose biases are not zero."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture]())
+    model = AutoModelForCausalLM.from_config({**CONFIGS, **MOE_CONFIGS}[architecture]())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
+            if parameter.ndim in (2, 3) and "embed" not in name and "wte" not in name and "wpe" not in name:
                 U, _, Vh = torch.linalg.svd(parameter, full_matrices=False)
-                spectrum = 0.8 ** torch.arange(min(parameter.shape), dtype=torch.float32) + 0.05
+                spectrum = 0.8 ** torch.arange(min(parameter.shape[-2:]), dtype=torch.float32) + 0.05
                 parameter.copy_((U * spectrum) @ Vh)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.02)

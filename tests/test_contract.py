@@ -10,6 +10,7 @@ import bitsandbytes
 import peft
 import pytest
 import torch
+from conftest import MOE_CONFIGS
 from safetensors.torch import load_file
 from test_start import logits, relative, started
 from torch import nn
@@ -21,6 +22,7 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import lowrank_layers
 from pissa_cli.convert import export_lora
 from pissa_cli.errors import UsageError
+from pissa_cli.experts import expert_layers, expert_weight
 from pissa_cli.exported import load_result
 from pissa_cli.plan import make_plan
 from pissa_cli.rundir import Run
@@ -48,7 +50,7 @@ CASES = [
     for store in STORES
     if not (variant == "loftq" and store in ("fp32", "bf16"))
 ]
-ARCHITECTURES = ["llama", "qwen2", "gpt2", "uneven"]
+ARCHITECTURES = ["llama", "qwen2", "gpt2", "uneven", *MOE_CONFIGS]
 
 
 def settings(variant: str, store: str) -> list[str]:
@@ -65,14 +67,18 @@ def stored_base(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> Pre
     """The base with every adapted weight replaced by what is stored plus the change of the factors, in fp64."""
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     modules = dict(oracle.named_modules())
+    experts = {name: expert for name, expert, _ in expert_layers(oracle)}
     for name, layer in lowrank_layers(model).items():
         W = layer.base_weight(torch.float32).double()
         if layer.projections is None:
             d = layer.d if layer.d is not None else torch.ones(layer.A.shape[0])
             W = W + layer.scale * (layer.B * d).double() @ layer.A.double()
-        modules[name].weight.data = (
-            (W.T if isinstance(modules[name], Conv1D | nn.Embedding) else W).to(dtype).contiguous()
-        )
+        if name in experts:
+            with torch.no_grad():
+                expert_weight(modules[experts[name].module], experts[name].number, experts[name].part).copy_(W)
+            continue
+        W = W.T if isinstance(modules[name], Conv1D | nn.Embedding) else W
+        modules[name].weight.data = W.to(dtype).contiguous()
     return oracle
 
 
@@ -94,11 +100,11 @@ def test_contract(
     assert relative(logits(model), logits(oracle)) < (2e-2 if loose else 1e-5)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=loose):  # what trains gets gradients, and nothing else
-        model(input_ids=torch.arange(2, 20)[None]).logits.float().square().mean().backward()
+        model(input_ids=torch.arange(2, 250)[None]).logits.float().square().mean().backward()
     layers = lowrank_layers(model)
-    expected = {f"{name}.{key}" for name in layers for key in method.trains}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == expected
+    expected = {getattr(layer, key) for layer in layers.values() for key in method.trains}
+    assert {p for p in model.parameters() if p.requires_grad} == expected
+    assert {p for p in model.parameters() if p.grad is not None} == expected
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
     train(made)  # the result loads bit for bit whatever the global seed
@@ -162,3 +168,29 @@ def test_embeddings_that_cannot_be_adapted(models: Callable[[str], Path], recipe
         made = recipe(models(architecture), f"adapter.method={method}", "adapter.targets=[embed_tokens]")
         with pytest.raises(UsageError, match=message):
             make_plan(made, models(architecture))
+
+
+@pytest.mark.parametrize("architecture", MOE_CONFIGS)
+def test_experts_resume_export_and_count(
+    architecture: str, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    folder = models(architecture)
+    sets = ["model.bits=32", "adapter.rank=4", "train.lr=0.02", "train.warmup=0", "train.schedule=constant"]
+    sets += [f"data.train={rows}", "train.batch_size=4", "train.save_every=2"]
+    whole = recipe(folder, *sets, "train.steps=4")
+    train(whole)
+    halves = [recipe(folder, *sets, f"train.steps={n}", f"output={tmp_path / 'halves'}") for n in (2, 4)]
+    train(halves[0])
+    train(halves[1], resume=True)
+    one, other = (load_file(Run(Path(r.output)).adapter / "adapter_model.safetensors") for r in (whole, halves[1]))
+    assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+    name = {"mixtral": "block_sparse_moe.experts.3.w2", "qwen3_moe": "mlp.experts.3.down_proj"}[architecture]
+    assert f"base_model.model.model.layers.1.{name}.lora_B.weight" in one
+    exported = export_lora(whole, Path(whole.output) / "exported", step=4)["path"]
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    result = logits(load_result(whole, torch.device("cpu")))
+    assert relative(logits(peft.PeftModel.from_pretrained(base, exported)), result) < 1e-5
+    plan = make_plan(whole, folder)
+    assert sum(layer.expert is not None for layer in plan.targets) == 2 * 4 * 3
+    vera = recipe(folder, "adapter.method=vera", f"output={tmp_path / 'vera'}")
+    assert not any(layer.expert for layer in make_plan(vera, folder).targets)

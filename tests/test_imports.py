@@ -21,7 +21,7 @@ LAYERS = [
     "data",
     "examples",
     "model peft_files report optim process",
-    "rundir",
+    "rundir experts",
     "rows loss weights",
     "adapters.lowrank",
     "adapters.methods",

@@ -26,6 +26,7 @@ class LowRank(nn.Module):
     Products run in the dtype of x, or of autocast.
     """
 
+    name = ""
     A: Tensor
     B: Tensor
     d: Tensor

@@ -95,7 +95,7 @@ class Method:
     on_plain_base: (factors now, factors at step 0) -> LoRA {A, B} with s B A = W_frozen + s (B * d * b) A - W.
     share: (seed, r, widest out, widest in) -> projections that all layers share.
     peft_type: the kind of PEFT files the factors at step 0 make; see `pissa_cli.peft_files`.
-    embeddings: whether it adapts embeddings as well.
+    embeddings, experts: whether it adapts embeddings, and experts stored as 3-D weights, as well.
     rank_limit: what a rank above the smaller dimension of a layer is: an "error", "lowered" to it, or "none".
     """
 
@@ -107,6 +107,7 @@ class Method:
     rank_limit: Literal["error", "lowered", "none"] = "error"
     peft_type: Literal["LORA", "VERA", "SVFIT"] = "LORA"
     embeddings: bool = False
+    experts: bool = True
 
 
 def as_lora(factors: Factors) -> Factors:

@@ -64,9 +64,8 @@ def init_command(
     result = {"path": recipe.output, **manifest, "summary": rows}
     dense = manifest.get("kept_dense", [])
     if dense:
-        show.say(
-            f"stay 16-bit, as their rows are no multiple of NF4's 64 numbers: {len(dense)} layers ({dense[0]}, ...)"
-        )
+        why = "experts, or rows that are no whole NF4 blocks of 64"
+        show.say(f"{len(dense)} layers stay dense ({why}): {dense[0]}, ...")
     counts = ""
     if "trainable" in manifest:
         counts = f"; {manifest['trainable']:,} numbers train (LoRA of rank 16: {manifest['trainable_lora_r16']:,})"
