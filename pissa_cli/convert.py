@@ -169,7 +169,6 @@ def _compare(recipe: Recipe, stored: Path, adapter: Adapter, plain: Path, folder
     device, tokenizer = best_device(), load_tokenizer(plain, recipe.model)
     before = probe_logits(load_with(recipe, stored, adapter, device), tokenizer, recipe)
     gc.collect()
-    bits = 32 if recipe.precision == "fp32" else 16
-    dense = recipe.model_copy(update={"model": recipe.model.model_copy(update={"bits": bits, "double_quant": False})})
+    dense = recipe.model_copy(update={"model": recipe.dense_model})
     after = load_with(dense, plain, read_peft(folder)[1], device)
     return logit_difference(before, probe_logits(after, tokenizer, recipe))

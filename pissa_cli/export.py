@@ -1,4 +1,4 @@
-"""`merge` and `quantize`: stream a run into one dense or one NF4 model, check it against the run, put it on the Hub."""
+"""`merge` and `quantize`: stream a run into one dense or one 4-bit model, and check it against the run."""
 
 from __future__ import annotations
 
@@ -221,12 +221,10 @@ def _compare(recipe: Recipe, model: PreTrainedModel, merged: Path, tolerance: fl
     """Logits of the adapter on its base, `model`, against those of the merged model."""
     device = best_device()
     tokenizer = load_tokenizer(merged, recipe.model)
-    bits = 32 if recipe.precision == "fp32" else 16
-    dense = recipe.model.model_copy(update={"bits": bits, "double_quant": False})
     apart = probe_logits(model, tokenizer, recipe)
     del model
     gc.collect()
-    together = load_model(merged, dense, recipe.precision).to(device).eval()
+    together = load_model(merged, recipe.dense_model, recipe.precision).to(device).eval()
     difference = logit_difference(apart, probe_logits(together, tokenizer, recipe))
     relative = difference["relative_logit_difference"]
     if not relative <= tolerance:
@@ -243,9 +241,7 @@ def _before_and_after(recipe: Recipe, folder: Path, adapter: Adapter, quantized:
     if adapter.factors:
         model = load_with(recipe, folder, adapter, device)
     else:
-        bits = 32 if recipe.precision == "fp32" else 16
-        dense = recipe.model.model_copy(update={"bits": bits, "double_quant": False})
-        model = load_model(folder, dense, recipe.precision).to(device).eval()
+        model = load_model(folder, recipe.dense_model, recipe.precision).to(device).eval()
     before, data = _perplexity(model, tokenizer, recipe)
     logits = probe_logits(model, tokenizer, recipe)
     del model

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from pissa_cli.errors import UsageError
 from pissa_cli.model import Linear
+from pissa_cli.quant import fit_scales
 
 GROUP_SIZES = (128, 64, 32)
-SHARE_GRID = tuple(0.7 + 0.05 * step for step in range(7))
 
 
 def require_compressed_tensors() -> None:
@@ -44,13 +44,12 @@ def takes(layer: Linear, group: int) -> bool:
 def pack(name: str, W: Tensor, dtype: torch.dtype, group: int) -> tuple[dict[str, Tensor], Tensor]:
     """(tensors of a weight (out, in) fp32 by name, the weight as it reads back).
 
-    Symmetric int4 with one scale a group of `group` numbers of a row, kept in `dtype` and fitted for the least squared
-    error over SHARE_GRID, as `quant` fits NF4's.
+    Symmetric int4 with one scale a group of `group` numbers of a row, kept in `dtype` and fitted as NF4's are.
     """
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
     groups = W.reshape(-1, group)
-    scale = _fit(groups).to(dtype)
+    scale = fit_scales(groups, 7.5, lambda scaled: scaled.round_().clamp_(-8, 7)).to(dtype)
     safe = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
     codes = (groups / safe[:, None]).round_().clamp_(-8, 7)
     back = (codes * safe[:, None]).view_as(W)
@@ -86,16 +85,3 @@ def dense_modules(model: nn.Module, layers: list[Linear], group: int) -> list[st
     """The Linear modules that stay dense."""
     packed = {layer.name for layer in layers if takes(layer, group)}
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
-
-
-def _fit(groups: Tensor) -> Tensor:
-    """The best scale (n,) of each group (n, g)."""
-    largest = groups.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
-    for share in SHARE_GRID:
-        q = (groups / (share * largest / 7.5)).round_().clamp_(-8, 7)
-        along, length = (q * groups).sum(1, keepdim=True), q.square().sum(1, keepdim=True).clamp_min(1)
-        gain = along.square() / length
-        better = gain > best
-        best, scale = torch.where(better, gain, best), torch.where(better, along / length, scale)
-    return scale.squeeze(1)

@@ -26,8 +26,6 @@ FACTOR_NAMES = {
 """By `peft_type`. PEFT has no SVFIT and refuses it, as it must: read as LoRA, `init/` of such a run would be wrong."""
 PROJECTION_NAMES = ("base_model.vera_A", "base_model.vera_B")
 EMBEDDING_NAMES = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
-
-
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 """layer -> factor -> shape."""
 
@@ -95,8 +93,8 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
     embeddings = set()
     tensors = load_tensors(file)
     stored = [tensors.pop(name).float() for name in PROJECTION_NAMES if name in tensors]
+    suffixes = [*names.items(), *EMBEDDING_NAMES.items()]
     for full, tensor in tensors.items():
-        suffixes = [*names.items(), *EMBEDDING_NAMES.items()]
         key, suffix = next(((k, suffix) for k, suffix in suffixes if full.endswith(f".{suffix}")), (None, ""))
         name = full.removeprefix(PREFIX)
         if key is None and name.rpartition(".")[0] in (config.get("modules_to_save") or []):

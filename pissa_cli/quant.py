@@ -5,6 +5,7 @@ The only file that imports bitsandbytes. NF4 as in QLoRA (arXiv 2305.14314): blo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 Absmax = Literal["fitted", "largest"]
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
-ABSMAX_GRID = tuple(0.7 + 0.05 * step for step in range(7))
+SCALE_GRID = tuple(0.7 + 0.05 * step for step in range(7))
 TABLE_STEPS = 1024  # of the lookup table from [-1, 1] to NF4's levels, for the search only
 CHUNK = {"cpu": 2**17, "cuda": 2**24}  # numbers that the search looks at together
 QUANT_STATE_SUFFIX = "quant_state.bitsandbytes__nf4"
@@ -109,15 +110,27 @@ def _pack_fitted(store: Store, weight: Tensor) -> Packed:
 
 
 def _fit_absmax(blocks: Tensor, levels: Tensor) -> Tensor:
-    """The best scale (n,) of each block (n, 64) over ABSMAX_GRID."""
+    """The best absmax (n,) of each block (n, 64)."""
     steps = torch.arange(2 * TABLE_STEPS + 1, device=blocks.device) / TABLE_STEPS - 1
     table = levels[_nearest(steps, levels)]
-    largest = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def nearest(scaled: Tensor) -> Tensor:
+        return table[scaled.clamp_(-1, 1).add_(1).mul_(TABLE_STEPS).round_().to(torch.int32)]
+
+    return fit_scales(blocks, 1.0, nearest)
+
+
+def fit_scales(blocks: Tensor, top: float, nearest: Callable[[Tensor], Tensor]) -> Tensor:
+    """The scale (n,) of each block (n, size) that leaves the least squared error, of SCALE_GRID's candidates.
+
+    nearest: scaled numbers -> codes q, in place; top: the code that the largest magnitude of a block gets at share 1.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    largest = blocks.abs().amax(1, keepdim=True).clamp_min(tiny)
     best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
-    for share in ABSMAX_GRID:
-        place = (blocks / (share * largest)).clamp_(-1, 1).add_(1).mul_(TABLE_STEPS).round_()
-        q = table[place.to(torch.int32)]
-        along, length = (q * blocks).sum(1, keepdim=True), q.square().sum(1, keepdim=True)
+    for share in SCALE_GRID:
+        q = nearest(blocks / (share * largest / top))
+        along, length = (q * blocks).sum(1, keepdim=True), q.square().sum(1, keepdim=True).clamp_min(tiny)
         gain = along.square() / length
         better = gain > best
         best, scale = torch.where(better, gain, best), torch.where(better, along / length, scale)

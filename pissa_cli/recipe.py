@@ -165,6 +165,12 @@ class Recipe(Section):
         return self.train.precision or ("fp32" if self.model.bits == 32 else "bf16")
 
     @property
+    def dense_model(self) -> ModelSection:
+        """The model with dense weights in the dtype of the products: how exported models are compared."""
+        bits = 32 if self.precision == "fp32" else 16
+        return self.model.model_copy(update={"bits": bits, "double_quant": False})
+
+    @property
     def lr(self) -> float:
         """Peak learning rate: as written, else the method's default."""
         return self.train.lr if self.train.lr is not None else LEARNING_RATES[self.adapter.method]

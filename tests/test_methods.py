@@ -9,20 +9,18 @@ from typing import Any
 
 import bitsandbytes
 import numpy as np
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_start import logits, relative, started
+from test_start import started
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
 from pissa_cli.attach import attach, lowrank_layers
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.exported import load_result
 from pissa_cli.peft_files import read_peft
 from pissa_cli.plan import make_plan
 from pissa_cli.recipe_file import load
@@ -167,34 +165,6 @@ def test_parameter_counts_of_the_papers(tmp_path: Path) -> None:
         assert make_plan(made, tmp_path).num_trainable(made) == wanted
 
 
-def test_vera_shares_its_projections_and_stores_none_of_them(
-    models: Callable[[str], Path], recipe: Make, tmp_path: Path
-) -> None:
-    made = recipe(models("llama"), "model.bits=32", "adapter.method=vera", "adapter.rank=4096")
-    model = started(made)
-    x = torch.zeros(1, 64)
-    layers = list(lowrank_layers(model).values())
-    for _ in range(2):
-        pairs = [layer.pair(x if layer.base.in_features == 64 else torch.zeros(1, 128)) for layer in layers]  # type: ignore[operator]
-        assert len({A.data_ptr() for A, _ in pairs}) == 1 and len({B.data_ptr() for _, B in pairs}) == 1
-        model.to(torch.bfloat16).to(torch.float32)
-    assert not [name for name in model.state_dict() if name.endswith((".A", ".B"))]
-    file = Run(Path(made.output)).init / "adapter_model.safetensors"
-    vectors = sum(tensor.numel() * 4 for tensor in load_file(file).values())
-    assert vectors < file.stat().st_size <= 1.03 * vectors
-
-
-def test_vera_draws_its_projections_as_peft_does(models: Callable[[str], Path], recipe: Make) -> None:
-    made = recipe(models("gpt2"), "model.bits=32", "adapter.method=vera", "adapter.rank=7", "seed=3")
-    layer = next(iter(lowrank_layers(started(made)).values()))
-    base = AutoModelForCausalLM.from_pretrained(models("gpt2"))
-    config = peft.VeraConfig(r=7, target_modules="all-linear", projection_prng_key=3, save_projection=False)
-    theirs = peft.get_peft_model(base, config).base_model
-    assert layer.projections is not None
-    A, B = layer.projections.whole()
-    assert torch.equal(A, theirs.vera_A["default"]) and torch.equal(B, theirs.vera_B["default"])
-
-
 def test_an_adapter_is_attached_once(models: Callable[[str], Path], recipe: Make) -> None:
     made = recipe(models("llama"), "model.bits=32", "adapter.rank=4")
     model = started(made)
@@ -271,18 +241,6 @@ def test_the_report_of_init(models: Callable[[str], Path], pissa: Callable[..., 
         paper = error_of("pissa", W, 8, passes=5, refit=False)
         assert row["errors"]["qpissa_paper"] == pytest.approx(paper, rel=0.02)  # fast and exact SVD
         assert row["errors"]["qpissa"] < row["errors"]["qpissa_paper"] < row["errors"]["nf4"]
-
-
-def test_vera_stores_its_projections_if_asked(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
-    sets = ["model.bits=32", "adapter.method=vera", "adapter.rank=8", "train.lr=0.1", "train.steps=2"]
-    made = recipe(models("llama"), *sets, f"data.train={rows}", "adapter.save_projection=true")
-    train(made)
-    run = Run(Path(made.output))
-    tensors = load_file(run.adapter / "adapter_model.safetensors")
-    assert tensors["base_model.vera_A"].shape == (8, 128) and tensors["base_model.vera_B"].shape == (128, 8)
-    base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
-    theirs = logits(peft.PeftModel.from_pretrained(base, run.adapter))
-    assert relative(theirs, logits(load_result(made, torch.device("cpu")))) < 1e-6
 
 
 def test_modules_that_train_whole_have_their_own_rate(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:

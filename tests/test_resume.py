@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -14,32 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from runs import BASE, adapter, events, same, state_of
 
 from pissa_cli.errors import Interrupted, UsageError
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
-from pissa_cli.weights import load_tensors
 
 Make = Callable[..., Any]
-BASE = ("model.bits=32", "adapter.rank=4", "train.lr=0.005", "train.batch_size=8", "train.micro_batch_size=4")
-
-
-def events(recipe: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Run(Path(recipe.output)).metrics.read_text().splitlines()]
-
-
-def adapter(recipe: Any) -> dict[str, torch.Tensor]:
-    return load_tensors(Run(Path(recipe.output)).adapter / "adapter_model.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "paged-adamw-8bit"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import BASE, events
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from pissa_cli import train as module
@@ -20,23 +21,6 @@ from pissa_cli.train import step_examples, train
 from pissa_cli.weights import load_tensors
 
 Make = Callable[..., Any]
-BASE = ("model.bits=32", "adapter.rank=4", "train.lr=0.005", "train.batch_size=8", "train.micro_batch_size=4")
-
-
-def events(recipe: Any) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Run(Path(recipe.output)).metrics.read_text().splitlines()]
-
-
-def adapter(recipe: Any) -> dict[str, torch.Tensor]:
-    return load_tensors(Run(Path(recipe.output)).adapter / "adapter_model.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_the_loss_falls_and_everything_is_recorded(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
