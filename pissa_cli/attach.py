@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from pissa_cli.adapters.lowrank import LowRank, LowRankEmbedding
 from pissa_cli.adapters.start import Adapter, Method
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.experts import IMPLEMENTATION, ExpertWeight, expert_layers
+from pissa_cli.experts import expert_layers, part_of, set_part
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool, dropout: float = 0.0) -> None:
@@ -28,7 +28,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool
     experts = {name: expert for name, expert, _ in expert_layers(model)}
     for name, layer_factors in adapter.factors.items():
         expert = experts.get(name)
-        base = modules.get(name) if expert is None else ExpertWeight(modules[expert.module], expert)
+        base = modules.get(name) if expert is None else part_of(model, expert)
         if base is None:
             raise UsageError(f"the adapter has a layer {name} that the model lacks", "this is not its base model")
         if isinstance(base, LowRank):
@@ -43,15 +43,8 @@ def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool
         parent, _, child = name.rpartition(".")
         if expert is None:
             setattr(modules[parent], child, layer)
-            continue
-        holder = modules[expert.module]
-        if not hasattr(holder, "adapters"):
-            holder.adapters = nn.ModuleDict()
-        key = f"{expert.part}_{expert.number}"
-        if key in holder.adapters:
-            raise PissaError(f"{name} has an adapter already")
-        holder.adapters[key] = layer
-        model.config._experts_implementation = IMPLEMENTATION
+        else:
+            set_part(model, expert, layer)
 
 
 @torch.no_grad()

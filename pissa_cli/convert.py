@@ -18,15 +18,15 @@ from pissa_cli.card import model_card
 from pissa_cli.errors import UsageError
 from pissa_cli.exported import load_with, result_files
 from pissa_cli.initialize import open_run, require_fingerprint
+from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import (
     Linear,
     best_device,
     linear_layers,
-    load_tokenizer,
+    peft_targets,
     read_weight,
     resolve_base,
     skeleton,
-    target_modules,
 )
 from pissa_cli.peft_files import PeftWriter, peft_config, rank_of, read_peft
 from pissa_cli.probes import logit_difference, probe_logits
@@ -63,7 +63,8 @@ def export_lora(
     require_free(output, run.folder / "exported")
     stored, adapter = result_files(recipe, step)
     plain = require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
-    every = linear_layers(skeleton(plain, recipe.model.trust_remote_code), open_weights(plain))
+    model = skeleton(plain, recipe.model.trust_remote_code)
+    every = linear_layers(model, open_weights(plain))
     layers = [layer for layer in every if layer.name in adapter.factors]
     ranks = {layer.name: _rank(recipe, layer, adapter.factors[layer.name], rank) for layer in layers}
     as_it_is = (
@@ -79,7 +80,7 @@ def export_lora(
         base=recipe.model.name,
         ranks=ranks,
         scales=adapter.scales if as_it_is else dict.fromkeys(ranks, 1.0),
-        targets=target_modules(ranks, every),
+        targets=peft_targets(ranks, every, model),
         fan_in_fan_out=any(layer.transposed and not layer.embedding for layer in layers),
         seed=recipe.seed,
         saved=adapter.saved,

@@ -1,13 +1,15 @@
 """Mixture-of-experts layers that transformers keeps as 3-D weights: each expert's matrices as layers of their own.
 
 They go by the names that their tensors have on disk, as in `model.layers.0.block_sparse_moe.experts.0.w1`. PEFT files
-name them so, too; PEFT turns that into its form for 3-D weights when it loads them.
+name them so, too; PEFT turns that into its form for 3-D weights when it loads them. A matrix that is adapted, or packed
+in NF4, is a module of `experts.parts`; the others are views of the 3-D weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ IMPLEMENTATION = "pissa"
 DISK_NAMES = {"mixtral": ("w1", "w3", "w2"), "qwen2_moe": ("gate_proj", "up_proj", "down_proj")}
 """Names of gate, up and down on disk, by transformers' conversion pattern."""
 PARTS = ("gate", "up", "down")
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ def expert_weight(experts: nn.Module, number: int, part: str) -> Tensor:
     return both.chunk(2)[0 if part == "gate" else 1]
 
 
+def peft_converts(model: PreTrainedModel) -> bool:
+    """Whether PEFT turns targets with the experts' names on disk into 3-D parameters. It forgets qwen2_moe itself."""
+    return model.config.model_type == "mixtral" or model.config.model_type in _MODEL_TO_CONVERSION_PATTERN
+
+
 def expert_layers(model: PreTrainedModel) -> Iterator[tuple[str, Expert, torch.Size]]:
     """(name on disk without `.weight`, expert, shape (out, in)) of every matrix of every expert that can be adapted."""
     pattern = _MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, model.config.model_type)
@@ -63,17 +71,74 @@ def expert_layers(model: PreTrainedModel) -> Iterator[tuple[str, Expert, torch.S
         if not gated or module.has_bias or module.is_transposed:
             continue
         place = name.replace(".mlp.", ".block_sparse_moe.") if pattern == "mixtral" else name
-        for number in range(len(module.down_proj)):
+        shapes = _shapes(module)
+        for number in range(module.num_experts):
             for part, on_disk in zip(PARTS, DISK_NAMES[pattern], strict=True):
-                shape = expert_weight(module, number, part).shape
-                yield f"{place}.{number}.{on_disk}", Expert(name, number, part), shape
+                yield f"{place}.{number}.{on_disk}", Expert(name, number, part), shapes[part]
+
+
+def holders_of_3d_weights(model: PreTrainedModel) -> set[str]:
+    """The names of modules with 3-D weights, convolutions aside."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d) and any(p.ndim == 3 for p in module.parameters(recurse=False))
+    }
+
+
+def without_expert_weights(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of a model class whose experts have no weights of their own, so that loading makes none.
+
+    transformers 5 reads no packed experts; each of their matrices becomes a module of its own: see `set_part`.
+    """
+
+    def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, *args, **kwargs)
+        for name in {expert.module for _, expert, _ in expert_layers(self)}:
+            experts = self.get_submodule(name)
+            experts.part_shapes = _shapes(experts)
+            for parameter in EXPERT_PARAMETERS:
+                delattr(experts, parameter)
+                setattr(experts, parameter, torch.empty(0))  # transformers' initialization asks for it
+
+    ignored = [*(kind._keys_to_ignore_on_load_unexpected or []), r"\.experts\."]
+    body = {"__init__": __init__, "_keys_to_ignore_on_load_unexpected": ignored, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), body)
+
+
+def set_part(model: PreTrainedModel, expert: Expert, module: nn.Module) -> None:
+    """Let `module` compute the product with this expert's matrix."""
+    experts = model.get_submodule(expert.module)
+    if not hasattr(experts, "parts"):
+        experts.parts = nn.ModuleDict()
+    experts.parts[_key(expert)] = module
+    model.config._experts_implementation = IMPLEMENTATION
+
+
+def part_of(model: PreTrainedModel, expert: Expert) -> nn.Module:
+    """What computes the product with this expert's matrix."""
+    experts = model.get_submodule(expert.module)
+    parts: Any = getattr(experts, "parts", {})
+    return parts[_key(expert)] if _key(expert) in parts else ExpertWeight(experts, expert)
+
+
+def _key(expert: Expert) -> str:
+    return f"{expert.part}_{expert.number}"
+
+
+def _shapes(experts: nn.Module) -> dict[str, torch.Size]:
+    """(out, in) of each part."""
+    if hasattr(experts, "part_shapes"):
+        known: Any = experts.part_shapes
+        return dict(known)
+    return {part: expert_weight(experts, 0, part).shape for part in PARTS}
 
 
 def adapted_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of x (tokens, in) one after the other, through their low-rank layers; transformers calls it."""
     y = torch.zeros_like(x)
     for number in top_k_index.unique().tolist():
-        if number >= len(experts.down_proj):  # type: ignore[arg-type]
+        if number >= experts.num_experts:
             continue
         tokens, place = torch.where(top_k_index == number)
         chosen = x[tokens]
@@ -84,11 +149,9 @@ def adapted_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_we
 
 
 def _linear(experts: nn.Module, number: int, part: str, x: Tensor) -> Tensor:
-    adapters = getattr(experts, "adapters", {})
-    if f"{part}_{number}" in adapters:
-        y: Tensor = adapters[f"{part}_{number}"](x)
-        return y
-    return nn.functional.linear(x, expert_weight(experts, number, part))
+    parts: Any = getattr(experts, "parts", {})
+    key = _key(Expert("", number, part))
+    return parts[key](x) if key in parts else nn.functional.linear(x, expert_weight(experts, number, part))
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, adapted_forward)

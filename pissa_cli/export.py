@@ -20,7 +20,8 @@ from pissa_cli.card import model_card
 from pissa_cli.data import batch_losses, load_examples
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.exported import load_with, result_files
-from pissa_cli.initialize import copy_side_files, open_run, write_nf4_config
+from pissa_cli.initialize import open_run
+from pissa_cli.loading import load_model, load_tokenizer
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import (
     DTYPES,
@@ -28,8 +29,6 @@ from pissa_cli.model import (
     best_device,
     disk_name,
     linear_layers,
-    load_model,
-    load_tokenizer,
     read_weight,
     require_finite,
     skeleton,
@@ -37,6 +36,7 @@ from pissa_cli.model import (
 from pissa_cli.probes import PROBES, logit_difference, probe_logits
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import Run, read_json, require_free, whole_folder, write_json, write_text
+from pissa_cli.side_files import copy_side_files, write_nf4_config
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 

@@ -15,11 +15,13 @@ from pissa_cli.adapters.start import Adapter, Factors, as_lora
 from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_modules
 from pissa_cli.checkpoint import latest_checkpoint, step_of
 from pissa_cli.errors import UsageError
-from pissa_cli.initialize import copy_side_files, open_run, read_start, require_base
-from pissa_cli.model import load_model, skeleton
+from pissa_cli.initialize import open_run, read_start, require_base
+from pissa_cli.loading import load_model
+from pissa_cli.model import skeleton
 from pissa_cli.peft_files import peft_config, rank_of, read_peft, write_peft
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json
+from pissa_cli.side_files import copy_side_files
 from pissa_cli.weights import load_tensors
 
 
@@ -50,7 +52,7 @@ def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[s
         base=config["base_model_name_or_path"],
         ranks={name: rank_of(factors) for name, factors in result.factors.items()},
         scales=start.scales,
-        targets=config["target_modules"],
+        targets={key: config[key] for key in ("target_modules", "target_parameters") if key in config},
         fan_in_fan_out=config["fan_in_fan_out"],
         seed=recipe.seed,
         saved=result.saved,

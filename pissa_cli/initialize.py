@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,20 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import __version__, quant
 from pissa_cli.adapter_options import FullOptions, ScaledBase
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Layer, Method, Start
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.model import DTYPES, Linear, best_device, require_finite, resolve_base, skeleton, target_modules
+from pissa_cli.model import Linear, best_device, require_finite, resolve_base
 from pissa_cli.peft_files import PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
 from pissa_cli.plan import Plan, make_plan
 from pissa_cli.ranks import with_auto_ranks
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import Run, read_json, whole_folder, write_json, write_text
+from pissa_cli.rundir import Run, whole_folder, write_json, write_text
+from pissa_cli.side_files import write_nf4_config
 from pissa_cli.svd import frobenius_norm, nuclear_norm
 from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, hash_file, open_weights
 
@@ -146,7 +145,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, 
         base=str(run.base.absolute()) if four else recipe.model.name,
         ranks=plan.ranks,
         scales=plan.scales,
-        targets=target_modules(plan.ranks, plan.linears),
+        targets=plan.peft_targets,
         fan_in_fan_out=not four and any(layer.transposed and not layer.embedding for layer in plan.targets),
         seed=recipe.seed,
     )
@@ -178,6 +177,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, 
         "trainable": plan.num_trainable(recipe),
         "trainable_lora_r16": plan.num_lora(16),
         "layers": [figures[layer.name] for layer in plan.targets],
+        "left_out": plan.left_out,
         "kept_dense": [layer.name for layer in plan.linears if four and not layer.packable and not layer.embedding],
         "stored": facts,
     }
@@ -271,27 +271,6 @@ def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
     figures |= {"frobenius": frobenius_norm(error), "nuclear": nuclear_norm(error)}
     error = quant.read(quant.pack(layer.store.plain(), W)).sub_(W)
     return figures | {"plain_frobenius": frobenius_norm(error), "plain_nuclear": nuclear_norm(error)}
-
-
-def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[Linear], double_quant: bool) -> None:
-    """The side files of `source` in `target`, and a config.json that says which layers are NF4 and which are not."""
-    copy_side_files(source, target)
-    names = {layer.name for layer in linears if layer.packable}
-    modules = skeleton(source, recipe.model.trust_remote_code).named_modules()
-    dense = [name for name, module in modules if isinstance(module, torch.nn.Linear | Conv1D) and name not in names]
-    content = read_json(source / "config.json")
-    compute_dtype = str(DTYPES[recipe.precision]).removeprefix("torch.")
-    content["quantization_config"] = quant.config(double_quant, compute_dtype, dense)
-    write_json(target / "config.json", content)
-
-
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy what is not weights: configuration, tokenizer, chat template, licence."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        wanted = path.suffix in (".json", ".model", ".txt", ".jinja", ".py") or path.name.startswith("LICENSE")
-        if path.is_file() and wanted and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
 
 
 def _versions() -> dict[str, str]:

@@ -10,12 +10,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.experts import Expert, expert_layers
+from pissa_cli.experts import (
+    EXPERT_PARAMETERS,
+    Expert,
+    expert_layers,
+    peft_converts,
+)
 from pissa_cli.recipe import ModelSection
 from pissa_cli.weights import Weights
 
@@ -42,7 +47,7 @@ class Linear:
     @property
     def packable(self) -> bool:
         """Whether it can be stored in NF4."""
-        return not self.embedding and self.expert is None and quant.packable(self.num_in)
+        return not self.embedding and self.num_out > 1 and quant.packable(self.num_in)
 
     @property
     def kind(self) -> str:
@@ -85,7 +90,7 @@ def skeleton(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
         with torch.device("meta"):
             return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     except ValueError as error:
-        raise UsageError(f"{folder}: not a causal language model ({_first_line(error)})") from None
+        raise UsageError(f"{folder}: not a causal language model ({first_line(error)})") from None
 
 
 def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> list[Linear]:
@@ -114,20 +119,27 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
                     )
             layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding))
     for name, expert, shape in expert_layers(model):
-        if weights is None or weights.shapes.get(f"{name}.weight") == tuple(shape):
+        packed = weights is not None and f"{name}.weight.absmax" in weights.files
+        if weights is None or packed or weights.shapes.get(f"{name}.weight") == tuple(shape):
             layers.append(Linear(name, f"{name}.weight", shape[0], shape[1], False, expert=expert))
     return layers
 
 
+def read_stored(weights: Weights, layer: Linear, device: torch.device) -> quant.Packed | Tensor:
+    """The weight of a layer as it is on disk: NF4, or dense (transposed, where the layer is)."""
+    parts = [name for name in quant.member_names(layer.tensor) if name in weights.files]
+    if len(parts) == 1:
+        return weights.read(layer.tensor).to(device)
+    return quant.unpack(layer.tensor, {name: weights.read(name).to(device) for name in parts})
+
+
 def read_weight(weights: Weights, layer: Linear, device: torch.device) -> tuple[Tensor, torch.dtype]:
     """W (out, in) of a layer in fp32, NF4 undone, and the dtype it has (dense) or reads back as (NF4)."""
-    members = [name for name in weights.files if name == layer.tensor or name.startswith(f"{layer.tensor}.")]
-    if len(members) > 1:
-        packed = quant.unpack(layer.tensor, {name: weights.read(name).to(device) for name in members})
-        return quant.read(packed), packed.state.dtype
-    tensor = weights.read(layer.tensor)
-    W = tensor.to(device).float()
-    return (W.T if layer.transposed else W), tensor.dtype
+    stored = read_stored(weights, layer, device)
+    if isinstance(stored, quant.Packed):
+        return quant.read(stored), stored.state.dtype
+    W = stored.float()
+    return (W.T if layer.transposed else W), stored.dtype
 
 
 def disk_name(parameter: str, prefix: str, weights: Weights) -> str:
@@ -141,9 +153,11 @@ def disk_name(parameter: str, prefix: str, weights: Weights) -> str:
 def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear]:
     """The layers that `adapter.targets` names: all linear ones, or those whose name is or ends in one of the list.
 
+    A vector, as the gate of a shared expert, is not among all linear ones: a low rank cannot be below its own.
+
     Raises UsageError, listing the kinds of linear layers there are, for an entry that matches none.
     """
-    linears = [layer for layer in layers if not layer.embedding]
+    linears = [layer for layer in layers if not layer.embedding and min(layer.num_out, layer.num_in) > 1]
     if targets == "all-linear" and linears:
         return linears
     if not linears:
@@ -158,50 +172,22 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
     return [layer for layer in layers if layer.name in chosen]
 
 
-def load_model(folder: Path, section: ModelSection, precision: str) -> PreTrainedModel:
-    """The base with its weights on the CPU: dense in the dtype of `model.bits`, or NF4 from a run's `base/`.
+def peft_targets(targets: Iterable[str], layers: list[Linear], model: PreTrainedModel) -> dict[str, list[str]]:
+    """PEFT's `target_modules`: the kinds of layer if they name exactly these layers, else the full names.
 
-    What NF4 leaves dense (embeddings, norms, head) gets the dtype of the products.
+    PEFT takes every target with an expert's last name for the experts'. Layers beside the experts that have such a name
+    (shared experts, layers without experts) go to `target_parameters`, which it leaves alone.
     """
-    dtype = {16: torch.bfloat16, 32: torch.float32, 4: DTYPES[precision]}[section.bits]
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=section.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{folder}: transformers cannot load this model ({_first_line(error)})") from None
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UsageError(
-            f"{folder}: {len(missing)} tensors of the model are not in its files ({names})",
-            "they would be random numbers; the checkpoint is incomplete, or config.json is another model's",
-        )
-    quant.set_compute_dtype(model, DTYPES[precision])
-    return cast(PreTrainedModel, model)
-
-
-def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base, padding on the right."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}: no usable tokenizer ({_first_line(error)})") from None
-    if tokenizer.eos_token_id is None:
-        raise UsageError(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
-    return cast(PreTrainedTokenizerBase, tokenizer)
-
-
-def target_modules(targets: Iterable[str], layers: list[Linear]) -> list[str]:
-    """PEFT's `target_modules`: the kinds of layer if they name exactly these layers, else the full names."""
     names = set(targets)
+    experts = {layer.name: layer.kind for layer in layers if layer.expert is not None and layer.name in names}
+    apart = {layer.name for layer in layers if layer.name in names - set(experts) and layer.kind in experts.values()}
     kinds = {name.rsplit(".", 1)[-1] for name in names}
     same = {layer.name for layer in layers if layer.kind in kinds} == names
-    return sorted(kinds if same else names)
+    modules, parameters = kinds if same else names - apart, {f"{name}.weight" for name in apart}
+    if experts and not peft_converts(model):
+        modules, parameters = modules - set(experts) - set(experts.values()), parameters | set(EXPERT_PARAMETERS)
+    found = {"target_modules": sorted(modules)}
+    return found | ({"target_parameters": sorted(parameters)} if parameters else {})
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -229,10 +215,10 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{folder / 'config.json'}: transformers cannot read it ({_first_line(error)})") from None
+        raise UsageError(f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip()
     return text[:300] or type(error).__name__
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pissa_cli.adapters.start import Adapter, Factors, Projections
 from pissa_cli.adapters.vera import projections
 from pissa_cli.errors import UsageError
+from pissa_cli.experts import EXPERT_PARAMETERS
 from pissa_cli.rundir import read_json, write_json
 from pissa_cli.weights import StreamWriter, load_tensors
 
@@ -124,7 +125,7 @@ def peft_config(
     base: str,
     ranks: dict[str, int],
     scales: dict[str, float],
-    targets: list[str],
+    targets: dict[str, list[str]],
     fan_in_fan_out: bool,
     seed: int,
     saved: Iterable[str] = (),
@@ -134,6 +135,7 @@ def peft_config(
 
     `init_lora_weights` is always true: any other value makes PEFT decompose the base again on loading. VeRA's
     projections are made again from `seed`, or stored with `save_projection`. saved: names of whole trained parameters.
+    targets: `target_modules`, and where there are such `target_parameters`, by whose names PEFT looks up patterns.
     """
     alphas = {name: scales[name] * rank for name, rank in ranks.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -142,7 +144,7 @@ def peft_config(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "target_modules": targets,
+        **targets,
         "fan_in_fan_out": fan_in_fan_out,
         "bias": "none",
         "modules_to_save": sorted({name.rpartition(".")[0] for name in saved}) or None,
@@ -150,14 +152,22 @@ def peft_config(
     }
     if peft_type == "VERA":
         return config | {"projection_prng_key": seed, "save_projection": save_projection, "vera_dropout": 0.0}
+    rank_pattern = {name: value for name, value in ranks.items() if value != rank}
+    alpha_pattern = {name: value for name, value in alphas.items() if value != alpha}
+    for name in targets.get("target_parameters", []):  # PEFT looks these up by their own names
+        layer = name.removesuffix(".weight")
+        if name in EXPERT_PARAMETERS:  # gate and up are one matrix there, of rank 2r
+            layer = next(key for key in ranks if ".experts." in key)
+        times = 2 if name == EXPERT_PARAMETERS[0] else 1
+        rank_pattern[name], alpha_pattern[name] = times * ranks[layer], times * alphas[layer]
     return config | {
         "lora_alpha": _tidy(alpha),
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
-        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {name: _tidy(value) for name, value in alphas.items() if value != alpha},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": {name: _tidy(value) for name, value in alpha_pattern.items()},
     }
 
 

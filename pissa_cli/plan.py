@@ -12,7 +12,8 @@ from pissa_cli.adapter_options import AdapterBase, FullOptions, first_match
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import whole_modules
 from pissa_cli.errors import UsageError
-from pissa_cli.model import DTYPES, Linear, linear_layers, match_targets, skeleton
+from pissa_cli.experts import holders_of_3d_weights
+from pissa_cli.model import DTYPES, Linear, linear_layers, match_targets, peft_targets, skeleton
 from pissa_cli.peft_files import FACTOR_NAMES
 from pissa_cli.recipe import Recipe
 from pissa_cli.weights import Weights
@@ -20,13 +21,15 @@ from pissa_cli.weights import Weights
 
 @dataclass(frozen=True)
 class Plan:
-    """The base on disk, its linear layers, and those that get an adapter."""
+    """The base on disk, its linear layers, those that get an adapter, and modules of 3-D weights that get none."""
 
     folder: Path
     linears: list[Linear]
     targets: list[Linear]
     ranks: dict[str, int]
     scales: dict[str, float]
+    left_out: list[str]
+    peft_targets: dict[str, list[str]]
     num_whole: int
     num_total: int
     vocabulary: int
@@ -89,7 +92,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         head.weight.shape[0] if head is not None else 0,
     )
     if isinstance(adapter, FullOptions):
-        return Plan(folder, linears, [], {}, {}, 0, *sizes)
+        return Plan(folder, linears, [], {}, {}, [], {}, 0, *sizes)
     method = METHODS[adapter.method]
     targets = match_targets([layer for layer in linears if method.experts or layer.expert is None], adapter.targets)
     _require_embeddings(model, adapter, [layer for layer in targets if layer.embedding])
@@ -108,7 +111,10 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
             "give it an adapter (adapter.targets), or set model.bits to 16",
         )
     trained = {id(p): p.numel() for module in whole.values() for p in module.parameters(recurse=False)}
-    return Plan(folder, linears, targets, ranks, scales, sum(trained.values()), *sizes)
+    adaptable = {layer.expert.module for layer in linears if method.experts and layer.expert is not None}
+    left_out = sorted(holders_of_3d_weights(model) - adaptable)
+    in_peft = peft_targets(ranks, linears, model)
+    return Plan(folder, linears, targets, ranks, scales, left_out, in_peft, sum(trained.values()), *sizes)
 
 
 def _require_embeddings(model: PreTrainedModel, adapter: AdapterBase, layers: list[Linear]) -> None:

@@ -18,7 +18,7 @@ NESTED_BLOCK_SIZE = 256
 SCALE_GRID = tuple(0.7 + 0.05 * step for step in range(7))
 TABLE_STEPS = 1024  # of the lookup table from [-1, 1] to NF4's levels, for the search only
 CHUNK = {"cpu": 2**17, "cuda": 2**24}  # numbers that the search looks at together
-QUANT_STATE_SUFFIX = "quant_state.bitsandbytes__nf4"
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Packed:
         """As bitsandbytes and transformers write them: `name`, `name.absmax`, `name.quant_map`, ..."""
         parts = {f"{name}.{key}": value for key, value in self.state.as_dict(packed=True).items()}
         return {name: self.data, **parts}
+
+
+def member_names(name: str) -> list[str]:
+    """The tensors that a weight on disk may consist of."""
+    return [name, *(f"{name}.{part}" for part in PARTS)]
 
 
 def packable(num_in: int) -> bool:
@@ -180,6 +185,27 @@ def packed_weight(module: nn.Module) -> Packed | None:
     if not isinstance(module, bitsandbytes.nn.Linear4bit):
         return None
     return Packed(module.weight.data, module.weight.quant_state)
+
+
+def linear(packed: Packed) -> nn.Module:
+    """bitsandbytes' layer, without bias, of a weight (out, in)."""
+    import bitsandbytes
+
+    num_out, num_in = packed.state.shape
+    with torch.device("meta"):
+        layer: nn.Module = bitsandbytes.nn.Linear4bit(num_in, num_out, bias=False, quant_type="nf4")
+    layer.quant_state = packed.state
+    layer.weight = bitsandbytes.nn.Params4bit(
+        packed.data,
+        requires_grad=False,
+        quant_state=packed.state,
+        blocksize=packed.state.blocksize,
+        compress_statistics=packed.state.nested,
+        quant_type="nf4",
+        bnb_quantized=True,
+        module=layer,
+    )
+    return layer
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:

@@ -36,8 +36,9 @@ from pissa_cli.guards import (
     schedule_change,
 )
 from pissa_cli.initialize import Progress, initialize, open_run, read_start, require_base
+from pissa_cli.loading import load_model, load_tokenizer
 from pissa_cli.loss import autocast, summed_loss
-from pissa_cli.model import context_length, load_model, load_tokenizer, parameter_counts, resolve_base
+from pissa_cli.model import context_length, parameter_counts, resolve_base
 from pissa_cli.optim import learning_rate, make_optimizer
 from pissa_cli.process import peak_memory, stop_signals
 from pissa_cli.recipe import Recipe

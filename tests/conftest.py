@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
@@ -25,6 +26,7 @@ from transformers import (
     MixtralConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -60,6 +62,28 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 MOE_CONFIGS: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": lambda: Qwen2MoeConfig(  # shared experts, and a layer without experts
+        **_SHAPE,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=128,
+        mlp_only_layers=[0],
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(  # the same, and attention of low rank
+        **{**_SHAPE, "num_key_value_heads": 4},
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        first_k_dense_replace=1,
+        q_lora_rank=64,
+        kv_lora_rank=64,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        n_group=1,
+        topk_group=1,
+    ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **_SHAPE, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, decoder_sparse_step=1
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,11 @@ import bitsandbytes
 import peft
 import pytest
 import torch
-from conftest import MOE_CONFIGS
-from safetensors.torch import load_file
+from conftest import MOE_CONFIGS, save_model
+from safetensors.torch import load_file, save_file
 from test_start import logits, relative, started
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GraniteMoeConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import export
@@ -22,7 +24,7 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import lowrank_layers
 from pissa_cli.convert import export_lora
 from pissa_cli.errors import UsageError
-from pissa_cli.experts import expert_layers, expert_weight
+from pissa_cli.experts import expert_layers, expert_weight, part_of
 from pissa_cli.exported import load_result
 from pissa_cli.plan import make_plan
 from pissa_cli.rundir import Run
@@ -33,12 +35,13 @@ STORES = {
     "fp32": ("model.bits=32",),
     "bf16": ("model.bits=16",),
     "nf4": ("model.bits=4", "train.precision=fp32"),
+    "nf4-bf16": ("model.bits=4",),
     "nf4-dq": ("model.bits=4", "train.precision=fp32", "model.double_quant=true"),
 }
 VARIANTS = {
     "lora": ("adapter.alpha=6",),
     "lora-B": ("adapter.init=B", "adapter.distribution=gaussian", "adapter.lr_ratio=4"),
-    "pissa": ("adapter.alpha=6", "adapter.rank_pattern={q_proj|c_attn: 6}"),
+    "pissa": ("adapter.alpha=6", "adapter.rank_pattern={q_proj|q_b_proj|c_attn: 6}"),
     "loftq": ("adapter.alpha=6",),
     "vera": (),
     "svfit": (),
@@ -51,6 +54,25 @@ CASES = [
     if not (variant == "loftq" and store in ("fp32", "bf16"))
 ]
 ARCHITECTURES = ["llama", "qwen2", "gpt2", "uneven", *MOE_CONFIGS]
+
+
+def dequantized(base: Path, folder: Path) -> Path:
+    """A dense model folder with the weights of an NF4 one as stock bitsandbytes reads them."""
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: t for file in base.glob("*.safetensors") for name, t in load_file(file).items()}
+    dense = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.uint8 and name.endswith(".weight"):
+            parts = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+            state = bitsandbytes.functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+            dense[name] = bitsandbytes.functional.dequantize_4bit(tensor, state)
+        elif not any(name.startswith(f"{owner}.") for owner in tensors):
+            dense[name] = tensor
+    save_file(dense, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def settings(variant: str, store: str) -> list[str]:
@@ -68,6 +90,12 @@ def stored_base(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> Pre
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     modules = dict(oracle.named_modules())
     experts = {name: expert for name, expert, _ in expert_layers(oracle)}
+    with torch.no_grad():
+        for expert in experts.values():
+            part = part_of(model, expert)
+            if isinstance(part, bitsandbytes.nn.Linear4bit):  # packed, not adapted
+                W = bitsandbytes.functional.dequantize_4bit(part.weight.data, part.weight.quant_state)
+                expert_weight(modules[expert.module], expert.number, expert.part).copy_(W)
     for name, layer in lowrank_layers(model).items():
         W = layer.base_weight(torch.float32).double()
         if layer.projections is None:
@@ -85,19 +113,23 @@ def stored_base(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> Pre
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("variant", "store"), CASES)
 def test_contract(
-    variant: str, store: str, architecture: str, models: Callable[[str], Path], recipe: Make, rows: Path
+    variant: str, store: str, architecture: str, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
 ) -> None:
     folder, method = models(architecture), METHODS[variant.partition("-")[0]]
     rate = RATES.get(variant, 0.01)
     sets = [f"data.train={rows}", "train.steps=3", "train.batch_size=4", f"train.lr={rate}", "train.warmup=0"]
     made = recipe(folder, *settings(variant, store), *sets)
-    loose = store == "bf16"
+    loose = store.endswith("bf16")
 
     model = started(made)  # step 0 is the base
     dtype = torch.bfloat16 if loose else torch.float32
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    moe = architecture in MOE_CONFIGS  # rounding may send a token to another expert
+    rounding = (15 if moe else 5) * relative(logits(base), logits(exact))
+    assert rounding < 0.2
     oracle = base if made.model.bits != 4 else stored_base(folder, model, dtype)
-    assert relative(logits(model), logits(oracle)) < (2e-2 if loose else 1e-5)
+    assert relative(logits(model), logits(oracle)) < (rounding if loose else 1e-5)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=loose):  # what trains gets gradients, and nothing else
         model(input_ids=torch.arange(2, 250)[None]).logits.float().square().mean().backward()
@@ -115,16 +147,19 @@ def test_contract(
     assert relative(result, logits(oracle)) > 1e-3
 
     run = Run(Path(made.output))  # stock PEFT computes the same
-    plain = AutoModelForCausalLM.from_pretrained(run.base if run.base.is_dir() else folder, dtype=dtype)
+    stored = run.base if run.base.is_dir() else folder
+    if run.base.is_dir() and moe:
+        stored = dequantized(run.base, tmp_path / "dense")  # transformers 5 reads no packed experts
+    plain = AutoModelForCausalLM.from_pretrained(stored, dtype="auto" if run.base.is_dir() else dtype)
     for module in plain.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
     theirs = peft.PeftModel.from_pretrained(plain, run.adapter)
-    assert relative(logits(theirs), result) < (3e-2 if loose else 1e-4)
+    assert relative(logits(theirs), result) < (rounding if loose else 1e-4)
 
     merged = export.merge(made)  # and so does the merged model
     dense = AutoModelForCausalLM.from_pretrained(merged["path"], dtype=dtype)
-    assert relative(logits(dense), result) < (3e-2 if loose else 1e-4)
+    assert relative(logits(dense), result) < (rounding if loose else 1e-4)
     with pytest.raises(UsageError, match="not the model this run was made on"):
         export.merge(recipe(Path(merged["path"]), *settings(variant, store), *sets))
 
@@ -184,13 +219,37 @@ def test_experts_resume_export_and_count(
     train(halves[1], resume=True)
     one, other = (load_file(Run(Path(r.output)).adapter / "adapter_model.safetensors") for r in (whole, halves[1]))
     assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
-    name = {"mixtral": "block_sparse_moe.experts.3.w2", "qwen3_moe": "mlp.experts.3.down_proj"}[architecture]
+    name = "block_sparse_moe.experts.3.w2" if architecture == "mixtral" else "mlp.experts.3.down_proj"
     assert f"base_model.model.model.layers.1.{name}.lora_B.weight" in one
     exported = export_lora(whole, Path(whole.output) / "exported", step=4)["path"]
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     result = logits(load_result(whole, torch.device("cpu")))
     assert relative(logits(peft.PeftModel.from_pretrained(base, exported)), result) < 1e-5
     plan = make_plan(whole, folder)
-    assert sum(layer.expert is not None for layer in plan.targets) == 2 * 4 * 3
-    vera = recipe(folder, "adapter.method=vera", f"output={tmp_path / 'vera'}")
-    assert not any(layer.expert for layer in make_plan(vera, folder).targets)
+    sparse = 1 if architecture in ("qwen2_moe", "deepseek_v3") else 2
+    assert sum(layer.expert is not None for layer in plan.targets) == sparse * 4 * 3 and plan.left_out == []
+    vera = make_plan(recipe(folder, "adapter.method=vera", f"output={tmp_path / 'vera'}"), folder)
+    assert not any(layer.expert for layer in vera.targets) and len(vera.left_out) == sparse
+
+
+def test_peft_loads_ranks_beside_the_experts(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    folder = models("qwen2_moe")
+    sets = ["adapter.rank_pattern={shared_expert.up_proj: 6, o_proj: 2}", f"data.train={rows}", "train.steps=2"]
+    made = recipe(folder, "model.bits=32", "adapter.rank=4", "adapter.alpha=8", "train.lr=0.01", *sets)
+    train(made)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, Run(Path(made.output)).adapter)
+    assert relative(logits(theirs), logits(load_result(made, torch.device("cpu")))) < 1e-5
+
+
+def test_weights_that_get_no_adapter_are_named(models: Callable[[str], Path], pissa: Any, tmp_path: Path) -> None:
+    """Experts of this model are 3-D on disk; a gate of one row has no lower rank."""
+    torch.manual_seed(0)
+    config = GraniteMoeConfig(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1, eos_token_id=1)
+    folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "granite")
+    outcome = pissa("init", "--model", folder, "--bits", 4, "--rank", 4, "--output", tmp_path / "run")
+    assert outcome.code == 0
+    assert "get no adapter, as 3-D weights that pissa cannot take: model.layers.0.block_sparse_moe" in outcome.err
+    outcome = pissa("init", "--model", models("qwen2_moe"), "--bits", 4, "--rank", 4, "--json", "-o", tmp_path / "moe")
+    assert outcome.json["kept_dense"] == ["model.layers.1.mlp.shared_expert_gate"]
+    assert not any("shared_expert_gate" in layer["name"] for layer in outcome.json["layers"])

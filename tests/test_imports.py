@@ -20,6 +20,7 @@ LAYERS = [
     "attach",
     "data",
     "examples",
+    "loading side_files",
     "model peft_files report optim process",
     "rundir experts",
     "rows loss weights",

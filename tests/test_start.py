@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import attach, lowrank_layers
 from pissa_cli.initialize import initialize, read_start
-from pissa_cli.model import load_model
+from pissa_cli.loading import load_model
 from pissa_cli.peft_files import read_peft
 from pissa_cli.quant import packed_weight, read
 from pissa_cli.rundir import Run

@@ -22,6 +22,7 @@ def dry_run(loaded: Loaded, as_json: bool) -> None:
         "sources": {key: source for key, _, source in rows},
         "base": str(planned.folder),
         "layers": len(planned.targets),
+        "left_out": planned.left_out,
         "trainable": planned.num_trainable(recipe),
         "ranks": "chosen at init; counted as 1" if getattr(recipe.adapter, "rank", None) == "auto" else "final",
         "parameters": planned.num_total,
@@ -38,6 +39,7 @@ def dry_run(loaded: Loaded, as_json: bool) -> None:
         "",
         f"base {planned.folder}: {result['parameters']:,} parameters, {result['trainable']:,} train ({share:.2%}), "
         f"in {result['layers']} layers",
+        *([f"3-D weights that get no adapter: {', '.join(planned.left_out)}"] if planned.left_out else []),
         *(["ranks are chosen at init from the spectra; counted here: rank 1"] if auto else []),
         "memory of training, estimated: " + ", ".join(f"{key} {_size(value)}" for key, value in estimate.items()),
         "dry run: nothing was written",

@@ -62,10 +62,14 @@ def init_command(
         manifest = initialize(recipe, progress)
     rows = summarize(manifest)
     result = {"path": recipe.output, **manifest, "summary": rows}
-    dense = manifest.get("kept_dense", [])
-    if dense:
-        why = "experts, or rows that are no whole NF4 blocks of 64"
-        show.say(f"{len(dense)} layers stay dense ({why}): {dense[0]}, ...")
+    notes = {
+        "kept_dense": "stay dense, as gates or for rows that are no whole NF4 blocks of 64",
+        "left_out": f"get no adapter, as 3-D weights that {recipe.adapter.method} cannot take",
+    }
+    for key, note in notes.items():
+        names = manifest.get(key, [])
+        if names:
+            show.say(f"{note}: {names[0]}{f', ... ({len(names)} in all)' if len(names) > 1 else ''}")
     counts = ""
     if "trainable" in manifest:
         counts = f"; {manifest['trainable']:,} numbers train (LoRA of rank 16: {manifest['trainable_lora_r16']:,})"

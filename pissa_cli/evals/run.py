@@ -19,8 +19,9 @@ from pissa_cli.evals import gsm8k
 from pissa_cli.evals.generate import generate
 from pissa_cli.exported import load_plain_base, load_result, trained_steps
 from pissa_cli.initialize import open_run, require_base
+from pissa_cli.loading import load_tokenizer
 from pissa_cli.loss import autocast
-from pissa_cli.model import best_device, load_tokenizer
+from pissa_cli.model import best_device
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import read_rows
 from pissa_cli.rundir import whole_folder, write_json

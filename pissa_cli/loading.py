@@ -1,0 +1,84 @@
+"""Load a base model, dense or NF4, and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pissa_cli import quant
+from pissa_cli.errors import UsageError
+from pissa_cli.experts import Expert, set_part, without_expert_weights
+from pissa_cli.model import DTYPES, first_line, linear_layers, read_stored, skeleton
+from pissa_cli.recipe import ModelSection
+from pissa_cli.weights import open_weights
+
+
+def load_model(folder: Path, section: ModelSection, precision: str) -> PreTrainedModel:
+    """The base with its weights on the CPU: dense in the dtype of `model.bits`, or NF4 from a run's `base/`.
+
+    What NF4 leaves dense (embeddings, norms, head) gets the dtype of the products.
+    """
+    dtype = {16: torch.bfloat16, 32: torch.float32, 4: DTYPES[precision]}[section.bits]
+    experts = _packed_experts(folder, section) if section.bits == 4 else {}
+    kind: Any = AutoModelForCausalLM
+    if experts:
+        kind = without_expert_weights(type(skeleton(folder, section.trust_remote_code)))
+    try:
+        model, loading = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{folder}: transformers cannot load this model ({first_line(error)})") from None
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UsageError(
+            f"{folder}: {len(missing)} tensors of the model are not in its files ({names})",
+            "they would be random numbers; the checkpoint is incomplete, or config.json is another model's",
+        )
+    for expert, module in experts.items():
+        set_part(model, expert, module)
+    if section.bits == 4:  # transformers leaves the dense weights of a bitsandbytes checkpoint in the dtype on disk
+        strict = model._keep_in_fp32_modules_strict
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not any(part in name for part in strict):
+                parameter.data = parameter.data.to(dtype)
+    quant.set_compute_dtype(model, DTYPES[precision])
+    return cast(PreTrainedModel, model)
+
+
+def _packed_experts(folder: Path, section: ModelSection) -> dict[Expert, nn.Module]:
+    """A linear layer for every matrix of every expert, where any of them is in NF4; else none."""
+    weights = open_weights(folder)
+    if not any(".experts." in name and name.endswith(".absmax") for name in weights.files):
+        return {}
+    modules: dict[Expert, nn.Module] = {}
+    for layer in linear_layers(skeleton(folder, section.trust_remote_code), weights):
+        if layer.expert is None:
+            continue
+        stored = read_stored(weights, layer, torch.device("cpu"))
+        if isinstance(stored, quant.Packed):
+            modules[layer.expert] = quant.linear(stored)
+            continue
+        modules[layer.expert] = nn.Linear(layer.num_in, layer.num_out, bias=False, device="meta")
+        modules[layer.expert].weight = nn.Parameter(stored, requires_grad=False)
+    return modules
+
+
+def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base, padding on the right."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
+    return cast(PreTrainedTokenizerBase, tokenizer)
