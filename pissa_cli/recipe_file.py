@@ -21,6 +21,8 @@ from pissa_cli.yamlfile import KeyPath, Value, parse_scalar, read_flat
 PACKAGE = Path(__file__).resolve().parent
 RUN_RECIPE = "recipe.yaml"
 RUN_MANIFEST = "manifest.json"
+PATTERNS = (("adapter", "rank_pattern"), ("adapter", "alpha_pattern"))
+"""Mappings by names of layers, which have dots of their own."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,12 @@ def listing(loaded: Loaded) -> list[tuple[str, str, str]]:
 
 def _parse_set(text: str) -> tuple[KeyPath, Value]:
     key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
+    path = tuple(key.split("."))
+    if path[:2] in PATTERNS and len(path) > 3:
+        path = (*path[:2], ".".join(path[2:]))
+    if not equals or not all(path):
         raise UsageError(f"--set {text}: expected key=value, e.g. --set train.lr=2e-5")
-    return tuple(key.split(".")), Value(parse_scalar(value), f"--set {key}")
+    return path, Value(parse_scalar(value), f"--set {key}")
 
 
 def _over(lower: Mapping[KeyPath, Value], upper: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:

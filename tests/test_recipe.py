@@ -138,3 +138,8 @@ def test_every_translation_names_a_key_of_ours() -> None:
     for ours in SYNONYMS.values():
         *section, key = ours.split(" ")[0].split(".")
         assert key in _keys(tuple(section), {"adapter": {"method": "lora"}})
+
+
+def test_set_takes_names_of_layers_with_dots() -> None:
+    sets = ["model.name=m", r"adapter.rank_pattern.layers.0..*_proj=8", "adapter.rank_pattern.q_proj=4"]
+    assert load(None, {}, sets).recipe.adapter.rank_pattern == {"layers.0..*_proj": 8, "q_proj": 4}  # type: ignore[union-attr]
