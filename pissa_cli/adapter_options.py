@@ -6,7 +6,15 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -116,9 +124,22 @@ class LoraOptions(ScaledBase):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
 
 
+def _accuracy(value: Any) -> str:
+    text = str(value)
+    percent = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+    if text not in ("fast", "exact") and not (percent and 0 < float(percent[1]) < 100):
+        raise ValueError(f"expected fast, exact, or a share such as 1%, found '{text}'")
+    return text
+
+
+Accuracy = Annotated[
+    str, BeforeValidator(_accuracy), WithJsonSchema({"type": "string", "pattern": r"^(fast|exact|\d+(\.\d+)?%)$"})
+]
+
+
 class PissaOptions(ScaledBase):
     method: Literal["pissa"] = "pissa"
-    svd: Literal["fast", "exact"] = Field("fast", description="fast: seeded block Krylov; exact: LAPACK / cuSOLVER")
+    svd: Accuracy = Field("fast", description="exact, or how far above the best residual: fast is 0.1%, or e.g. 1%")
     passes: int | None = Field(None, ge=1, description="T of QPiSSA (4 bits only); default 5")
     refit: bool = Field(
         True,
@@ -137,7 +158,7 @@ class PissaOptions(ScaledBase):
 
 class LoftqOptions(ScaledBase):
     method: Literal["loftq"] = "loftq"
-    svd: Literal["fast", "exact"] = Field("fast", description="as for pissa")
+    svd: Accuracy = Field("fast", description="as for pissa")
     passes: int | None = Field(None, ge=1, description="T; default 5")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
 
@@ -153,7 +174,7 @@ class VeraOptions(AdapterBase):
 class SvfitOptions(AdapterBase):
     method: Literal["svfit"] = "svfit"
     rank: int = Field(256, ge=1, description="singular values trained a layer; smaller layers train all of theirs")
-    svd: Literal["fast", "exact"] = Field("fast", description="as for pissa")
+    svd: Accuracy = Field("fast", description="as for pissa")
 
 
 class FullOptions(Section):

@@ -269,7 +269,7 @@ def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
         return {"start_error": relative}
     figures = {"start_error": frobenius_norm(error) / norm}
     figures |= {"frobenius": frobenius_norm(error), "nuclear": nuclear_norm(error)}
-    error = quant.read(quant.pack(layer.store.plain(), W)).sub_(W)
+    error = quant.round_trip(W, "largest").sub_(W)
     return figures | {"plain_frobenius": frobenius_norm(error), "plain_nuclear": nuclear_norm(error)}
 
 

@@ -5,8 +5,9 @@ The only file that imports bitsandbytes. NF4 as in QLoRA (arXiv 2305.14314): blo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,9 @@ Absmax = Literal["fitted", "largest"]
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 SCALE_GRID = tuple(0.7 + 0.05 * step for step in range(7))
-TABLE_STEPS = 1024  # of the lookup table from [-1, 1] to NF4's levels, for the search only
+COARSE_GRID = (0.8, 0.9, 1.0)
+TABLE_STEPS = 1024  # cells of the lookup tables over [0, 1]; each holds one midpoint of levels at most
+TINY = torch.finfo(torch.float32).tiny
 CHUNK = {"cpu": 2**17, "cuda": 2**24}  # numbers that the search looks at together
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 
@@ -32,10 +35,6 @@ class Store:
     dtype: torch.dtype
     double_quant: bool = False
     absmax: Absmax = "largest"
-
-    def plain(self) -> Store:
-        """The same with bitsandbytes' own scales: what QLoRA would store."""
-        return replace(self, absmax="largest")
 
 
 @dataclass(frozen=True)
@@ -87,25 +86,22 @@ def _pack_fitted(store: Store, weight: Tensor) -> Packed:
     """
     from bitsandbytes import functional
 
-    levels = functional.get_4bit_type("nf4", device=weight.device)
-    flat = weight.reshape(-1).float()
-    blocks = nn.functional.pad(flat, (0, -flat.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
-    size = CHUNK[weight.device.type] // BLOCK_SIZE
-    chunks = blocks.split(size)
-    absmax, nested = torch.cat([_fit_absmax(chunk, levels) for chunk in chunks]), {}
+    tables = _tables(weight.device)
+    chunks = _blocks(weight)
+    absmax, nested = torch.cat([fit_scales(chunk, 1.0, tables.nearest) for chunk in chunks]), {}
     kept = absmax
     if store.double_quant:
         offset = absmax.mean()
         kept, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
         absmax = functional.dequantize_blockwise(kept, state2) + offset
         nested = {"offset": offset, "state2": state2}
-    pairs = [_codes(c, a, levels) for c, a in zip(chunks, absmax.split(size), strict=True)]
-    codes = torch.cat(pairs).view(-1)[: flat.numel() + flat.numel() % 2]
+    pairs = [_codes(c, a, tables) for c, a in zip(chunks, absmax.split(len(chunks[0])), strict=True)]
+    codes = torch.cat(pairs).view(-1)[: weight.numel() + weight.numel() % 2]
     data = ((codes[0::2] << 4) | codes[1::2]).unsqueeze(1)
     state = functional.QuantState(
         absmax=kept,
         shape=weight.shape,
-        code=levels,
+        code=tables.levels.clone(),
         blocksize=BLOCK_SIZE,
         quant_type="nf4",
         dtype=store.dtype,
@@ -114,42 +110,81 @@ def _pack_fitted(store: Store, weight: Tensor) -> Packed:
     return Packed(data, state)
 
 
-def _fit_absmax(blocks: Tensor, levels: Tensor) -> Tensor:
-    """The best absmax (n,) of each block (n, 64)."""
-    steps = torch.arange(2 * TABLE_STEPS + 1, device=blocks.device) / TABLE_STEPS - 1
-    table = levels[_nearest(steps, levels)]
+def round_trip(weight: Tensor, absmax: Absmax) -> Tensor:
+    """`weight` (out, in) fp32 as NF4 gives it back, not stored in between; fitted scales come from a coarser search."""
+    tables = _tables(weight.device)
+    backs = []
+    for chunk in _blocks(weight):
+        largest = chunk.abs().amax(1)
+        scale = largest if absmax == "largest" else fit_scales(chunk, 1.0, tables.nearest, COARSE_GRID)
+        codes = _codes(chunk, scale, tables).to(torch.int32)
+        backs.append(torch.index_select(tables.levels, 0, codes.view(-1)).view_as(chunk).mul_(scale[:, None]))
+    return torch.cat(backs).view(-1)[: weight.numel()].view(weight.shape)
 
-    def nearest(scaled: Tensor) -> Tensor:
-        return table[scaled.clamp_(-1, 1).add_(1).mul_(TABLE_STEPS).round_().to(torch.int32)]
 
-    return fit_scales(blocks, 1.0, nearest)
+@dataclass(frozen=True)
+class _Tables:
+    """NF4's levels (16,); and by cell of [-1, 1] the level nearest to its start, its code, the midpoint above that."""
+
+    levels: Tensor
+    near: Tensor
+    first: Tensor
+    midpoint: Tensor
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        """The nearest levels of scaled numbers, in place; within half a cell of a midpoint it may be the next one."""
+        cells = scaled.clamp_(-1, 1).add_(1).mul_(TABLE_STEPS).round_().to(torch.int32)
+        return torch.index_select(self.near, 0, cells.view(-1)).view_as(scaled)
 
 
-def fit_scales(blocks: Tensor, top: float, nearest: Callable[[Tensor], Tensor]) -> Tensor:
-    """The scale (n,) of each block (n, size) that leaves the least squared error, of SCALE_GRID's candidates.
+@functools.cache
+def _tables(device: torch.device) -> _Tables:
+    from bitsandbytes import functional
+
+    levels = functional.get_4bit_type("nf4", device=device)
+    middles = (levels[1:] + levels[:-1]) / 2
+    edges = torch.arange(2 * TABLE_STEPS + 1, device=device) / TABLE_STEPS - 1
+    first = torch.bucketize(edges, middles)
+    inside = torch.cat([middles, middles.new_full((1,), torch.inf)])[first]
+    return _Tables(levels, levels[first], first.to(torch.uint8), inside)
+
+
+def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
+    """The blocks (n, 64) of a weight, as many at a time as the search looks at together; the last padded with zeros."""
+    flat = weight.reshape(-1).float()
+    blocks = nn.functional.pad(flat, (0, -flat.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+    chunks: tuple[Tensor, ...] = blocks.split(CHUNK[weight.device.type] // BLOCK_SIZE)
+    return chunks
+
+
+def fit_scales(
+    blocks: Tensor, top: float, nearest: Callable[[Tensor], Tensor], shares: Sequence[float] = SCALE_GRID
+) -> Tensor:
+    """The scale (n,) of each block (n, size) that leaves the least squared error, by candidates for the codes.
 
     nearest: scaled numbers -> codes q, in place; top: the code that the largest magnitude of a block gets at share 1.
     """
-    tiny = torch.finfo(torch.float32).tiny
-    largest = blocks.abs().amax(1, keepdim=True).clamp_min(tiny)
+    largest = blocks.abs().amax(1).clamp_min(TINY)
     best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
-    for share in SCALE_GRID:
-        q = nearest(blocks / (share * largest / top))
-        along, length = (q * blocks).sum(1, keepdim=True), q.square().sum(1, keepdim=True).clamp_min(tiny)
+    for share in shares:
+        q = nearest(blocks / (share / top * largest)[:, None])
+        along, length = torch.linalg.vecdot(q, blocks), torch.linalg.vecdot(q, q).clamp_min(TINY)
         gain = along.square() / length
         better = gain > best
         best, scale = torch.where(better, gain, best), torch.where(better, along / length, scale)
-    return scale.squeeze(1)
+    return scale
 
 
-def _codes(blocks: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
+def _codes(blocks: Tensor, absmax: Tensor, tables: _Tables) -> Tensor:
     """The nearest levels (n, 64) uint8 of blocks under their scales (n,)."""
-    safe = torch.where(absmax > 0, absmax, 1.0)
-    return _nearest(blocks / safe[:, None], levels).to(torch.uint8)
+    scaled = blocks / _safe(absmax)
+    cells = (scaled.clamp(-1, 1).add_(1).mul_(TABLE_STEPS)).to(torch.int32).view(-1)
+    above = scaled.view(-1) > torch.index_select(tables.midpoint, 0, cells)
+    return (torch.index_select(tables.first, 0, cells) + above).view_as(blocks)
 
 
-def _nearest(values: Tensor, levels: Tensor) -> Tensor:
-    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+def _safe(absmax: Tensor) -> Tensor:
+    return torch.where(absmax > 0, absmax, 1.0)[:, None]
 
 
 def read(stored: Packed | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,19 +1,25 @@
-"""Truncated SVD, W ~ U diag(S) Vh: exact, or by a seeded block Krylov method; and norms of error matrices."""
+"""Truncated SVD, W ~ U diag(S) Vh: exact, or by a seeded block Krylov method to a wanted accuracy; and norms."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-KRYLOV_BLOCKS = 5
 OVERSAMPLING = 8
+POWER_STEPS = 2
+KRYLOV_BLOCKS = 3
+GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before the whole Gram matrix is cheaper
 GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
-EXACT_NUCLEAR_BELOW = 1024
+FAST = 1e-3
+EXACT_NUCLEAR_BELOW = 256
+ORTHOGONAL = 1e-5
+TINY = torch.finfo(torch.float32).tiny
 
 
 class SVD(NamedTuple):
@@ -30,27 +36,39 @@ def generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def tolerance(accuracy: str) -> float | None:
+    """By how much the residual norm may exceed the best possible: `fast` is 0.1 %, `1%` is 1 %; None for `exact`.
+
+    Raises ValueError for anything else.
+    """
+    if accuracy == "exact":
+        return None
+    share = FAST if accuracy == "fast" else float(accuracy.removesuffix("%")) / 100
+    if accuracy != "fast" and not (accuracy.endswith("%") and 0 < share < 1):
+        raise ValueError(accuracy)
+    return share
+
+
 def truncated_svd(
-    weight: Tensor, rank: int, method: Literal["fast", "exact"] = "fast", seed: int = 0, name: str = ""
+    weight: Tensor, rank: int, accuracy: str = "fast", seed: int = 0, name: str = "", near: SVD | None = None
 ) -> SVD:
     """The top `rank` singular triplets of `weight` (out, in), computed in fp32 on its device.
 
-    `fast` is the block Krylov method of Musco & Musco (2015) with 5 blocks of width rank + 8, from Gaussian numbers
-    drawn for (seed, name). Its residual norm is within 0.1 % of the best possible on the weights of language models,
-    and its result does not depend on the number of threads. Raises ValueError for a rank outside 1..min(out, in).
+    accuracy: see `tolerance`. Up to it: the block Krylov method of Musco & Musco (2015) after two power steps, on
+    Gaussian numbers drawn for (seed, name); blocks of width rank + 8 are added until the estimate of what more of them
+    would gain is small enough. Where such a basis fills most of the space, the eigenvectors of the Gram matrix take
+    its place. near: the result for a matrix close by, to start from. The result does not depend on the number of
+    threads. Raises ValueError for a rank outside 1..min(out, in).
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} outside 1..{min(weight.shape)}")
-    weight = weight.float()
-    width = rank + OVERSAMPLING
-    if method == "exact":
+    weight, allowed = weight.float(), tolerance(accuracy)
+    if allowed is None:
         return _exact(weight, rank)
     with _one_thread():
-        if KRYLOV_BLOCKS * width >= min(weight.shape):
-            return _exact(weight, rank)
         if weight.shape[0] >= weight.shape[1]:
-            return _block_krylov(weight, rank, width, generator(seed, name))
-        U, S, Vh = _block_krylov(weight.T, rank, width, generator(seed, name))
+            return _fast(weight, rank, allowed, generator(seed, name), None if near is None else near.Vh.T)
+        U, S, Vh = _fast(weight.T, rank, allowed, generator(seed, name), None if near is None else near.U)
         return SVD(Vh.T, S, U.T)
 
 
@@ -82,52 +100,104 @@ def _exact(weight: Tensor, rank: int) -> SVD:
     return SVD(U[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank].contiguous())
 
 
-def _block_krylov(weight: Tensor, rank: int, width: int, source: torch.Generator) -> SVD:
-    """Rayleigh-Ritz on span{X, GX, G^2 X, ...} with G = W^T W and X = W^T Omega, for weight (m, n), m >= n."""
-    omega = torch.randn(weight.shape[0], width, generator=source).to(weight.device)
-    block = _orthonormal(weight.T @ omega)
-    basis, images = block, weight @ block
-    for _ in range(KRYLOV_BLOCKS - 1):
-        block = _orthonormal_to(basis, weight.T @ images[:, -width:])
-        basis = torch.cat([basis, block], dim=1)
-        images = torch.cat([images, weight @ block], dim=1)
-    _, vectors = torch.linalg.eigh(images.T @ images)
-    vectors = vectors[:, -rank:].flip(1)
-    U = images @ vectors
+def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator, near: Tensor | None) -> SVD:
+    """For weight (m, n), m >= n. near: (n, rank) close to the right singular vectors."""
+    n, width = weight.shape[1], rank + OVERSAMPLING
+    found = None
+    if KRYLOV_BLOCKS * width <= GRAM_BELOW * n:
+        found = _block_krylov(weight, rank, width, allowed, source, near)
+    if found is None:
+        vectors = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, -rank:].flip(1)
+        found = weight @ vectors, vectors
+    U, V = found
     S = U.norm(dim=0)
     if S[-1] > GRAM_ACCURATE_ABOVE * S[0]:
-        return SVD(U / S, S, (basis @ vectors).T.contiguous())
-    U, S, Vh = torch.linalg.svd(images, full_matrices=False)  # squaring has cost the small singular values
-    return SVD(U[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank] @ basis.T)
+        return SVD(U / S, S, V.T.contiguous())
+    return _exact(weight, rank)  # squaring has cost the small singular values
 
 
-def _orthonormal_to(basis: Tensor, block: Tensor) -> Tensor:
-    """An orthonormal block orthogonal to `basis`. Once is enough, unless `block` lies nearly inside the basis."""
-    overlap = basis.T @ block
-    for _ in range(4):
-        block = _orthonormal(block - basis @ overlap)
-        overlap = basis.T @ block
-        if float(overlap.abs().max()) < 1e-5:
+def _block_krylov(
+    weight: Tensor, rank: int, width: int, allowed: float, source: torch.Generator, near: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on span{X, GX, G^2 X, ...}, for weight (m, n), m >= n.
+
+    T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal.
+    None if the basis would have to grow beyond GRAM_BELOW.
+    """
+    n = weight.shape[1]
+    energy = frobenius_norm(weight) ** 2
+    noise = torch.randn(weight.shape[0], width if near is None else OVERSAMPLING, generator=source).to(weight.device)
+    block = weight.T @ noise
+    if near is not None:
+        block = torch.cat([near, block / block.norm(dim=0).clamp_min(TINY)], dim=1)
+    block = _qr(block)[0]
+    for _ in range(POWER_STEPS if near is None else 0):
+        block = _qr(weight.T @ (weight @ block))[0]
+    basis, images, T, coupling = block[:, :0], weight[:, :0], weight.new_empty(0, 0), weight.new_empty(0, width)
+    captured: list[float] = []
+    for blocks in range(1, int(GRAM_BELOW * n / width) + 1):
+        image = weight @ block
+        basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
+        T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
+        enough = blocks >= (KRYLOV_BLOCKS if near is None else KRYLOV_BLOCKS - 1)
+        values, vectors = torch.linalg.eigh(T) if enough else (torch.linalg.eigvalsh(T), T)
+        captured.append(float(values[-rank:].sum(dtype=torch.float64)))
+        if enough and _excess(energy, captured) <= allowed / 2:
+            chosen = vectors[:, -rank:].flip(1)
+            return images @ chosen, basis @ chosen
+        block, coupling = _next_block(basis, weight.T @ image, width, source)
+    return None
+
+
+def _excess(energy: float, captured: list[float]) -> float:
+    """By how much the residual norm exceeds the best, estimated from the energies that ever more blocks captured.
+
+    The gains are taken to go on falling as they last did, or by a factor of four where there is but one.
+    """
+    rest = energy - captured[-1]
+    if rest <= 1e-5 * energy:
+        return 0.0  # a matrix of lower rank, but for rounding
+    gains = [max(after - before, 0.0) for before, after in pairwise(captured)]
+    ratio = min(0.9, gains[-1] / gains[-2]) if len(gains) > 1 and gains[-2] > 0 else 0.25
+    return gains[-1] * ratio / (1 - ratio) / (2 * rest)
+
+
+def _next_block(basis: Tensor, image: Tensor, width: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    """An orthonormal block Q orthogonal to `basis`, and the coupling of G's last image to it.
+
+    image = G (last block) = basis C + Q R; returns Q and (0, ..., 0, R^T), the block of T above Q's corner.
+    """
+    probe = torch.randn(width, 1, generator=source).to(image.device) / width**0.5
+    block, factor = _qr(image - basis @ (basis.T @ image))
+    for _ in range(3):
+        if float((basis.T @ (block @ probe)).abs().max()) < ORTHOGONAL:
             break
-    return block
+        block, again = _qr(block - basis @ (basis.T @ block))
+        factor = again @ factor
+    coupling = torch.zeros(basis.shape[1], width, device=image.device)
+    coupling[-width:] = factor.T
+    return block, coupling
 
 
-def _orthonormal(block: Tensor) -> Tensor:
-    """An orthonormal basis of the columns: Cholesky QR twice, Householder QR where that loses orthogonality."""
-    result = block
+def _qr(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Q, R of the columns: Cholesky QR twice, Householder QR where the first pass is far from orthonormal."""
+    result, factor = block, None
     for _ in range(2):
-        factor, info = torch.linalg.cholesky_ex(result.T @ result)
-        if info.item():
+        gram = result.T @ result
+        upper, info = torch.linalg.cholesky_ex(gram, upper=True)
+        if factor is not None:
+            gram.diagonal().sub_(1)
+        if info.item() or (factor is not None and float(gram.abs().max()) > 0.1):
             return _householder(block)
-        result = torch.linalg.solve_triangular(factor.T, result, upper=True, left=False)
-    error = result.T @ result
-    error.diagonal().sub_(1)
-    return result if float(error.abs().max()) < 1e-4 else _householder(block)
+        result = torch.linalg.solve_triangular(upper, result, upper=True, left=False)
+        factor = upper if factor is None else upper @ factor
+    assert factor is not None
+    return result, factor
 
 
-def _householder(block: Tensor) -> Tensor:
-    Q: Tensor = torch.linalg.qr(block).Q
-    return Q
+def _householder(block: Tensor) -> tuple[Tensor, Tensor]:
+    Q, R = torch.linalg.qr(block)
+    return Q, R
 
 
 def _lanczos_nuclear_norm(weight: Tensor, probes: int, steps: int, source: torch.Generator) -> float:

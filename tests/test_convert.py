@@ -113,7 +113,7 @@ def test_a_run_over_nf4_is_approximated_and_says_how_well(
         assert result["relative_error"] == pytest.approx(true, rel=1e-3, abs=1e-5)
         errors.append(true)
         differences.append(relative(by_peft(models("llama"), run.folder / "exported"), wanted))
-        assert result["relative_logit_difference"] == pytest.approx(differences[-1], rel=1, abs=1e-4)  # other prompts
+        assert result["relative_logit_difference"] == pytest.approx(differences[-1], rel=3, abs=1e-4)  # other prompts
     assert errors[0] > errors[1] > errors[2] and differences[2] < 1e-4 < differences[0]
 
 

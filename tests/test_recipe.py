@@ -143,3 +143,14 @@ def test_every_translation_names_a_key_of_ours() -> None:
 def test_set_takes_names_of_layers_with_dots() -> None:
     sets = ["model.name=m", r"adapter.rank_pattern.layers.0..*_proj=8", "adapter.rank_pattern.q_proj=4"]
     assert load(None, {}, sets).recipe.adapter.rank_pattern == {"layers.0..*_proj": 8, "q_proj": 4}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("svd", ["exact", "fast", "1%", "0.01%"])
+def test_accuracy_of_the_svd(svd: str) -> None:
+    assert load(None, {}, ["model.name=m", f"adapter.svd={svd}"]).recipe.adapter.svd == svd  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("svd", ["1", "0%", "100%", "slow", "-1%"])
+def test_impossible_accuracy_of_the_svd(svd: str) -> None:
+    with pytest.raises(UsageError, match="expected fast, exact, or a share such as 1%"):
+        load(None, {}, ["model.name=m", f"adapter.svd={svd}"])

@@ -53,6 +53,28 @@ def test_fast_residual_where_krylov_runs(shape: tuple[int, int], rank: int, monk
         torch.testing.assert_close(found.Vh @ found.Vh.T, torch.eye(rank), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("accuracy", "share"), [("fast", 1e-3), ("1%", 1e-2), ("0.01%", 1e-4)])
+@pytest.mark.parametrize("shape", [(600, 500), (500, 1200), (1500, 1000)])
+def test_residual_keeps_the_accuracy_asked_for(accuracy: str, share: float, shape: tuple[int, int]) -> None:
+    flat = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for weight in (decaying(*shape, rate=0.995), flat, flat**3):
+        for rank in (8, 40):
+            found = truncated_svd(weight, rank, accuracy)
+            assert residual(weight, found) <= (1 + share) * best_residual(weight, rank)
+
+
+@pytest.mark.parametrize("shape", [(600, 500), (500, 600), (300, 200)])
+def test_a_start_from_a_matrix_close_by(shape: tuple[int, int]) -> None:
+    weight = decaying(*shape, rate=0.995)
+    moved = weight + 0.003 * torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    found = truncated_svd(moved, 24, near=truncated_svd(weight, 24))
+    assert residual(moved, found) <= 1.001 * best_residual(moved, 24)
+    unlike = truncated_svd(torch.randn(shape, generator=torch.Generator().manual_seed(3)), 24)
+    assert residual(moved, truncated_svd(moved, 24, near=unlike)) <= 1.001 * best_residual(moved, 24)
+    zero = truncated_svd(torch.zeros(shape), 24)
+    assert residual(moved, truncated_svd(moved, 24, near=zero)) <= 1.001 * best_residual(moved, 24)
+
+
 def test_fast_is_deterministic_whatever_surrounds_it() -> None:
     weight = decaying(700, 500)
     first = truncated_svd(weight, 16, seed=3, name="layer")

@@ -25,11 +25,12 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     """
     if layer.store.bits != 4:
         return lora.start(weight, layer, LORA_START)
-    rest = weight
+    rest, svd = weight, None
     for step in range(options["passes"]):
         frozen = quant.pack(layer.store, rest)
         lost = weight - quant.read(frozen)
-        A, B = balanced(truncated_svd(lost, layer.rank, options["svd"], layer.seed, layer.name), layer.scale)
+        svd = truncated_svd(lost, layer.rank, options["svd"], layer.seed, layer.name, near=svd)
+        A, B = balanced(svd, layer.scale)
         if step + 1 < options["passes"]:
             rest = torch.addmm(weight, B, A, alpha=-layer.scale)
     if not A.any():  # storage lost nothing

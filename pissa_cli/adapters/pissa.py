@@ -14,7 +14,7 @@ from torch import Tensor
 from pissa_cli import quant
 from pissa_cli.adapters import lora
 from pissa_cli.adapters.start import Factors, Layer, Method, Start, balanced
-from pissa_cli.svd import frobenius_norm, truncated_svd
+from pissa_cli.svd import SVD, frobenius_norm, truncated_svd
 
 OVER_RELAXATION = 0.8
 
@@ -30,8 +30,9 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     """
     refit = options["refit"] and layer.store.bits == 4
     target, before, energy = weight, None, 0.0
+    svd: SVD | None = None
     for step in range(options["passes"]):
-        svd = truncated_svd(target, layer.rank, options["svd"], layer.seed, layer.name)
+        svd = truncated_svd(target, layer.rank, options["svd"], layer.seed, layer.name, near=svd)
         if step == 0 and not float(svd.S[0]) > 0:  # both factors would be zero and never train
             return lora.start(weight, layer, {"init": "A", "distribution": "kaiming"})
         if step == 0:
@@ -41,13 +42,16 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
         rest = torch.addmm(weight, B, A, alpha=-layer.scale * (1 + ahead))
         if ahead and before is not None:
             rest.addmm_(before[1], before[0], alpha=layer.scale * ahead)
-        frozen = quant.pack(layer.store, rest)
         before = A, B
+        if step + 1 < options["passes"] and layer.store.absmax == "fitted":
+            target = weight - quant.round_trip(rest, "fitted")
+            continue
+        frozen = quant.pack(layer.store, rest)
         if refit or step + 1 < options["passes"]:
             target = weight - quant.read(frozen)
     figures: dict[str, Any] = {"energy": energy}
     if refit:
-        last = balanced(truncated_svd(target, layer.rank, options["svd"], layer.seed, layer.name), layer.scale)
+        last = balanced(truncated_svd(target, layer.rank, options["svd"], layer.seed, layer.name, svd), layer.scale)
         errors = [frobenius_norm(torch.addmm(target, b, a, alpha=-layer.scale)) for a, b in ((A, B), last)]
         if errors[1] < errors[0]:
             A, B = last

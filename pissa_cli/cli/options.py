@@ -24,7 +24,7 @@ Output = Annotated[str | None, typer.Option("--output", "-o", help="The run fold
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Alias, Hub id or folder of the base model.")]
 Method = Annotated[str | None, typer.Option("--method", help="pissa, lora, loftq, vera, svfit or full.")]
 Rank = Annotated[str | None, typer.Option("--rank", "-r", metavar="N|auto", help="Rank of the trained part.")]
-Svd = Annotated[str | None, typer.Option("--svd", help="fast or exact.")]
+Svd = Annotated[str | None, typer.Option("--svd", help="exact, or accuracy of the residual: fast (0.1%) or e.g. 1%.")]
 Bits = Annotated[int | None, typer.Option("--bits", help="Storage of frozen weights: 4 (NF4), 16 or 32.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
 DoubleQuant = Annotated[bool, typer.Option("--double-quant", help="NF4: quantize the block scales as well.")]
