@@ -80,7 +80,7 @@ def export_lora(
         base=recipe.model.name,
         ranks=ranks,
         scales=adapter.scales if as_it_is else dict.fromkeys(ranks, 1.0),
-        targets=peft_targets(ranks, every, model),
+        targets=peft_targets(ranks, every, model, "LORA"),
         fan_in_fan_out=any(layer.transposed and not layer.embedding for layer in layers),
         seed=recipe.seed,
         saved=adapter.saved,

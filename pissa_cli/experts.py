@@ -56,9 +56,14 @@ def expert_weight(experts: nn.Module, number: int, part: str) -> Tensor:
     return both.chunk(2)[0 if part == "gate" else 1]
 
 
-def peft_converts(model: PreTrainedModel) -> bool:
-    """Whether PEFT turns targets with the experts' names on disk into 3-D parameters. It forgets qwen2_moe itself."""
-    return model.config.model_type == "mixtral" or model.config.model_type in _MODEL_TO_CONVERSION_PATTERN
+def peft_remaps(model: PreTrainedModel) -> set[str]:
+    """Last names of targets that PEFT takes for the experts' and the router's, turning them into 3-D parameters.
+
+    None where it does not: it forgets qwen2_moe itself.
+    """
+    kind = model.config.model_type
+    pattern = kind if kind == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(kind)
+    return {"gate", *DISK_NAMES[pattern]} if pattern in DISK_NAMES else set()
 
 
 def expert_layers(model: PreTrainedModel) -> Iterator[tuple[str, Expert, torch.Size]]:

@@ -19,7 +19,7 @@ from pissa_cli.experts import (
     EXPERT_PARAMETERS,
     Expert,
     expert_layers,
-    peft_converts,
+    peft_remaps,
 )
 from pissa_cli.recipe import ModelSection
 from pissa_cli.weights import Weights
@@ -172,21 +172,30 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
     return [layer for layer in layers if layer.name in chosen]
 
 
-def peft_targets(targets: Iterable[str], layers: list[Linear], model: PreTrainedModel) -> dict[str, list[str]]:
+def peft_targets(
+    targets: Iterable[str], layers: list[Linear], model: PreTrainedModel, peft_type: str
+) -> dict[str, list[str]]:
     """PEFT's `target_modules`: the kinds of layer if they name exactly these layers, else the full names.
 
-    PEFT takes every target with an expert's last name for the experts'. Layers beside the experts that have such a name
-    (shared experts, layers without experts) go to `target_parameters`, which it leaves alone.
+    For LoRA, PEFT takes some names for the experts' (`peft_remaps`). Other layers of such a name (shared experts,
+    layers without experts, a router) go to `target_parameters`, which it leaves alone; and so do 3-D parameters
+    themselves where it would not come upon them.
     """
     names = set(targets)
-    experts = {layer.name: layer.kind for layer in layers if layer.expert is not None and layer.name in names}
-    apart = {layer.name for layer in layers if layer.name in names - set(experts) and layer.kind in experts.values()}
-    kinds = {name.rsplit(".", 1)[-1] for name in names}
-    same = {layer.name for layer in layers if layer.kind in kinds} == names
-    modules, parameters = kinds if same else names - apart, {f"{name}.weight" for name in apart}
-    if experts and not peft_converts(model):
-        modules, parameters = modules - set(experts) - set(experts.values()), parameters | set(EXPERT_PARAMETERS)
-    found = {"target_modules": sorted(modules)}
+    remapped = peft_remaps(model) if peft_type != "VERA" else set()
+    experts = {layer.name: layer.expert.part for layer in layers if layer.expert is not None and layer.name in names}
+    apart = {layer.name for layer in layers if layer.name in names - set(experts) and layer.kind in remapped}
+    rest = names - apart - (set() if remapped else set(experts))
+    kinds = {name.rsplit(".", 1)[-1] for name in rest}
+    seen = {
+        layer.name for layer in layers if layer.kind in kinds and (layer.kind in remapped) == (layer.expert is not None)
+    }
+    parameters = {f"{name}.weight" for name in apart}
+    if experts and not remapped:
+        parameters |= set(EXPERT_PARAMETERS)
+    elif experts and "down" not in experts.values():
+        parameters.add(EXPERT_PARAMETERS[1])  # PEFT puts the adapter of gate and up inside that of down
+    found = {"target_modules": sorted(kinds if seen == rest else rest)}
     return found | ({"target_parameters": sorted(parameters)} if parameters else {})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +156,14 @@ def peft_config(
     alpha_pattern = {name: value for name, value in alphas.items() if value != alpha}
     for name in targets.get("target_parameters", []):  # PEFT looks these up by their own names
         layer = name.removesuffix(".weight")
-        if name in EXPERT_PARAMETERS:  # gate and up are one matrix there, of rank 2r
-            layer = next(key for key in ranks if ".experts." in key)
-        times = 2 if name == EXPERT_PARAMETERS[0] else 1
-        rank_pattern[name], alpha_pattern[name] = times * ranks[layer], times * alphas[layer]
+        if layer in ranks:
+            rank_pattern |= {name: ranks[layer]} if ranks[layer] != rank else {}
+            alpha_pattern |= {name: alphas[layer]} if alphas[layer] != alpha else {}
+    remapped = EXPERT_PARAMETERS[0] not in targets.get("target_parameters", [])
+    for parameter, times, layer in _expert_parameters(ranks):
+        known = times if remapped else 1  # what PEFT takes r and alpha times by itself
+        if times * ranks[layer] != known * rank or times * alphas[layer] != known * alpha:
+            rank_pattern[parameter], alpha_pattern[parameter] = times * ranks[layer], times * alphas[layer]
     return config | {
         "lora_alpha": _tidy(alpha),
         "lora_dropout": 0.0,
@@ -169,6 +173,14 @@ def peft_config(
         "rank_pattern": rank_pattern,
         "alpha_pattern": {name: _tidy(value) for name, value in alpha_pattern.items()},
     }
+
+
+def _expert_parameters(layers: Iterable[str]) -> Iterator[tuple[str, int, str]]:
+    """(3-D parameter, how many of an expert's matrices it holds, one layer that is such a matrix), where there are."""
+    found = {name.rpartition(".")[2]: name for name in layers if ".experts." in name}
+    for kind, parameter, times in (("gate_proj", 0, 2), ("w1", 0, 2), ("down_proj", 1, 1), ("w2", 1, 1)):
+        if kind in found:
+            yield EXPERT_PARAMETERS[parameter], times, found[kind]
 
 
 def rank_of(factors: Factors) -> int:

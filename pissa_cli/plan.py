@@ -98,11 +98,18 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     _require_embeddings(model, adapter, [layer for layer in targets if layer.embedding])
     ranks = _ranks(adapter, targets)
     scales = {name: adapter.layer_scale(name, rank) for name, rank in ranks.items()}
+    _require_one_matrix(targets, ranks, scales)
     whole = whole_modules(model, adapter.modules_to_save)
-    twice = set(whole) & set(ranks)
+    twice = set(whole) & {layer.expert.module if layer.expert else layer.name for layer in targets}
     if twice:
         raise UsageError(
             f"adapter.modules_to_save: {min(twice)} has an adapter as well", "take it out of adapter.targets"
+        )
+    experts = {layer.expert.module for layer in linears if layer.expert} & set(whole)
+    if experts:
+        raise UsageError(
+            f"adapter.modules_to_save: {min(experts)} holds experts, which train with adapters only",
+            "name their layers in adapter.targets",
         )
     packed = {layer.name for layer in linears if layer.packable} & set(whole) if recipe.model.bits == 4 else set()
     if packed:
@@ -113,8 +120,31 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     trained = {id(p): p.numel() for module in whole.values() for p in module.parameters(recurse=False)}
     adaptable = {layer.expert.module for layer in linears if method.experts and layer.expert is not None}
     left_out = sorted(holders_of_3d_weights(model) - adaptable)
-    in_peft = peft_targets(ranks, linears, model)
+    in_peft = peft_targets(ranks, linears, model, method.peft_type)
     return Plan(folder, linears, targets, ranks, scales, left_out, in_peft, sum(trained.values()), *sizes)
+
+
+def _require_one_matrix(targets: list[Linear], ranks: dict[str, int], scales: dict[str, float]) -> None:
+    """UsageError for what PEFT's form of the experts cannot hold: gate without up, and scales that differ.
+
+    Ranks that differ it cannot hold either, but refuses them itself.
+    """
+    experts = [layer for layer in targets if layer.expert is not None]
+    parts = {layer.expert.part: layer.kind for layer in experts if layer.expert is not None}
+    for part, other in (("gate", "up"), ("up", "gate")):
+        if part in parts and other not in parts:
+            raise UsageError(
+                f"adapter.targets: of the experts {parts[part]} is adapted and its twin is not; PEFT cannot hold that",
+                "name both of gate and up, or neither",
+            )
+    for down in (False, True):
+        names = [layer.name for layer in experts if layer.expert and (layer.expert.part == "down") == down]
+        if len({scales[name] for name in names}) > 1 and len({ranks[name] for name in names}) == 1:
+            raise UsageError(
+                f"adapter.alpha_pattern: gives the experts' {'down' if down else 'gate and up'} more than one alpha, "
+                "which PEFT cannot hold",
+                "give all experts the same",
+            )
 
 
 def _require_embeddings(model: PreTrainedModel, adapter: AdapterBase, layers: list[Linear]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pissa_cli.errors import UsageError
+from pissa_cli.experts import EXPERT_PARAMETERS
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from pissa_cli.rundir import read_json
 from pissa_cli.weights import read_header
@@ -54,9 +55,10 @@ def check_served(folder: Path, server: str) -> str:
             f"{rules.name} serves no {config['peft_type']} adapters", "export with --as lora or --as merged"
         )
     for key in ("rank_pattern", "alpha_pattern"):
-        if config[key]:
+        own = set(config[key]) - set(EXPERT_PARAMETERS)  # those are for PEFT's form of the experts
+        if own:
             raise UsageError(
-                f"{rules.name} ignores {key}, and would serve {len(config[key])} layers with a wrong scale or rank",
+                f"{rules.name} ignores {key}, and would serve {len(own)} layers with a wrong scale or rank",
                 "export with --uniform: one rank and one scale for all layers, the same function",
             )
     if config["modules_to_save"]:

@@ -22,21 +22,51 @@ from pissa_cli.errors import PissaError, UsageError
 SHARD_BYTES = 256 * 2**20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""By safetensors' names."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a checkpoint folder: name -> file, in the order of the files."""
+    """The tensors of a checkpoint folder: name -> file, in the order of the files, and where each lies in it."""
 
     folder: Path
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    places: dict[str, tuple[int, int]]
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU. The file is mapped for this tensor alone, so that memory does not pile up."""
-        with safe_open(self.files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+        """One tensor on the CPU, in memory of its own: mappings of files would pile up, and are limited in number."""
+        begin, end = self.places[name]
+        content = bytearray(end - begin)
+        try:
+            with self.files[name].open("rb", buffering=0) as file:
+                file.seek(begin)
+                view, done = memoryview(content), 0
+                while done < len(view):
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise OSError("the file ends before the tensor does")
+                    done += count
+        except OSError as error:
+            raise UsageError(f"{self.files[name]}: cannot read {name}: {error}") from None
+        if not content:
+            return torch.empty(self.shapes[name], dtype=self.dtypes[name])
+        return torch.frombuffer(content, dtype=self.dtypes[name]).view(self.shapes[name])
 
     def num_bytes(self) -> int:
         """The size of the files together."""
@@ -61,22 +91,36 @@ def open_weights(folder: Path) -> Weights:
     else:
         raise UsageError(f"{folder}: no {SINGLE} or {INDEX}", "pissa reads safetensors only; convert the model first")
     files: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    weights = Weights(folder, files, {}, {}, {})
     for shard in shards:
         path = folder / shard
         if path.parent != folder or not path.is_file():
             raise UsageError(f"{path}: this shard of the index is missing", "download the model again")
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.offset_keys():
-                    files[name] = path
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
+            with safe_open(path, framework="pt"):
+                _read_header(path, weights)
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path}: truncated or damaged safetensors file ({error})", "download it again") from None
     missing = [name for name, shard in index.items() if files.get(name) != folder / shard]
     if missing:
         raise UsageError(f"{folder / index[missing[0]]}: tensor {missing[0]} of the index is not in this shard")
-    return Weights(folder, files, shapes)
+    return weights
+
+
+def _read_header(path: Path, weights: Weights) -> None:
+    """Add the tensors of a file that safetensors accepts. UsageError for a dtype that torch lacks."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            raise UsageError(f"{path}: {name} has dtype {entry['dtype']}, which is not understood")
+        begin, end = entry["data_offsets"]
+        weights.files[name] = path
+        weights.shapes[name] = tuple(entry["shape"])
+        weights.dtypes[name] = DTYPES[entry["dtype"]]
+        weights.places[name] = 8 + length + begin, 8 + length + end
 
 
 class Fingerprint:

@@ -232,14 +232,60 @@ def test_experts_resume_export_and_count(
     assert not any(layer.expert for layer in vera.targets) and len(vera.left_out) == sparse
 
 
-def test_peft_loads_ranks_beside_the_experts(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
-    folder = models("qwen2_moe")
-    sets = ["adapter.rank_pattern={shared_expert.up_proj: 6, o_proj: 2}", f"data.train={rows}", "train.steps=2"]
-    made = recipe(folder, "model.bits=32", "adapter.rank=4", "adapter.alpha=8", "train.lr=0.01", *sets)
-    train(made)
+@pytest.mark.parametrize(
+    ("architecture", "sets"),
+    [
+        ("qwen2_moe", ("adapter.rank_pattern={shared_expert.up_proj: 6, o_proj: 2}",)),
+        ("qwen2_moe", ("adapter.rank_pattern={down_proj: 6}",)),
+        ("qwen2_moe", ("adapter.targets=[gate_proj, up_proj]",)),
+        ("deepseek_v3", ("adapter.rank_pattern={down_proj: 6}",)),
+        (
+            "deepseek_v3",
+            ("adapter.rank_pattern={gate_proj|up_proj: 6}", "adapter.alpha_pattern={o_proj|gate_proj|up_proj: 3}"),
+        ),
+        ("deepseek_v3", ("adapter.targets=[shared_experts.down_proj, q_b_proj]",)),
+        ("deepseek_v3", ("adapter.targets=[layers.0.mlp.down_proj, o_proj]",)),
+        ("deepseek_v3", ("adapter.method=vera",)),
+        ("qwen3_moe", ("adapter.targets=[gate_proj, up_proj]",)),
+        ("mixtral", ("adapter.targets=[w2, q_proj]",)),
+    ],
+)
+def test_peft_loads_any_targets_of_a_mixture(
+    architecture: str, sets: tuple[str, ...], models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    folder = models(architecture)
+    vera = "adapter.method=vera" in sets
+    alpha = [] if vera else ["adapter.alpha=8"]
+    made = recipe(folder, "model.bits=32", "adapter.rank=4", *alpha, f"data.train={rows}", "train.steps=2", *sets)
+    train(made.model_copy(update={"train": made.train.model_copy(update={"lr": 0.1 if vera else 0.01})}))
+    result = logits(load_result(made, torch.device("cpu")))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(base, Run(Path(made.output)).adapter)
-    assert relative(logits(theirs), logits(load_result(made, torch.device("cpu")))) < 1e-5
+    before = relative(logits(base), result)
+    run = Run(Path(made.output))
+    assert relative(logits(peft.PeftModel.from_pretrained(base, run.adapter)), result) < 1e-4 * before + 1e-5
+    exported = export_lora(made, run.folder / "exported", uniform=True, server="vllm", rank=8 if vera else None)["path"]
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert relative(logits(peft.PeftModel.from_pretrained(base, exported)), result) < (before if vera else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ("adapter.targets=[gate_proj]", "gate_proj is adapted and its twin is not"),
+        ("adapter.alpha_pattern={up_proj: 3}", "gives the experts' gate and up more than one alpha"),
+        ("adapter.alpha_pattern={experts.0.down_proj: 3}", "gives the experts' down more than one alpha"),
+    ],
+)
+def test_what_peft_cannot_hold_is_refused(sets: str, message: str, models: Callable[[str], Path], recipe: Make) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_plan(recipe(models("qwen3_moe"), sets), models("qwen3_moe"))
+
+
+def test_experts_do_not_train_whole(models: Callable[[str], Path], recipe: Make) -> None:
+    for bits in (4, 16):
+        made = recipe(models("qwen3_moe"), "adapter.modules_to_save=[experts]", f"model.bits={bits}")
+        with pytest.raises(UsageError, match="adapter"):
+            make_plan(made, models("qwen3_moe"))
 
 
 def test_weights_that_get_no_adapter_are_named(models: Callable[[str], Path], pissa: Any, tmp_path: Path) -> None:

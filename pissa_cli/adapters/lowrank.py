@@ -53,6 +53,17 @@ class LowRank(nn.Module):
             else:
                 self.register_buffer(name, factor)
 
+    @property
+    def weight(self) -> Tensor:
+        """As it is stored; some models ask a layer for its dtype."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
     def factors(self) -> Factors:
         """The factors that are there, by name."""
         return {name: factor for name in FACTOR_NAMES if (factor := getattr(self, name)) is not None}
