@@ -15,6 +15,8 @@ from pissa_cli.adapters.lowrank import LowRank, LowRankEmbedding
 from pissa_cli.adapters.start import Adapter, Method
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import expert_layers, part_of, set_part
+from pissa_cli.model import disk_name
+from pissa_cli.weights import Weights
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool, dropout: float = 0.0) -> None:
@@ -73,19 +75,27 @@ def whole_modules(model: PreTrainedModel, names: list[str]) -> dict[str, nn.Modu
     return {name: m for name, m in own.items() if any(id(p) in weights for p in m.parameters(recurse=False))}
 
 
-def train_whole(model: PreTrainedModel, names: list[str]) -> None:
-    """Make modules train in fp32. They compute and hand on their output in the dtype they had."""
-    modules = list(whole_modules(model, names).values())
+def train_whole(model: PreTrainedModel, names: list[str], weights: Weights) -> None:
+    """Make modules train in fp32, from the values on disk; they compute and give their output in the dtype they had."""
+    chosen = whole_modules(model, names)
+    modules = list(chosen.values())
     dtypes = [next(module.parameters()).dtype for module in modules]  # a tied parameter changes with the first
     for module, dtype in zip(modules, dtypes, strict=True):
         module.float().requires_grad_(True)
         if dtype != torch.float32:
             module.forward = partial(_compute_in, dtype, module.forward)
+    own = {f"{name}.{key}" for name, module in chosen.items() for key, _ in module.named_parameters(recurse=False)}
+    for name in own & {name for name, _ in model.named_parameters()}:  # of tied ones, the first
+        tensor = weights.read(disk_name(name, model.base_model_prefix, weights))
+        model.get_parameter(name).data.copy_(tensor)
 
 
-def _compute_in(dtype: torch.dtype, forward: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _compute_in(dtype: torch.dtype, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     with torch.autocast(x.device.type, dtype):
-        return forward(x, *args, **kwargs).to(dtype)
+        output = forward(x, *args, **kwargs)
+    if isinstance(output, tuple):  # a router's
+        return tuple(part.to(dtype) if part.is_floating_point() else part for part in output)
+    return output.to(dtype)
 
 
 @torch.no_grad()

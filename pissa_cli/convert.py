@@ -104,6 +104,7 @@ def export_lora(
         "path": str(output),
         "bytes": sum(path.stat().st_size for path in output.iterdir()),
         "rank": config["r"],
+        "ranks": [min(ranks.values()), max(ranks.values())],
         "base": recipe.model.name,
         "relative_error": math.sqrt(lost / whole) if whole else 0.0,
         "worst_relative_error": worst,

@@ -180,7 +180,7 @@ def _ranks(adapter: AdapterBase, targets: list[Linear]) -> dict[str, int]:
             raise UsageError(
                 f"adapter.{'rank_pattern' if own else 'rank'}: {rank} is above the smallest dimension of {layer.name} "
                 f"({layer.num_out} x {layer.num_in})",
-                f"use at most {least}, or take it out of adapter.targets",
+                f"use at most {least}, which all targets take, or fewer targets (adapter.targets)",
             )
         ranks[layer.name] = min(rank, smallest) if limit == "lowered" else rank
     return ranks

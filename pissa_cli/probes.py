@@ -39,3 +39,9 @@ def logit_difference(before: list[Tensor], after: list[Tensor]) -> dict[str, flo
         "max_logit_difference": max(float((a - b).abs().max()) for a, b in pairs),
         "relative_logit_difference": math.sqrt(squares / sum(frobenius_norm(a) ** 2 for a, _ in pairs)),
     }
+
+
+def typical_difference(before: list[Tensor], after: list[Tensor]) -> float:
+    """||difference|| / ||before|| of the median token."""
+    pairs = [(a.flatten(0, -2), b.flatten(0, -2)) for a, b in zip(before, after, strict=True)]
+    return float(torch.cat([(a - b).norm(dim=1) / a.norm(dim=1) for a, b in pairs]).median())

@@ -45,6 +45,7 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, write_text
 from pissa_cli.svd import generator
+from pissa_cli.weights import open_weights
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with what goes to metrics.jsonl, and with {"note": text}."""
@@ -244,7 +245,7 @@ def _set_up(
         _, start = read_start(run, manifest)
         plain, dropout = recipe.model.bits != 4, getattr(recipe.adapter, "dropout", 0.0)
         attach(model, start, METHODS[recipe.adapter.method], plain, dropout)
-        train_whole(model, recipe.adapter.modules_to_save)
+        train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
         if before is not None:
             require_same_loss(before, probe(), recipe.precision)
     if recipe.train.gradient_checkpointing:

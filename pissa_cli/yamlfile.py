@@ -37,9 +37,12 @@ class Value:
 def parse_scalar(text: str) -> Any:
     """The value of `c` in `--set a.b=c`, read by the rules of the files."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+        value = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise UsageError(f"cannot read {text!r} as a YAML value: {error}") from None
+    if isinstance(value, dict) and any(v is None and ":" in str(key) for key, v in value.items()):
+        raise UsageError(f"{text}: YAML wants a space after the colon", "as in {q_proj: 8}")
+    return value
 
 
 KeyPath = tuple[str, ...]

@@ -154,3 +154,8 @@ def test_accuracy_of_the_svd(svd: str) -> None:
 def test_impossible_accuracy_of_the_svd(svd: str) -> None:
     with pytest.raises(UsageError, match="expected fast, exact, or a share such as 1%"):
         load(None, {}, ["model.name=m", f"adapter.svd={svd}"])
+
+
+def test_a_mapping_without_spaces_is_explained() -> None:
+    with pytest.raises(UsageError, match="YAML wants a space after the colon"):
+        load(None, {}, ["model.name=m", "adapter.rank_pattern={q_proj:8}"])

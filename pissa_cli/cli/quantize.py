@@ -25,13 +25,16 @@ def quantize_command(
     is_model = folder is not None and (folder / "config.json").is_file()
     if is_model:
         loaded = load_recipe(None, [f"output={target}-run", *(set_ or [])], model=target)
-        destination = Path(output or f"{str(target).rstrip('/')}-nf4")
+        destination = Path(output or "")
     else:
         loaded = load_recipe(target, set_)
         destination = Path(output) if output else Path(loaded.recipe.output) / "quantized"
     from pissa_cli.cli import dryrun, show
+    from pissa_cli.errors import UsageError
 
     show.quiet_libraries(debug)
+    if is_model and not output:
+        raise UsageError(f"{target} is a model, not a run", "say where its 4-bit form goes: --output FOLDER")
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
@@ -52,4 +55,6 @@ def quantize_command(
         f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)",
         f"perplexity {before:.3f} -> {after:.3f} on {result['perplexity_data']}",
     ]
+    if result["packed_experts"]:
+        lines.append(show.PACKED_EXPERTS)
     show.print_result(result, as_json, lines)
