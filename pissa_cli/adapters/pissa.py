@@ -60,8 +60,15 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
 
 
 def on_plain_base(now: Factors, start: Factors) -> Factors:
-    """B'A' - B A = [B' -B] [A'; A] (paper, appendix C): rank 2r, no SVD."""
-    return {"A": torch.cat([now["A"], start["A"]]), "B": torch.cat([now["B"], -start["B"]], dim=1)}
+    """B'A' - B A = [B'-B  B] [A'; A'-A]: rank 2r, no SVD.
+
+    The paper (appendix C) has [B' -B] [A'; A], whose two large terms cancel: in bf16 products what is left of the
+    change is lost in their rounding. Here each term is as small as the change.
+    """
+    return {
+        "A": torch.cat([now["A"], now["A"] - start["A"]]),
+        "B": torch.cat([now["B"] - start["B"], start["B"]], dim=1),
+    }
 
 
 PISSA = Method(start=start, trains=frozenset({"A", "B"}), moves_base=True, on_plain_base=on_plain_base)
