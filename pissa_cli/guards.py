@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pissa_cli.checkpoint import latest_checkpoint, step_of
 from pissa_cli.data import collate
@@ -78,7 +79,12 @@ def require_context(name: str, examples: Examples, context: int | None) -> None:
 
 @torch.no_grad()
 def probe_loss(
-    recipe: Recipe, model: nn.Module, examples: Examples, pad_id: int, device: torch.device, packing: bool = False
+    recipe: Recipe,
+    model: nn.Module,
+    examples: Examples,
+    pad_id: int,
+    device: torch.device,
+    packing: bool = False,
 ) -> float:
     """The loss on the first few examples, without dropout."""
     few = list(range(min(4, len(examples))))
@@ -86,6 +92,24 @@ def probe_loss(
     with autocast(recipe.model.bits, recipe.precision, device):
         total = summed_loss(model.eval(), {key: tensor.to(device) for key, tensor in batch.items()})
     return float(total) / sum(examples.num_targets(i) for i in few)
+
+
+@torch.no_grad()
+def chunks_loss(model: PreTrainedModel, examples: Examples) -> bool:
+    """Whether the loss can be formed in chunks: if the head is a linear layer, and at most a factor follows it.
+
+    Then logits 1024 times as large come out 1024 times as large, bit for bit; not so where they are capped (Gemma 2).
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    ids = examples.ids[: min(16, examples.length(0))].long()[None].to(head.weight.device)
+    with torch.autocast(ids.device.type, enabled=False):
+        logits = model.eval()(input_ids=ids, use_cache=False).logits
+        hook = head.register_forward_hook(lambda _module, _given, output: output * 1024)
+        larger = model(input_ids=ids, use_cache=False).logits
+        hook.remove()
+    return torch.allclose(larger, logits * 1024, rtol=1e-3, atol=0)
 
 
 def require_packing(padded: float, packed: float, precision: str) -> None:

@@ -4,28 +4,107 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn import functional
+
+from pissa_cli.products import product_dtype
 
 IGNORED = -100
+LOGITS = {"cpu": 2**22, "cuda": 2**27}  # numbers of a chunk of logits
+HEAD_COPY = 2**26  # numbers of a head that may be copied to the dtype of the products
 
 
-def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def summed_loss(model: nn.Module, batch: dict[str, Tensor], chunked: bool = False) -> Tensor:
     """Cross entropy summed over the target tokens of a micro-batch, in fp32.
 
-    Where the model can, it computes logits only at positions that are a target in some row.
+    Where the model can, it computes logits only at positions that are a target in some row. With `chunked` the logits
+    come in chunks and never exist in whole: for models whose output head is the last thing they compute, but for a
+    factor (`guards.chunks_loss` tells).
     """
     labels = batch.pop("labels")[:, 1:]
     wanted = labels != IGNORED
-    if "logits_to_keep" in inspect.signature(getattr(model, "module", model).forward).parameters:
-        keep = wanted.any(0).nonzero().flatten()
-        logits = model(**batch, use_cache=False, logits_to_keep=keep).logits[wanted[:, keep]]
-    else:
-        logits = model(**batch, use_cache=False).logits[:, :-1][wanted]
-    return cross_entropy(logits.float(), labels[wanted], reduction="sum")
+    inner = getattr(model, "module", model)
+    head = inner.get_output_embeddings() if chunked else None
+    with _without_head(head):
+        if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+            keep = wanted.any(0).nonzero().flatten()
+            outputs = model(**batch, use_cache=False, logits_to_keep=keep).logits[wanted[:, keep]]
+        else:
+            outputs = model(**batch, use_cache=False).logits[:, :-1][wanted]
+    if head is None:
+        return functional.cross_entropy(outputs.float(), labels[wanted], reduction="sum")
+    if torch.is_autocast_enabled(outputs.device.type):
+        outputs = outputs.to(torch.get_autocast_dtype(outputs.device.type))
+    total: Tensor = HeadCrossEntropy.apply(outputs, head.weight, getattr(head, "bias", None), labels[wanted])
+    return total
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """Cross entropy of softmax(x W^T + bias), summed: x (n, in), W (vocabulary, in), targets (n,).
+
+    The gradients are formed with the logits, chunk by chunk, in the forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        dtype = product_dtype(x.dtype, x.device)
+        dtype = dtype if weight.numel() <= HEAD_COPY else x.dtype
+        W, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+        needs_x, needs_W, needs_b, _ = ctx.needs_input_grad
+        total = torch.zeros((), device=x.device)
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_W = torch.zeros_like(weight, dtype=torch.float32) if needs_W else None
+        grad_b = torch.zeros_like(bias, dtype=torch.float32) if needs_b and bias is not None else None
+        rows = max(16, LOGITS[x.device.type] // len(weight))
+        with torch.autocast(x.device.type, enabled=False):
+            for begin in range(0, len(x), rows):
+                part, wanted = x[begin : begin + rows].to(dtype), targets[begin : begin + rows, None]
+                logits = functional.linear(part, W, b).float()
+                total += (logits.logsumexp(1, keepdim=True) - logits.gather(1, wanted)).sum()
+                if not (needs_x or needs_W or needs_b):
+                    continue
+                grad = torch.softmax(logits, 1).scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=torch.float32))
+                if grad_b is not None:
+                    grad_b += grad.sum(0)
+                grad = grad.to(dtype)
+                if grad_x is not None:
+                    grad_x[begin : begin + rows] = grad @ W
+                if grad_W is not None:
+                    grad_W += grad.T @ part
+        ctx.save_for_backward(grad_x, grad_W, grad_b)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad_x, grad_W, grad_b = ctx.saved_tensors
+        dtype_W, dtype_b = ctx.dtypes
+        return (
+            None if grad_x is None else grad_x * grads[0].to(grad_x.dtype),
+            None if grad_W is None else (grad_W * grads[0]).to(dtype_W),
+            None if grad_b is None else (grad_b * grads[0]).to(dtype_b),
+            None,
+        )
+
+
+@contextlib.contextmanager
+def _without_head(head: nn.Module | None) -> Iterator[None]:
+    """Let the output head hand on what it is given."""
+    if head is None:
+        yield
+        return
+    own = head.__dict__.get("forward")
+    head.forward = lambda x: x
+    try:
+        yield
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
 
 
 def autocast(bits: int, precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

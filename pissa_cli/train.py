@@ -29,6 +29,7 @@ from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result
 from pissa_cli.guards import (
     checkpoint_to_resume,
+    chunks_loss,
     probe_loss,
     require_context,
     require_packing,
@@ -63,6 +64,7 @@ class Trainer:
     examples: Examples
     pad_id: int
     total_steps: int
+    chunked: bool
 
 
 def train(
@@ -218,7 +220,7 @@ def _summed_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tens
     batch = collate(examples, chunk, trainer.pad_id, trainer.recipe.data.packing)
     device = trainer.accelerator.device
     with autocast(trainer.recipe.model.bits, trainer.recipe.precision, device):
-        return summed_loss(trainer.model, {key: tensor.to(device) for key, tensor in batch.items()})
+        return summed_loss(trainer.model, {key: tensor.to(device) for key, tensor in batch.items()}, trainer.chunked)
 
 
 def _set_up(
@@ -248,6 +250,7 @@ def _set_up(
         train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
         if before is not None:
             require_same_loss(before, probe(), recipe.precision)
+    chunked = chunks_loss(model, examples)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -259,7 +262,7 @@ def _set_up(
     watch({"note": f"{trainable:,} of {total:,} parameters train; {steps}"})
     optimizer = make_optimizer(names, recipe)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    return Trainer(recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps)
+    return Trainer(recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, chunked)
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

@@ -28,7 +28,7 @@ LAYERS = [
     "adapters.methods",
     "adapters.lora adapters.pissa adapters.loftq adapters.vera adapters.svfit",
     "adapters.start",
-    "svd quant",
+    "svd quant products",
     "recipe_file",
     "recipe_errors",
     "recipe",

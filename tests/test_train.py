@@ -12,6 +12,7 @@ import torch
 from runs import BASE, events
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
+from pissa_cli import loss
 from pissa_cli import train as module
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.optim import learning_rate
@@ -223,3 +224,45 @@ def test_gradient_checkpointing_changes_nothing(
         train(made)
         losses.append([e["loss"] for e in events(made)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_loss_in_chunks_against_the_whole(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.LOGITS, "cpu", 50 * 16)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(12, 50, bias=bias, dtype=dtype)
+    x, targets = torch.randn(70, 12, dtype=dtype).requires_grad_(), torch.randint(0, 50, (70,))
+    whole = torch.nn.functional.cross_entropy(head(x).float(), targets, reduction="sum")
+    parts = loss.HeadCrossEntropy.apply(x, head.weight, head.bias, targets)
+    inputs = [x, *head.parameters()]
+    wanted, found = torch.autograd.grad(whole / 7, inputs), torch.autograd.grad(parts / 7, inputs)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(parts, whole, rtol=tolerance, atol=0)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("architecture", "chunks"), [("llama", True), ("gpt2", True), ("gemma2", False)])
+@pytest.mark.parametrize("whole", ["[]", "[lm_head, embed_tokens]"])
+def test_training_in_chunks_is_training(
+    architecture: str, chunks: bool, whole: str, models: Any, recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models that cap their logits keep the plain loss."""
+    if whole != "[]" and architecture != "llama":
+        pytest.skip("other names")
+    used = []
+    original = loss.HeadCrossEntropy.forward
+    monkeypatch.setattr(loss.HeadCrossEntropy, "forward", lambda *args: used.append(1) or original(*args))
+    sets = [*BASE, f"data.train={rows}", "train.steps=4", f"adapter.modules_to_save={whole}"]
+    results = []
+    for chunked in (True, False):
+        if not chunked:
+            monkeypatch.setattr("pissa_cli.train.chunks_loss", lambda *_: False)
+        made = recipe(models(architecture), *sets, f"output={rows.parent / str(chunked)}")
+        train(made)
+        results.append([event["loss"] for event in events(made) if "loss" in event])
+        assert len(used) > 4 if chunks else True
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    if not chunks:
+        assert len(used) <= 1

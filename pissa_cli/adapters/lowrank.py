@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli.adapters.start import Factors, Projections
+from pissa_cli.products import product_dtype
 from pissa_cli.quant import packed_weight, read
 
 FACTOR_NAMES = ("A", "B", "d", "b")
@@ -88,7 +89,8 @@ class LowRank(nn.Module):
         dropped = functional.dropout(x, self.dropout, self.training) if self.dropout else None
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         A, B = self.pair(x)
-        y: Tensor = LowRankFunction.apply(x, dropped, self.base_weight, bias, A, B, self.d, self.b, self.scale)
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = LowRankFunction.apply(x, dropped, self.base_weight, bias, A, B, self.d, self.b, self.scale)
         return y
 
 
@@ -105,7 +107,10 @@ class LowRankEmbedding(LowRank):
 
 
 class LowRankFunction(torch.autograd.Function):
-    """Saves x' (x itself where `dropped` is None) and h = x' A^T; reads W again in the backward pass."""
+    """Saves x' (x itself where `dropped` is None) and h = x' A^T; reads W again in the backward pass.
+
+    Products run in `product_dtype`; y is rounded to the dtype of x once.
+    """
 
     @staticmethod
     def forward(
@@ -121,24 +126,25 @@ class LowRankFunction(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         inner = x if dropped is None else dropped
-        h = inner.flatten(0, -2) @ A.to(x.dtype).T
-        hd = h if d is None else h * d.to(x.dtype)
-        y = functional.linear(x, read_weight(x.dtype), None if bias is None else bias.to(x.dtype))
+        dtype = product_dtype(x.dtype, x.device)
+        h = inner.flatten(0, -2).to(dtype) @ A.to(dtype).T
+        hd = h if d is None else h * d.to(dtype)
+        y = functional.linear(x.to(dtype), read_weight(dtype), None if bias is None else bias.to(dtype))
         flat = y.view(-1, y.shape[-1])
         if b is None:
-            flat.addmm_(hd, B.to(x.dtype).T, alpha=scale)
+            flat.addmm_(hd, B.to(dtype).T, alpha=scale)
         else:
-            flat.addcmul_(hd @ B.to(x.dtype).T, b.to(x.dtype), value=scale)
+            flat.addcmul_(hd @ B.to(dtype).T, b.to(dtype), value=scale)
         ctx.save_for_backward(inner, h, A, B, d, b)
         ctx.read_weight, ctx.scale, ctx.shared = read_weight, scale, dropped is None
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         inner, h, A, B, d, b = ctx.saved_tensors
         needs_x, needs_dropped, _, _, needs_A, needs_B, needs_d, needs_b, _ = ctx.needs_input_grad
-        dtype, scale = inner.dtype, ctx.scale
-        grad = grads[0].flatten(0, -2)
+        dtype, scale = h.dtype, ctx.scale
+        grad, flat = grads[0].flatten(0, -2).to(dtype), inner.flatten(0, -2).to(dtype)
         scaled = grad if b is None else grad * b.to(dtype)
         hd = h if d is None else h * d.to(dtype)
         grad_hd = (scaled @ B.to(dtype)) * scale
@@ -148,11 +154,11 @@ class LowRankFunction(torch.autograd.Function):
             grad_x = grad @ ctx.read_weight(dtype)
             if ctx.shared:
                 grad_x.addmm_(grad_h, A.to(dtype))
-            grad_x = grad_x.view_as(inner)
+            grad_x = grad_x.view_as(inner).to(inner.dtype)
         if needs_dropped:
-            grad_dropped = (grad_h @ A.to(dtype)).view_as(inner)
+            grad_dropped = (grad_h @ A.to(dtype)).view_as(inner).to(inner.dtype)
         if needs_A:
-            grad_A = (grad_h.T @ inner.flatten(0, -2)).to(A.dtype)
+            grad_A = (grad_h.T @ flat).to(A.dtype)
         if needs_B:
             grad_B = (scaled.T @ hd).to(B.dtype) * scale
         if needs_d:
