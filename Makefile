@@ -4,12 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint clean demo-base
+.PHONY: demo test bench lint clean demo-base
 demo: $(STAMP)
 	$(BIN)/python -m pissa_cli.demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+# Ratios against PEFT and the reference algorithm, written to docs/results; give matrices, rows and models of your own.
+BENCH_MATRICES ?= pissa_cli/demo/base/model.safetensors
+BENCH_ROWS ?= pissa_cli/demo/train.jsonl
+BENCH_MODELS ?= pissa_cli/demo/base
+bench: $(STAMP)
+	$(BIN)/python tests/bench_init.py docs/results/bench-init.md $(BENCH_MATRICES)
+	$(BIN)/python tests/bench_train.py docs/results/bench-train.md $(BENCH_ROWS) $(BENCH_MODELS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor], chunked: bool = Fals
     """
     labels = batch.pop("labels")[:, 1:]
     wanted = labels != IGNORED
-    inner = getattr(model, "module", model)
+    inner: Any = getattr(model, "module", model)
     head = inner.get_output_embeddings() if chunked else None
     with _without_head(head):
         if "logits_to_keep" in inspect.signature(inner.forward).parameters:
