@@ -49,7 +49,7 @@ def pack(name: str, W: Tensor, dtype: torch.dtype, group: int) -> tuple[dict[str
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
     groups = W.reshape(-1, group)
-    scale = fit_scales(groups, 7.5, lambda scaled: scaled.round_().clamp_(-8, 7)).to(dtype)
+    scale = fit_scales(groups, lambda unit, share: (unit * (7.5 / share)).round_().clamp_(-8, 7))[0].to(dtype)
     safe = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
     codes = (groups / safe[:, None]).round_().clamp_(-8, 7)
     back = (codes * safe[:, None]).view_as(W)

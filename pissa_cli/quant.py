@@ -81,14 +81,13 @@ def pack(store: Store, weight: Tensor) -> Packed | Tensor:
 def _pack_fitted(store: Store, weight: Tensor) -> Packed:
     """NF4 with the absmax of each block chosen, from a grid below the largest magnitude, for the least squared error.
 
-    For codes q (from a candidate of the grid) and block w the best scale is a = <q, w> / <q, q>, and leaves the error
-    ||w||^2 - <q, w>^2 / <q, q>. The codes are then the nearest levels for the scale as it is stored.
+    See `fit_scales`; the codes are then the nearest levels for the scale as it is stored.
     """
     from bitsandbytes import functional
 
     tables = _tables(weight.device)
     chunks = _blocks(weight)
-    absmax, nested = torch.cat([fit_scales(chunk, 1.0, tables.nearest) for chunk in chunks]), {}
+    absmax, nested = torch.cat([fit_scales(chunk, tables.nearest)[0] for chunk in chunks]), {}
     kept = absmax
     if store.double_quant:
         offset = absmax.mean()
@@ -115,26 +114,34 @@ def round_trip(weight: Tensor, absmax: Absmax) -> Tensor:
     tables = _tables(weight.device)
     backs = []
     for chunk in _blocks(weight):
-        largest = chunk.abs().amax(1)
-        scale = largest if absmax == "largest" else fit_scales(chunk, 1.0, tables.nearest, COARSE_GRID)
-        codes = _codes(chunk, scale, tables).to(torch.int32)
-        backs.append(torch.index_select(tables.levels, 0, codes.view(-1)).view_as(chunk).mul_(scale[:, None]))
+        if absmax == "largest":
+            scale = chunk.abs().amax(1)
+            codes = _codes(chunk, scale, tables).to(torch.int32)
+            q = torch.index_select(tables.levels, 0, codes.view(-1)).view_as(chunk)
+        else:
+            scale, candidate = fit_scales(chunk, tables.nearest, COARSE_GRID)
+            q = tables.nearest(chunk / candidate[:, None], 1.0)
+        backs.append(q.mul_(scale[:, None]))
     return torch.cat(backs).view(-1)[: weight.numel()].view(weight.shape)
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """NF4's levels (16,); and by cell of [-1, 1] the level nearest to its start, its code, the midpoint above that."""
+    """NF4's levels (16,); and by cell of [-1, 1] the level nearest to its start, its code, the midpoint above that.
+
+    `middle` is the cell of 0, and a half to round by.
+    """
 
     levels: Tensor
     near: Tensor
     first: Tensor
     midpoint: Tensor
+    middle: Tensor
 
-    def nearest(self, scaled: Tensor) -> Tensor:
-        """The nearest levels of scaled numbers, in place; within half a cell of a midpoint it may be the next one."""
-        cells = scaled.clamp_(-1, 1).add_(1).mul_(TABLE_STEPS).round_().to(torch.int32)
-        return torch.index_select(self.near, 0, cells.view(-1)).view_as(scaled)
+    def nearest(self, unit: Tensor, share: float) -> Tensor:
+        """The nearest levels of unit / share; within half a cell of a midpoint it may be the next one."""
+        cells = torch.add(self.middle, unit, alpha=TABLE_STEPS / share).clamp_(0, 2 * TABLE_STEPS).to(torch.int32)
+        return torch.index_select(self.near, 0, cells.view(-1)).view_as(unit)
 
 
 @functools.cache
@@ -146,7 +153,8 @@ def _tables(device: torch.device) -> _Tables:
     edges = torch.arange(2 * TABLE_STEPS + 1, device=device) / TABLE_STEPS - 1
     first = torch.bucketize(edges, middles)
     inside = torch.cat([middles, middles.new_full((1,), torch.inf)])[first]
-    return _Tables(levels, levels[first], first.to(torch.uint8), inside)
+    middle = torch.tensor(TABLE_STEPS + 0.5, device=device)
+    return _Tables(levels, levels[first], first.to(torch.uint8), inside, middle)
 
 
 def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
@@ -158,21 +166,24 @@ def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def fit_scales(
-    blocks: Tensor, top: float, nearest: Callable[[Tensor], Tensor], shares: Sequence[float] = SCALE_GRID
-) -> Tensor:
-    """The scale (n,) of each block (n, size) that leaves the least squared error, by candidates for the codes.
+    blocks: Tensor, nearest: Callable[[Tensor, float], Tensor], shares: Sequence[float] = SCALE_GRID
+) -> tuple[Tensor, Tensor]:
+    """(scales a (n,), c (n,)) of blocks w (n, size) that leave the least squared error, of some candidates.
 
-    nearest: scaled numbers -> codes q, in place; top: the code that the largest magnitude of a block gets at share 1.
+    For codes q, those of w / c, the best scale is a = <q, w> / <q, q>, which leaves ||w||^2 - <q, w>^2 / <q, q>. The
+    candidates c are `shares` of the largest magnitude. nearest: (w / largest, share) -> q.
     """
     largest = blocks.abs().amax(1).clamp_min(TINY)
-    best, scale = torch.zeros_like(largest), torch.zeros_like(largest)
+    unit = blocks / largest[:, None]
+    best, scale, chosen = torch.zeros_like(largest), torch.zeros_like(largest), torch.ones_like(largest)
     for share in shares:
-        q = nearest(blocks / (share / top * largest)[:, None])
-        along, length = torch.linalg.vecdot(q, blocks), torch.linalg.vecdot(q, q).clamp_min(TINY)
+        q = nearest(unit, share)
+        along, length = torch.linalg.vecdot(q, unit), torch.linalg.vecdot(q, q).clamp_min(TINY)
         gain = along.square() / length
         better = gain > best
         best, scale = torch.where(better, gain, best), torch.where(better, along / length, scale)
-    return scale
+        chosen = torch.where(better, share, chosen)
+    return scale * largest, chosen * largest
 
 
 def _codes(blocks: Tensor, absmax: Tensor, tables: _Tables) -> Tensor:

@@ -36,7 +36,7 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
         if step == 0 and not float(svd.S[0]) > 0:  # both factors would be zero and never train
             return lora.start(weight, layer, {"init": "A", "distribution": "kaiming"})
         if step == 0:
-            energy = float(svd.S.double().square().sum() / weight.double().square().sum().clamp_min(1e-300))
+            energy = float(svd.S.double().square().sum()) / max(frobenius_norm(weight) ** 2, 1e-300)
         A, B = balanced(svd, layer.scale)
         ahead = OVER_RELAXATION if refit and before is not None else 0.0
         rest = torch.addmm(weight, B, A, alpha=-layer.scale * (1 + ahead))
