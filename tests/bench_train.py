@@ -196,7 +196,7 @@ def main() -> None:
         f"Made by `tests/bench_train.py` on {time.strftime('%Y-%m-%d')}; {packages}; {platform.machine()}, "
         f"{torch.get_num_threads()} threads.",
         f"PiSSA of rank {RANK} on seven linear layers, bf16, one pass over rows of GSM8K in steps of {BATCH} and",
-        f"micro-batches of {MICRO}; medians of {ROUNDS} runs in turn, from the first step to the last, without init.",
+        f"micro-batches of {MICRO}; from the first step to the last, without init; runs in turn, each {ROUNDS} x.",
         "",
         *lines,
         "",
