@@ -51,7 +51,7 @@ class HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        dtype = product_dtype(x.dtype, x.device)
+        dtype = product_dtype(x)
         dtype = dtype if weight.numel() <= HEAD_COPY else x.dtype
         W, b = weight.to(dtype), None if bias is None else bias.to(dtype)
         needs_x, needs_W, needs_b, _ = ctx.needs_input_grad

@@ -126,7 +126,7 @@ class LowRankFunction(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         inner = x if dropped is None else dropped
-        dtype = product_dtype(x.dtype, x.device)
+        dtype = product_dtype(x)
         h = inner.flatten(0, -2).to(dtype) @ A.to(dtype).T
         hd = h if d is None else h * d.to(dtype)
         y = functional.linear(x.to(dtype), read_weight(dtype), None if bias is None else bias.to(dtype))
