@@ -141,10 +141,15 @@ class LowRankFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return LowRankFunction._gradients(ctx, grads[0])
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         inner, h, A, B, d, b = ctx.saved_tensors
         needs_x, needs_dropped, _, _, needs_A, needs_B, needs_d, needs_b, _ = ctx.needs_input_grad
         dtype, scale = h.dtype, ctx.scale
-        grad, flat = grads[0].flatten(0, -2).to(dtype), inner.flatten(0, -2).to(dtype)
+        grad, flat = grad_y.flatten(0, -2).to(dtype), inner.flatten(0, -2).to(dtype)
         scaled = grad if b is None else grad * b.to(dtype)
         hd = h if d is None else h * d.to(dtype)
         grad_hd = (scaled @ B.to(dtype)) * scale
