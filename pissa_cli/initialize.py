@@ -23,6 +23,7 @@ from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.model import Linear, best_device, require_finite, resolve_base
 from pissa_cli.peft_files import PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
 from pissa_cli.plan import Plan, make_plan
+from pissa_cli.process import keep_freed_memory
 from pissa_cli.ranks import with_auto_ranks
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
@@ -201,6 +202,7 @@ class _Item:
 
 def _work(recipe: Recipe, plan: Plan, weights: Weights, method: Method) -> Iterator[_Item]:
     """Every tensor of the base in file order. On a CPU, one tensor to a thread, as many as fit IN_FLIGHT_BYTES."""
+    keep_freed_memory()
     linears = {layer.tensor: layer for layer in plan.linears}
     targets = {layer.name for layer in plan.targets}
     device, threads = best_device(), torch.get_num_threads()

@@ -41,6 +41,10 @@ def takes(layer: Linear, group: int) -> bool:
     return not layer.transposed and layer.num_in % group == 0
 
 
+def _nearest(unit: Tensor, share: float, out: Tensor) -> Tensor:
+    return torch.mul(unit, 7.5 / share, out=out).round_().clamp_(-8, 7)
+
+
 def pack(name: str, W: Tensor, dtype: torch.dtype, group: int) -> tuple[dict[str, Tensor], Tensor]:
     """(tensors of a weight (out, in) fp32 by name, the weight as it reads back).
 
@@ -49,7 +53,7 @@ def pack(name: str, W: Tensor, dtype: torch.dtype, group: int) -> tuple[dict[str
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
     groups = W.reshape(-1, group)
-    scale = fit_scales(groups, lambda unit, share: (unit * (7.5 / share)).round_().clamp_(-8, 7))[0].to(dtype)
+    scale = fit_scales(groups, _nearest)[0].to(dtype)
     safe = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
     codes = (groups / safe[:, None]).round_().clamp_(-8, 7)
     back = (codes * safe[:, None]).view_as(W)

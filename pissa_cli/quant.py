@@ -6,6 +6,7 @@ The only file that imports bitsandbytes. NF4 as in QLoRA (arXiv 2305.14314): blo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,10 +18,10 @@ Absmax = Literal["fitted", "largest"]
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 SCALE_GRID = tuple(0.7 + 0.05 * step for step in range(7))
-COARSE_GRID = (0.8, 0.9, 1.0)
-TABLE_STEPS = 1024  # cells of the lookup tables over [0, 1]; each holds one midpoint of levels at most
+COARSE_GRID = (0.88, 0.97)
+TABLE_STEPS = 1024  # cells of the lookup tables in [0, 1]; each holds one midpoint of levels at most
 TINY = torch.finfo(torch.float32).tiny
-CHUNK = {"cpu": 2**17, "cuda": 2**24}  # numbers that the search looks at together
+CHUNK = {"cpu": 2**19, "cuda": 2**24}  # numbers that the search looks at together
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 
 
@@ -94,7 +95,7 @@ def _pack_fitted(store: Store, weight: Tensor) -> Packed:
         kept, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
         absmax = functional.dequantize_blockwise(kept, state2) + offset
         nested = {"offset": offset, "state2": state2}
-    pairs = [_codes(c, a, tables) for c, a in zip(chunks, absmax.split(len(chunks[0])), strict=True)]
+    pairs = [tables.codes(c, a) for c, a in zip(chunks, absmax.split(len(chunks[0])), strict=True)]
     codes = torch.cat(pairs).view(-1)[: weight.numel() + weight.numel() % 2]
     data = ((codes[0::2] << 4) | codes[1::2]).unsqueeze(1)
     state = functional.QuantState(
@@ -111,25 +112,23 @@ def _pack_fitted(store: Store, weight: Tensor) -> Packed:
 
 def round_trip(weight: Tensor, absmax: Absmax) -> Tensor:
     """`weight` (out, in) fp32 as NF4 gives it back, not stored in between; fitted scales come from a coarser search."""
-    tables = _tables(weight.device)
-    backs = []
-    for chunk in _blocks(weight):
+    tables, chunks = _tables(weight.device), _blocks(weight)
+    back = torch.empty(sum(map(len, chunks)), BLOCK_SIZE, device=weight.device)
+    for chunk, out in zip(chunks, back.split(len(chunks[0])), strict=True):
         if absmax == "largest":
             scale = chunk.abs().amax(1)
-            codes = _codes(chunk, scale, tables).to(torch.int32)
+            codes = tables.codes(chunk, scale).to(torch.int32)
             q = torch.index_select(tables.levels, 0, codes.view(-1)).view_as(chunk)
         else:
-            scale, candidate = fit_scales(chunk, tables.nearest, COARSE_GRID)
-            q = tables.nearest(chunk / candidate[:, None], 1.0)
-        backs.append(q.mul_(scale[:, None]))
-    return torch.cat(backs).view(-1)[: weight.numel()].view(weight.shape)
+            scale, q = fit_scales(chunk, tables.nearest, COARSE_GRID)
+        torch.mul(q, scale[:, None], out=out)
+    return back.view(-1)[: weight.numel()].view(weight.shape)
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """NF4's levels (16,); and by cell of [-1, 1] the level nearest to its start, its code, the midpoint above that.
-
-    `middle` is the cell of 0, and a half to round by.
+    """NF4's levels (16,); and by cell, of the levels and beyond, the level nearest to its start, its code, and the
+    midpoint above that. `middle` is the cell of 0, and a half to round by.
     """
 
     levels: Tensor
@@ -138,10 +137,18 @@ class _Tables:
     midpoint: Tensor
     middle: Tensor
 
-    def nearest(self, unit: Tensor, share: float) -> Tensor:
+    def nearest(self, unit: Tensor, share: float, out: Tensor) -> Tensor:
         """The nearest levels of unit / share; within half a cell of a midpoint it may be the next one."""
-        cells = torch.add(self.middle, unit, alpha=TABLE_STEPS / share).clamp_(0, 2 * TABLE_STEPS).to(torch.int32)
-        return torch.index_select(self.near, 0, cells.view(-1)).view_as(unit)
+        cells = torch.add(self.middle, unit, alpha=TABLE_STEPS / share, out=out).to(torch.int32)
+        torch.index_select(self.near, 0, cells.view(-1), out=out.view(-1))
+        return out
+
+    def codes(self, blocks: Tensor, absmax: Tensor) -> Tensor:
+        """The nearest levels (n, 64) uint8 of blocks under their scales (n,)."""
+        scaled = (blocks / torch.where(absmax > 0, absmax, 1.0)[:, None]).clamp_(-1, 1)
+        cells = (scaled * TABLE_STEPS).add_(self.middle - 0.5).to(torch.int32).view(-1)
+        above = scaled.view(-1) > torch.index_select(self.midpoint, 0, cells)
+        return torch.index_select(self.first, 0, cells).add_(above).view_as(blocks)
 
 
 @functools.cache
@@ -150,10 +157,11 @@ def _tables(device: torch.device) -> _Tables:
 
     levels = functional.get_4bit_type("nf4", device=device)
     middles = (levels[1:] + levels[:-1]) / 2
-    edges = torch.arange(2 * TABLE_STEPS + 1, device=device) / TABLE_STEPS - 1
+    beyond = math.ceil(TABLE_STEPS / min(SCALE_GRID))
+    edges = torch.arange(-beyond, beyond + 2, device=device) / TABLE_STEPS
     first = torch.bucketize(edges, middles)
     inside = torch.cat([middles, middles.new_full((1,), torch.inf)])[first]
-    middle = torch.tensor(TABLE_STEPS + 0.5, device=device)
+    middle = torch.tensor(beyond + 0.5, device=device)
     return _Tables(levels, levels[first], first.to(torch.uint8), inside, middle)
 
 
@@ -166,36 +174,26 @@ def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def fit_scales(
-    blocks: Tensor, nearest: Callable[[Tensor, float], Tensor], shares: Sequence[float] = SCALE_GRID
+    blocks: Tensor, nearest: Callable[[Tensor, float, Tensor], Tensor], shares: Sequence[float] = SCALE_GRID
 ) -> tuple[Tensor, Tensor]:
-    """(scales a (n,), c (n,)) of blocks w (n, size) that leave the least squared error, of some candidates.
+    """Scales a (n,) and codes q (n, size) of blocks w (n, size), w ~ a q, with the least squared error of some.
 
     For codes q, those of w / c, the best scale is a = <q, w> / <q, q>, which leaves ||w||^2 - <q, w>^2 / <q, q>. The
-    candidates c are `shares` of the largest magnitude. nearest: (w / largest, share) -> q.
+    candidates c are `shares` of the largest magnitude. nearest: (w / largest, share, where to write q) -> q.
     """
-    largest = blocks.abs().amax(1).clamp_min(TINY)
+    largest = blocks.abs().amax(1).clamp_min_(TINY)
     unit = blocks / largest[:, None]
-    best, scale, chosen = torch.zeros_like(largest), torch.zeros_like(largest), torch.ones_like(largest)
+    best, scale, codes = torch.zeros_like(largest), torch.zeros_like(largest), torch.zeros_like(unit)
+    room, product = torch.empty_like(unit), torch.empty_like(unit)
     for share in shares:
-        q = nearest(unit, share)
-        along, length = torch.linalg.vecdot(q, unit), torch.linalg.vecdot(q, q).clamp_min(TINY)
+        q = nearest(unit, share, room)
+        along = torch.mul(q, unit, out=product).sum(1)
+        length = torch.mul(q, q, out=product).sum(1).clamp_min_(TINY)
         gain = along.square() / length
         better = gain > best
         best, scale = torch.where(better, gain, best), torch.where(better, along / length, scale)
-        chosen = torch.where(better, share, chosen)
-    return scale * largest, chosen * largest
-
-
-def _codes(blocks: Tensor, absmax: Tensor, tables: _Tables) -> Tensor:
-    """The nearest levels (n, 64) uint8 of blocks under their scales (n,)."""
-    scaled = blocks / _safe(absmax)
-    cells = (scaled.clamp(-1, 1).add_(1).mul_(TABLE_STEPS)).to(torch.int32).view(-1)
-    above = scaled.view(-1) > torch.index_select(tables.midpoint, 0, cells)
-    return (torch.index_select(tables.first, 0, cells) + above).view_as(blocks)
-
-
-def _safe(absmax: Tensor) -> Tensor:
-    return torch.where(absmax > 0, absmax, 1.0)[:, None]
+        torch.where(better[:, None], q, codes, out=codes)
+    return scale * largest, codes
 
 
 def read(stored: Packed | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 OVERSAMPLING = 8
 POWER_STEPS = 2
+WARM_STEPS = 9  # power steps from a start close by, before it counts as not close
 KRYLOV_BLOCKS = 3
 GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before the whole Gram matrix is cheaper
 GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
 FAST = 1e-3
 EXACT_NUCLEAR_BELOW = 256
-ORTHOGONAL = 1e-5
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -50,15 +50,15 @@ def tolerance(accuracy: str) -> float | None:
 
 
 def truncated_svd(
-    weight: Tensor, rank: int, accuracy: str = "fast", seed: int = 0, name: str = "", near: SVD | None = None
+    weight: Tensor, rank: int, accuracy: str = "fast", seed: int = 0, name: str = "", near: Tensor | None = None
 ) -> SVD:
     """The top `rank` singular triplets of `weight` (out, in), computed in fp32 on its device.
 
     accuracy: see `tolerance`. Up to it: the block Krylov method of Musco & Musco (2015) after two power steps, on
     Gaussian numbers drawn for (seed, name); blocks of width rank + 8 are added until the estimate of what more of them
     would gain is small enough. Where such a basis fills most of the space, the eigenvectors of the Gram matrix take
-    its place. near: the result for a matrix close by, to start from. The result does not depend on the number of
-    threads. Raises ValueError for a rank outside 1..min(out, in).
+    its place. near: V (in, rank), the right singular vectors of a matrix close by; power steps on it come first. The
+    result does not depend on the number of threads. Raises ValueError for a rank outside 1..min(out, in).
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} outside 1..{min(weight.shape)}")
@@ -66,10 +66,20 @@ def truncated_svd(
     if allowed is None:
         return _exact(weight, rank)
     with _one_thread():
+        found = None if near is None else _power_steps(weight, near, allowed)
+        if found is not None:
+            return found
         if weight.shape[0] >= weight.shape[1]:
-            return _fast(weight, rank, allowed, generator(seed, name), None if near is None else near.Vh.T)
-        U, S, Vh = _fast(weight.T, rank, allowed, generator(seed, name), None if near is None else near.U)
+            return _fast(weight, rank, allowed, generator(seed, name))
+        U, S, Vh = _fast(weight.T, rank, allowed, generator(seed, name))
         return SVD(Vh.T, S, U.T)
+
+
+def project(weight: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """(W V, V) after one power step V <- orth(W^T W V): of all B V^T, B = W V is the nearest to W. V: (in, r)."""
+    with _one_thread():
+        V = _qr(weight.T @ (weight @ V))[0]
+        return weight @ V, V
 
 
 def energies(weight: Tensor) -> Tensor:
@@ -80,12 +90,13 @@ def energies(weight: Tensor) -> Tensor:
 
 
 def frobenius_norm(weight: Tensor) -> float:
-    """The square root of the sum of squares, accumulated in fp64."""
-    return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+    """The square root of the sum of squares: rows in fp32, their sum in fp64."""
+    along = -1 if weight.stride(-1) == 1 else 0
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(weight, dim=along), dtype=torch.float64))
 
 
 def nuclear_norm(weight: Tensor, seed: int = 0) -> float:
-    """The sum of the singular values: exact up to a smaller dimension of 1024, beyond it estimated to about 1 %.
+    """The sum of the singular values: exact up to a smaller dimension of 256, beyond it estimated to about 1 %.
 
     The estimate is stochastic Lanczos quadrature of tr((E^T E)^(1/2)) with 16 seeded probes and 12 steps.
     """
@@ -100,12 +111,26 @@ def _exact(weight: Tensor, rank: int) -> SVD:
     return SVD(U[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank].contiguous())
 
 
-def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator, near: Tensor | None) -> SVD:
-    """For weight (m, n), m >= n. near: (n, rank) close to the right singular vectors."""
+def _power_steps(weight: Tensor, V: Tensor, allowed: float) -> SVD | None:
+    """Power steps on V (in, r) until the estimate of what more would gain is small enough; None if it stays large."""
+    energy, captured = frobenius_norm(weight) ** 2, []
+    for _ in range(WARM_STEPS):
+        image = weight @ V
+        captured.append(frobenius_norm(image) ** 2)
+        if len(captured) > 6 and _excess(energy, captured) <= allowed / 10:
+            Q, R = _qr(image)
+            U, S, Vh = torch.linalg.svd(R)
+            return SVD(Q @ U, S, Vh @ V.T)
+        V = _qr(weight.T @ image)[0]
+    return None
+
+
+def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator) -> SVD:
+    """For weight (m, n), m >= n."""
     n, width = weight.shape[1], rank + OVERSAMPLING
     found = None
     if KRYLOV_BLOCKS * width <= GRAM_BELOW * n:
-        found = _block_krylov(weight, rank, width, allowed, source, near)
+        found = _block_krylov(weight, rank, width, allowed, source)
     if found is None:
         vectors = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, -rank:].flip(1)
         found = weight @ vectors, vectors
@@ -117,7 +142,7 @@ def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator, ne
 
 
 def _block_krylov(
-    weight: Tensor, rank: int, width: int, allowed: float, source: torch.Generator, near: Tensor | None
+    weight: Tensor, rank: int, width: int, allowed: float, source: torch.Generator
 ) -> tuple[Tensor, Tensor] | None:
     """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on span{X, GX, G^2 X, ...}, for weight (m, n), m >= n.
 
@@ -126,26 +151,24 @@ def _block_krylov(
     """
     n = weight.shape[1]
     energy = frobenius_norm(weight) ** 2
-    noise = torch.randn(weight.shape[0], width if near is None else OVERSAMPLING, generator=source).to(weight.device)
-    block = weight.T @ noise
-    if near is not None:
-        block = torch.cat([near, block / block.norm(dim=0).clamp_min(TINY)], dim=1)
+    block = weight.T @ torch.randn(weight.shape[0], width, generator=source).to(weight.device)
+    for _ in range(POWER_STEPS):
+        block = weight.T @ (weight @ _cholesky_qr(block)[0])
     block = _qr(block)[0]
-    for _ in range(POWER_STEPS if near is None else 0):
-        block = _qr(weight.T @ (weight @ block))[0]
     basis, images, T, coupling = block[:, :0], weight[:, :0], weight.new_empty(0, 0), weight.new_empty(0, width)
     captured: list[float] = []
     for blocks in range(1, int(GRAM_BELOW * n / width) + 1):
         image = weight @ block
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
         T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
-        enough = blocks >= (KRYLOV_BLOCKS if near is None else KRYLOV_BLOCKS - 1)
+        enough = blocks >= KRYLOV_BLOCKS
         values, vectors = torch.linalg.eigh(T) if enough else (torch.linalg.eigvalsh(T), T)
         captured.append(float(values[-rank:].sum(dtype=torch.float64)))
         if enough and _excess(energy, captured) <= allowed / 2:
             chosen = vectors[:, -rank:].flip(1)
             return images @ chosen, basis @ chosen
-        block, coupling = _next_block(basis, weight.T @ image, width, source)
+        block, R = _next_block(basis, weight.T @ image)
+        coupling = torch.cat([coupling.new_zeros(basis.shape[1] - width, width), R.T])
     return None
 
 
@@ -162,42 +185,31 @@ def _excess(energy: float, captured: list[float]) -> float:
     return gains[-1] * ratio / (1 - ratio) / (2 * rest)
 
 
-def _next_block(basis: Tensor, image: Tensor, width: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """An orthonormal block Q orthogonal to `basis`, and the coupling of G's last image to it.
-
-    image = G (last block) = basis C + Q R; returns Q and (0, ..., 0, R^T), the block of T above Q's corner.
-    """
-    probe = torch.randn(width, 1, generator=source).to(image.device) / width**0.5
-    block, factor = _qr(image - basis @ (basis.T @ image))
-    for _ in range(3):
-        if float((basis.T @ (block @ probe)).abs().max()) < ORTHOGONAL:
-            break
-        block, again = _qr(block - basis @ (basis.T @ block))
-        factor = again @ factor
-    coupling = torch.zeros(basis.shape[1], width, device=image.device)
-    coupling[-width:] = factor.T
-    return block, coupling
+def _next_block(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Q, R with image = basis C + Q R, the basis and Q orthonormal: projected and factored twice."""
+    block, first = _cholesky_qr(image - basis @ (basis.T @ image))
+    block, second = _cholesky_qr(block - basis @ (basis.T @ block), exact=True)
+    return block, second @ first
 
 
 def _qr(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Q, R of the columns: Cholesky QR twice, Householder QR where the first pass is far from orthonormal."""
-    result, factor = block, None
-    for _ in range(2):
-        gram = result.T @ result
-        upper, info = torch.linalg.cholesky_ex(gram, upper=True)
-        if factor is not None:
-            gram.diagonal().sub_(1)
-        if info.item() or (factor is not None and float(gram.abs().max()) > 0.1):
-            return _householder(block)
-        result = torch.linalg.solve_triangular(upper, result, upper=True, left=False)
-        factor = upper if factor is None else upper @ factor
-    assert factor is not None
-    return result, factor
+    """Q, R of the columns, twice Cholesky QR."""
+    block, first = _cholesky_qr(block)
+    block, second = _cholesky_qr(block, exact=True)
+    return block, second @ first
 
 
-def _householder(block: Tensor) -> tuple[Tensor, Tensor]:
-    Q, R = torch.linalg.qr(block)
-    return Q, R
+def _cholesky_qr(block: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Q, R of the columns; Q is off from orthonormal by the square of the condition number times rounding.
+
+    Householder QR where the Gram matrix is singular, and, with `exact`, where the columns were far from orthonormal.
+    """
+    gram = block.T @ block
+    R, info = torch.linalg.cholesky_ex(gram, upper=True)
+    if int(info) or (exact and float(gram.diagonal_scatter(gram.diagonal() - 1).abs().max()) > 0.1):
+        Q, R = torch.linalg.qr(block)
+        return Q, R
+    return torch.linalg.solve_triangular(R, block, upper=True, left=False), R
 
 
 def _lanczos_nuclear_norm(weight: Tensor, probes: int, steps: int, source: torch.Generator) -> float:

@@ -41,7 +41,7 @@ from pissa_cli.loading import load_model, load_tokenizer
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import context_length, parameter_counts, resolve_base
 from pissa_cli.optim import learning_rate, make_optimizer
-from pissa_cli.process import peak_memory, stop_signals
+from pissa_cli.process import keep_freed_memory, peak_memory, stop_signals
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, write_text
@@ -77,6 +77,7 @@ def train(
     """
     if PartialState().num_processes > 1:
         raise UsageError("training in several processes comes in a later version", "start it as one process")
+    keep_freed_memory()
     run = Run(Path(recipe.output))
     checkpoint = checkpoint_to_resume(run, recipe, resume)
     for line in schedule_change(run, recipe) if checkpoint else []:

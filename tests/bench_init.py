@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
+from pissa_cli.process import keep_freed_memory
 from pissa_cli.quant import Packed, Store, packable, read
 from pissa_cli.svd import truncated_svd
 
@@ -150,6 +151,7 @@ def growth_table() -> list[str]:
 
 def main() -> None:
     page = Path(sys.argv[1])
+    keep_freed_memory()
     torch.manual_seed(0)
     groups = {"llama-110m (random), one layer": [torch.randn(shape) * 0.02 for shape in LLAMA_110M]}
     for file in map(Path, sys.argv[2:]):

@@ -51,25 +51,33 @@ def error_of(method: str, weight: Tensor, rank: int, absmax: Any = "largest", **
     return nuclear((weight - quant.read(made.frozen) - made.factors["B"] @ made.factors["A"]).numpy())
 
 
+def published(method: str, W: np.ndarray, rank: int, passes: int) -> float:
+    """The error of LoftQ's algorithm 1, or of PiSSA as its authors' code has it (appendix E)."""
+    low_rank = np.zeros_like(W) if method == "loftq" else numpy_top(W, rank)
+    for step in range(passes):
+        stored = numpy_nf4(W - low_rank)
+        if method == "loftq" or step + 1 < passes:
+            low_rank = numpy_top(W - stored, rank)
+    return nuclear(W - stored - low_rank)
+
+
+@pytest.mark.parametrize("method", ["loftq", "pissa"])
 @pytest.mark.parametrize("passes", [1, 5])
-def test_loftq_and_qpissa_are_the_published_algorithms(passes: int, real_matrices: dict[str, Tensor]) -> None:
-    """PiSSA as its authors' code has it (appendix E), LoftQ as its algorithm 1."""
-    chosen = [weight for weight in real_matrices.values() if min(weight.shape) >= 64][:3]
-    assert len(chosen) == 3
-    for weight in chosen:
-        W = weight.numpy()
-        rest = W
-        for _ in range(passes):
-            low_rank = numpy_top(rest, 16)
-            stored = numpy_nf4(W - low_rank)
-            rest = W - stored
-        found = error_of("pissa", weight, 16, passes=passes, refit=False)
-        assert found == pytest.approx(nuclear(W - stored - low_rank), rel=1e-4)
-        low_rank = np.zeros_like(W)
-        for _ in range(passes):
-            stored = numpy_nf4(W - low_rank)
-            low_rank = numpy_top(W - stored, 16)
-        assert error_of("loftq", weight, 16, passes=passes) == pytest.approx(nuclear(W - stored - low_rank), rel=1e-4)
+def test_loftq_and_qpissa_are_the_published_algorithms(
+    method: str, passes: int, real_matrices: dict[str, Tensor]
+) -> None:
+    """By the last bits of an SVD a number rounds to another level, and the passes after it differ: by up to 0.1 % in
+    some of the matrices, in the published algorithm itself as between it and ours."""
+    chosen = [weight for weight in real_matrices.values() if min(weight.shape) >= 64][:9]
+    assert len(chosen) == 9
+    off = [
+        abs(
+            error_of(method, weight, 16, passes=passes, refit=False) / published(method, weight.numpy(), 16, passes) - 1
+        )
+        for weight in chosen
+    ]
+    assert max(off) <= (1e-4 if passes == 1 else 2e-3)
+    assert sorted(off)[5] <= 1e-6
 
 
 @pytest.mark.parametrize("rank", [16, 32])

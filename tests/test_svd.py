@@ -67,12 +67,12 @@ def test_residual_keeps_the_accuracy_asked_for(accuracy: str, share: float, shap
 def test_a_start_from_a_matrix_close_by(shape: tuple[int, int]) -> None:
     weight = decaying(*shape, rate=0.995)
     moved = weight + 0.003 * torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    found = truncated_svd(moved, 24, near=truncated_svd(weight, 24))
+    found = truncated_svd(moved, 24, near=truncated_svd(weight, 24).Vh.T)
     assert residual(moved, found) <= 1.001 * best_residual(moved, 24)
     unlike = truncated_svd(torch.randn(shape, generator=torch.Generator().manual_seed(3)), 24)
-    assert residual(moved, truncated_svd(moved, 24, near=unlike)) <= 1.001 * best_residual(moved, 24)
+    assert residual(moved, truncated_svd(moved, 24, near=unlike.Vh.T)) <= 1.001 * best_residual(moved, 24)
     zero = truncated_svd(torch.zeros(shape), 24)
-    assert residual(moved, truncated_svd(moved, 24, near=zero)) <= 1.001 * best_residual(moved, 24)
+    assert residual(moved, truncated_svd(moved, 24, near=zero.Vh.T)) <= 1.001 * best_residual(moved, 24)
 
 
 def test_fast_is_deterministic_whatever_surrounds_it() -> None:
@@ -120,4 +120,4 @@ def test_nuclear_norm(shape: tuple[int, int]) -> None:
     for weight in (decaying(*shape, rate=0.999), torch.randn(shape, generator=torch.Generator().manual_seed(0))):
         exact = np.linalg.svd(weight.double().numpy(), compute_uv=False).sum()
         assert nuclear_norm(weight) == pytest.approx(exact, rel=1e-5 if shape[0] < 1000 else 2e-2)
-        assert frobenius_norm(weight) == pytest.approx(np.linalg.norm(weight.double().numpy()), rel=1e-12)
+        assert frobenius_norm(weight) == pytest.approx(np.linalg.norm(weight.double().numpy()), rel=1e-7)

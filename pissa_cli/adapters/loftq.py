@@ -25,11 +25,12 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     """
     if layer.store.bits != 4:
         return lora.start(weight, layer, LORA_START)
-    rest, svd = weight, None
+    rest, near = weight, None
     for step in range(options["passes"]):
         frozen = quant.pack(layer.store, rest)
         lost = weight - quant.read(frozen)
-        svd = truncated_svd(lost, layer.rank, options["svd"], layer.seed, layer.name, near=svd)
+        svd = truncated_svd(lost, layer.rank, options["svd"], layer.seed, layer.name, near)
+        near = svd.Vh.T
         A, B = balanced(svd, layer.scale)
         if step + 1 < options["passes"]:
             rest = torch.addmm(weight, B, A, alpha=-layer.scale)

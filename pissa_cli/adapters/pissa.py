@@ -14,49 +14,57 @@ from torch import Tensor
 from pissa_cli import quant
 from pissa_cli.adapters import lora
 from pissa_cli.adapters.start import Factors, Layer, Method, Start, balanced
-from pissa_cli.svd import SVD, frobenius_norm, truncated_svd
+from pissa_cli.quant import Packed
+from pissa_cli.svd import SVD, frobenius_norm, project, truncated_svd
 
 OVER_RELAXATION = 0.8
 
 
 def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
-    """options: `svd` (fast, exact), `passes` (T) and `refit`. The residual is that of the factors as they are kept.
+    """options: `svd` (fast, 1%, exact), `passes` (T) and `refit`. The residual is that of the factors as they are kept.
 
-    Without `refit` as the authors' code has it (starts on SVD, ends on quantize), L = s B A:
-    E = W;  T times: L <- SVD_r(E);  Q <- store(W - L);  E <- W - Q.
-    With it, over NF4, Q <- store(W - L - 0.8 (L - L_before)) and at the end L <- SVD_r(E) again, the best L for that
-    Q in any unitarily invariant norm (Eckart-Young); `ends_on` in the figures says which L left less.
     A zero matrix has no principal part and starts as LoRA does.
     """
-    refit = options["refit"] and layer.store.bits == 4
-    target, before, energy = weight, None, 0.0
-    svd: SVD | None = None
-    for step in range(options["passes"]):
-        svd = truncated_svd(target, layer.rank, options["svd"], layer.seed, layer.name, near=svd)
-        if step == 0 and not float(svd.S[0]) > 0:  # both factors would be zero and never train
-            return lora.start(weight, layer, {"init": "A", "distribution": "kaiming"})
-        if step == 0:
-            energy = float(svd.S.double().square().sum()) / max(frobenius_norm(weight) ** 2, 1e-300)
-        A, B = balanced(svd, layer.scale)
-        ahead = OVER_RELAXATION if refit and before is not None else 0.0
-        rest = torch.addmm(weight, B, A, alpha=-layer.scale * (1 + ahead))
-        if ahead and before is not None:
-            rest.addmm_(before[1], before[0], alpha=layer.scale * ahead)
-        before = A, B
-        if step + 1 < options["passes"] and layer.store.absmax == "fitted":
-            target = weight - quant.round_trip(rest, "fitted")
-            continue
-        frozen = quant.pack(layer.store, rest)
-        if refit or step + 1 < options["passes"]:
-            target = weight - quant.read(frozen)
-    figures: dict[str, Any] = {"energy": energy}
-    if refit:
-        last = balanced(truncated_svd(target, layer.rank, options["svd"], layer.seed, layer.name, svd), layer.scale)
-        errors = [frobenius_norm(torch.addmm(target, b, a, alpha=-layer.scale)) for a, b in ((A, B), last)]
-        if errors[1] < errors[0]:
-            A, B = last
-        figures["ends_on"] = "svd" if errors[1] < errors[0] else "quantize"
+    svd = truncated_svd(weight, layer.rank, options["svd"], layer.seed, layer.name)
+    if not float(svd.S[0]) > 0:  # both factors would be zero and never train
+        return lora.start(weight, layer, {"init": "A", "distribution": "kaiming"})
+    figures = {"energy": float(svd.S.double().square().sum()) / max(frobenius_norm(weight) ** 2, 1e-300)}
+    passes = _refit if options["refit"] and layer.store.bits == 4 else _alternate
+    svd, frozen = passes(weight, svd, layer, options)
+    A, B = balanced(svd, layer.scale)
     return Start({"A": A, "B": B}, frozen, figures)
+
+
+def _alternate(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any]) -> tuple[SVD, Packed | Tensor]:
+    """As the authors' code has it, L = U diag(S) Vh <- SVD_r(W):  T - 1 times Q <- store(W - L), L <- SVD_r(W - Q);
+    and Q <- store(W - L). It starts on SVD and ends on quantize."""
+    A, B = balanced(svd, 1.0)
+    for _ in range(options["passes"] - 1):
+        lost = weight - quant.read(quant.pack(layer.store, _without(weight, B, A)))
+        svd = truncated_svd(lost, layer.rank, options["svd"], layer.seed, layer.name, svd.Vh.T)
+        A, B = balanced(svd, 1.0)
+    return svd, quant.pack(layer.store, _without(weight, B, A))
+
+
+def _refit(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any]) -> tuple[SVD, Packed | Tensor]:
+    """Looking ahead, T - 1 times Q <- NF4(W - L - 0.8 (L - L_before)), L <- (W - Q) V V^T with V after a power step;
+    then Q <- store(...) likewise, and L <- SVD_r(W - Q), the best for that Q in any unitarily invariant norm
+    (Eckart-Young)."""
+    B, V = svd.U * svd.S, svd.Vh.T
+    rest = _without(weight, B, V.T)
+    for _ in range(options["passes"] - 1):
+        lost = weight - quant.round_trip(rest, layer.store.absmax)
+        before = B, V
+        B, V = project(lost, V)
+        rest = _without(weight, (1 + OVER_RELAXATION) * B, V.T)
+        rest.addmm_(before[0], before[1].T, alpha=OVER_RELAXATION)
+    frozen = quant.pack(layer.store, rest)
+    lost = weight - quant.read(frozen)
+    return truncated_svd(lost, layer.rank, options["svd"], layer.seed, layer.name, V), frozen
+
+
+def _without(weight: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    return torch.addmm(weight, B, A, alpha=-1)
 
 
 def on_plain_base(now: Factors, start: Factors) -> Factors:
