@@ -17,7 +17,7 @@ from torch import Tensor, nn
 Absmax = Literal["fitted", "largest"]
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
-SCALE_GRID = tuple(0.7 + 0.05 * step for step in range(7))
+SCALE_GRID = (0.8, 0.88, 0.94, 1.0)
 COARSE_GRID = (0.88, 0.97)
 TABLE_STEPS = 1024  # cells of the lookup tables in [0, 1]; each holds one midpoint of levels at most
 TINY = torch.finfo(torch.float32).tiny
