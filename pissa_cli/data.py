@@ -72,9 +72,15 @@ def question_prompt(question: str, section: DataSection, tokenizer: PreTrainedTo
     return text, _without_eos(tokenizer(text, verbose=False)["input_ids"], tokenizer)
 
 
-def chunk_by_length(examples: Examples, indices: list[int], size: int) -> list[list[int]]:
-    """Micro-batches of examples of like length. Their order has no meaning: a step's loss is one average."""
+def micro_batches(examples: Examples, indices: list[int], size: int, packed: bool) -> list[list[int]]:
+    """At most `size` examples each: of like length where they are padded, of like total length where packed.
+
+    Their order has no meaning: a step's loss is one average.
+    """
     ordered = sorted(indices, key=examples.length)
+    if packed:
+        count = -(-len(ordered) // size)
+        return [ordered[number::count] for number in range(count)]
     return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
 
 
@@ -83,7 +89,7 @@ def batch_losses(
     model: PreTrainedModel, examples: Examples, pad_id: int, size: int
 ) -> Iterator[tuple[list[int], float]]:
     """(examples, summed loss over their targets) of all `examples`, `size` at a time."""
-    for chunk in chunk_by_length(examples, list(range(len(examples))), size):
+    for chunk in micro_batches(examples, list(range(len(examples))), size, packed=False):
         batch = collate(examples, chunk, pad_id, packing=False)
         yield chunk, float(summed_loss(model, {key: tensor.to(model.device) for key, tensor in batch.items()}))
 

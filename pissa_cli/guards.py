@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.initialize import open_run
 from pissa_cli.loss import autocast, summed_loss
+from pissa_cli.packing import attend_by_mask, attend_by_sequence, takes_positions
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run
@@ -112,13 +115,25 @@ def chunks_loss(model: PreTrainedModel, examples: Examples) -> bool:
     return torch.allclose(larger, logits * 1024, rtol=1e-3, atol=0)
 
 
-def require_packing(padded: float, packed: float, precision: str) -> None:
-    """Raise UsageError if a model's loss depends on whether examples are packed."""
-    if abs(packed - padded) > PACKING_TOLERANCE[precision] * max(1.0, abs(padded)):
-        raise UsageError(
-            f"data.packing: this model lets packed examples see each other (loss {packed:.6f}, apart {padded:.6f})",
-            "set data.packing to false",
-        )
+def packs(
+    model: PreTrainedModel, wanted: bool | Literal["auto"], probe: Callable[[bool], float], precision: str
+) -> bool:
+    """Whether examples are packed: if `wanted`, and if that leaves the loss as it is. probe: (packed) -> loss.
+
+    The model is left to attend sequence by sequence if so. Raises UsageError where packing was asked for in vain.
+    """
+    if not wanted:
+        return False
+    if takes_positions(model):
+        padded = probe(False)
+        attend_by_sequence(model)
+        packed = probe(True)
+        if abs(packed - padded) <= PACKING_TOLERANCE[precision] * max(1.0, abs(padded)):
+            return True
+        attend_by_mask(model)
+    if wanted == "auto":
+        return False
+    raise UsageError("data.packing: this model lets packed examples see each other", "set data.packing to false")
 
 
 def require_same_loss(before: float, after: float, precision: str) -> None:

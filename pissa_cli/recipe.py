@@ -53,7 +53,9 @@ class DataSection(Section):
     template: str | None = Field(None, description="text with {instruction} and {output} (alpaca); default: PiSSA's")
     max_length: int = Field(512, ge=8, description="tokens an example may have; longer ones are cut at the end")
     limit: int | None = Field(None, ge=1, description="use the first N rows")
-    packing: bool = Field(False, description="lay the examples of a micro-batch out in one row without padding")
+    packing: bool | Literal["auto"] = Field(
+        "auto", description="lay the examples of a micro-batch out in one row without padding; auto: where it is sound"
+    )
 
     @model_validator(mode="after")
     def _known_fields(self) -> DataSection:

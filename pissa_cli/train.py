@@ -23,16 +23,16 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import attach, lowrank_layers, train_whole
 from pissa_cli.checkpoint import Names, restore_checkpoint, save_checkpoint
-from pissa_cli.data import chunk_by_length, collate, load_examples
+from pissa_cli.data import collate, load_examples, micro_batches
 from pissa_cli.errors import Interrupted, PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result
 from pissa_cli.guards import (
     checkpoint_to_resume,
     chunks_loss,
+    packs,
     probe_loss,
     require_context,
-    require_packing,
     require_same_loss,
     schedule_change,
 )
@@ -64,6 +64,7 @@ class Trainer:
     examples: Examples
     pad_id: int
     total_steps: int
+    packed: bool
     chunked: bool
 
 
@@ -164,11 +165,11 @@ def train_step(trainer: Trainer, step: int, lr: float) -> tuple[float, float, in
     indices = step_examples(step, len(examples), trainer.recipe)
     num_targets = sum(examples.num_targets(i) for i in indices)
     share = indices[accelerator.process_index :: accelerator.num_processes]
-    micro_batches = chunk_by_length(examples, share, section.micro_batch_size)
+    chunks = micro_batches(examples, share, section.micro_batch_size, trainer.packed)
     trainer.model.train()
     total = torch.zeros((), device=accelerator.device)
-    for number, chunk in enumerate(micro_batches):
-        last = number + 1 == len(micro_batches)
+    for number, chunk in enumerate(chunks):
+        last = number + 1 == len(chunks)
         with contextlib.nullcontext() if last else accelerator.no_sync(trainer.model):
             loss = _summed_loss(trainer, examples, chunk) / num_targets
             accelerator.backward(loss * accelerator.num_processes)
@@ -208,7 +209,8 @@ def _examples_in_all(num: int, recipe: Recipe) -> int:
 def evaluate_loss(trainer: Trainer, examples: Examples) -> float:
     """The loss averaged over all target tokens of `examples`, without dropout."""
     trainer.model.eval()
-    chunks = chunk_by_length(examples, list(range(len(examples))), trainer.recipe.train.micro_batch_size)
+    size = trainer.recipe.train.micro_batch_size
+    chunks = micro_batches(examples, list(range(len(examples))), size, trainer.packed)
     mine = chunks[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
     total = torch.zeros((), device=trainer.accelerator.device, dtype=torch.float64)
     for chunk in mine:
@@ -218,7 +220,7 @@ def evaluate_loss(trainer: Trainer, examples: Examples) -> float:
 
 
 def _summed_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tensor:
-    batch = collate(examples, chunk, trainer.pad_id, trainer.recipe.data.packing)
+    batch = collate(examples, chunk, trainer.pad_id, trainer.packed)
     device = trainer.accelerator.device
     with autocast(trainer.recipe.model.bits, trainer.recipe.precision, device):
         return summed_loss(trainer.model, {key: tensor.to(device) for key, tensor in batch.items()}, trainer.chunked)
@@ -239,21 +241,24 @@ def _set_up(
     torch.manual_seed(recipe.seed)
     model = model.to(accelerator.device)
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
-    if recipe.data.packing:
-        require_packing(probe(packing=False), probe(packing=True), recipe.precision)
+    packed = packs(model, recipe.data.packing, probe, recipe.precision)
+    if recipe.data.packing == "auto" and not packed:
+        watch({"note": "examples are padded: this model lets packed ones see each other"})
     if isinstance(recipe.adapter, FullOptions):
         model.requires_grad_(True)
     else:
-        before = probe() if fresh and recipe.model.bits != 4 else None
+        before = probe(packed) if fresh and recipe.model.bits != 4 else None
         _, start = read_start(run, manifest)
         plain, dropout = recipe.model.bits != 4, getattr(recipe.adapter, "dropout", 0.0)
         attach(model, start, METHODS[recipe.adapter.method], plain, dropout)
         train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
         if before is not None:
-            require_same_loss(before, probe(), recipe.precision)
+            require_same_loss(before, probe(packed), recipe.precision)
     chunked = chunks_loss(model, examples)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in lowrank_layers(model).values():
+            layer.keeps_weight = True
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, layer in lowrank_layers(model).items():
         names |= {p: f"{name}.{key}" for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
@@ -263,7 +268,7 @@ def _set_up(
     watch({"note": f"{trainable:,} of {total:,} parameters train; {steps}"})
     optimizer = make_optimizer(names, recipe)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    return Trainer(recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, chunked)
+    return Trainer(recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

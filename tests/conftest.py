@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     DeepseekV3Config,
     Gemma2Config,
     GemmaConfig,
@@ -25,6 +26,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -133,6 +135,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[architecture]
 
     return folder
+
+
+@pytest.fixture
+def tokenizer(models: Callable[[str], Path]) -> PreTrainedTokenizerBase:
+    """That of the tiny models."""
+    return AutoTokenizer.from_pretrained(models("llama"))
 
 
 @pytest.fixture

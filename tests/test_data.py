@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, make_model
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pissa_cli import data as module
-from pissa_cli.data import TEMPLATE, collate, load_examples, question_prompt
+from pissa_cli.data import TEMPLATE, load_examples, question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
-from pissa_cli.loss import summed_loss
 from pissa_cli.recipe import DataSection
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-
-
-@pytest.fixture
-def tokenizer(models: Callable[[str], Path]) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(models("llama"))
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -196,15 +188,3 @@ def test_data_of_the_hub_are_read_and_cached(
     monkeypatch.setattr(module, "_tokenize", None)
     again = load_examples("some/data:main:test", DataSection(), tokenizer, tmp_path / "cache")
     assert torch.equal(found.ids, again.ids)
-
-
-@pytest.mark.parametrize("architecture", CONFIGS)
-def test_packing_is_a_matter_of_layout(architecture: str, tokenizer: PreTrainedTokenizerBase, rows: Path) -> None:
-    model = make_model(architecture)
-    examples = load_examples(str(rows), DataSection(), tokenizer, None)
-    indices = [3, 8, 1, 5]
-    with torch.no_grad():
-        padded, packed = (summed_loss(model, collate(examples, indices, 0, packing)) for packing in (False, True))
-        alone = sum(summed_loss(model, collate(examples, [i], 0, False)) for i in indices)
-    assert float(padded) == pytest.approx(float(alone), rel=1e-5)
-    assert float(packed) == pytest.approx(float(alone), rel=1e-5)

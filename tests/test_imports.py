@@ -23,7 +23,7 @@ LAYERS = [
     "loading side_files",
     "model peft_files report optim process",
     "rundir experts",
-    "rows loss weights",
+    "rows loss weights packing",
     "adapters.lowrank",
     "adapters.methods",
     "adapters.lora adapters.pissa adapters.loftq adapters.vera adapters.svfit",

@@ -45,7 +45,7 @@ def test_gradients_against_finite_differences(with_d: bool, with_b: bool) -> Non
 
         def run(x: Tensor, *given: Tensor) -> Tensor:
             f = dict(zip(names, given, strict=True))
-            return LowRankFunction.apply(x, None, read, bias, f["A"], f["B"], f.get("d"), f.get("b"), 0.7)
+            return LowRankFunction.apply(x, None, read, bias, f["A"], f["B"], f.get("d"), f.get("b"), 0.7, False)
 
         assert torch.autograd.gradcheck(run, (x, *inputs))
 
@@ -56,7 +56,7 @@ def test_dropout_path_has_its_own_gradient() -> None:
     x, dropped = (torch.randn(*TOKENS, IN).double().requires_grad_() for _ in range(2))
 
     def run(x: Tensor, dropped: Tensor, A: Tensor) -> Tensor:
-        return LowRankFunction.apply(x, dropped, W.to, None, A, made["B"], made["d"], made["b"], 1.5)
+        return LowRankFunction.apply(x, dropped, W.to, None, A, made["B"], made["d"], made["b"], 1.5, False)
 
     assert torch.autograd.gradcheck(run, (x, dropped, made["A"].requires_grad_()))
 
@@ -106,8 +106,28 @@ def test_saves_x_once_and_reads_the_weight_again() -> None:
 
     x = torch.randn(*TOKENS, IN, requires_grad=True)
     A, B = torch.randn(R, IN, requires_grad=True), torch.randn(OUT, R, requires_grad=True)
-    y = LowRankFunction.apply(x, None, read, None, A, B, None, None, 1.0)
+    y = LowRankFunction.apply(x, None, read, None, A, B, None, None, 1.0, False)
     kept = [t.shape for t in y.grad_fn.saved_tensors if t is not None]
     assert sorted(kept) == sorted([x.shape, torch.Size((6, R)), A.shape, B.shape])
     y.sum().backward()
     assert len(reads) == 2
+
+
+def test_under_checkpointing_the_weight_is_read_once_more_and_nothing_is_saved_before() -> None:
+    torch.manual_seed(0)
+    layer = LowRank(nn.Linear(IN, OUT), factors(torch.float32, True, True), frozenset({"A", "B", "d", "b"}), 0.5)
+    x, reads = torch.randn(*TOKENS, IN, requires_grad=True), []
+    layer(x).square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    layer.zero_grad()
+    layer.keeps_weight = True
+    original = layer.base_weight
+    layer.base_weight = lambda dtype: (reads.append(dtype), original(dtype))[1]  # type: ignore[method-assign]
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    assert len(reads) == 1 and torch.Size((OUT, IN)) not in kept
+    y.square().sum().backward()
+    assert len(reads) == 2
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(layer.get_parameter(name).grad, gradient)

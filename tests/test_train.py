@@ -148,28 +148,6 @@ def test_a_start_that_is_not_the_base_is_noticed(
         train(recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=2"))
 
 
-def test_packing_is_refused_where_examples_would_see_each_other(recipe: Make, rows: Path, tmp_path: Path) -> None:
-    from conftest import save_model
-    from transformers import OPTConfig, OPTForCausalLM
-
-    torch.manual_seed(0)
-    shape = {
-        "hidden_size": 64,
-        "ffn_dim": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "word_embed_proj_dim": 64,
-    }
-    model = OPTForCausalLM(OPTConfig(vocab_size=512, max_position_embeddings=256, **shape, dropout=0.0))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    made = recipe(
-        save_model(model, tmp_path / "opt"), *BASE, f"data.train={rows}", "train.steps=1", "data.packing=true"
-    )
-    with pytest.raises(UsageError, match="see each other"):
-        train(made)
-
-
 def test_missing_tensors_are_refused(models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -24,7 +24,8 @@ class LowRank(nn.Module):
     """A linear layer with a frozen base (nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit) and factors.
 
     Factors in `trains` are fp32 parameters, the others fp32 buffers; A and B may come from shared projections instead.
-    Products run in the dtype of x, or of autocast.
+    Products run in the dtype of x, or of autocast. `keeps_weight`: W as it was read is saved for the backward pass; for
+    gradient checkpointing, which saves nothing before it runs the layer again.
     """
 
     name = ""
@@ -44,6 +45,7 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         self.projections = projections
+        self.keeps_weight = False
         self.base = base.requires_grad_(False)
         self.scale = scale
         self.dropout = dropout
@@ -73,7 +75,7 @@ class LowRank(nn.Module):
         """A and B for an input x."""
         if self.projections is None:
             return self.A, self.B
-        return self.projections.pair((len(self.b), x.shape[-1]), x.device, x.dtype)
+        return self.projections.pair((len(self.b), x.shape[-1]), x.device, product_dtype(x))
 
     def base_weight(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in `dtype`, read back from its store."""
@@ -90,7 +92,9 @@ class LowRank(nn.Module):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         A, B = self.pair(x)
         with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = LowRankFunction.apply(x, dropped, self.base_weight, bias, A, B, self.d, self.b, self.scale)
+            y: Tensor = LowRankFunction.apply(
+                x, dropped, self.base_weight, bias, A, B, self.d, self.b, self.scale, self.keeps_weight
+            )
         return y
 
 
@@ -107,7 +111,7 @@ class LowRankEmbedding(LowRank):
 
 
 class LowRankFunction(torch.autograd.Function):
-    """Saves x' (x itself where `dropped` is None) and h = x' A^T; reads W again in the backward pass.
+    """Saves x' (x itself where `dropped` is None) and h = x' A^T; reads W again in the backward pass, or saves it.
 
     Products run in `product_dtype`; y is rounded to the dtype of x once.
     """
@@ -124,18 +128,15 @@ class LowRankFunction(torch.autograd.Function):
         d: Tensor | None,
         b: Tensor | None,
         scale: float,
+        keeps_weight: bool,
     ) -> Tensor:
         inner = x if dropped is None else dropped
         dtype = product_dtype(x)
         h = inner.flatten(0, -2).to(dtype) @ A.to(dtype).T
-        hd = h if d is None else h * d.to(dtype)
-        y = functional.linear(x.to(dtype), read_weight(dtype), None if bias is None else bias.to(dtype))
-        flat = y.view(-1, y.shape[-1])
-        if b is None:
-            flat.addmm_(hd, B.to(dtype).T, alpha=scale)
-        else:
-            flat.addcmul_(hd @ B.to(dtype).T, b.to(dtype), value=scale)
-        ctx.save_for_backward(inner, h, A, B, d, b)
+        W = read_weight(dtype)
+        y = functional.linear(x.to(dtype), W, None if bias is None else bias.to(dtype))
+        y.view(-1, y.shape[-1]).addmm_(_times(h, d), _rows_times(B.to(dtype), b).T, alpha=scale)
+        ctx.save_for_backward(inner, h, A, B, d, b, W if keeps_weight else None)
         ctx.read_weight, ctx.scale, ctx.shared = read_weight, scale, dropped is None
         return y.to(x.dtype)
 
@@ -146,17 +147,16 @@ class LowRankFunction(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        inner, h, A, B, d, b = ctx.saved_tensors
-        needs_x, needs_dropped, _, _, needs_A, needs_B, needs_d, needs_b, _ = ctx.needs_input_grad
-        dtype, scale = h.dtype, ctx.scale
+        """With g the gradient of y: that of h * d is s g (b B); those of B and b come from M = s g^T (h * d)."""
+        inner, h, A, B, d, b, W = ctx.saved_tensors
+        needs_x, needs_dropped, _, _, needs_A, needs_B, needs_d, needs_b, _, _ = ctx.needs_input_grad
+        dtype = h.dtype
         grad, flat = grad_y.flatten(0, -2).to(dtype), inner.flatten(0, -2).to(dtype)
-        scaled = grad if b is None else grad * b.to(dtype)
-        hd = h if d is None else h * d.to(dtype)
-        grad_hd = (scaled @ B.to(dtype)) * scale
-        grad_h = grad_hd if d is None else grad_hd * d.to(dtype)
+        grad_hd = (grad @ _rows_times(B.to(dtype), b)) * ctx.scale
+        grad_h = _times(grad_hd, d)
         grad_x = grad_dropped = grad_A = grad_B = grad_d = grad_b = None
         if needs_x:
-            grad_x = grad @ ctx.read_weight(dtype)
+            grad_x = grad @ (ctx.read_weight(dtype) if W is None else W)
             if ctx.shared:
                 grad_x.addmm_(grad_h, A.to(dtype))
             grad_x = grad_x.view_as(inner).to(inner.dtype)
@@ -164,10 +164,18 @@ class LowRankFunction(torch.autograd.Function):
             grad_dropped = (grad_h @ A.to(dtype)).view_as(inner).to(inner.dtype)
         if needs_A:
             grad_A = (grad_h.T @ flat).to(A.dtype)
-        if needs_B:
-            grad_B = (scaled.T @ hd).to(B.dtype) * scale
+        if needs_B or needs_b:
+            M = (grad.T @ _times(h, d)).to(B.dtype) * ctx.scale
+            grad_B = _rows_times(M, b) if needs_B else None
+            grad_b = (M * B).sum(1) if needs_b else None
         if needs_d:
             grad_d = (grad_hd * h).sum(0).to(d.dtype)
-        if needs_b:
-            grad_b = (grad * (hd @ B.to(dtype).T)).sum(0).to(b.dtype) * scale
-        return grad_x, grad_dropped, None, None, grad_A, grad_B, grad_d, grad_b, None
+        return grad_x, grad_dropped, None, None, grad_A, grad_B, grad_d, grad_b, None, None
+
+
+def _times(h: Tensor, d: Tensor | None) -> Tensor:
+    return h if d is None else h * d.to(h.dtype)
+
+
+def _rows_times(B: Tensor, b: Tensor | None) -> Tensor:
+    return B if b is None else B * b.to(B.dtype)[:, None]

@@ -1,0 +1,80 @@
+"""Several examples in one row without padding, each of which sees itself alone.
+
+transformers builds a block-diagonal mask where position ids start again. With SDPA most of what such a mask costs is
+thrown away: here its blocks are attended to one by one instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from pissa_cli.products import product_dtype
+
+BY_SEQUENCE = "sdpa_by_sequence"
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the model can be told where examples begin."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def attend_by_sequence(model: PreTrainedModel) -> None:
+    """Let a model that attends with SDPA do so block by block, in rows of several examples."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(BY_SEQUENCE, _attention)
+        AttentionMaskInterface.register(BY_SEQUENCE, _mask)
+        model.set_attn_implementation(BY_SEQUENCE)
+
+
+def attend_by_mask(model: PreTrainedModel) -> None:
+    """Undo `attend_by_sequence`."""
+    if model.config._attn_implementation == BY_SEQUENCE:
+        model.set_attn_implementation("sdpa")
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """SDPA in `product_dtype`; attention_mask may be the lengths (n,) of sequences that together make the one row."""
+    dtype, wide = query.dtype, product_dtype(query)
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    if attention_mask is None or attention_mask.ndim != 1:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return output.to(dtype), None
+    parts = [x.split(attention_mask.tolist(), dim=2) for x in (query, key, value)]
+    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in zip(*parts, strict=True)]
+    return torch.cat(outputs, dim=1).to(dtype), None
+
+
+def _mask(
+    *, batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Tensor], **options: Any
+) -> Tensor | None:
+    """The lengths (n,) of the sequences of a row, on the CPU, if each is causal and whole; else SDPA's mask."""
+    if batch_size == 1 and 1 < q_length == kv_length and not options.get("use_vmap"):
+        lengths = _lengths(q_length, mask_function, options.get("device", "cpu"))
+        if lengths is not None:
+            return lengths
+    mask: Tensor | None = sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function, **options
+    )
+    return mask
+
+
+def _lengths(length: int, sees: Callable[..., Tensor], device: torch.device | str) -> Tensor | None:
+    """A sequence begins where a token does not see the one before it."""
+    index = torch.arange(length, device=device)
+    zero = torch.zeros_like(index)
+    begins = ~sees(zero[1:], zero[1:], index[1:], index[:-1])
+    starts = torch.cat([zero[:1], index[1:][begins]])
+    lengths = torch.diff(starts, append=zero[:1] + length)
+    first = starts.repeat_interleave(lengths)
+    whole = sees(zero, zero, index, first).all() & ~sees(zero[1:], zero[1:], index[:-1], index[1:]).any()
+    return lengths.cpu() if bool(whole) else None

@@ -1,0 +1,209 @@
+"""Packed examples: they see themselves alone, nothing is padded, and the loss and its gradients stay what they are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONFIGS, MOE_CONFIGS, make_model, save_model
+from runs import BASE
+from test_start import started
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pissa_cli import packing
+from pissa_cli import train as module
+from pissa_cli.adapters.lowrank import LowRank
+from pissa_cli.data import collate, load_examples, micro_batches
+from pissa_cli.errors import UsageError
+from pissa_cli.examples import Examples
+from pissa_cli.loss import IGNORED, summed_loss
+from pissa_cli.packing import attend_by_sequence
+from pissa_cli.recipe import DataSection
+
+Make = Callable[..., Any]
+INDICES = [3, 8, 1, 5]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def close(found: dict[str, Tensor], wanted: dict[str, Tensor], share: float) -> None:
+    assert set(found) == set(wanted) and wanted
+    for name, gradient in wanted.items():
+        assert float((found[name] - gradient).norm()) <= share * float(gradient.norm()) + 1e-9, name
+
+
+@pytest.mark.parametrize("architecture", [*CONFIGS, *MOE_CONFIGS])
+def test_each_example_sees_itself_alone(
+    architecture: str, tokenizer: PreTrainedTokenizerBase, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(architecture)
+    examples = load_examples(str(rows), DataSection(), tokenizer, None)
+    alone = torch.zeros(())
+    for i in INDICES:
+        alone = alone + summed_loss(model, collate(examples, [i], 0, packing=False))
+    alone.backward()
+    wanted = gradients(model)
+    sdpa = model.config._attn_implementation == "sdpa"
+    attend_by_sequence(model)
+    seen: list[Any] = []
+    original = packing.sdpa_attention_forward
+    monkeypatch.setattr(packing, "sdpa_attention_forward", lambda *a, **k: (seen.append(a[4]), original(*a, **k))[1])
+    total = summed_loss(model, collate(examples, INDICES, 0, packing=True))
+    total.backward()
+    assert float(total) == pytest.approx(float(alone), rel=1e-6)
+    close(gradients(model), wanted, 2e-5)
+    assert [m is None for m in seen] == [True] * len(seen) and bool(seen) == sdpa
+
+
+def test_a_window_shorter_than_an_example_keeps_its_mask(tokenizer: PreTrainedTokenizerBase, rows: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = MistralForCausalLM(MistralConfig(vocab_size=512, sliding_window=8, num_key_value_heads=2, **shape)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    examples = load_examples(str(rows), DataSection(), tokenizer, None)
+    alone = sum(float(summed_loss(model, collate(examples, [i], 0, packing=False))) for i in INDICES)
+    attend_by_sequence(model)
+    assert float(summed_loss(model, collate(examples, INDICES, 0, packing=True))) == pytest.approx(alone, rel=1e-6)
+
+
+def test_nothing_is_padded_and_micro_batches_are_even(tokenizer: PreTrainedTokenizerBase, rows: Path) -> None:
+    examples = load_examples(str(rows), DataSection(), tokenizer, None)
+    indices = list(range(30))
+    chunks = micro_batches(examples, indices, 8, packed=True)
+    assert sorted(i for chunk in chunks for i in chunk) == indices and max(map(len, chunks)) <= 8
+    totals = [sum(examples.length(i) for i in chunk) for chunk in chunks]
+    assert [collate(examples, chunk, 0, True)["input_ids"].numel() for chunk in chunks] == totals
+    assert max(totals) < 1.2 * sum(totals) / len(totals)
+    like = micro_batches(examples, indices, 8, packed=False)
+    lengths = [[examples.length(i) for i in chunk] for chunk in like]
+    assert all(max(a) <= min(b) for a, b in itertools.pairwise(lengths))
+
+
+def opt(folder: Path) -> Path:
+    """A model that takes its positions from the mask, and so cannot tell packed examples apart."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = OPTConfig(vocab_size=512, max_position_embeddings=256, word_embed_proj_dim=64, dropout=0.0, **shape)
+    model = OPTForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return save_model(model, folder)
+
+
+def test_packing_is_refused_where_examples_would_see_each_other(recipe: Make, rows: Path, tmp_path: Path) -> None:
+    sets = [*BASE, f"data.train={rows}", "train.steps=1"]
+    with pytest.raises(UsageError, match="see each other"):
+        module.train(recipe(opt(tmp_path / "opt"), *sets, "data.packing=true"))
+
+
+def test_by_itself_packing_is_left_out_there_and_said(recipe: Make, rows: Path, tmp_path: Path) -> None:
+    notes: list[dict[str, Any]] = []
+    sets = [*BASE, f"data.train={rows}", "train.steps=1"]
+    auto = module.train(recipe(opt(tmp_path / "opt"), *sets), watch=notes.append)
+    assert sum("see each other" in note.get("note", "") for note in notes) == 1
+    off = module.train(recipe(opt(tmp_path / "opt2"), *sets, "data.packing=false", f"output={tmp_path / 'off'}"))
+    assert auto["loss_last"] == off["loss_last"]
+
+
+def plain_layer(layer: LowRank, x: Tensor) -> Tensor:
+    """The layer's equation in autograd's own operations."""
+    A, B = layer.pair(x)
+    h = x @ A.T if layer.d is None else (x @ A.T) * layer.d
+    u = h @ B.T if layer.b is None else (h @ B.T) * layer.b
+    y = x @ layer.base_weight(x.dtype).T + layer.scale * u
+    return y if layer.bias is None else y + layer.bias
+
+
+def plain_loss(model: PreTrainedModel, examples: Examples, indices: list[int]) -> Tensor:
+    """One example after another, with logits at every position."""
+    total = torch.zeros(())
+    for i in indices:
+        batch = collate(examples, [i], 0, packing=False)
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[0, :-1]
+        total = total + functional.cross_entropy(logits, batch["labels"][0, 1:], ignore_index=IGNORED, reduction="sum")
+    return total
+
+
+STORES = {
+    "fp32": ["model.bits=32"],
+    "nf4": ["model.bits=4", "train.precision=fp32"],
+    "double": ["model.bits=4", "model.double_quant=true", "train.precision=fp32"],
+}
+VARIANTS = {
+    "lora": ["adapter.method=lora", "adapter.rank=4", "adapter.init=A"],
+    "lora-B": ["adapter.method=lora", "adapter.rank=4", "adapter.init=B"],
+    "pissa": ["adapter.method=pissa", "adapter.rank=4"],
+    "loftq": ["adapter.method=loftq", "adapter.rank=4"],
+    "vera": ["adapter.method=vera", "adapter.rank=16"],
+    "svfit": ["adapter.method=svfit", "adapter.rank=8"],
+}
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_the_fast_path_are_those_of_the_plain_one(
+    variant: str,
+    store: str,
+    models: Callable[[str], Path],
+    recipe: Make,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Packed, attended to by sequence, the layer's and the head's own gradients, under checkpointing and not."""
+    if variant == "loftq" and store == "fp32":
+        pytest.skip("loftq is refused over dense weights")
+    examples = load_examples(str(rows), DataSection(), tokenizer, None)
+    model = started(recipe(models("llama"), *VARIANTS[variant], *STORES[store]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # no factor stays zero
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    with monkeypatch.context() as context:
+        context.setattr(LowRank, "forward", plain_layer)
+        plain_loss(model, examples, INDICES).backward()
+        wanted = gradients(model)
+    attend_by_sequence(model)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        summed_loss(model, collate(examples, INDICES, 0, packing=True), chunked=True).backward()
+        close(gradients(model), wanted, 1e-6)
+
+
+def test_two_hundred_steps_packed_and_fused_are_those_unpacked_and_plain(
+    models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(name: str, *sets: str) -> list[float]:
+        made = recipe(
+            models("llama"), *BASE, f"data.train={rows}", "train.steps=200", f"output={tmp_path / name}", *sets
+        )
+        found: list[float] = []
+        module.train(made, watch=lambda event: found.append(event["loss"]) if "loss" in event else None)
+        return found
+
+    fast = losses("fast")
+    monkeypatch.setattr(LowRank, "forward", plain_layer)
+    monkeypatch.setattr(module, "chunks_loss", lambda *_: False)
+    plain = losses("plain", "data.packing=false", "train.micro_batch_size=1")
+    assert len(plain) == 200 and plain[-1] < plain[0] - 0.2
+    assert fast == pytest.approx(plain, rel=1e-4)
