@@ -17,6 +17,7 @@ BENCH_ROWS ?= pissa_cli/demo/train.jsonl
 BENCH_MODELS ?= pissa_cli/demo/base
 bench: $(STAMP)
 	$(BIN)/python tests/bench_init.py docs/results/bench-init.md $(BENCH_MATRICES)
+	$(BIN)/python tests/bench_vera.py docs/results/bench-vera.md
 	$(BIN)/python tests/bench_train.py docs/results/bench-train.md $(BENCH_ROWS) $(BENCH_MODELS)
 
 lint: $(STAMP)
