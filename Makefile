@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test bench lint clean demo-base
+.PHONY: demo test bench bench-gpu lint clean demo-base
 demo: $(STAMP)
 	$(BIN)/python -m pissa_cli.demo
 
@@ -19,6 +19,10 @@ bench: $(STAMP)
 	$(BIN)/python tests/bench_init.py docs/results/bench-init.md $(BENCH_MATRICES)
 	$(BIN)/python tests/bench_vera.py docs/results/bench-vera.md
 	$(BIN)/python tests/bench_train.py docs/results/bench-train.md $(BENCH_ROWS) $(BENCH_MODELS)
+
+# From a checkout on a machine with a GPU, with the packages that are there: nothing is installed.
+bench-gpu:
+	$(PYTHON) -m tests.bench_gpu docs/results/bench-gpu.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

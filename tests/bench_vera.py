@@ -1,4 +1,4 @@
-"""A training step of VeRA beside LoRA's, and beside PEFT's VeRA: the same layers, tokens and machine, ratios in one run.
+"""A training step of VeRA beside LoRA's, and beside PEFT's VeRA: the same layers and tokens, ratios in one run.
 
 python tests/bench_vera.py PAGE.md
 
@@ -93,9 +93,9 @@ def main() -> None:
         "",
         *lines,
         "",
-        "VeRA multiplies every token five times with matrices of its rank, forward and back; LoRA six times. In units of",
-        "width x width x tokens a square layer of width w costs 2 + 5 r / w, and 2 + 6 r / w with LoRA: at r = 1024 over",
-        "r = 64 that is 3.5 at w = 768, 1.55 at w = 4096, so that attention and all else hide only a part of it. At equal",
+        "VeRA multiplies every token five times with matrices of its rank, forward and back; LoRA six times. In units",
+        "of width x width x tokens a square layer of width w costs 2 + 5 r / w, and 2 + 6 r / w with LoRA: r = 1024",
+        "over r = 64 is 3.5 at w = 768 and 1.55 at w = 4096, of which attention and all else hide a part. At equal",
         "rank VeRA is the cheaper one.",
         "",
     ]
