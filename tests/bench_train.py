@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 BATCH, MICRO, RANK, RATE, MAX_LENGTH = 32, 8, 16, 1e-3, 512
-EXAMPLES = {"llama-110m": 64}
+EXAMPLES = {"llama-110m": 128}
 ROUNDS = 1
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TITLES = {"ours": "pissa", "peer": "PEFT + Trainer", "grouped": "PEFT + Trainer, group_by_length"}
@@ -200,8 +200,24 @@ def main() -> None:
         "",
         *lines,
         "",
+        f"![loss of each step]({page.stem}.png)",
+        "",
     ]
     page.write_text("\n".join(text))
+    picture(kept, page.with_suffix(".png"))
+
+
+def picture(kept: dict[str, dict[str, dict[str, Any]]], file: Path) -> None:
+    """The loss of every step, a panel for each model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(kept), 3.6), layout="constrained")
+    for axes, (name, results) in zip(figure.subplots(1, len(kept), squeeze=False)[0], kept.items(), strict=True):
+        for which, result in results.items():
+            axes.plot(range(1, len(result["losses"]) + 1), result["losses"], label=TITLES[which])
+        axes.set(title=name, xlabel="step", ylabel="loss")
+        axes.legend()
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":
