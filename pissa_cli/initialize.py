@@ -207,7 +207,9 @@ def _work(recipe: Recipe, plan: Plan, weights: Weights, method: Method) -> Itera
     targets = {layer.name for layer in plan.targets}
     device, threads = best_device(), torch.get_num_threads()
     sizes = [4 * t.num_out * t.num_in for t in plan.linears if not t.embedding or t.name in targets]
-    workers = 1 if device.type == "cuda" else max(1, min(threads, IN_FLIGHT_BYTES // (5 * max(sizes))))
+    fit = IN_FLIGHT_BYTES // (5 * max(sizes))
+    workers = 1 if device.type == "cuda" else max(1, min(threads, fit))
+    ahead = max(workers, min(4 * workers, fit))  # a small tensor need not wait for a large one before it
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting: deque[Future[_Item]] = deque()
         try:
@@ -217,7 +219,7 @@ def _work(recipe: Recipe, plan: Plan, weights: Weights, method: Method) -> Itera
                 waiting.append(
                     pool.submit(_one_tensor, recipe, plan, weights, tensor, linear, method if chosen else None, device)
                 )
-                if len(waiting) >= workers:
+                if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

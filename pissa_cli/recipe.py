@@ -103,7 +103,7 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    bench: list[str] = Field([], description="benchmarks: gsm8k, loss")
+    bench: list[str] = Field([], description="benchmarks: gsm8k, math, humaneval, mbpp, loss")
     data: dict[str, str] = Field({}, description="bench: file, instead of the published data on the Hub")
     limit: int | None = Field(None, ge=1, description="score the first N questions")
     batch_size: int = Field(16, ge=1, description="prompts generated together")

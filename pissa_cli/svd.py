@@ -17,7 +17,7 @@ WARM_STEPS = 9  # power steps from a start close by, before it counts as not clo
 KRYLOV_BLOCKS = 3
 GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before the whole Gram matrix is cheaper
 GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
-FAST = 1e-3
+FAST, ROUGH = 1e-3, 0.05
 EXACT_NUCLEAR_BELOW = 256
 TINY = torch.finfo(torch.float32).tiny
 
@@ -157,11 +157,12 @@ def _block_krylov(
     block = _qr(block)[0]
     basis, images, T, coupling = block[:, :0], weight[:, :0], weight.new_empty(0, 0), weight.new_empty(0, width)
     captured: list[float] = []
+    least = KRYLOV_BLOCKS if allowed < ROUGH else KRYLOV_BLOCKS - 1
     for blocks in range(1, int(GRAM_BELOW * n / width) + 1):
         image = weight @ block
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
         T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
-        enough = blocks >= KRYLOV_BLOCKS
+        enough = blocks >= least
         values, vectors = torch.linalg.eigh(T) if enough else (torch.linalg.eigvalsh(T), T)
         captured.append(float(values[-rank:].sum(dtype=torch.float64)))
         if enough and _excess(energy, captured) <= allowed / 2:

@@ -153,7 +153,7 @@ def main() -> None:
     page = Path(sys.argv[1])
     keep_freed_memory()
     torch.manual_seed(0)
-    groups = {"llama-110m (random), one layer": [torch.randn(shape) * 0.02 for shape in LLAMA_110M]}
+    groups = {"llama-110m (random), two layers": [torch.randn(shape) * 0.02 for shape in LLAMA_110M * 2]}
     for file in map(Path, sys.argv[2:]):
         tensors = {n: t.float() for n, t in load_file(file).items() if t.ndim == 2 and "embed" not in n}
         groups[file.parent.name] = [t for t in tensors.values() if min(t.shape) >= 64]

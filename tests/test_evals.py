@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import gsm8k
+from pissa_cli.evals import run as module
 from pissa_cli.evals.generate import generate
 from pissa_cli.evals.run import evaluate
 from pissa_cli.recipe_file import load
@@ -122,6 +123,29 @@ def test_eval_reads_the_files_and_writes_what_it_found(finished: Any) -> None:
     with pytest.raises(UsageError, match="adapter_model"):
         evaluate(finished)
     (run.folder / "away").rename(run.adapter / "adapter_model.safetensors")
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = evaluate(finished)["gsm8k"]
+    folder = Path(finished.output) / "eval"
+    wanted = (folder / "gsm8k" / "samples.jsonl").read_text()
+    asked: list[int] = []
+
+    def broken(model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Any:
+        asked.append(len(prompts))
+        for number, answer in enumerate(generate(model, tokenizer, prompts, 2, *rest[1:])):
+            if len(asked) == 1 and number == 3:
+                raise KeyboardInterrupt
+            yield answer
+
+    monkeypatch.setattr(module, "generate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(finished)
+    assert (folder / ".gsm8k.outputs.jsonl").is_file()
+    again = evaluate(finished)["gsm8k"]
+    assert asked == [6, 3] and again["score"] == whole["score"]
+    assert (folder / "gsm8k" / "samples.jsonl").read_text() == wanted
+    assert not (folder / ".gsm8k.outputs.jsonl").exists()
 
 
 def test_held_out_loss_is_the_plain_average(finished: Any) -> None:

@@ -25,12 +25,13 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
 
     A zero matrix has no principal part and starts as LoRA does.
     """
-    svd = truncated_svd(weight, layer.rank, options["svd"], layer.seed, layer.name)
+    refit = options["refit"] and layer.store.bits == 4
+    rough = refit and options["passes"] > 1 and options["svd"] != "exact"  # the passes do the rest
+    svd = truncated_svd(weight, layer.rank, "5%" if rough else options["svd"], layer.seed, layer.name)
     if not float(svd.S[0]) > 0:  # both factors would be zero and never train
         return lora.start(weight, layer, {"init": "A", "distribution": "kaiming"})
     figures = {"energy": float(svd.S.double().square().sum()) / max(frobenius_norm(weight) ** 2, 1e-300)}
-    passes = _refit if options["refit"] and layer.store.bits == 4 else _alternate
-    svd, frozen = passes(weight, svd, layer, options)
+    svd, frozen = (_refit if refit else _alternate)(weight, svd, layer, options)
     A, B = balanced(svd, layer.scale)
     return Start({"A": A, "B": B}, frozen, figures)
 

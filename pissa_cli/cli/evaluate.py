@@ -12,13 +12,23 @@ from pissa_cli.errors import UsageError
 
 def evaluate_command(
     target: Target = None,
-    bench: Annotated[str | None, typer.Option("--bench", help="Benchmarks, with commas: gsm8k,loss.")] = None,
+    bench: Annotated[
+        str | None, typer.Option("--bench", help="Benchmarks, with commas: gsm8k, math, humaneval, mbpp, loss.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", metavar="BENCH=FILE", help="A local data file for a benchmark. Repeatable."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Score the first N questions.")] = None,
     compare_base: Annotated[bool, typer.Option("--compare-base", help="Score the model before training, too.")] = False,
+    samples: Annotated[
+        str | None,
+        typer.Option("--samples", metavar="FILE", help="Score these outputs (jsonl: id or task_id, output), no model."),
+    ] = None,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option("--allow-code-execution", help="Run the programs that the model writes, apart from all else."),
+    ] = False,
     output: Output = None,
     set_: Set = None,
     dry_run: DryRun = False,
@@ -31,8 +41,10 @@ def evaluate_command(
     from pissa_cli.cli import dryrun, show
 
     show.quiet_libraries(debug)
-    from pissa_cli.evals.run import check_benches, evaluate
+    from pissa_cli.evals.run import check_benches, evaluate, score_samples
 
+    if samples is not None and compare_base:
+        raise UsageError("--samples: there is no model to compare", "leave --compare-base out")
     check_benches(loaded.recipe)
     if dry_run:
         dryrun.dry_run(loaded, as_json)
@@ -42,17 +54,28 @@ def evaluate_command(
         def progress(bench: str, done: int, total: int) -> None:
             update(done, total, bench)
 
-        result = {"results": evaluate(loaded.recipe, progress=progress)}
+        if samples is not None:
+            result = {"results": score_samples(loaded.recipe, samples, allow_code_execution, progress)}
+        else:
+            result = {"results": evaluate(loaded.recipe, allow_code=allow_code_execution, progress=progress)}
         if compare_base:
-            result["base"] = evaluate(loaded.recipe, base=True, progress=progress)
+            result["base"] = evaluate(loaded.recipe, True, allow_code_execution, progress)
     from rich.table import Table
 
     table = Table()
-    for title in ("benchmark", "model", "score", "stderr", "n", "metric"):
+    for title in ("benchmark", "model", "score", "stderr", "n", "metric", "published"):
         table.add_column(title)
     for results in result.values():
         for name, r in results.items():
-            table.add_row(name, r["model"], f"{r['score']:.3f}", f"{r['stderr']:.3f}", str(r["n"]), r["metric"])
+            table.add_row(
+                name,
+                r["model"],
+                f"{r['score']:.3f}",
+                f"{r['stderr']:.3f}",
+                str(r["n"]),
+                r["metric"],
+                str(r.get("published", "")),
+            )
     show.print_result(result, as_json, [], table)
 
 

@@ -25,7 +25,7 @@ def generate(
     Prompts (token ids) are padded on the left; an answer ends at end-of-text (the tokenizer's, or one the model's own
     generation_config names: chat models end a turn by it), at `max_new_tokens` or at the end of the context. Nothing
     else of the model's generation_config counts: a repetition penalty there would change the score.
-    Raises UsageError for a prompt that leaves no room for an answer.
+    Batches that do not fit into memory are halved. Raises UsageError for a prompt that leaves no room for an answer.
     """
     eos = tokenizer.eos_token_id
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -34,8 +34,8 @@ def generate(
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     done = 0
-    for begin in range(0, len(order), batch_size):
-        chunk = order[begin : begin + batch_size]
+    while done < len(order):
+        chunk = order[done : done + batch_size]
         longest = max(len(prompts[i]) for i in chunk)
         room = min(max_new_tokens, context - longest)
         if room < 1:
@@ -54,7 +54,14 @@ def generate(
             bos_token_id=tokenizer.bos_token_id,
         )
         device = model.device
-        output = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
+        try:
+            output = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
+        except torch.OutOfMemoryError:
+            if len(chunk) == 1:
+                raise
+            torch.cuda.empty_cache()
+            batch_size = len(chunk) // 2
+            continue
         for row, index in enumerate(chunk):
             tokens = output[row, longest:].tolist()
             tokens = list(takewhile(lambda token: token not in stops, tokens))

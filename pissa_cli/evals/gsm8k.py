@@ -6,16 +6,11 @@ import math
 import re
 from fractions import Fraction
 
+from pissa_cli.evals.bench import Bench, Grade, one_by_one
 from pissa_cli.rows import Row
 
-HUB_DATA = "openai/gsm8k:main:test"
 MARKER = "The answer is: "
 _NUMBER = re.compile(r"[-+]?\d*[.,/]?\d+")
-
-
-def question(row: Row) -> str:
-    """The question of a row. Raises KeyError for a row without one."""
-    return str(row["question"])
 
 
 def gold(row: Row) -> str:
@@ -54,3 +49,16 @@ def score(output: str, reference: str) -> bool:
     """Whether the extracted answer equals the reference ("1,250" reads 1250)."""
     answer = extract(output)
     return answer is not None and float(answer) == float(reference.replace(",", ""))
+
+
+BENCH = Bench(
+    data="openai/gsm8k:main:test",
+    published={1319: "the test set", 7473: "the training set"},
+    fields=("question", "answer"),
+    question=lambda row: str(row["question"]),
+    reference=gold,
+    problem=lambda row: None if is_number(gold(row)) else "its answer does not end in '#### number'",
+    grade=one_by_one(lambda row, output: Grade(extract(output), score(output, gold(row)))),
+    metric="exact match, %",
+    protocol="PiSSA repository: first number after the last 'The answer is: ', rounded to an integer",
+)

@@ -15,57 +15,111 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pissa_cli import __version__
 from pissa_cli.data import batch_losses, load_examples, question_prompt
 from pissa_cli.errors import UsageError
-from pissa_cli.evals import gsm8k
+from pissa_cli.evals import competition_math, gsm8k, humaneval, mbpp
+from pissa_cli.evals.bench import Bench, Grade
+from pissa_cli.evals.bench import Progress as Count
 from pissa_cli.evals.generate import generate
+from pissa_cli.evals.outputs import Kept, read_samples
+from pissa_cli.evals.published import SOURCE, published
+from pissa_cli.evals.sandbox import protection
 from pissa_cli.exported import load_plain_base, load_result, trained_steps
 from pissa_cli.initialize import open_run, require_base
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.loss import autocast
 from pissa_cli.model import best_device
 from pissa_cli.recipe import Recipe
-from pissa_cli.rows import read_rows
+from pissa_cli.rows import Row, read_rows
 from pissa_cli.rundir import whole_folder, write_json
 
-BENCHES = ("gsm8k", "loss")
-PLANNED = ("math", "humaneval", "mbpp", "mt_bench", "glue")
+GENERATED: dict[str, Bench] = {
+    "gsm8k": gsm8k.BENCH,
+    "math": competition_math.BENCH,
+    "humaneval": humaneval.BENCH,
+    "mbpp": mbpp.BENCH,
+}
+BENCHES = (*GENERATED, "loss")
+PLANNED = ("mt_bench", "glue")
+UNSCORED = "not run; --allow-code-execution scores the answers, which are kept"
 Progress = Callable[[str, int, int], None]
 
 
-def evaluate(recipe: Recipe, base: bool = False, progress: Progress = lambda *_: None) -> dict[str, dict[str, Any]]:
+def evaluate(
+    recipe: Recipe, base: bool = False, allow_code: bool = False, progress: Progress = lambda *_: None
+) -> dict[str, dict[str, Any]]:
     """Results by benchmark: score, stderr, n (and more). `base` scores the model before training instead.
 
-    Writes eval/<bench>/{result.json, samples.jsonl} (eval/base/<bench>/ for the base).
+    Writes eval/<bench>/{result.json, samples.jsonl} (eval/base/<bench>/ for the base). What a model wrote is kept as it
+    comes: interrupted, the same evaluation goes on. allow_code: run the programs that the model writes; without it a
+    benchmark of programs has no score (None) and nothing is written for it, but its answers are kept.
     Raises UsageError for an unknown bench, missing data, or a run that is not trained.
     """
     check_benches(recipe)
+    if allow_code and any(GENERATED[bench].runs_code for bench in recipe.eval.bench if bench in GENERATED):
+        protection()
     run, manifest = open_run(recipe)
     tokenizer = load_tokenizer(require_base(run, manifest, recipe), recipe.model)
     data = {bench: _load_bench(bench, recipe, tokenizer) for bench in recipe.eval.bench}
     device = best_device()
     model = (load_plain_base if base else load_result)(recipe, device)
+    folder = run.folder / "eval" / ("base" if base else "")
+    facts = {
+        "model": "base" if base else "trained",
+        "step": 0 if base else trained_steps(recipe),
+        "base_fingerprint": manifest["base"]["fingerprint"],
+        "started": manifest["created"],
+    }
     results = {}
     for bench, loaded in data.items():
         began = time.time()
-        score = _score_loss if bench == "loss" else _score_gsm8k
+
+        def count(done: int, total: int, bench: str = bench) -> None:
+            progress(bench, done, total)
+
         with autocast(recipe.model.bits, recipe.precision, device):
-            result, samples = score(
-                model, tokenizer, loaded, recipe, lambda done, total, b=bench: progress(b, done, total)
-            )
-        result |= {
-            "bench": bench,
-            "model": "base" if base else "trained",
-            "step": 0 if base else trained_steps(recipe),
-            "data": _source(bench, recipe),
-            "seconds": round(time.time() - began, 3),
-            "base_fingerprint": manifest["base"]["fingerprint"],
-            "pissa": __version__,
-        }
-        with whole_folder(run.folder / "eval" / ("base" if base else "") / bench) as folder:
-            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-            (folder / "samples.jsonl").write_text(lines, encoding="utf-8")
-            write_json(folder / "result.json", result)
-        results[bench] = result
+            if bench == "loss":
+                result, samples = _score_loss(model, tokenizer, loaded, count)
+                results[bench] = _write(folder / bench, result | facts, bench, recipe, samples, began)
+            else:
+                prompts = [question_prompt(GENERATED[bench].question(row), recipe.data, tokenizer) for row in loaded]
+                identity = (facts, [text for text, _ in prompts], recipe.eval.max_new_tokens)
+                with Kept(folder / f".{bench}.outputs.jsonl", identity) as kept:
+                    _answer(model, tokenizer, [ids for _, ids in prompts], recipe, kept, count)
+                    if GENERATED[bench].runs_code and not allow_code:
+                        results[bench] = {"score": None, "stderr": None, "n": len(loaded), "metric": UNSCORED} | facts
+                        continue
+                    outputs = [kept.outputs[number] for number in range(len(loaded))]
+                    result, samples = _grade(bench, loaded, outputs, count)
+                    samples = [{"prompt": text} | s for (text, _), s in zip(prompts, samples, strict=True)]
+                    result |= {"engine": "transformers", "template": recipe.data.template or recipe.data.format}
+                    paper = published(recipe.model.name, recipe.adapter.method, recipe.model.bits, bench)
+                    result |= {"published": paper, "published_in": SOURCE} if paper is not None and not base else {}
+                    results[bench] = _write(folder / bench, result | facts, bench, recipe, samples, began)
+                    kept.remove()
     return results
+
+
+def score_samples(
+    recipe: Recipe, source: str, allow_code: bool = False, progress: Progress = lambda *_: None
+) -> dict[str, dict[str, Any]]:
+    """Results of the one benchmark of a recipe for outputs made elsewhere, without any model; see `read_samples`.
+
+    Writes eval/samples/<bench>/ in the run folder, which need not be a run.
+    """
+    check_benches(recipe)
+    if len(recipe.eval.bench) != 1 or recipe.eval.bench[0] not in GENERATED:
+        raise UsageError("--samples: needs exactly one benchmark with questions", f"--bench {', '.join(GENERATED)}")
+    (bench,) = recipe.eval.bench
+    if GENERATED[bench].runs_code and not allow_code:
+        raise UsageError(
+            f"{bench}: scoring runs programs that a model wrote",
+            "allow it with --allow-code-execution; docs/evaluation.md says how they are kept apart",
+        )
+    began, rows = time.time(), _read_bench(bench, recipe)
+    outputs = read_samples(source, GENERATED[bench], rows)
+    result, samples = _grade(bench, rows, outputs, lambda done, total: progress(bench, done, total))
+    result |= {"model": "samples", "samples": source}
+    folder = Path(recipe.output) / "eval" / "samples" / bench
+    return {bench: _write(folder, result, bench, recipe, samples, began)}
 
 
 def check_benches(recipe: Recipe) -> None:
@@ -85,73 +139,104 @@ def check_benches(recipe: Recipe) -> None:
 def _source(bench: str, recipe: Recipe) -> str:
     if bench in recipe.eval.data:
         return recipe.eval.data[bench]
-    if bench == "gsm8k":
-        return gsm8k.HUB_DATA
+    if bench in GENERATED:
+        return GENERATED[bench].data
     if recipe.data.eval is None:
         raise UsageError("eval loss: no held-out data", "set data.eval, or --data loss=file.jsonl")
     return recipe.data.eval
 
 
 def _load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
-    source = _source(bench, recipe)
-    if bench == "loss":
-        section = recipe.data.model_copy(update={"limit": recipe.eval.limit})
-        return load_examples(source, section, tokenizer, Path(HF_HOME) / "pissa" / "tokens")
-    rows = []
+    if bench != "loss":
+        return _read_bench(bench, recipe)
+    section = recipe.data.model_copy(update={"limit": recipe.eval.limit})
+    return load_examples(_source(bench, recipe), section, tokenizer, Path(HF_HOME) / "pissa" / "tokens")
+
+
+def _read_bench(name: str, recipe: Recipe) -> list[Row]:
+    bench, source, rows = GENERATED[name], _source(name, recipe), []
     for number, row in read_rows(source, recipe.eval.limit):
-        if isinstance(row, str) or not {"question", "answer"} <= set(row):
-            columns = row if isinstance(row, str) else f"its columns: {', '.join(row)}"
-            raise UsageError(f"{source}: row {number} is not a GSM8K row with question and answer ({columns})")
-        if not gsm8k.is_number(gsm8k.gold(row)):
-            raise UsageError(f"{source}: the answer of row {number} does not end in '#### number'")
+        if isinstance(row, str):
+            raise UsageError(f"{source}: row {number} cannot be used ({row})")
+        missing = [field for field in bench.fields if field not in row]
+        if missing:
+            raise UsageError(
+                f"{source}: row {number} is no row of {name}: it has no {', '.join(missing)}",
+                f"its columns: {', '.join(row)}",
+            )
+        problem = bench.problem(row)
+        if problem is not None:
+            raise UsageError(f"{source}: row {number} is no row of {name}: {problem}")
         rows.append(row)
     if not rows:
         raise UsageError(f"{source}: no rows")
     return rows
 
 
-def _score_gsm8k(
+def _answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, Any]],
+    prompts: list[list[int]],
     recipe: Recipe,
-    progress: Any,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    prompts = [question_prompt(gsm8k.question(row), recipe.data, tokenizer) for row in rows]
+    kept: Kept,
+    count: Count,
+) -> None:
+    """Let the model answer the prompts that have no output yet."""
+    left = [number for number in range(len(prompts)) if number not in kept.outputs]
     section = recipe.eval
-    samples: list[dict[str, Any]] = [{} for _ in rows]
     for index, output in generate(
-        model, tokenizer, [ids for _, ids in prompts], section.batch_size, section.max_new_tokens, progress
+        model,
+        tokenizer,
+        [prompts[number] for number in left],
+        section.batch_size,
+        section.max_new_tokens,
+        lambda done, _: count(len(prompts) - len(left) + done, len(prompts)),
     ):
-        reference = gsm8k.gold(rows[index])
-        samples[index] = {
-            "id": index,
-            "prompt": prompts[index][0],
-            "output": output,
-            "answer": gsm8k.extract(output),
-            "reference": reference,
-            "correct": gsm8k.score(output, reference),
-        }
+        kept.add(left[index], output)
+
+
+def _grade(name: str, rows: list[Row], outputs: list[str], count: Count) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    bench = GENERATED[name]
+    grades: list[Grade] = bench.grade(rows, outputs, count)
+    samples = [
+        {"id": number, "output": output, "answer": grade.answer, "reference": bench.reference(row)}
+        | {"correct": grade.correct, "detail": grade.detail}
+        for number, (row, output, grade) in enumerate(zip(rows, outputs, grades, strict=True))
+    ]
     n = len(samples)
-    share = sum(sample["correct"] for sample in samples) / n
-    stderr = 100 * math.sqrt(share * (1 - share) / n)
-    return {
+    share = sum(grade.correct for grade in grades) / n
+    result = {
         "score": 100 * share,
-        "metric": "exact match, %",
-        "stderr": stderr,
+        "metric": bench.metric,
+        "stderr": 100 * math.sqrt(share * (1 - share) / n),
         "n": n,
-        "engine": "transformers",
-    }, samples
+        "rows": bench.published.get(n, f"not a published set ({', '.join(map(str, bench.published))} rows)"),
+        "protocol": bench.protocol,
+    }
+    return result | ({"protection": protection().text()} if bench.runs_code else {}), samples
+
+
+def _write(
+    folder: Path, result: dict[str, Any], bench: str, recipe: Recipe, samples: list[dict[str, Any]], began: float
+) -> dict[str, Any]:
+    """Write result.json and samples.jsonl; returns the result with what every benchmark says."""
+    result |= {"bench": bench, "data": _source(bench, recipe), "seconds": round(time.time() - began, 3)}
+    result |= {"pissa": __version__}
+    with whole_folder(folder) as made:
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        (made / "samples.jsonl").write_text(lines, encoding="utf-8")
+        write_json(made / "result.json", result)
+    return result
 
 
 def _score_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Any, recipe: Recipe, progress: Any
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Any, count: Count
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Loss per target token over the whole set; stderr over examples, by the ratio's linearization."""
     samples: list[dict[str, Any]] = []
     for chunk, loss in batch_losses(model, examples, tokenizer.pad_token_id or 0, 1):
         samples.append({"id": chunk[0], "loss": loss, "targets": examples.num_targets(chunk[0])})
-        progress(len(samples), len(examples))
+        count(len(samples), len(examples))
     targets = sum(sample["targets"] for sample in samples)
     mean, n = sum(sample["loss"] for sample in samples) / targets, len(samples)
     spread = sum((sample["loss"] - mean * sample["targets"]) ** 2 for sample in samples)

@@ -1,0 +1,47 @@
+"""What a benchmark is: rows, a question for each, and grades for the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pissa_cli.rows import Row
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What was read out of an output, whether it is right, and why not where there is more to say."""
+
+    answer: Any
+    correct: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One benchmark.
+
+    data: id[:subset[:split]] on the Hub. published: number of rows -> the set that has so many.
+    problem: (row) -> why it is no row of this benchmark, or None. identity: a row's own id, where it has one.
+    grade: (rows, outputs, progress) -> a grade each. runs_code: whether grading runs what the model wrote.
+    """
+
+    data: str
+    published: Mapping[int, str]
+    fields: tuple[str, ...]
+    question: Callable[[Row], str]
+    reference: Callable[[Row], str]
+    grade: Callable[[Sequence[Row], Sequence[str], Progress], list[Grade]]
+    metric: str
+    protocol: str
+    problem: Callable[[Row], str | None] = lambda _row: None
+    identity: Callable[[Row], str | None] = lambda _row: None
+    runs_code: bool = False
+
+
+def one_by_one(grade: Callable[[Row, str], Grade]) -> Callable[[Sequence[Row], Sequence[str], Progress], list[Grade]]:
+    """Grades that need but a row and its output."""
+    return lambda rows, outputs, _: [grade(row, output) for row, output in zip(rows, outputs, strict=True)]

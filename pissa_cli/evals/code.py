@@ -1,0 +1,48 @@
+"""What the code benchmarks share: the question, the code in an output, and its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pissa_cli.evals.bench import Grade, Progress
+from pissa_cli.evals.sandbox import run_programs
+from pissa_cli.rows import Row
+
+INSTRUCTION = (
+    "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
+)
+"""EvalPlus's own words (arXiv 2305.01210)."""
+PROTOCOL = "pass@1, greedy; the first ```python block, cut at its own main, example usage and asserts; base tests"
+FENCE, CUTS = "```python", ('if __name__ == "__main__":', "# Example usage", "assert")
+
+
+def ask(problem: str) -> str:
+    """The instruction for a problem."""
+    return f"{INSTRUCTION}\n```python\n{problem.strip()}\n```"
+
+
+def fenced(output: str) -> str | None:
+    """The first ```python block as the PiSSA repository cuts it; None if there is none."""
+    _, fence, after = output.partition(FENCE)
+    if not fence:
+        return None
+    code = after.partition("\n```")[0]
+    for cut in CUTS:
+        code = code.partition(cut)[0]
+    return code
+
+
+def graded(
+    program: Callable[[Row, str], str],
+) -> Callable[[Sequence[Row], Sequence[str], Progress], list[Grade]]:
+    """Grades by running; program: (row, output) -> the source that passes if the output is right."""
+
+    def grade(rows: Sequence[Row], outputs: Sequence[str], progress: Progress) -> list[Grade]:
+        written = [index for index, output in enumerate(outputs) if output.strip()]
+        verdicts = run_programs([program(rows[i], outputs[i]) for i in written], progress)
+        grades = [Grade(None, False, "empty output")] * len(rows)
+        for index, verdict in zip(written, verdicts, strict=True):
+            grades[index] = Grade(fenced(outputs[index]) or outputs[index], verdict.passed, verdict.detail)
+        return grades
+
+    return grade

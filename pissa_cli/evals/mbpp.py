@@ -1,0 +1,41 @@
+"""MBPP (Austin et al. 2021, arXiv 2108.07732), whole or sanitized: write a Python function; its three tests run."""
+
+from __future__ import annotations
+
+from pissa_cli.evals.bench import Bench
+from pissa_cli.evals.code import PROTOCOL, ask, fenced, graded
+from pissa_cli.rows import Row
+
+
+def text(row: Row) -> str:
+    """What is asked: `text` in the whole set, `prompt` in the sanitized one."""
+    return str(row.get("text", row.get("prompt")))
+
+
+def program(row: Row, output: str) -> str:
+    """The output's code and the tests, with what they import or set up."""
+    code = fenced(output)
+    before = [*row.get("test_imports", []), str(row.get("test_setup_code", ""))]
+    return "\n".join([output if code is None else code, *before, *row["test_list"], ""])
+
+
+def _problem(row: Row) -> str | None:
+    if "text" not in row and "prompt" not in row:
+        return "it has neither text nor prompt"
+    tests = row["test_list"]
+    return None if isinstance(tests, list) and tests else "its test_list is no list of tests"
+
+
+BENCH = Bench(
+    data="google-research-datasets/mbpp:full:test",
+    published={500: "the test set", 974: "all of it", 427: "all of the sanitized set", 257: "the sanitized test set"},
+    fields=("test_list",),
+    question=lambda row: ask(f'"""\n{text(row)}\n{row["test_list"][0]}\n"""'),
+    reference=lambda row: str(row.get("code", "")),
+    identity=lambda row: str(row["task_id"]) if "task_id" in row else None,
+    problem=_problem,
+    grade=graded(program),
+    metric="pass@1, %",
+    protocol=PROTOCOL,
+    runs_code=True,
+)

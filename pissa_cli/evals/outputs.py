@@ -1,0 +1,87 @@
+"""Outputs of a model, kept as they come, so that an interrupted evaluation goes on; and outputs made elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import xxhash
+
+from pissa_cli.errors import UsageError
+from pissa_cli.evals.bench import Bench
+from pissa_cli.rows import Row, read_rows
+
+
+class Kept:
+    """Outputs by question in a file, valid for one `identity` (of model, prompts and settings)."""
+
+    def __init__(self, path: Path, identity: Sequence[object]) -> None:
+        self._path = path
+        self._key = xxhash.xxh3_128(json.dumps(list(identity), sort_keys=True).encode()).hexdigest()
+        self.outputs: dict[int, str] = {}
+
+    def __enter__(self) -> Kept:
+        """Read what an earlier evaluation left; what belongs to another identity is dropped."""
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+        if lines and lines[0] == self._key:
+            for line in lines[1:]:
+                with contextlib.suppress(ValueError):  # the last one may have been cut off
+                    row = json.loads(line)
+                    self.outputs[row["id"]] = row["output"]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("w", encoding="utf-8")
+        self._file.write(f"{self._key}\n")
+        for number, output in self.outputs.items():
+            self._write(number, output)
+        self._file.flush()
+        return self
+
+    def add(self, number: int, output: str) -> None:
+        """Keep one more."""
+        self.outputs[number] = output
+        self._write(number, output)
+        self._file.flush()
+
+    def _write(self, number: int, output: str) -> None:
+        self._file.write(json.dumps({"id": number, "output": output}) + "\n")
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def remove(self) -> None:
+        """Once the results are written."""
+        self._path.unlink(missing_ok=True)
+
+
+def read_samples(source: str, bench: Bench, rows: Sequence[Row]) -> list[str]:
+    """The output for each row, from jsonl with `output` and `task_id` (the row's own) or `id` (its number from 0).
+
+    Raises UsageError for a row of `source` that is neither, names no row or one that has an output, and for rows
+    without an output.
+    """
+    numbers = {str(bench.identity(row)): number for number, row in enumerate(rows) if bench.identity(row) is not None}
+    found: dict[int, str] = {}
+    for line, sample in read_rows(source):
+        if isinstance(sample, str) or not isinstance(sample.get("output"), str):
+            raise UsageError(f"{source}: line {line} has no text 'output'")
+        if "task_id" in sample:
+            number = numbers.get(str(sample["task_id"]))
+        else:
+            number = sample["id"] if isinstance(sample.get("id"), int) and 0 <= sample["id"] < len(rows) else None
+        if number is None or number in found:
+            name = sample.get("task_id", sample.get("id"))
+            reason = "has an output already" if number in found else "is no question of this data"
+            raise UsageError(f"{source}: line {line}: {name!r} {reason}", "score the same data, and the same --limit")
+        found[number] = sample["output"]
+    missing = _first([number for number in range(len(rows)) if number not in found])
+    if missing:
+        raise UsageError(
+            f"{source}: no output for questions {missing}", "every question needs one, if but an empty one"
+        )
+    return [found[number] for number in range(len(rows))]
+
+
+def _first(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (f", ... ({len(numbers)} in all)" if len(numbers) > 5 else "")

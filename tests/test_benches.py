@@ -1,0 +1,265 @@
+"""MATH, HumanEval and MBPP: what is read out of an output, what it is worth, and outputs made elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pissa_cli.errors import UsageError
+from pissa_cli.evals import code, competition_math, humaneval, mbpp
+from pissa_cli.evals import run as module
+from pissa_cli.evals.code import fenced
+from pissa_cli.evals.outputs import Kept
+from pissa_cli.evals.published import published
+from pissa_cli.evals.run import evaluate, score_samples
+from pissa_cli.train import train
+
+EQUAL = [
+    ("\\frac{1}{2}", "\\dfrac{1}{2}"),
+    ("\\frac{1}{2}", "\\tfrac{1}{2}"),
+    ("\\frac{1}{2}", "\\frac12"),
+    ("\\frac{1}{2}", "1/2"),
+    ("\\frac{1}{2}", "0.5"),
+    ("\\frac{1}{2}", ".5"),
+    ("\\frac{1}{72}", "\\frac1{72}"),
+    ("\\frac{3}{4}", "3/4"),
+    ("-\\frac{3}{4}", "-\\frac34"),
+    ("\\sqrt{3}", "\\sqrt3"),
+    ("2\\sqrt{3}", "2\\sqrt3"),
+    ("5", "x=5"),
+    ("5", "x = 5"),
+    ("90", "90^\\circ"),
+    ("90", "90^{\\circ}"),
+    ("10", "10\\%"),
+    ("10", "\\$10"),
+    ("12", "12\\text{ apples}"),
+    ("(1,2)", "\\left(1,2\\right)"),
+    ("(1,2)", "(1, 2)"),
+    ("1000", "1\\!000"),
+    ("0.25", ".25"),
+    ("{0.5}", "{.5}"),
+    ("x+1", "x + 1"),
+    ("a\\b", "a\\\\b"),
+    ("12", "1\n2"),
+    ("k=\\frac{1}{2}", "\\frac{1}{2}"),
+    ("-3", "-3"),
+    ("", ""),
+]
+UNEQUAL = [
+    ("0.5", "0.50"),
+    ("1/2", "2/4"),
+    ("1000", "1,000"),
+    ("12", "12 apples"),
+    ("12", "12\\text{apples}"),
+    ("x=5", "abc=5"),
+    ("1/2", "a/b"),
+    ("3/4", "03/4"),
+    ("\\pi", "3.14"),
+    ("(1,2)", "(2,1)"),
+    ("\\sqrt{4}", "2"),
+    ("10^2", "100"),
+    ("5", "five"),
+    ("+5", "5"),
+    ("1.0", "1"),
+    ("a\\text{ b}\\text{ c}", "a"),
+    ("\\frac", "\\frac{}"),
+    ("\\sqrt", "\\sqrt{}"),
+]
+EXTRACTED = [
+    ("The answer is: 5", "5"),
+    ("The answer is: 5.", "5"),
+    ("The answer is: 5..", "5."),
+    ("The answer is: 0.5.", "0.5"),
+    ("The answer is: 5.\nAnd more.", "5"),
+    ("The answer is: 5. And more", "5. And more"),
+    ("The answer is: 1. The answer is: 2", "2"),
+    ("The answer is:  7 ", "7"),
+    ("The answer is: $5$", "$5$"),
+    ("The answer is: \\frac{1}{2}\n", "\\frac{1}{2}"),
+    ("The answer is:5", None),
+    ("The answer is 5", None),
+    ("\\boxed{5}", None),
+    ("", None),
+    ("The answer is: ", ""),
+]
+GOLD = [
+    ("So $\\boxed{5}$.", "5"),
+    ("$\\boxed{\\frac{1}{2}}$", "\\frac{1}{2}"),
+    ("$\\boxed{1}$ or $\\boxed{2}$", "2"),
+    ("$\\fbox{3}$", "3"),
+    ("$\\boxed 7$ done", "7"),
+    ("$\\boxed{\\text{(A) }{x}}$", "\\text{(A) }{x}"),
+    ("none", None),
+    ("$\\boxed{1", None),
+]
+ADD = {
+    "task_id": "Own/0",
+    "prompt": 'from typing import List\n\ndef total(xs: List[int]) -> int:\n    """The sum."""\n',
+    "entry_point": "total",
+    "canonical_solution": "    return sum(xs)\n",
+    "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n",
+}
+LARGEST = {
+    "task_id": 7,
+    "text": "Write a function to find the largest number.",
+    "code": "def largest(xs):\n  return max(xs)",
+    "test_setup_code": "limit = 3",
+    "test_list": ["assert largest([1, 3, 2]) == limit", "assert largest([-1]) == -1"],
+}
+
+
+@pytest.mark.parametrize(("one", "other"), EQUAL)
+def test_equal_answers(one: str, other: str) -> None:
+    assert competition_math.equal(one, other) and competition_math.equal(other, one)
+
+
+@pytest.mark.parametrize(("one", "other"), UNEQUAL)
+def test_answers_that_the_rules_do_not_make_equal(one: str, other: str) -> None:
+    assert not competition_math.equal(one, other)
+
+
+@pytest.mark.parametrize(("output", "wanted"), EXTRACTED)
+def test_extraction(output: str, wanted: str | None) -> None:
+    assert competition_math.extract(output) == wanted
+
+
+@pytest.mark.parametrize(("solution", "wanted"), GOLD)
+def test_the_reference_is_the_last_box(solution: str, wanted: str | None) -> None:
+    assert competition_math.gold({"solution": solution}) == wanted
+
+
+def test_code_is_cut_as_the_reference_does() -> None:
+    assert fenced("no block") is None
+    assert fenced("a\n```python\nx = 1\n```\nb\n```python\ny\n```").strip() == "x = 1"  # type: ignore[union-attr]
+    for tail in ('if __name__ == "__main__":\n    f()', "# Example usage:\nf()", "assert f() == 1"):
+        assert fenced(f"```python\ndef f(): return 1\n{tail}\n```") == "\ndef f(): return 1\n"
+    assert fenced("```python\nx = 1") == "\nx = 1"  # an output that was cut off
+
+
+def grades(bench: Any, row: dict[str, Any], outputs: list[str]) -> list[bool]:
+    return [g.correct for g in bench.grade([row] * len(outputs), outputs, lambda *_: None)]
+
+
+def test_humaneval_runs_what_was_written() -> None:
+    whole = ADD["prompt"] + ADD["canonical_solution"]
+    outputs = {
+        ADD["canonical_solution"]: True,
+        whole: True,
+        f"Sure.\n```python\n{whole}```\nThis sums.": True,
+        f"```python\n{whole}\nassert total([1]) == 2\n```": True,
+        f"```python\n{ADD['canonical_solution']}\n```": True,
+        whole.replace("sum(xs)", "sum(xs) + 1"): False,
+        whole.replace("sum(xs)", "-sum(xs)"): False,
+        "I cannot.": False,
+        "": False,
+        f"{whole}\nimport sys; sys.exit(0)": False,
+    }
+    assert grades(humaneval.BENCH, ADD, list(outputs)) == list(outputs.values())
+
+
+def test_mbpp_runs_what_was_written() -> None:
+    sanitized = {"prompt": LARGEST["text"], "test_imports": ["limit = 3"], "test_list": LARGEST["test_list"]}
+    for row in (LARGEST, sanitized):
+        outputs = {
+            str(LARGEST["code"]): True,
+            f"```python\n{LARGEST['code']}\n```": True,
+            str(LARGEST["code"]).replace("max", "min"): False,
+            "def other(xs): return 3": False,
+            " ": False,
+        }
+        assert grades(mbpp.BENCH, row, list(outputs)) == list(outputs.values())
+    assert LARGEST["text"] in mbpp.BENCH.question(LARGEST) and LARGEST["test_list"][0] in mbpp.BENCH.question(LARGEST)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def made(recipe: Callable[..., Any], models: Callable[[str], Path], tmp_path: Path) -> Callable[..., Any]:
+    """A recipe for HumanEval on two rows of our own."""
+    data = write(tmp_path / "data.jsonl", [ADD, {**ADD, "task_id": "Own/1"}])
+    return lambda *sets: recipe(models("llama"), "eval.bench=[humaneval]", f"eval.data={{humaneval: {data}}}", *sets)
+
+
+def test_outputs_made_elsewhere_are_scored_without_a_model(made: Callable[..., Any], tmp_path: Path) -> None:
+    rows = [{"task_id": "Own/1", "output": ""}, {"task_id": "Own/0", "output": "    return sum(xs)"}]
+    result = score_samples(made(), write(tmp_path / "samples.jsonl", rows), allow_code=True)["humaneval"]
+    assert (result["score"], result["n"], result["model"]) == (50, 2, "samples")
+    assert "not a published set" in result["rows"] and "10 s" in result["protection"]
+    folder = tmp_path / "out" / "eval" / "samples" / "humaneval"
+    kept = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [(s["id"], s["correct"]) for s in kept] == [(0, True), (1, False)] and kept[1]["detail"] == "empty output"
+    assert json.loads((folder / "result.json").read_text())["score"] == 50
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"task_id": "Own/0", "output": "x"}], "no output for questions 1"),
+        ([{"task_id": "Own/9", "output": "x"}], "no question of this data"),
+        ([{"id": 0, "output": "x"}, {"task_id": "Own/0", "output": "x"}], "has an output already"),
+        ([{"id": 5, "output": "x"}], "no question of this data"),
+        ([{"task_id": "Own/0", "completion": "x"}], "no text 'output'"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_refused(
+    rows: list[dict[str, Any]], message: str, made: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        score_samples(made(), write(tmp_path / "samples.jsonl", rows), allow_code=True)
+
+
+def test_no_code_runs_unasked_and_the_answers_are_kept(
+    made: Callable[..., Any], rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = made("model.bits=32", "adapter.rank=4", f"data.train={rows}", "train.steps=1", "eval.max_new_tokens=4")
+    train(recipe)
+    with monkeypatch.context() as context:
+        context.setattr(code, "run_programs", None)
+        with pytest.raises(UsageError, match="programs that a model wrote"):
+            score_samples(recipe, "nowhere.jsonl")
+        result = evaluate(recipe)["humaneval"]
+    assert result["score"] is None and "--allow-code-execution" in result["metric"]
+    assert not (Path(recipe.output) / "eval" / "humaneval").exists()
+    monkeypatch.setattr(module, "generate", lambda model, tokenizer, prompts, *rest: iter([]) if not prompts else None)
+    scored = evaluate(recipe, allow_code=True)["humaneval"]
+    assert (scored["score"], scored["n"]) == (0, 2)
+
+
+def test_rows_without_a_field_are_refused(made: Callable[..., Any], tmp_path: Path) -> None:
+    data = write(tmp_path / "bad.jsonl", [ADD, {"task_id": "Own/1", "prompt": "x"}])
+    with pytest.raises(UsageError, match="row 2 is no row of humaneval: it has no test, entry_point"):
+        score_samples(made(f"eval.data={{humaneval: {data}}}"), "nowhere.jsonl", allow_code=True)
+    data = write(tmp_path / "math.jsonl", [{"problem": "x", "solution": "none"}])
+    with pytest.raises(UsageError, match="row 1 is no row of math: its solution has no"):
+        score_samples(made("eval.bench=[math]", f"eval.data={{math: {data}}}"), "nowhere.jsonl")
+
+
+def test_kept_outputs_survive_a_cut_line_and_belong_to_one_model(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "outputs.jsonl"
+    with Kept(path, ("model", 1)) as kept:
+        kept.add(3, "three\n")
+        kept.add(1, "one")
+    path.write_text(path.read_text()[:-5])
+    with Kept(path, ("model", 1)) as kept:
+        assert kept.outputs == {3: "three\n"}
+        kept.add(1, "again")
+    with Kept(path, ("model", 1)) as kept:
+        assert kept.outputs == {3: "three\n", 1: "again"}
+    with Kept(path, ("model", 2)) as kept:
+        assert kept.outputs == {}
+
+
+def test_published_figures_stand_beside_the_same_model_and_method() -> None:
+    assert published("mistralai/Mistral-7B-v0.1", "pissa", 16, "gsm8k") == 73.31
+    assert published("meta-llama/Llama-2-7b-hf", "lora", 16, "mt_bench") == 4.56
+    assert published("google/gemma-7b", "full", 32, "math") == 22.71
+    assert published("google/gemma-7b", "pissa", 4, "math") is None
+    assert published("mistralai/Mistral-7B-v0.1", "vera", 16, "gsm8k") is None
+    assert published("mistralai/Mistral-7B-v0.3", "pissa", 16, "gsm8k") is None

@@ -1,0 +1,125 @@
+"""Programs that mean harm: each is scored wrong in time, and leaves no process and no file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from pissa_cli.evals.sandbox import Protection, protection, run_program, run_programs
+
+HARMLESS = ["x = 1", "import math, json, re, collections", "open('a', 'w').write('x')", "print('a' * 10**6)", ""]
+HOSTILE = {
+    "endless loop": "while True: pass",
+    "sleep": "import time; time.sleep(1000)",
+    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "forks that sleep": "import os, time\nfor _ in range(8):\n    if os.fork() == 0: time.sleep(1000)\nassert False",
+    "daemon": (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(1000)\n"
+        "    os._exit(0)\nos._exit(0)"
+    ),
+    "zombies": "import os, time\nfor _ in range(8):\n    if os.fork() == 0: os._exit(0)\ntime.sleep(1000)",
+    "threads": "import threading as t, time\nfor _ in range(10**5): t.Thread(target=time.sleep, args=(1000,)).start()",
+    "ten gigabytes": "x = bytearray(10**10)",
+    "a growing list": "x = []\nwhile True: x.append(bytearray(10**7))",
+    "endless output": "while True: print('x' * 10**6)",
+    "endless output to the verdict": "import os\nwhile True: os.write(3, b'x' * 10**5)",
+    "a verdict of its own": "import os; os.write(3, b'passed'); os._exit(0)",
+    "a large file": "f = open('x', 'wb')\nwhile True: f.write(b'x' * 10**6); f.flush()",
+    "many files": "i = 0\nwhile True:\n    i += 1\n    open(f'x{i}', 'wb').write(b'x' * 10**6)",
+    "open files": "x = [open(f'f{i}', 'w') for i in range(10**5)]",
+    "exit": "import sys; sys.exit(0)",
+    "exit at once": "import os; os._exit(0)",
+    "an exception that is no error": "raise KeyboardInterrupt",
+    "kill the parent": "import os, signal; os.kill(os.getppid(), signal.SIGKILL); raise RuntimeError",
+    "kill the group": "import os, signal; os.killpg(os.getpgid(os.getppid()), signal.SIGKILL); raise RuntimeError",
+    "kill everything": "import os, signal; os.kill(-1, signal.SIGKILL); raise RuntimeError",
+    "ignore signals": (
+        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError): pass\nwhile True: pass"
+    ),
+    "stop itself": "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
+    "recursion": "def f(): f()\nf()",
+    "recursion without a limit": "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+    "close stdout": "import sys, os; sys.stdout.close(); os.close(1); os.close(2); os.close(3)",
+    "ctypes, address 0": "import ctypes; ctypes.string_at(0)",
+    "environment": "import os; assert 'PISSA_SECRET' in os.environ",
+    "a socket": "import socket; socket.create_connection(('127.0.0.1', 9), 1)",
+    "a name server": "import socket; socket.getaddrinfo('example.org', 80)",
+    "a symbolic link": "import os; os.symlink(MARK, 'link'); open('link', 'w').write('x')",
+    "outside its folder": "open(MARK, 'w').write('x')",
+    "remove a file": "import os; os.remove(KEEP)",
+    "change the program": "open('/proc/1/mem', 'wb').write(b'x')",
+    "mount": "import ctypes; assert ctypes.CDLL(None).mount(b'tmpfs', b'/tmp', b'tmpfs', 0, None) == 0",
+    "become root": "import os; os.setuid(0); os.setgroups([0]); open(MARK, 'w').write('x')",
+    "more limits": (
+        "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (10**5, 10**5)); resource.setrlimit("
+        "resource.RLIMIT_AS, (-1, -1)); x = bytearray(10**10)"
+    ),
+}
+NEEDS_NAMESPACES = {
+    "outside its folder",
+    "remove a file",
+    "a symbolic link",
+    "become root",
+    "mount",
+    "kill everything",
+    "kill the parent",
+    "kill the group",
+    "fork bomb",
+}
+
+
+def processes() -> set[str]:
+    return {p.name for p in Path("/proc").glob("[0-9]*") if b"sandbox_child" in _command(p)}
+
+
+def _command(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["namespaces", "limits"])
+def guard(request: pytest.FixtureRequest) -> Protection:
+    if request.param and not protection().namespaces:
+        pytest.skip("this kernel allows no namespaces")
+    return Protection(request.param)
+
+
+@pytest.mark.parametrize("program", HARMLESS)
+def test_a_program_that_ends_passes(program: str, guard: Protection) -> None:
+    assert run_program(program, guard).passed
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_harm_is_contained(name: str, guard: Protection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in NEEDS_NAMESPACES and not guard.namespaces:
+        pytest.skip("limits alone do not protect from this, and are said not to")
+    monkeypatch.setenv("PISSA_SECRET", "x")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    keep, mark = tmp_path / "keep", tmp_path / "mark"
+    keep.write_text("kept")
+    tmp_path.chmod(0o777)
+    program = f"KEEP, MARK = {str(keep)!r}, {str(mark)!r}\n{HOSTILE[name]}"
+    began = time.monotonic()
+    verdict = run_program(program, guard, seconds=1.5)
+    assert not verdict.passed and verdict.detail, verdict
+    assert time.monotonic() - began < 12
+    deadline = time.monotonic() + 2
+    while processes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not processes()
+    assert keep.read_text() == "kept" and not mark.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["keep"]
+
+
+def test_many_are_run_and_reported_in_order() -> None:
+    seen: list[tuple[int, int]] = []
+    programs = ["x = 1", "assert False, 'no'", "while True: pass", "import os; os._exit(0)", "x = 2"]
+    verdicts = run_programs(programs, lambda done, total: seen.append((done, total)))
+    assert [v.passed for v in verdicts] == [True, False, False, False, True]
+    assert verdicts[1].detail == "raised AssertionError: no" and seen[-1] == (5, 5)
+    assert "10 s" in protection().text()
