@@ -62,13 +62,27 @@ def render(row: Row, section: DataSection) -> tuple[str, str]:
     return _fill(section, fields["instruction"], extra, fields["output"])
 
 
-def question_prompt(question: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
-    """(text, tokens) that ask a model trained by this `data` section a question, tokenized as in training."""
+def question_prompt(
+    question: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, before: Sequence[tuple[str, str]] = ()
+) -> tuple[str, list[int]]:
+    """(text, tokens) that ask a model trained by this `data` section a question, tokenized as in training.
+
+    before: questions and answers of earlier turns. Raises UsageError for chat where there is no template for it.
+    """
     if section.format == "chat":
-        messages = [{"role": "user", "content": question}]
+        if tokenizer.chat_template is None:
+            raise UsageError("data.format: chat, but the tokenizer of this model has no chat template")
+        messages = []
+        for one, answer in before:
+            messages += [{"role": "user", "content": one}, {"role": "assistant", "content": answer}]
+        messages.append({"role": "user", "content": question})
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         return text, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    text = _fill(section, question, "", "")[0] if section.format == "alpaca" else question
+
+    def ask(question: str) -> str:
+        return _fill(section, question, "", "")[0] if section.format == "alpaca" else question
+
+    text = "".join(f"{ask(one)}{answer}\n\n" for one, answer in before) + ask(question)
     return text, _without_eos(tokenizer(text, verbose=False)["input_ids"], tokenizer)
 
 

@@ -103,11 +103,13 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    bench: list[str] = Field([], description="benchmarks: gsm8k, math, humaneval, mbpp, loss")
+    bench: list[str] = Field([], description="benchmarks: gsm8k, math, humaneval, mbpp, mt_bench, loss")
     data: dict[str, str] = Field({}, description="bench: file, instead of the published data on the Hub")
     limit: int | None = Field(None, ge=1, description="score the first N questions")
     batch_size: int = Field(16, ge=1, description="prompts generated together")
     max_new_tokens: int = Field(1024, ge=1, description="longest answer")
+    judge_url: str | None = Field(None, description="mt_bench: a server of OpenAI's chat completions, up to /v1")
+    judge_model: str | None = Field(None, description="mt_bench: the model that judges; its key in PISSA_JUDGE_KEY")
 
 
 class HubSection(Section):

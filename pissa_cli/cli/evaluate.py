@@ -13,7 +13,8 @@ from pissa_cli.errors import UsageError
 def evaluate_command(
     target: Target = None,
     bench: Annotated[
-        str | None, typer.Option("--bench", help="Benchmarks, with commas: gsm8k, math, humaneval, mbpp, loss.")
+        str | None,
+        typer.Option("--bench", help="Benchmarks, with commas: gsm8k, math, humaneval, mbpp, mt_bench, loss."),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -29,6 +30,10 @@ def evaluate_command(
         bool,
         typer.Option("--allow-code-execution", help="Run the programs that the model writes, apart from all else."),
     ] = False,
+    judge_url: Annotated[
+        str | None, typer.Option("--judge-url", help="mt_bench: a server of OpenAI's chat completions, up to /v1.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option("--judge-model", help="mt_bench: the model that judges.")] = None,
     output: Output = None,
     set_: Set = None,
     dry_run: DryRun = False,
@@ -37,7 +42,16 @@ def evaluate_command(
 ) -> None:
     """Score what a run exported."""
     names = [name.strip() for name in bench.split(",") if name.strip()] if bench is not None else None
-    loaded = load_recipe(target, set_, _files(data or [], names), bench=names, limit=limit, output=output)
+    loaded = load_recipe(
+        target,
+        set_,
+        _files(data or [], names),
+        bench=names,
+        limit=limit,
+        judge_url=judge_url,
+        judge_model=judge_model,
+        output=output,
+    )
     from pissa_cli.cli import dryrun, show
 
     show.quiet_libraries(debug)

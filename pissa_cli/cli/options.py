@@ -56,9 +56,13 @@ def load_recipe(
         "output": ("output",),
         "bench": ("eval", "bench"),
         "limit": ("eval", "limit"),
+        "judge_url": ("eval", "judge_url"),
+        "judge_model": ("eval", "judge_model"),
     }
     given: dict[tuple[str, ...], tuple[str, Any]] = {
         ("eval", "data", bench): ("--data", file) for bench, file in (eval_data or {}).items()
     }
-    given |= {places[name]: (f"--{name}", value) for name, value in flags.items() if value is not None}
+    given |= {
+        places[name]: (f"--{name.replace('_', '-')}", value) for name, value in flags.items() if value is not None
+    }
     return load(target, given, sets or [])

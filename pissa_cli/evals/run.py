@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli import __version__
-from pissa_cli.data import batch_losses, load_examples, question_prompt
+from pissa_cli.data import load_examples, question_prompt
 from pissa_cli.errors import UsageError
-from pissa_cli.evals import competition_math, gsm8k, humaneval, mbpp
+from pissa_cli.evals import competition_math, gsm8k, held_out, humaneval, mbpp, mt_bench
 from pissa_cli.evals.bench import Bench, Grade
 from pissa_cli.evals.bench import Progress as Count
 from pissa_cli.evals.generate import generate
+from pissa_cli.evals.judge import Judge
 from pissa_cli.evals.outputs import Kept, read_samples
 from pissa_cli.evals.published import SOURCE, published
 from pissa_cli.evals.sandbox import protection
@@ -37,10 +39,22 @@ GENERATED: dict[str, Bench] = {
     "humaneval": humaneval.BENCH,
     "mbpp": mbpp.BENCH,
 }
-BENCHES = (*GENERATED, "loss")
-PLANNED = ("mt_bench", "glue")
+BENCHES = (*GENERATED, "mt_bench", "loss")
+PLANNED = ("glue",)
 UNSCORED = "not run; --allow-code-execution scores the answers, which are kept"
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class _Session:
+    """A model under evaluation; `facts` say which, in every result."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    facts: dict[str, Any]
+    allow_code: bool
 
 
 def evaluate(
@@ -59,15 +73,14 @@ def evaluate(
     run, manifest = open_run(recipe)
     tokenizer = load_tokenizer(require_base(run, manifest, recipe), recipe.model)
     data = {bench: _load_bench(bench, recipe, tokenizer) for bench in recipe.eval.bench}
-    device = best_device()
-    model = (load_plain_base if base else load_result)(recipe, device)
-    folder = run.folder / "eval" / ("base" if base else "")
     facts = {
         "model": "base" if base else "trained",
         "step": 0 if base else trained_steps(recipe),
         "base_fingerprint": manifest["base"]["fingerprint"],
         "started": manifest["created"],
     }
+    model = (load_plain_base if base else load_result)(recipe, best_device())
+    session = _Session(recipe, model, tokenizer, run.folder / "eval" / ("base" if base else ""), facts, allow_code)
     results = {}
     for bench, loaded in data.items():
         began = time.time()
@@ -75,27 +88,81 @@ def evaluate(
         def count(done: int, total: int, bench: str = bench) -> None:
             progress(bench, done, total)
 
-        with autocast(recipe.model.bits, recipe.precision, device):
-            if bench == "loss":
-                result, samples = _score_loss(model, tokenizer, loaded, count)
-                results[bench] = _write(folder / bench, result | facts, bench, recipe, samples, began)
-            else:
-                prompts = [question_prompt(GENERATED[bench].question(row), recipe.data, tokenizer) for row in loaded]
-                identity = (facts, [text for text, _ in prompts], recipe.eval.max_new_tokens)
-                with Kept(folder / f".{bench}.outputs.jsonl", identity) as kept:
-                    _answer(model, tokenizer, [ids for _, ids in prompts], recipe, kept, count)
-                    if GENERATED[bench].runs_code and not allow_code:
-                        results[bench] = {"score": None, "stderr": None, "n": len(loaded), "metric": UNSCORED} | facts
-                        continue
-                    outputs = [kept.outputs[number] for number in range(len(loaded))]
-                    result, samples = _grade(bench, loaded, outputs, count)
-                    samples = [{"prompt": text} | s for (text, _), s in zip(prompts, samples, strict=True)]
-                    result |= {"engine": "transformers", "template": recipe.data.template or recipe.data.format}
-                    paper = published(recipe.model.name, recipe.adapter.method, recipe.model.bits, bench)
-                    result |= {"published": paper, "published_in": SOURCE} if paper is not None and not base else {}
-                    results[bench] = _write(folder / bench, result | facts, bench, recipe, samples, began)
-                    kept.remove()
+        scored = _SCORERS.get(bench, _score_generated)(session, bench, loaded, count)
+        if scored is None:
+            results[bench] = {"score": None, "stderr": None, "n": len(loaded), "metric": UNSCORED} | facts
+            continue
+        result, samples, kept = scored
+        results[bench] = _write(session.folder / bench, result | facts, bench, recipe, samples, began)
+        if kept is not None:
+            kept.remove()
     return results
+
+
+_Scored = tuple[dict[str, Any], list[dict[str, Any]], Kept | None]
+"""A result, its samples, and what was kept on the way and is not needed any more."""
+
+
+def _score_loss(session: _Session, _bench: str, examples: Any, count: Count) -> _Scored:
+    with autocast(session.recipe.model.bits, session.recipe.precision, session.model.device):
+        return *held_out.score(session.model, session.tokenizer, examples, count), None
+
+
+def _score_generated(session: _Session, bench: str, rows: list[Row], count: Count) -> _Scored | None:
+    recipe = session.recipe
+    prompts = [question_prompt(GENERATED[bench].question(row), recipe.data, session.tokenizer) for row in rows]
+    kept = _answers(session, f".{bench}.outputs.jsonl", prompts, count)
+    if GENERATED[bench].runs_code and not session.allow_code:
+        return None
+    result, samples = _grade(bench, rows, [kept.outputs[number] for number in range(len(rows))], count)
+    samples = [{"prompt": text} | sample for (text, _), sample in zip(prompts, samples, strict=True)]
+    return result | _settings(session, bench), samples, kept
+
+
+def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count: Count) -> _Scored:
+    """Answers and judgments stay in hidden files beside the result, so that judging alone can be repeated."""
+    recipe, tokenizer = session.recipe, session.tokenizer
+    turns = [row["turns"] for row in data.questions]
+    first = [question_prompt(one, recipe.data, tokenizer) for one, _ in turns]
+    ones = _answers(session, f".{bench}.turn1.jsonl", first, count).outputs
+    second = [question_prompt(two, recipe.data, tokenizer, [(one, ones[i])]) for i, (one, two) in enumerate(turns)]
+    twos = _answers(session, f".{bench}.turn2.jsonl", second, count).outputs
+    answers = [(ones[number], twos[number]) for number in range(len(turns))]
+    judge = Judge(str(recipe.eval.judge_url), str(recipe.eval.judge_model))
+    with Kept(session.folder / f".{bench}.judgments.jsonl", (judge.url, judge.model, answers)) as kept:
+        result, samples = mt_bench.grade(data, answers, judge, kept.outputs, kept.add, count)
+    return result | _settings(session, bench), samples, None
+
+
+_SCORERS: dict[str, Callable[..., _Scored | None]] = {"loss": _score_loss, "mt_bench": _score_mt_bench}
+
+
+def _settings(session: _Session, bench: str) -> dict[str, Any]:
+    recipe = session.recipe
+    found: dict[str, Any] = {"engine": "transformers", "template": recipe.data.template or recipe.data.format}
+    paper = published(recipe.model.name, recipe.adapter.method, recipe.model.bits, bench)
+    if paper is not None and session.facts["model"] == "trained":
+        found |= {"published": paper, "published_in": SOURCE}
+    return found
+
+
+def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]], count: Count) -> Kept:
+    """The model's outputs for prompts (text, tokens), of which those that were kept are not asked for again."""
+    section = session.recipe.eval
+    identity = (session.facts, [text for text, _ in prompts], section.max_new_tokens)
+    with Kept(session.folder / file, identity) as kept:
+        left = [number for number in range(len(prompts)) if number not in kept.outputs]
+        with autocast(session.recipe.model.bits, session.recipe.precision, session.model.device):
+            for index, output in generate(
+                session.model,
+                session.tokenizer,
+                [prompts[number][1] for number in left],
+                section.batch_size,
+                section.max_new_tokens,
+                lambda done, _: count(len(prompts) - len(left) + done, len(prompts)),
+            ):
+                kept.add(left[index], output)
+    return kept
 
 
 def score_samples(
@@ -134,6 +201,11 @@ def check_benches(recipe: Recipe) -> None:
     unknown = set(recipe.eval.data) - set(BENCHES)
     if unknown:
         raise UsageError(f"eval.data: unknown benchmark '{min(unknown)}'", f"known: {', '.join(BENCHES)}")
+    if "mt_bench" in recipe.eval.bench and not (recipe.eval.judge_url and recipe.eval.judge_model):
+        raise UsageError(
+            "mt_bench: a judge has to grade the answers",
+            "name one: --judge-url https://api.openai.com/v1 --judge-model gpt-4, its key in PISSA_JUDGE_KEY",
+        )
 
 
 def _source(bench: str, recipe: Recipe) -> str:
@@ -141,12 +213,16 @@ def _source(bench: str, recipe: Recipe) -> str:
         return recipe.eval.data[bench]
     if bench in GENERATED:
         return GENERATED[bench].data
+    if bench == "mt_bench":
+        return mt_bench.DATA
     if recipe.data.eval is None:
         raise UsageError("eval loss: no held-out data", "set data.eval, or --data loss=file.jsonl")
     return recipe.data.eval
 
 
 def _load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    if bench == "mt_bench":
+        return mt_bench.load(_source(bench, recipe), recipe.eval.limit)
     if bench != "loss":
         return _read_bench(bench, recipe)
     section = recipe.data.model_copy(update={"limit": recipe.eval.limit})
@@ -171,28 +247,6 @@ def _read_bench(name: str, recipe: Recipe) -> list[Row]:
     if not rows:
         raise UsageError(f"{source}: no rows")
     return rows
-
-
-def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    recipe: Recipe,
-    kept: Kept,
-    count: Count,
-) -> None:
-    """Let the model answer the prompts that have no output yet."""
-    left = [number for number in range(len(prompts)) if number not in kept.outputs]
-    section = recipe.eval
-    for index, output in generate(
-        model,
-        tokenizer,
-        [prompts[number] for number in left],
-        section.batch_size,
-        section.max_new_tokens,
-        lambda done, _: count(len(prompts) - len(left) + done, len(prompts)),
-    ):
-        kept.add(left[index], output)
 
 
 def _grade(name: str, rows: list[Row], outputs: list[str], count: Count) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -227,20 +281,3 @@ def _write(
         (made / "samples.jsonl").write_text(lines, encoding="utf-8")
         write_json(made / "result.json", result)
     return result
-
-
-def _score_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Any, count: Count
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Loss per target token over the whole set; stderr over examples, by the ratio's linearization."""
-    samples: list[dict[str, Any]] = []
-    for chunk, loss in batch_losses(model, examples, tokenizer.pad_token_id or 0, 1):
-        samples.append({"id": chunk[0], "loss": loss, "targets": examples.num_targets(chunk[0])})
-        count(len(samples), len(examples))
-    targets = sum(sample["targets"] for sample in samples)
-    mean, n = sum(sample["loss"] for sample in samples) / targets, len(samples)
-    spread = sum((sample["loss"] - mean * sample["targets"]) ** 2 for sample in samples)
-    stderr = math.sqrt(spread * n / max(1, n - 1)) / targets
-    samples.sort(key=lambda sample: sample["id"])
-    perplexity = math.exp(min(mean, 700))
-    return {"score": mean, "metric": "loss, nats a token", "perplexity": perplexity, "stderr": stderr, "n": n}, samples

@@ -1,0 +1,75 @@
+"""A judge behind any server that speaks OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from pissa_cli.errors import UsageError
+
+TRIES, TIMEOUT, LONGEST_WAIT = 8, 300.0, 60.0
+FIRST_WAIT = 1.0
+KEYS = ("PISSA_JUDGE_KEY", "OPENAI_API_KEY")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """url: up to and with /v1. The key comes from the environment: PISSA_JUDGE_KEY, else OPENAI_API_KEY."""
+
+    url: str
+    model: str
+
+    def ask(self, system: str, prompt: str) -> str:
+        """The judge's text, at temperature 0. Waits and asks again after 408, 409, 429, 5xx and lost connections.
+
+        Raises UsageError where it cannot be reached or refuses the request.
+        """
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 2048}
+        headers = {"Content-Type": "application/json"}
+        key = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
+        headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        url = f"{self.url.rstrip('/')}/chat/completions"
+        if not url.startswith(("http://", "https://")):
+            raise UsageError(f"eval.judge_url: {self.url} is no http address", "e.g. https://api.openai.com/v1")
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        reason = ""
+        for attempt in range(TRIES):
+            wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT)
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                    return _text(json.load(answer), url)
+            except urllib.error.HTTPError as error:
+                reason = f"{error.code} {error.reason}"
+                if error.code not in (408, 409, 429) and error.code < 500:
+                    raise UsageError(f"{url}: {reason}", f"check eval.judge_model and the key in {KEYS[0]}") from None
+                wait = _retry_after(error.headers.get("Retry-After"), wait)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = str(error) or type(error).__name__
+            if attempt + 1 < TRIES:
+                time.sleep(wait)
+        raise UsageError(
+            f"{url}: the judge cannot be reached ({reason}, {TRIES} times)",
+            "the answers and judgments so far are kept; run the same command again",
+        )
+
+
+def _text(answer: Any, url: str) -> str:
+    """The message; empty where the judge refused to write one."""
+    try:
+        return str(answer["choices"][0]["message"].get("content") or "")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise UsageError(f"{url}: the answer is not that of a chat completion") from None
+
+
+def _retry_after(header: str | None, otherwise: float) -> float:
+    try:
+        return min(max(float(header or ""), 0.0), LONGEST_WAIT)
+    except ValueError:
+        return otherwise

@@ -1,0 +1,181 @@
+"""MT-Bench against a stand-in judge over HTTP: both turns, every way to write a rating, and a judge that fails."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pissa_cli.errors import UsageError
+from pissa_cli.evals import judge, mt_bench
+from pissa_cli.evals.judge import Judge
+from pissa_cli.evals.run import evaluate
+from pissa_cli.train import train
+
+Reply = tuple[int, str]
+
+
+class StandIn:
+    """Answers with what `script` says, one entry a request, then with `otherwise`; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.script: list[Reply] = []
+        self.otherwise: Reply = (200, "Fine. Rating: [[7]]")
+        self.asked: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                stand_in.asked.append(body | {"path": self.path})
+                stand_in.headers.append(dict(self.headers))
+                code, text = stand_in.script.pop(0) if stand_in.script else stand_in.otherwise
+                reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": text or None}}]}).encode()
+                self.send_response(code)
+                self.send_header("Retry-After", "0")
+                self.send_header("Content-Length", str(len(reply)))
+                self.end_headers()
+                self.wfile.write(reply)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
+    made = StandIn()
+    yield made
+    made.server.shutdown()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two questions, one of which has a reference answer."""
+    folder = tmp_path / "mt_bench"
+    questions = [
+        {"question_id": 81, "category": "writing", "turns": ["Write a line.", "Shorten {question} it."]},
+        {"question_id": 111, "category": "math", "turns": ["1 + 1?", "And 2 + 2?"]},
+    ]
+    single, multi = "Q {question} A {answer}", "Q1 {question_1} A1 {answer_1} Q2 {question_2} A2 {answer_2}"
+    prompts = [
+        {"name": "single-v1", "system_prompt": "S", "prompt_template": single},
+        {"name": "single-v1-multi-turn", "system_prompt": "SM", "prompt_template": multi},
+        {"name": "single-math-v1", "system_prompt": "M", "prompt_template": f"R {{ref_answer_1}} {single}"},
+        {"name": "single-math-v1-multi-turn", "system_prompt": "MM", "prompt_template": f"R2 {{ref_answer_2}} {multi}"},
+    ]
+    references = [{"question_id": 111, "choices": [{"turns": ["two", "four"]}]}]
+    for name, rows in zip(mt_bench.FILES, (questions, prompts, references), strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Rating: [[5]]", 5),
+        ("[[10]]", 10),
+        ("[[7.5]] because", 7.5),
+        ("Rating: [6]", 6),
+        ("[3] first, then [[8]]", 8),
+        ("[[8]] then [[2]]", 8),
+        ("Rating: 5", None),
+        ("[[0]]", None),
+        ("[[11]]", None),
+        ("[[A]]", None),
+        ("I cannot judge this.", None),
+        ("", None),
+    ],
+)
+def test_ratings_in_all_their_forms(text: str, wanted: float | None) -> None:
+    assert mt_bench.rating(text) == wanted
+
+
+def test_prompts_are_those_of_the_data(data: Path) -> None:
+    loaded = mt_bench.load(str(data), None)
+    writing, math = loaded.questions
+    assert mt_bench.judge_prompt(loaded, writing, ["{answer_2}", "b"], 0) == ("S", "Q Write a line. A {answer_2}")
+    system, prompt = mt_bench.judge_prompt(loaded, writing, ["a", "b"], 1)
+    assert (system, prompt) == ("SM", "Q1 Write a line. A1 a Q2 Shorten {question} it. A2 b")
+    assert mt_bench.judge_prompt(loaded, math, ["a", "b"], 0) == ("M", "R two Q 1 + 1? A a")
+    assert mt_bench.judge_prompt(loaded, math, ["a", "b"], 1)[1].startswith("R2 four Q1 1 + 1?")
+
+
+def test_a_judge_that_is_busy_is_asked_again(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "other")
+    monkeypatch.setenv("PISSA_JUDGE_KEY", "secret")
+    stand_in.script = [(429, "x"), (500, "x"), (503, "x"), (200, "Rating: [[9]]")]
+    assert Judge(stand_in.url, "gpt-4").ask("system", "prompt") == "Rating: [[9]]"
+    assert len(stand_in.asked) == 4
+    last = stand_in.asked[-1]
+    assert (last["path"], last["model"], last["temperature"]) == ("/v1/chat/completions", "gpt-4", 0)
+    assert [m["content"] for m in last["messages"]] == ["system", "prompt"]
+    assert stand_in.headers[-1]["Authorization"] == "Bearer secret"
+
+
+def test_a_judge_that_refuses_or_is_away(stand_in: StandIn) -> None:
+    stand_in.otherwise = (401, "x")
+    with pytest.raises(UsageError, match="401"):
+        Judge(stand_in.url, "m").ask("s", "p")
+    assert len(stand_in.asked) == 1
+    stand_in.otherwise = (500, "x")
+    with pytest.raises(UsageError, match="cannot be reached .500"):
+        Judge(stand_in.url, "m").ask("s", "p")
+    assert len(stand_in.asked) == 1 + judge.TRIES
+    with pytest.raises(UsageError, match="no http address"):
+        Judge("file:///etc/passwd", "m").ask("s", "p")
+    with pytest.raises(UsageError, match="cannot be reached"):
+        Judge("http://127.0.0.1:9/v1", "m").ask("s", "p")
+
+
+def test_both_turns_are_judged_and_an_interruption_costs_nothing(
+    stand_in: StandIn,
+    data: Path,
+    recipe: Callable[..., Any],
+    models: Callable[[str], Path],
+    rows: Path,
+    tmp_path: Path,
+) -> None:
+    sets = ["model.bits=32", "adapter.rank=4", f"data.train={rows}", "train.steps=1", "eval.max_new_tokens=4"]
+    sets += ["eval.bench=[mt_bench]", f"eval.data={{mt_bench: {data}}}"]
+    sets += [f"eval.judge_url={stand_in.url}", "eval.judge_model=stand-in"]
+    made = recipe(models("llama"), *sets)
+    train(made)
+    stand_in.script = [(200, "[[4]]"), (200, ""), (401, "x")]
+    with pytest.raises(UsageError, match="401"):
+        evaluate(made)
+    stand_in.script = [(200, "[[9]]"), (200, "Rating: [5]")]
+    result = evaluate(made)["mt_bench"]
+    assert len(stand_in.asked) == 5
+    assert result["score"] == 6 and (result["n"], result["unrated"]) == (3, 1)
+    assert result["turns"] == [6.5, 5] and result["categories"] == {"writing": 4, "math": 7}
+    assert evaluate(made)["mt_bench"]["score"] == 6 and len(stand_in.asked) == 5
+    again = evaluate(recipe(models("llama"), *sets, "eval.judge_model=another"))["mt_bench"]
+    assert again["score"] == 7 and len(stand_in.asked) == 9
+    folder = tmp_path / "out" / "eval" / "mt_bench"
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [(s["id"], s["turn"]) for s in samples] == [(81, 1), (81, 2), (111, 1), (111, 2)]
+    asked = stand_in.asked[-3]["messages"][1]["content"]
+    assert samples[0]["output"] in asked and samples[1]["output"] in asked
+
+
+def test_what_is_missing_is_named(data: Path, recipe: Callable[..., Any], models: Callable[[str], Path]) -> None:
+    with pytest.raises(UsageError, match="a judge has to grade"):
+        evaluate(recipe(models("llama"), "eval.bench=[mt_bench]"))
+    (data / "judge_prompts.jsonl").write_text('{"name": "single-v1", "system_prompt": "", "prompt_template": ""}\n')
+    with pytest.raises(UsageError, match="no prompt single-math-v1"):
+        mt_bench.load(str(data), None)
+    (data / "question.jsonl").write_text('{"question_id": 1, "category": "x"}\n')
+    with pytest.raises(UsageError, match="line 1 has not question_id"):
+        mt_bench.load(str(data), None)
