@@ -130,7 +130,7 @@ def test_a_judge_that_refuses_or_is_away(stand_in: StandIn) -> None:
         Judge(stand_in.url, "m").ask("s", "p")
     assert len(stand_in.asked) == 1
     stand_in.otherwise = (500, "x")
-    with pytest.raises(UsageError, match="cannot be reached .500"):
+    with pytest.raises(UsageError, match="cannot be reached"):
         Judge(stand_in.url, "m").ask("s", "p")
     assert len(stand_in.asked) == 1 + judge.TRIES
     with pytest.raises(UsageError, match="no http address"):

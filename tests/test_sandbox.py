@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
 from pathlib import Path
 
@@ -71,15 +73,14 @@ NEEDS_NAMESPACES = {
 }
 
 
-def processes() -> set[str]:
-    return {p.name for p in Path("/proc").glob("[0-9]*") if b"sandbox_child" in _command(p)}
-
-
-def _command(process: Path) -> bytes:
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
+def processes(folder: Path) -> list[str]:
+    """Processes whose environment names a folder in `folder`: the sandbox's own and all that they started."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (process / "environ").read_bytes():
+                found.append(process.name)
+    return found
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["namespaces", "limits"])
@@ -99,7 +100,7 @@ def test_harm_is_contained(name: str, guard: Protection, tmp_path: Path, monkeyp
     if name in NEEDS_NAMESPACES and not guard.namespaces:
         pytest.skip("limits alone do not protect from this, and are said not to")
     monkeypatch.setenv("PISSA_SECRET", "x")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     keep, mark = tmp_path / "keep", tmp_path / "mark"
     keep.write_text("kept")
     tmp_path.chmod(0o777)
@@ -109,9 +110,9 @@ def test_harm_is_contained(name: str, guard: Protection, tmp_path: Path, monkeyp
     assert not verdict.passed and verdict.detail, verdict
     assert time.monotonic() - began < 12
     deadline = time.monotonic() + 2
-    while processes() and time.monotonic() < deadline:
+    while processes(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not processes()
+    assert not processes(tmp_path)
     assert keep.read_text() == "kept" and not mark.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["keep"]
 
