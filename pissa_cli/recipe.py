@@ -108,8 +108,16 @@ class EvalSection(Section):
     limit: int | None = Field(None, ge=1, description="score the first N questions")
     batch_size: int = Field(16, ge=1, description="prompts generated together")
     max_new_tokens: int = Field(1024, ge=1, description="longest answer")
+    samples: int = Field(1, ge=1, description="answers to each question, for pass@k; needs a temperature")
+    temperature: float = Field(0.0, ge=0, description="0: the likeliest tokens; else sampled, top_p 0.95")
     judge_url: str | None = Field(None, description="mt_bench: a server of OpenAI's chat completions, up to /v1")
     judge_model: str | None = Field(None, description="mt_bench: the model that judges; its key in PISSA_JUDGE_KEY")
+
+    @model_validator(mode="after")
+    def _sampled(self) -> EvalSection:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError("samples: more than one answer to a question needs eval.temperature, e.g. 0.8")
+        return self
 
 
 class HubSection(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import code, competition_math, humaneval, mbpp
 from pissa_cli.evals import run as module
+from pissa_cli.evals.bench import Grade, pass_at
 from pissa_cli.evals.code import fenced
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.published import published
@@ -213,6 +216,34 @@ def test_outputs_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         score_samples(made(), write(tmp_path / "samples.jsonl", rows), allow_code=True)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "right"), [(1, 5, 2), (2, 5, 2), (3, 5, 2), (4, 5, 2), (1, 10, 0), (10, 10, 1), (3, 4, 4)]
+)
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(k: int, n: int, right: int) -> None:
+    subsets = list(itertools.combinations([True] * right + [False] * (n - right), k))
+    assert pass_at(k, n, right) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_samples_of_one_question_count_together(made: Callable[..., Any], rows: Path) -> None:
+    sets = ["model.bits=32", "adapter.rank=4", f"data.train={rows}", "train.steps=1", "eval.max_new_tokens=4"]
+    recipe = made(*sets, "eval.samples=3", "eval.temperature=1.0")
+    train(recipe)
+    result = evaluate(recipe, allow_code=True)["humaneval"]
+    folder = Path(recipe.output) / "eval" / "humaneval"
+    kept = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [s["id"] for s in kept] == [0, 0, 0, 1, 1, 1] and len({s["output"] for s in kept}) > 1
+    assert (result["n"], result["score"], result["pass_at"]) == (2, 0, {"1": 0})
+    with pytest.raises(UsageError, match=r"needs eval\.temperature"):
+        made("eval.samples=3")
+    grade = [Grade(None, right) for right in (True, False, True, True)]
+    bench = dataclasses.replace(humaneval.BENCH, grade=lambda *_: grade)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module.GENERATED, "humaneval", bench)
+        found, _ = module._grade("humaneval", [ADD] * 4, ["x"] * 4, lambda *_: None, each=2)
+    assert (found["score"], found["n"], found["pass_at"]) == (75, 2, {"1": 75})
+    assert found["stderr"] == pytest.approx(100 * (0.25**2 / 2) ** 0.5)
 
 
 def test_no_code_runs_unasked_and_the_answers_are_kept(

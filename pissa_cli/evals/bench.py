@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,3 +46,8 @@ class Bench:
 def one_by_one(grade: Callable[[Row, str], Grade]) -> Callable[[Sequence[Row], Sequence[str], Progress], list[Grade]]:
     """Grades that need but a row and its output."""
     return lambda rows, outputs, _: [grade(row, output) for row, output in zip(rows, outputs, strict=True)]
+
+
+def pass_at(k: int, n: int, right: int) -> float:
+    """The chance that one of k samples is right, unbiased from n (Chen et al. 2021, equation 1)."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)

@@ -1,4 +1,4 @@
-"""Greedy generation in batches of prompts of like length."""
+"""Generation in batches of prompts of like length, greedy or sampled."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pissa_cli.errors import UsageError
 
+TOP_P = 0.95
+
 
 @torch.no_grad()
 def generate(
@@ -18,13 +20,16 @@ def generate(
     prompts: list[list[int]],
     batch_size: int,
     max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[tuple[int, str]]:
     """(index of the prompt, answer text) in the order they are done: the longest prompts first.
 
     Prompts (token ids) are padded on the left; an answer ends at end-of-text (the tokenizer's, or one the model's own
     generation_config names: chat models end a turn by it), at `max_new_tokens` or at the end of the context. Nothing
-    else of the model's generation_config counts: a repetition penalty there would change the score.
+    else of the model's generation_config counts: a repetition penalty there would change the score. Above temperature 0
+    answers are sampled from the likeliest tokens that make 95 %, by `seed` and the place of a batch.
     Batches that do not fit into memory are halved. Raises UsageError for a prompt that leaves no room for an answer.
     """
     eos = tokenizer.eos_token_id
@@ -48,12 +53,15 @@ def generate(
             mask[row, longest - len(prompts[index]) :] = 1
         config = GenerationConfig(
             max_new_tokens=room,
-            do_sample=False,
+            **(
+                {"do_sample": True, "temperature": temperature, "top_p": TOP_P} if temperature else {"do_sample": False}
+            ),
             eos_token_id=stops,
             pad_token_id=pad,
             bos_token_id=tokenizer.bos_token_id,
         )
         device = model.device
+        torch.manual_seed(seed + done)
         try:
             output = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
         except torch.OutOfMemoryError:

@@ -17,7 +17,7 @@ from pissa_cli import __version__
 from pissa_cli.data import load_examples, question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import competition_math, gsm8k, held_out, humaneval, mbpp, mt_bench
-from pissa_cli.evals.bench import Bench, Grade
+from pissa_cli.evals.bench import Bench, Grade, pass_at
 from pissa_cli.evals.bench import Progress as Count
 from pissa_cli.evals.generate import generate
 from pissa_cli.evals.judge import Judge
@@ -42,6 +42,7 @@ GENERATED: dict[str, Bench] = {
 BENCHES = (*GENERATED, "mt_bench", "loss")
 PLANNED = ("glue",)
 UNSCORED = "not run; --allow-code-execution scores the answers, which are kept"
+PASS_AT = (1, 10, 100)
 Progress = Callable[[str, int, int], None]
 
 
@@ -110,11 +111,13 @@ def _score_loss(session: _Session, _bench: str, examples: Any, count: Count) -> 
 
 def _score_generated(session: _Session, bench: str, rows: list[Row], count: Count) -> _Scored | None:
     recipe = session.recipe
+    rows = [row for row in rows for _ in range(recipe.eval.samples)]
     prompts = [question_prompt(GENERATED[bench].question(row), recipe.data, session.tokenizer) for row in rows]
     kept = _answers(session, f".{bench}.outputs.jsonl", prompts, count)
     if GENERATED[bench].runs_code and not session.allow_code:
         return None
-    result, samples = _grade(bench, rows, [kept.outputs[number] for number in range(len(rows))], count)
+    outputs = [kept.outputs[number] for number in range(len(rows))]
+    result, samples = _grade(bench, rows, outputs, count, recipe.eval.samples)
     samples = [{"prompt": text} | sample for (text, _), sample in zip(prompts, samples, strict=True)]
     return result | _settings(session, bench), samples, kept
 
@@ -149,7 +152,8 @@ def _settings(session: _Session, bench: str) -> dict[str, Any]:
 def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]], count: Count) -> Kept:
     """The model's outputs for prompts (text, tokens), of which those that were kept are not asked for again."""
     section = session.recipe.eval
-    identity = (session.facts, [text for text, _ in prompts], section.max_new_tokens)
+    sampling = (section.max_new_tokens, section.temperature, session.recipe.seed)
+    identity = (session.facts, [text for text, _ in prompts], *sampling)
     with Kept(session.folder / file, identity) as kept:
         left = [number for number in range(len(prompts)) if number not in kept.outputs]
         with autocast(session.recipe.model.bits, session.recipe.precision, session.model.device):
@@ -158,7 +162,7 @@ def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]],
                 session.tokenizer,
                 [prompts[number][1] for number in left],
                 section.batch_size,
-                section.max_new_tokens,
+                *sampling,
                 lambda done, _: count(len(prompts) - len(left) + done, len(prompts)),
             ):
                 kept.add(left[index], output)
@@ -249,24 +253,31 @@ def _read_bench(name: str, recipe: Recipe) -> list[Row]:
     return rows
 
 
-def _grade(name: str, rows: list[Row], outputs: list[str], count: Count) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _grade(
+    name: str, rows: list[Row], outputs: list[str], count: Count, each: int = 1
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(result, samples) for outputs of which `each` in a row answer the same question."""
     bench = GENERATED[name]
     grades: list[Grade] = bench.grade(rows, outputs, count)
     samples = [
-        {"id": number, "output": output, "answer": grade.answer, "reference": bench.reference(row)}
+        {"id": number // each, "output": output, "answer": grade.answer, "reference": bench.reference(row)}
         | {"correct": grade.correct, "detail": grade.detail}
         for number, (row, output, grade) in enumerate(zip(rows, outputs, grades, strict=True))
     ]
-    n = len(samples)
-    share = sum(grade.correct for grade in grades) / n
+    right = [sum(grade.correct for grade in grades[i : i + each]) for i in range(0, len(grades), each)]
+    n, mean = len(right), sum(right) / len(grades)
+    spread = sum((hits / each - mean) ** 2 for hits in right) / n
     result = {
-        "score": 100 * share,
+        "score": 100 * mean,
         "metric": bench.metric,
-        "stderr": 100 * math.sqrt(share * (1 - share) / n),
+        "stderr": 100 * math.sqrt(spread / n),
         "n": n,
         "rows": bench.published.get(n, f"not a published set ({', '.join(map(str, bench.published))} rows)"),
         "protocol": bench.protocol,
     }
+    if each > 1:
+        ks = [k for k in PASS_AT if k <= each]
+        result["pass_at"] = {str(k): 100 * sum(pass_at(k, each, hits) for hits in right) / n for k in ks}
     return result | ({"protection": protection().text()} if bench.runs_code else {}), samples
 
 
