@@ -187,7 +187,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 def made(recipe: Callable[..., Any], models: Callable[[str], Path], tmp_path: Path) -> Callable[..., Any]:
     """A recipe for HumanEval on two rows of our own."""
     data = write(tmp_path / "data.jsonl", [ADD, {**ADD, "task_id": "Own/1"}])
-    return lambda *sets: recipe(models("llama"), "eval.bench=[humaneval]", f"eval.data={{humaneval: {data}}}", *sets)
+    short = 'data.template="{instruction} {output}"'
+    sets = ("eval.bench=[humaneval]", f"eval.data={{humaneval: {data}}}", short)
+    return lambda *more: recipe(models("llama"), *sets, *more)
 
 
 def test_outputs_made_elsewhere_are_scored_without_a_model(made: Callable[..., Any], tmp_path: Path) -> None:
@@ -227,6 +229,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(k: int, n: int, righ
 
 
 def test_samples_of_one_question_count_together(made: Callable[..., Any], rows: Path) -> None:
+    with pytest.raises(UsageError, match=r"needs eval\.temperature"):
+        made("eval.samples=3")
     sets = ["model.bits=32", "adapter.rank=4", f"data.train={rows}", "train.steps=1", "eval.max_new_tokens=4"]
     recipe = made(*sets, "eval.samples=3", "eval.temperature=1.0")
     train(recipe)
@@ -235,8 +239,6 @@ def test_samples_of_one_question_count_together(made: Callable[..., Any], rows: 
     kept = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [s["id"] for s in kept] == [0, 0, 0, 1, 1, 1] and len({s["output"] for s in kept}) > 1
     assert (result["n"], result["score"], result["pass_at"]) == (2, 0, {"1": 0})
-    with pytest.raises(UsageError, match=r"needs eval\.temperature"):
-        made("eval.samples=3")
     grade = [Grade(None, right) for right in (True, False, True, True)]
     bench = dataclasses.replace(humaneval.BENCH, grade=lambda *_: grade)
     with pytest.MonkeyPatch.context() as patch:
