@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -16,13 +14,14 @@ from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.initialize import open_run
 from pissa_cli.loss import autocast, summed_loss
-from pissa_cli.packing import attend_by_mask, attend_by_sequence, takes_positions
+from pissa_cli.packing import attend_by_mask, attend_by_sequence, takes_positions, without_mask
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run
 
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 PACKING_TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
+LEAK_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
     f"train.{key}"
     for key in ("steps", "epochs", "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing")
@@ -115,25 +114,50 @@ def chunks_loss(model: PreTrainedModel, examples: Examples) -> bool:
     return torch.allclose(larger, logits * 1024, rtol=1e-3, atol=0)
 
 
-def packs(
-    model: PreTrainedModel, wanted: bool | Literal["auto"], probe: Callable[[bool], float], precision: str
-) -> bool:
-    """Whether examples are packed: if `wanted`, and if that leaves the loss as it is. probe: (packed) -> loss.
+def packs(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device) -> bool:
+    """Whether examples are packed: as `data.packing` says, if that is sound for this model; `auto` also asks that it
+    costs nothing, which a mask over the whole row does.
 
     The model is left to attend sequence by sequence if so. Raises UsageError where packing was asked for in vain.
     """
+    wanted = recipe.data.packing
     if not wanted:
         return False
     if takes_positions(model):
-        padded = probe(False)
-        attend_by_sequence(model)
-        packed = probe(True)
-        if abs(packed - padded) <= PACKING_TOLERANCE[precision] * max(1.0, abs(padded)):
-            return True
-        attend_by_mask(model)
+        for attend in (attend_by_sequence, attend_by_mask):
+            attend(model)
+            if (wanted is True or without_mask(model)) and _packs_soundly(recipe, model, examples, pad_id, device):
+                return True
     if wanted == "auto":
         return False
     raise UsageError("data.packing: this model lets packed examples see each other", "set data.packing to false")
+
+
+@torch.no_grad()
+def _packs_soundly(
+    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device
+) -> bool:
+    """Whether the loss is that of padded examples, no position of an example depends on the one before it, and the
+    longest row that a step can have goes through."""
+    size = recipe.train.micro_batch_size
+    longest = sorted(range(len(examples)), key=examples.length)[-size:]
+    try:
+        padded, packed = (probe_loss(recipe, model, examples, pad_id, device, packing) for packing in (False, True))
+        if not abs(packed - padded) <= PACKING_TOLERANCE[recipe.precision] * max(1.0, abs(padded)):
+            return False
+        row = collate(examples, [0, min(1, len(examples) - 1)], pad_id, packing=True)
+        ids, positions = row["input_ids"].to(device), row["position_ids"].to(device)
+        other, begin = ids.clone(), examples.length(0)
+        other[:, :begin] = other[:, :begin].flip(1).roll(1)
+        with autocast(recipe.model.bits, recipe.precision, device):
+            logits, changed = (
+                model(input_ids=given, position_ids=positions, use_cache=False).logits[:, begin:].float()
+                for given in (ids, other)
+            )
+            summed_loss(model, {k: t.to(device) for k, t in collate(examples, longest, pad_id, packing=True).items()})
+    except (RuntimeError, IndexError, TypeError, ValueError):  # a model that takes its mask or its positions otherwise
+        return False
+    return float((logits - changed).abs().max()) <= LEAK_TOLERANCE[recipe.precision] * float(logits.abs().max())
 
 
 def require_same_loss(before: float, after: float, precision: str) -> None:

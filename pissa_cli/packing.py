@@ -40,6 +40,11 @@ def attend_by_mask(model: PreTrainedModel) -> None:
         model.set_attn_implementation("sdpa")
 
 
+def without_mask(model: PreTrainedModel) -> bool:
+    """Whether rows of several examples cost no more than the examples apart."""
+    return "flash" in str(model.config._attn_implementation) or model.config._attn_implementation == BY_SEQUENCE
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:

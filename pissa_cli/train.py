@@ -241,9 +241,9 @@ def _set_up(
     torch.manual_seed(recipe.seed)
     model = model.to(accelerator.device)
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
-    packed = packs(model, recipe.data.packing, probe, recipe.precision)
+    packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
     if recipe.data.packing == "auto" and not packed:
-        watch({"note": "examples are padded: this model lets packed ones see each other"})
+        watch({"note": "examples are padded: packed ones would see each other, or cost more, in this model"})
     if isinstance(recipe.adapter, FullOptions):
         model.requires_grad_(True)
     else:

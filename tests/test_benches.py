@@ -15,7 +15,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.evals import code, competition_math, humaneval, mbpp
 from pissa_cli.evals import run as module
 from pissa_cli.evals.bench import Grade, pass_at
-from pissa_cli.evals.code import fenced
+from pissa_cli.evals.code import written
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.published import published
 from pissa_cli.evals.run import evaluate, score_samples
@@ -136,11 +136,11 @@ def test_the_reference_is_the_last_box(solution: str, wanted: str | None) -> Non
 
 
 def test_code_is_cut_as_the_reference_does() -> None:
-    assert fenced("no block") is None
-    assert fenced("a\n```python\nx = 1\n```\nb\n```python\ny\n```").strip() == "x = 1"  # type: ignore[union-attr]
+    assert written("x = 1\r\nassert x") == "x = 1\n"
+    assert written("a\n```python\nx = 1\n```\nb\n```python\ny\n```").strip() == "x = 1"
     for tail in ('if __name__ == "__main__":\n    f()', "# Example usage:\nf()", "assert f() == 1"):
-        assert fenced(f"```python\ndef f(): return 1\n{tail}\n```") == "\ndef f(): return 1\n"
-    assert fenced("```python\nx = 1") == "\nx = 1"  # an output that was cut off
+        assert written(f"```python\ndef f(): return 1\n{tail}\n```") == "\ndef f(): return 1\n"
+    assert written("```python\nx = 1") == "\nx = 1"  # an output that was cut off
 
 
 def grades(bench: Any, row: dict[str, Any], outputs: list[str]) -> list[bool]:
@@ -157,6 +157,8 @@ def test_humaneval_runs_what_was_written() -> None:
         f"```python\n{ADD['canonical_solution']}\n```": True,
         whole.replace("sum(xs)", "sum(xs) + 1"): False,
         whole.replace("sum(xs)", "-sum(xs)"): False,
+        "def total(xs: List[int]): return sum(xs)": True,  # the import is the prompt's
+        "def total(xs: Undefined): return sum(xs)": False,
         "I cannot.": False,
         "": False,
         f"{whole}\nimport sys; sys.exit(0)": False,
@@ -289,10 +291,24 @@ def test_kept_outputs_survive_a_cut_line_and_belong_to_one_model(tmp_path: Path)
         assert kept.outputs == {}
 
 
-def test_published_figures_stand_beside_the_same_model_and_method() -> None:
-    assert published("mistralai/Mistral-7B-v0.1", "pissa", 16, "gsm8k") == 73.31
-    assert published("meta-llama/Llama-2-7b-hf", "lora", 16, "mt_bench") == 4.56
-    assert published("google/gemma-7b", "full", 32, "math") == 22.71
-    assert published("google/gemma-7b", "pissa", 4, "math") is None
-    assert published("mistralai/Mistral-7B-v0.1", "vera", 16, "gsm8k") is None
-    assert published("mistralai/Mistral-7B-v0.3", "pissa", 16, "gsm8k") is None
+def test_published_figures_stand_beside_the_same_model_method_and_rows() -> None:
+    assert published("mistralai/Mistral-7B-v0.1", "pissa", 16, "gsm8k", 1319) == 73.31
+    assert published("meta-llama/Llama-2-7b-hf", "lora", 16, "mt_bench", 160) == 4.56
+    assert published("google/gemma-7b", "full", 32, "math", 5000) == 22.71
+    assert published("google/gemma-7b", "pissa", 4, "math", 5000) is None
+    assert published("google/gemma-7b", "pissa", 16, "mbpp", 500) is None
+    assert published("mistralai/Mistral-7B-v0.1", "vera", 16, "gsm8k", 1319) is None
+    assert published("mistralai/Mistral-7B-v0.3", "pissa", 16, "gsm8k", 1319) is None
+
+
+def test_outputs_that_no_file_can_hold_are_still_written(made: Callable[..., Any], tmp_path: Path) -> None:
+    rows = [{"task_id": f"Own/{i}", "output": "x = '\ud83d'"} for i in (0, 1)]
+    assert score_samples(made(), write(tmp_path / "samples.jsonl", rows), allow_code=True)["humaneval"]["score"] == 0
+
+
+def test_the_command_says_that_nothing_was_run(made: Callable[..., Any], rows: Path, pissa: Callable[..., Any]) -> None:
+    recipe = made("model.bits=32", "adapter.rank=4", f"data.train={rows}", "train.steps=1", "eval.max_new_tokens=4")
+    train(recipe)
+    done = pissa("eval", recipe.output, "--json")
+    assert done.code == 0 and done.json["results"]["humaneval"]["score"] is None
+    assert "not run" in pissa("eval", recipe.output).out

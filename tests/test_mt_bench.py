@@ -152,7 +152,7 @@ def test_both_turns_are_judged_and_an_interruption_costs_nothing(
     sets += [f"eval.judge_url={stand_in.url}", "eval.judge_model=stand-in"]
     made = recipe(models("llama"), *sets)
     train(made)
-    stand_in.script = [(200, "[[4]]"), (200, ""), (401, "x")]
+    stand_in.script = [(200, "[[4]]"), (200, "I cannot judge this."), (401, "x")]
     with pytest.raises(UsageError, match="401"):
         evaluate(made)
     stand_in.script = [(200, "[[9]]"), (200, "Rating: [5]")]

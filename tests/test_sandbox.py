@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -48,6 +49,7 @@ HOSTILE = {
     "ctypes, address 0": "import ctypes; ctypes.string_at(0)",
     "environment": "import os; assert 'PISSA_SECRET' in os.environ",
     "a socket": "import socket; socket.create_connection(('127.0.0.1', 9), 1)",
+    "a socket of this machine": "import os, socket; os.chdir(FOLDER); socket.socket(socket.AF_UNIX).connect('socket')",
     "a name server": "import socket; socket.getaddrinfo('example.org', 80)",
     "a symbolic link": "import os; os.symlink(MARK, 'link'); open('link', 'w').write('x')",
     "outside its folder": "open(MARK, 'w').write('x')",
@@ -61,6 +63,7 @@ HOSTILE = {
     ),
 }
 NEEDS_NAMESPACES = {
+    "a socket of this machine",
     "outside its folder",
     "remove a file",
     "a symbolic link",
@@ -104,9 +107,15 @@ def test_harm_is_contained(name: str, guard: Protection, tmp_path: Path, monkeyp
     keep, mark = tmp_path / "keep", tmp_path / "mark"
     keep.write_text("kept")
     tmp_path.chmod(0o777)
-    program = f"KEEP, MARK = {str(keep)!r}, {str(mark)!r}\n{HOSTILE[name]}"
+    listening = socket.socket(socket.AF_UNIX)
+    monkeypatch.chdir(tmp_path)
+    listening.bind("socket")  # by a short path
+    listening.listen()
+    (tmp_path / "socket").chmod(0o777)
+    program = f"KEEP, MARK, FOLDER = {str(keep)!r}, {str(mark)!r}, {str(tmp_path)!r}\n{HOSTILE[name]}\n"
     began = time.monotonic()
     verdict = run_program(program, guard, seconds=1.5)
+    listening.close()
     assert not verdict.passed and verdict.detail, verdict
     assert time.monotonic() - began < 12
     deadline = time.monotonic() + 2
@@ -114,7 +123,7 @@ def test_harm_is_contained(name: str, guard: Protection, tmp_path: Path, monkeyp
         time.sleep(0.05)
     assert not processes(tmp_path)
     assert keep.read_text() == "kept" and not mark.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["keep"]
+    assert [path.name for path in tmp_path.iterdir()] in (["keep", "socket"], ["socket", "keep"])
 
 
 def test_many_are_run_and_reported_in_order() -> None:

@@ -55,7 +55,9 @@ def evaluate_command(
     from pissa_cli.cli import dryrun, show
 
     show.quiet_libraries(debug)
-    from pissa_cli.evals.run import check_benches, evaluate, score_samples
+    from pissa_cli.evals.benches import check_benches, runs_code
+    from pissa_cli.evals.run import evaluate, score_samples
+    from pissa_cli.evals.sandbox import protection
 
     if samples is not None and compare_base:
         raise UsageError("--samples: there is no model to compare", "leave --compare-base out")
@@ -63,6 +65,8 @@ def evaluate_command(
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
+    if allow_code_execution and runs_code(loaded.recipe):
+        show.say(f"programs that the model writes run in {protection().text()}")
     with show.counting("eval") as update:
 
         def progress(bench: str, done: int, total: int) -> None:
@@ -81,15 +85,8 @@ def evaluate_command(
         table.add_column(title)
     for results in result.values():
         for name, r in results.items():
-            table.add_row(
-                name,
-                r["model"],
-                f"{r['score']:.3f}",
-                f"{r['stderr']:.3f}",
-                str(r["n"]),
-                r["metric"],
-                str(r.get("published", "")),
-            )
+            figures = ["" if r[key] is None else f"{r[key]:.3f}" for key in ("score", "stderr")]
+            table.add_row(name, r["model"], *figures, str(r["n"]), r["metric"], str(r.get("published", "")))
     show.print_result(result, as_json, [], table)
 
 

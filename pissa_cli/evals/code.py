@@ -21,12 +21,10 @@ def ask(problem: str) -> str:
     return f"{INSTRUCTION}\n```python\n{problem.strip()}\n```"
 
 
-def fenced(output: str) -> str | None:
-    """The first ```python block as the PiSSA repository cuts it; None if there is none."""
-    _, fence, after = output.partition(FENCE)
-    if not fence:
-        return None
-    code = after.partition("\n```")[0]
+def written(output: str) -> str:
+    """The code in an output as the PiSSA repository cuts it: of the first ```python block, else of all of it."""
+    _, fence, after = output.replace("\r", "").partition(FENCE)
+    code = after.partition("\n```")[0] if fence else output.replace("\r", "")
     for cut in CUTS:
         code = code.partition(cut)[0]
     return code
@@ -38,11 +36,11 @@ def graded(
     """Grades by running; program: (row, output) -> the source that passes if the output is right."""
 
     def grade(rows: Sequence[Row], outputs: Sequence[str], progress: Progress) -> list[Grade]:
-        written = [index for index, output in enumerate(outputs) if output.strip()]
-        verdicts = run_programs([program(rows[i], outputs[i]) for i in written], progress)
+        answered = [index for index, output in enumerate(outputs) if output.strip()]
+        verdicts = run_programs([program(rows[i], outputs[i]) for i in answered], progress)
         grades = [Grade(None, False, "empty output")] * len(rows)
-        for index, verdict in zip(written, verdicts, strict=True):
-            grades[index] = Grade(fenced(outputs[index]) or outputs[index], verdict.passed, verdict.detail)
+        for index, verdict in zip(answered, verdicts, strict=True):
+            grades[index] = Grade(written(outputs[index]), verdict.passed, verdict.detail)
         return grades
 
     return grade

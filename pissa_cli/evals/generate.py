@@ -54,7 +54,9 @@ def generate(
         config = GenerationConfig(
             max_new_tokens=room,
             **(
-                {"do_sample": True, "temperature": temperature, "top_p": TOP_P} if temperature else {"do_sample": False}
+                {"do_sample": True, "temperature": temperature, "top_p": TOP_P, "top_k": 0}
+                if temperature
+                else {"do_sample": False}
             ),
             eos_token_id=stops,
             pad_token_id=pad,

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pissa_cli.evals.bench import Bench
-from pissa_cli.evals.code import PROTOCOL, ask, fenced, graded
+from pissa_cli.evals.code import PROTOCOL, ask, graded, written
 from pissa_cli.rows import Row
 
 
 def program(row: Row, output: str) -> str:
-    """The output's code, after the prompt where it does not define the function itself, and the tests."""
-    prompt, name = str(row["prompt"]), str(row["entry_point"])
-    code = fenced(output)
-    code = output if code is None else code
-    if f"def {name}(" not in code:
-        code = f"{prompt}{code}"
-    return f"{code}\n{row['test']}\ncheck({name})\n"
+    """The prompt, the output's code and the tests, as EvalPlus puts them together."""
+    return f"{row['prompt']}{written(output)}\n{row['test']}\ncheck({row['entry_point']})\n"
 
 
 BENCH = Bench(

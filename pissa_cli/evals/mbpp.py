@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pissa_cli.evals.bench import Bench
-from pissa_cli.evals.code import PROTOCOL, ask, fenced, graded
+from pissa_cli.evals.code import PROTOCOL, ask, graded, written
 from pissa_cli.rows import Row
 
 
@@ -14,21 +14,31 @@ def text(row: Row) -> str:
 
 def program(row: Row, output: str) -> str:
     """The output's code and the tests, with what they import or set up."""
-    code = fenced(output)
-    before = [*row.get("test_imports", []), str(row.get("test_setup_code", ""))]
-    return "\n".join([output if code is None else code, *before, *row["test_list"], ""])
+    before = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
+    return "\n".join([written(output), *before, *row["test_list"], ""])
 
 
 def _problem(row: Row) -> str | None:
     if "text" not in row and "prompt" not in row:
         return "it has neither text nor prompt"
-    tests = row["test_list"]
-    return None if isinstance(tests, list) and tests else "its test_list is no list of tests"
+    lines = [row["test_list"], row.get("test_imports") or []]
+    if (
+        not all(isinstance(part, list) and all(isinstance(line, str) for line in part) for part in lines)
+        or not lines[0]
+    ):
+        return "its test_list or test_imports is no list of lines"
+    return None
 
 
 BENCH = Bench(
     data="google-research-datasets/mbpp:full:test",
-    published={500: "the test set", 974: "all of it", 427: "all of the sanitized set", 257: "the sanitized test set"},
+    published={
+        399: "EvalPlus's",
+        500: "the test set",
+        974: "all of it",
+        427: "all of the sanitized set",
+        257: "the sanitized test set",
+    },
     fields=("test_list",),
     question=lambda row: ask(f'"""\n{text(row)}\n{row["test_list"][0]}\n"""'),
     reference=lambda row: str(row.get("code", "")),

@@ -47,7 +47,12 @@ def load(source: str, limit: int | None) -> MTBench:
             raise UsageError(f"{folder / FILES[0]}: question {row['question_id']} has not two turns")
     prompts = {row["name"]: row for row in _rows(folder / FILES[1], ("name", "system_prompt", "prompt_template"))}
     answers = _rows(folder / FILES[2], ("question_id", "choices"))
-    references = {row["question_id"]: row["choices"][0]["turns"] for row in answers}
+    references = {}
+    for row in answers:
+        try:
+            references[row["question_id"]] = [str(row["choices"][0]["turns"][turn]) for turn in (0, 1)]
+        except (IndexError, KeyError, TypeError):
+            raise UsageError(f"{folder / FILES[2]}: question {row['question_id']} has not two answers") from None
     for row in questions:
         if row["category"] in WITH_REFERENCE and row["question_id"] not in references:
             raise UsageError(f"{folder / FILES[2]}: no reference answer for question {row['question_id']}")
@@ -120,10 +125,11 @@ def grade(
     for number, (question, pair) in enumerate(zip(data.questions, answers, strict=True)):
         for turn in (0, 1):
             place = 2 * number + turn
-            if place not in kept:
-                keep(place, judge.ask(*judge_prompt(data, question, pair, turn)))
+            judgment = kept.get(place) or judge.ask(*judge_prompt(data, question, pair, turn))
+            if judgment and place not in kept:  # an empty one may be a fault that passes
+                keep(place, judgment)
             sample = {"id": question["question_id"], "category": question["category"], "turn": turn + 1}
-            sample |= {"output": pair[turn], "judgment": kept[place], "rating": rating(kept[place])}
+            sample |= {"output": pair[turn], "judgment": judgment, "rating": rating(judgment)}
             samples.append(sample)
             progress(place + 1, 2 * len(data.questions))
     rated = [sample["rating"] for sample in samples if sample["rating"] is not None]

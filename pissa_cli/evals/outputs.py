@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import xxhash
 
-from pissa_cli.errors import UsageError
+from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.bench import Bench
 from pissa_cli.rows import Row, read_rows
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PissaError(
+            f"{path}: cannot write ({error})", "the outputs so far are kept; run the command again"
+        ) from None
 
 
 class Kept:
@@ -23,29 +33,34 @@ class Kept:
         self.outputs: dict[int, str] = {}
 
     def __enter__(self) -> Kept:
-        """Read what an earlier evaluation left; what belongs to another identity is dropped."""
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
-        if lines and lines[0] == self._key:
+        """Read what an earlier evaluation left, up to a line that was cut off; what has another identity is dropped."""
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.is_file() else []
+        good = 0
+        if lines and lines[0].decode(errors="replace").strip() == self._key:
+            good = len(lines[0])
             for line in lines[1:]:
-                with contextlib.suppress(ValueError):  # the last one may have been cut off
+                try:
                     row = json.loads(line)
                     self.outputs[row["id"]] = row["output"]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("w", encoding="utf-8")
-        self._file.write(f"{self._key}\n")
-        for number, output in self.outputs.items():
-            self._write(number, output)
-        self._file.flush()
+                except (ValueError, KeyError, TypeError):
+                    break
+                good += len(line)
+        with _writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("r+b" if good else "wb")
+            self._file.seek(good)
+            self._file.truncate()
+            if not good:
+                self._file.write(f"{self._key}\n".encode())
+                self._file.flush()
         return self
 
     def add(self, number: int, output: str) -> None:
         """Keep one more."""
         self.outputs[number] = output
-        self._write(number, output)
-        self._file.flush()
-
-    def _write(self, number: int, output: str) -> None:
-        self._file.write(json.dumps({"id": number, "output": output}) + "\n")
+        with _writing(self._path):
+            self._file.write(json.dumps({"id": number, "output": output}).encode() + b"\n")
+            self._file.flush()
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

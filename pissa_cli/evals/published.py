@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 SOURCE = "arXiv 2404.02948 v4, table 2"
-_BENCHES = ("gsm8k", "math", "humaneval", "mbpp", "mt_bench")
+_ROWS = {"gsm8k": 1319, "math": 5000, "humaneval": 164, "mbpp": 399, "mt_bench": 160}
+"""MBPP's figures are of EvalPlus's 399 problems (35.59 % = 142 of them); MT-Bench's of two turns of 80 questions."""
 _FIGURES = {
     ("llama-2-7b", "full"): (49.13, 7.29, 21.20, 35.59, 4.91),
     ("llama-2-7b", "lora"): (43.23, 5.90, 18.21, 35.47, 4.56),
@@ -17,9 +18,9 @@ _FIGURES = {
 }
 
 
-def published(model: str, method: str, bits: int, bench: str) -> float | None:
-    """The figure for a model (its Hub id) and method over 16-bit weights; None where there is none."""
+def published(model: str, method: str, bits: int, bench: str, n: int) -> float | None:
+    """The figure for a model (its Hub id) and method over 16-bit weights, if `n` is its number of rows; else None."""
     name = model.rpartition("/")[2].lower().removesuffix("-hf")
     name = "mistral-7b" if name == "mistral-7b-v0.1" else name
-    figures = _FIGURES.get((name, method)) if bits != 4 else None
-    return dict(zip(_BENCHES, figures, strict=True)).get(bench) if figures is not None else None
+    figures = _FIGURES.get((name, method)) if bits != 4 and _ROWS.get(bench) == n else None
+    return dict(zip(_ROWS, figures, strict=True)).get(bench) if figures is not None else None

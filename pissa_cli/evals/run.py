@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pissa_cli import __version__
 from pissa_cli.data import load_examples, question_prompt
 from pissa_cli.errors import UsageError
-from pissa_cli.evals import competition_math, gsm8k, held_out, humaneval, mbpp, mt_bench
-from pissa_cli.evals.bench import Bench, Grade, pass_at
+from pissa_cli.evals import held_out, mt_bench
+from pissa_cli.evals.bench import Grade, pass_at
 from pissa_cli.evals.bench import Progress as Count
+from pissa_cli.evals.benches import GENERATED, check_benches, runs_code, source_of
 from pissa_cli.evals.generate import generate
 from pissa_cli.evals.judge import Judge
 from pissa_cli.evals.outputs import Kept, read_samples
@@ -33,14 +34,6 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, read_rows
 from pissa_cli.rundir import whole_folder, write_json
 
-GENERATED: dict[str, Bench] = {
-    "gsm8k": gsm8k.BENCH,
-    "math": competition_math.BENCH,
-    "humaneval": humaneval.BENCH,
-    "mbpp": mbpp.BENCH,
-}
-BENCHES = (*GENERATED, "mt_bench", "loss")
-PLANNED = ("glue",)
 UNSCORED = "not run; --allow-code-execution scores the answers, which are kept"
 PASS_AT = (1, 10, 100)
 Progress = Callable[[str, int, int], None]
@@ -69,7 +62,7 @@ def evaluate(
     Raises UsageError for an unknown bench, missing data, or a run that is not trained.
     """
     check_benches(recipe)
-    if allow_code and any(GENERATED[bench].runs_code for bench in recipe.eval.bench if bench in GENERATED):
+    if allow_code and runs_code(recipe):
         protection()
     run, manifest = open_run(recipe)
     tokenizer = load_tokenizer(require_base(run, manifest, recipe), recipe.model)
@@ -79,6 +72,7 @@ def evaluate(
         "step": 0 if base else trained_steps(recipe),
         "base_fingerprint": manifest["base"]["fingerprint"],
         "started": manifest["created"],
+        "precision": recipe.precision,
     }
     model = (load_plain_base if base else load_result)(recipe, best_device())
     session = _Session(recipe, model, tokenizer, run.folder / "eval" / ("base" if base else ""), facts, allow_code)
@@ -119,7 +113,7 @@ def _score_generated(session: _Session, bench: str, rows: list[Row], count: Coun
     outputs = [kept.outputs[number] for number in range(len(rows))]
     result, samples = _grade(bench, rows, outputs, count, recipe.eval.samples)
     samples = [{"prompt": text} | sample for (text, _), sample in zip(prompts, samples, strict=True)]
-    return result | _settings(session, bench), samples, kept
+    return result | _settings(session, bench, result["n"]), samples, kept
 
 
 def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count: Count) -> _Scored:
@@ -132,19 +126,23 @@ def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count
     twos = _answers(session, f".{bench}.turn2.jsonl", second, count).outputs
     answers = [(ones[number], twos[number]) for number in range(len(turns))]
     judge = Judge(str(recipe.eval.judge_url), str(recipe.eval.judge_model))
-    with Kept(session.folder / f".{bench}.judgments.jsonl", (judge.url, judge.model, answers)) as kept:
+    asked = [
+        mt_bench.judge_prompt(data, q, a, turn) for q, a in zip(data.questions, answers, strict=True) for turn in (0, 1)
+    ]
+    with Kept(session.folder / f".{bench}.judgments.jsonl", (judge.url, judge.model, asked)) as kept:
         result, samples = mt_bench.grade(data, answers, judge, kept.outputs, kept.add, count)
-    return result | _settings(session, bench), samples, None
+    return result | _settings(session, bench, len(samples)), samples, None
 
 
 _SCORERS: dict[str, Callable[..., _Scored | None]] = {"loss": _score_loss, "mt_bench": _score_mt_bench}
 
 
-def _settings(session: _Session, bench: str) -> dict[str, Any]:
+def _settings(session: _Session, bench: str, n: int) -> dict[str, Any]:
+    """What stands behind a score; the published figure where it is of as many rows and greedy as well."""
     recipe = session.recipe
     found: dict[str, Any] = {"engine": "transformers", "template": recipe.data.template or recipe.data.format}
-    paper = published(recipe.model.name, recipe.adapter.method, recipe.model.bits, bench)
-    if paper is not None and session.facts["model"] == "trained":
+    paper = published(recipe.model.name, recipe.adapter.method, recipe.model.bits, bench, n)
+    if paper is not None and session.facts["model"] == "trained" and not recipe.eval.temperature:
         found |= {"published": paper, "published_in": SOURCE}
     return found
 
@@ -162,7 +160,9 @@ def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]],
                 session.tokenizer,
                 [prompts[number][1] for number in left],
                 section.batch_size,
-                *sampling,
+                section.max_new_tokens,
+                section.temperature,
+                session.recipe.seed + len(kept.outputs),  # after an interruption not the same numbers again
                 lambda done, _: count(len(prompts) - len(left) + done, len(prompts)),
             ):
                 kept.add(left[index], output)
@@ -193,48 +193,17 @@ def score_samples(
     return {bench: _write(folder, result, bench, recipe, samples, began)}
 
 
-def check_benches(recipe: Recipe) -> None:
-    """Refuse an unknown or missing benchmark, before anything is loaded."""
-    if not recipe.eval.bench:
-        raise UsageError("eval.bench: no benchmark given", f"name some with --bench: {', '.join(BENCHES)}")
-    for bench in recipe.eval.bench:
-        if bench.partition("/")[0] in PLANNED:
-            raise UsageError(f"eval.bench: {bench} comes in a later version", f"today: {', '.join(BENCHES)}")
-        if bench not in BENCHES:
-            raise UsageError(f"eval.bench: unknown benchmark '{bench}'", f"known: {', '.join(BENCHES)}")
-    unknown = set(recipe.eval.data) - set(BENCHES)
-    if unknown:
-        raise UsageError(f"eval.data: unknown benchmark '{min(unknown)}'", f"known: {', '.join(BENCHES)}")
-    if "mt_bench" in recipe.eval.bench and not (recipe.eval.judge_url and recipe.eval.judge_model):
-        raise UsageError(
-            "mt_bench: a judge has to grade the answers",
-            "name one: --judge-url https://api.openai.com/v1 --judge-model gpt-4, its key in PISSA_JUDGE_KEY",
-        )
-
-
-def _source(bench: str, recipe: Recipe) -> str:
-    if bench in recipe.eval.data:
-        return recipe.eval.data[bench]
-    if bench in GENERATED:
-        return GENERATED[bench].data
-    if bench == "mt_bench":
-        return mt_bench.DATA
-    if recipe.data.eval is None:
-        raise UsageError("eval loss: no held-out data", "set data.eval, or --data loss=file.jsonl")
-    return recipe.data.eval
-
-
 def _load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     if bench == "mt_bench":
-        return mt_bench.load(_source(bench, recipe), recipe.eval.limit)
+        return mt_bench.load(source_of(bench, recipe), recipe.eval.limit)
     if bench != "loss":
         return _read_bench(bench, recipe)
     section = recipe.data.model_copy(update={"limit": recipe.eval.limit})
-    return load_examples(_source(bench, recipe), section, tokenizer, Path(HF_HOME) / "pissa" / "tokens")
+    return load_examples(source_of(bench, recipe), section, tokenizer, Path(HF_HOME) / "pissa" / "tokens")
 
 
 def _read_bench(name: str, recipe: Recipe) -> list[Row]:
-    bench, source, rows = GENERATED[name], _source(name, recipe), []
+    bench, source, rows = GENERATED[name], source_of(name, recipe), []
     for number, row in read_rows(source, recipe.eval.limit):
         if isinstance(row, str):
             raise UsageError(f"{source}: row {number} cannot be used ({row})")
@@ -285,10 +254,10 @@ def _write(
     folder: Path, result: dict[str, Any], bench: str, recipe: Recipe, samples: list[dict[str, Any]], began: float
 ) -> dict[str, Any]:
     """Write result.json and samples.jsonl; returns the result with what every benchmark says."""
-    result |= {"bench": bench, "data": _source(bench, recipe), "seconds": round(time.time() - began, 3)}
+    result |= {"bench": bench, "data": source_of(bench, recipe), "seconds": round(time.time() - began, 3)}
     result |= {"pissa": __version__}
     with whole_folder(folder) as made:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        (made / "samples.jsonl").write_text(lines, encoding="utf-8")
+        (made / "samples.jsonl").write_text(lines, encoding="utf-8", errors="backslashreplace")
         write_json(made / "result.json", result)
     return result

@@ -23,6 +23,7 @@ CHILD = Path(__file__).with_name("sandbox_child.py")
 SECONDS = 10.0
 MEGABYTES = 1024
 GRACE = 10.0
+FIRST_USER = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Protection:
         limits = f"{SECONDS:g} s, {MEGABYTES} MiB, 16 MiB a file, 16 processes, no environment"
         if self.namespaces:
             return f"own namespaces (processes, network, mounts; all files read-only) and limits ({limits})"
-        return f"limits only ({limits}): the kernel allows no namespaces, so that network and files are NOT protected"
+        return (
+            f"limits only ({limits}): the kernel allows no namespaces; network, files and processes are NOT protected"
+        )
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def run_program(program: str, guard: Protection, seconds: float = SECONDS) -> Ve
             "namespaces": guard.namespaces,
             "seconds": seconds,
             "megabytes": MEGABYTES,
+            "number": FIRST_USER + secrets.randbelow(2**20),
         }
         child = subprocess.Popen(
             [sys.executable, "-I", "-B", str(CHILD)],

@@ -13,6 +13,7 @@ import os
 import resource
 import select
 import signal
+import struct
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 8, 24, 36, 38
 CAPABILITY_VERSION, CAP_DAC_READ_SEARCH, CAPABILITIES = 0x20080522, 2, 64
 NOBODY = 65534
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER, IO_URING_SETUP = 22, 2, 425
 VERDICT_BYTES = 2**16
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -71,12 +73,14 @@ def enter_namespaces() -> None:
 
 
 def hide_the_machine(folder: str) -> None:
-    """All is read-only but `folder` and /dev/shm, which are in memory and gone with the program; a /proc of ours."""
+    """All is read-only but `folder` and the places of sockets and terminals, empty and in memory; a /proc of ours."""
     call(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     call(libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, size))
-    for place in (folder, "/dev/shm"):
+    for place in ("/run", "/dev/pts", "/dev/shm", folder):
+        if place == folder:
+            Path(place).mkdir(parents=True, exist_ok=True)  # where it was in one of the others
         if Path(place).is_dir():
             call(libc.mount(b"tmpfs", place.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=64m,mode=1777"))
     call(libc.mount(b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV, None))
@@ -152,6 +156,7 @@ def descendants(root: int) -> list[int]:
 
 def run(job: dict[str, Any], writing: int) -> None:
     """In the program's own process: give up what it need not have, then be the program."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     os.chdir(job["folder"])
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -169,13 +174,16 @@ def run(job: dict[str, Any], writing: int) -> None:
     ):
         resource.setrlimit(limit, (value, value))
     if job["namespaces"]:
-        drop_privileges()
+        drop_privileges(job["number"])
     resource.setrlimit(resource.RLIMIT_NPROC, (16, 16))
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # changing the user has cleared it
     call(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    if job["namespaces"]:
+        forbid_sockets()
     program, token = job["program"], job["token"]
     job.clear()
     try:
-        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+        exec(compile(program, "<program>", "exec", dont_inherit=True), {"__name__": "__main__"})
     except BaseException as error:
         os.write(3, f"raised {type(error).__name__}: {str(error)[:300]}".encode(errors="replace"))
         os._exit(1)
@@ -183,8 +191,36 @@ def run(job: dict[str, Any], writing: int) -> None:
     os._exit(0)
 
 
-def drop_privileges() -> None:
-    """Root becomes nobody, who may read what root may; in a user namespace every capability goes."""
+def forbid_sockets() -> None:
+    """No new sockets, by a seccomp filter: a socket of this machine's own programs is a file, and files are still seen.
+
+    Pairs of connected sockets, which lead nowhere else, are left.
+    """
+    forbidden = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}.get(os.uname().machine)
+    if forbidden is None:
+        return
+    machine, socket = forbidden
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # of classic BPF
+    denied, allowed, killed = 0x00050000 | 1, 0x7FFF0000, 0x80000000
+    program = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, machine),
+        (give, 0, 0, killed),
+        (load, 0, 0, 0),
+        (at_least, 2, 0, 0x40000000),
+        (equal, 1, 0, socket),
+        (equal, 0, 1, IO_URING_SETUP),
+        (give, 0, 0, denied),
+        (give, 0, 0, allowed),
+    ]
+    packed = b"".join(struct.pack("HBBI", *line) for line in program)
+    lines = ctypes.create_string_buffer(packed, len(packed))
+    header = struct.pack("HxxxxxxP", len(program), ctypes.addressof(lines))
+    call(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.create_string_buffer(header, len(header)), 0, 0))
+
+
+def drop_privileges(number: int) -> None:
+    """Root becomes a user of no name, who may read what root may; in a user namespace every capability goes."""
     kept = 0
     if is_real_root():
         libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
@@ -194,7 +230,7 @@ def drop_privileges() -> None:
     if kept:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(number, number, number)  # one for each program: the kernel counts processes by user
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
     call(libc.capset(header, (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0)))
 

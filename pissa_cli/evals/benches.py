@@ -1,0 +1,53 @@
+"""The benchmarks there are, and what a recipe says of them."""
+
+from __future__ import annotations
+
+from pissa_cli.errors import UsageError
+from pissa_cli.evals import competition_math, gsm8k, humaneval, mbpp, mt_bench
+from pissa_cli.evals.bench import Bench
+from pissa_cli.recipe import Recipe
+
+GENERATED: dict[str, Bench] = {
+    "gsm8k": gsm8k.BENCH,
+    "math": competition_math.BENCH,
+    "humaneval": humaneval.BENCH,
+    "mbpp": mbpp.BENCH,
+}
+BENCHES = (*GENERATED, "mt_bench", "loss")
+PLANNED = ("glue",)
+
+
+def runs_code(recipe: Recipe) -> bool:
+    """Whether a benchmark of the recipe runs what the model writes."""
+    return any(GENERATED[bench].runs_code for bench in recipe.eval.bench if bench in GENERATED)
+
+
+def check_benches(recipe: Recipe) -> None:
+    """Refuse an unknown or missing benchmark, before anything is loaded."""
+    if not recipe.eval.bench:
+        raise UsageError("eval.bench: no benchmark given", f"name some with --bench: {', '.join(BENCHES)}")
+    for bench in recipe.eval.bench:
+        if bench.partition("/")[0] in PLANNED:
+            raise UsageError(f"eval.bench: {bench} comes in a later version", f"today: {', '.join(BENCHES)}")
+        if bench not in BENCHES:
+            raise UsageError(f"eval.bench: unknown benchmark '{bench}'", f"known: {', '.join(BENCHES)}")
+    unknown = set(recipe.eval.data) - set(BENCHES)
+    if unknown:
+        raise UsageError(f"eval.data: unknown benchmark '{min(unknown)}'", f"known: {', '.join(BENCHES)}")
+    if "mt_bench" in recipe.eval.bench and not (recipe.eval.judge_url and recipe.eval.judge_model):
+        raise UsageError(
+            "mt_bench: a judge has to grade the answers",
+            "name one: --judge-url https://api.openai.com/v1 --judge-model gpt-4, its key in PISSA_JUDGE_KEY",
+        )
+
+
+def source_of(bench: str, recipe: Recipe) -> str:
+    if bench in recipe.eval.data:
+        return recipe.eval.data[bench]
+    if bench in GENERATED:
+        return GENERATED[bench].data
+    if bench == "mt_bench":
+        return mt_bench.DATA
+    if recipe.data.eval is None:
+        raise UsageError("eval loss: no held-out data", "set data.eval, or --data loss=file.jsonl")
+    return recipe.data.eval
