@@ -15,7 +15,7 @@ from pissa_cli.adapters.lowrank import LowRank, LowRankEmbedding
 from pissa_cli.adapters.start import Adapter, Method
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import expert_layers, part_of, set_part
-from pissa_cli.model import disk_name
+from pissa_cli.model import disk_name, head_names
 from pissa_cli.weights import Weights
 
 
@@ -59,12 +59,14 @@ def subtract(base: nn.Module, adapter: Adapter, name: str) -> None:
 
 
 def whole_modules(model: PreTrainedModel, names: list[str]) -> dict[str, nn.Module]:
-    """The modules with parameters that `adapter.modules_to_save` names; a tied head with its embedding, and vice versa.
+    """What trains whole beside an adapter: the modules with parameters that `adapter.modules_to_save` names, a tied
+    head with its embedding and vice versa, and the head of a classifier.
 
     Raises UsageError, listing what there is, for a name that matches none.
     """
     own = {name: m for name, m in model.named_modules() if name and any(True for _ in m.parameters(recurse=False))}
-    chosen: dict[str, nn.Module] = {}
+    head = head_names(model)
+    chosen = {name: module for name, module in own.items() if name.split(".")[0] in head}
     for wanted in names:
         found = {name: m for name, m in own.items() if name == wanted or name.endswith(f".{wanted}")}
         if not found:
@@ -76,7 +78,10 @@ def whole_modules(model: PreTrainedModel, names: list[str]) -> dict[str, nn.Modu
 
 
 def train_whole(model: PreTrainedModel, names: list[str], weights: Weights) -> None:
-    """Make modules train in fp32, from the values on disk; they compute and give their output in the dtype they had."""
+    """Make modules train in fp32, from the values on disk; they compute and give their output in the dtype they had.
+
+    A classifier's head that is not on disk keeps the values it has.
+    """
     chosen = whole_modules(model, names)
     modules = list(chosen.values())
     dtypes = [next(module.parameters()).dtype for module in modules]  # a tied parameter changes with the first
@@ -86,8 +91,9 @@ def train_whole(model: PreTrainedModel, names: list[str], weights: Weights) -> N
             module.forward = partial(_compute_in, dtype, module.forward)
     own = {f"{name}.{key}" for name, module in chosen.items() for key, _ in module.named_parameters(recurse=False)}
     for name in own & {name for name, _ in model.named_parameters()}:  # of tied ones, the first
-        tensor = weights.read(disk_name(name, model.base_model_prefix, weights))
-        model.get_parameter(name).data.copy_(tensor)
+        if name in weights.files or name.split(".")[0] not in head_names(model):
+            tensor = weights.read(disk_name(name, model.base_model_prefix, weights))
+            model.get_parameter(name).data.copy_(tensor)
 
 
 def _compute_in(dtype: torch.dtype, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import (
     Linear,
     best_device,
+    head_names,
     linear_layers,
     peft_targets,
     read_weight,
@@ -63,7 +64,7 @@ def export_lora(
     require_free(output, run.folder / "exported")
     stored, adapter = result_files(recipe, step)
     plain = require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
-    model = skeleton(plain, recipe.model.trust_remote_code)
+    model = skeleton(plain, recipe.model)
     every = linear_layers(model, open_weights(plain))
     layers = [layer for layer in every if layer.name in adapter.factors]
     ranks = {layer.name: _rank(recipe, layer, adapter.factors[layer.name], rank) for layer in layers}
@@ -84,6 +85,7 @@ def export_lora(
         fan_in_fan_out=any(layer.transposed and not layer.embedding for layer in layers),
         seed=recipe.seed,
         saved=adapter.saved,
+        heads=head_names(model),
     )
     lost = whole = worst = 0.0
     with whole_folder(output) as folder:
@@ -150,7 +152,7 @@ def _differences(
     """(name, A, B, norm missed, norm in all) of each layer's LoRA on the plain base."""
     device, four = best_device(), recipe.model.bits == 4
     plain_weights, stored_weights = open_weights(plain), open_weights(stored)
-    stored_layers = linear_layers(skeleton(stored, recipe.model.trust_remote_code), stored_weights) if four else layers
+    stored_layers = linear_layers(skeleton(stored, recipe.model), stored_weights) if four else layers
     there = {layer.name: layer for layer in stored_layers}
     for layer in layers:
         rank = ranks[layer.name]

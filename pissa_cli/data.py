@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pissa_cli.classification import encode_classified, label_columns
 from pissa_cli.errors import UsageError
-from pissa_cli.examples import Examples, cache_key, read_cache, write_cache
+from pissa_cli.examples import Encoded, Examples, cache_key, read_cache, write_cache
 from pissa_cli.loss import IGNORED, summed_loss
 from pissa_cli.recipe import FIELDS, DataSection
-from pissa_cli.rows import Row, content_hash, read_rows
+from pissa_cli.rows import Row, content_hash, read_rows, text_of
 
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 INTRO_INPUT = (
@@ -29,9 +30,13 @@ BATCH = 1000
 
 
 def load_examples(
-    source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, cache: Path | None
+    source: str,
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path | None,
+    labels: Sequence[str] = (),
 ) -> Examples:
-    """Tokenize `source` by the recipe's `data` section, or take the tokens from the cache.
+    """Tokenize `source` by the recipe's `data` section, or take the tokens from the cache. labels: `model.labels`.
 
     Raises UsageError for a missing column (the columns are listed) and for a set without a usable row.
     """
@@ -39,10 +44,10 @@ def load_examples(
         raise UsageError("data.format chat: this tokenizer has no chat template", "use format alpaca or prompt")
     path = None
     if cache is not None:
-        path = cache / f"{cache_key(content_hash(source), section, tokenizer)}.safetensors"
+        path = cache / f"{cache_key(content_hash(source), section, tokenizer, labels)}.safetensors"
     if path is not None and path.is_file() and (cached := read_cache(path)) is not None:
         return cached
-    examples = _tokenize(source, section, tokenizer)
+    examples = _tokenize(source, section, tokenizer, labels)
     if path is not None:
         write_cache(path, examples)
     return examples
@@ -50,13 +55,13 @@ def load_examples(
 
 def render(row: Row, section: DataSection) -> tuple[str, str]:
     """(prompt, answer) of a row that is not a chat. Raises ValueError, with the reason, for an unusable row."""
-    fields = {name: _text(row, section.columns.get(name, name)) for name in FIELDS[section.format]}
+    fields = {name: text_of(row, section.columns.get(name, name)) for name in FIELDS[section.format]}
     if section.format == "text":
         return "", fields["text"]
     if section.format == "prompt":
         return fields["prompt"], fields["completion"]
     column = section.columns.get("input", "input")
-    extra = "" if row.get(column) is None else _text(row, column)
+    extra = "" if row.get(column) is None else text_of(row, column)
     if extra and section.template is not None and "{input}" not in section.template:
         raise ValueError(f"'{column}' has text, data.template no {{input}}")
     return _fill(section, fields["instruction"], extra, fields["output"])
@@ -98,6 +103,12 @@ def micro_batches(examples: Examples, indices: list[int], size: int, packed: boo
     return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
 
 
+def padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up a batch; a classifier that looks for the last token before it has its own."""
+    own = model.config.pad_token_id if model.get_output_embeddings() is None else tokenizer.pad_token_id
+    return int(own or 0)
+
+
 @torch.no_grad()
 def batch_losses(
     model: PreTrainedModel, examples: Examples, pad_id: int, size: int
@@ -109,13 +120,25 @@ def batch_losses(
 
 
 def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bool) -> dict[str, Tensor]:
-    """One micro-batch as the model takes it, labels not yet shifted.
+    """One micro-batch as the model takes it, labels not yet shifted (of texts to classify: one each).
 
     Padded: (n, longest) on the right. Packed: (1, sum of lengths), position ids starting again at each example,
     from which transformers builds a block-diagonal attention mask.
     """
     parts = [slice(int(examples.offsets[i]), int(examples.offsets[i + 1])) for i in indices]
     ids = [examples.ids[part].long() for part in parts]
+
+    def pad(rows: list[Tensor], value: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    def padded(labels: Tensor) -> dict[str, Tensor]:
+        mask = pad([torch.ones_like(tokens) for tokens in ids], 0)
+        return {"input_ids": pad(ids, pad_id), "attention_mask": mask, "labels": labels}
+
+    if examples.labels is not None:
+        types = pad([examples.targets[part].long() for part in parts], 0)
+        batch = padded(examples.labels[list(indices)])
+        return batch | ({"token_type_ids": types} if bool(examples.targets.any()) else {})
     labels = []
     for part, tokens in zip(parts, ids, strict=True):
         label = tokens.masked_fill(~examples.targets[part], IGNORED)
@@ -124,23 +147,7 @@ def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bo
     if packing:
         positions = torch.cat([torch.arange(len(tokens)) for tokens in ids])
         return {"input_ids": torch.cat(ids)[None], "position_ids": positions[None], "labels": torch.cat(labels)[None]}
-
-    def pad(rows: list[Tensor], value: int) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-    mask = pad([torch.ones_like(tokens) for tokens in ids], 0)
-    return {"input_ids": pad(ids, pad_id), "attention_mask": mask, "labels": pad(labels, IGNORED)}
-
-
-def _text(row: Row, column: str) -> str:
-    value = row.get(column)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"'{column}' is {'missing' if value is None else 'not text'}")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"'{column}' holds a broken character (a lone surrogate)")
-    return value
+    return padded(pad(labels, IGNORED))
 
 
 def _fill(section: DataSection, instruction: str, extra: str, output: str) -> tuple[str, str]:
@@ -151,25 +158,29 @@ def _fill(section: DataSection, instruction: str, extra: str, output: str) -> tu
     return prompt, output + after
 
 
-def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Examples:
+def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Examples:
     ids: list[list[int]] = []
     targets: list[list[bool]] = []
+    classes: list[float] = []
     unusable: dict[str, list[int]] = {}
     num_cut = 0
     batch: list[tuple[int, Row]] = []
 
     def flush() -> None:
         nonlocal num_cut
-        for (number, _), result in zip(batch, _encode([row for _, row in batch], section, tokenizer), strict=True):
+        encoded = _encode([row for _, row in batch], section, tokenizer, labels)
+        for (number, _), result in zip(batch, encoded, strict=True):
             if isinstance(result, str):
                 unusable.setdefault(result, []).append(number)
                 continue
-            tokens, mask = result
+            tokens, mask, label, cut = result
             cut_tokens, cut_mask = tokens[: section.max_length], mask[: section.max_length]
-            if not any(cut_mask[1:]):
+            if label is not None:
+                classes.append(label)
+            elif not any(cut_mask[1:]):
                 unusable.setdefault(CUT if any(mask[1:]) else "no answer to learn from", []).append(number)
                 continue
-            num_cut += len(cut_tokens) < len(tokens)
+            num_cut += cut or len(cut_tokens) < len(tokens)
             ids.append(cut_tokens)
             targets.append(cut_mask)
         batch.clear()
@@ -193,24 +204,29 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
     lengths = torch.tensor([0, *(len(tokens) for tokens in ids)])
     flat = torch.tensor([token for tokens in ids for token in tokens], dtype=torch.int32)
     mask = torch.tensor([target for flags in targets for target in flags], dtype=torch.bool)
-    return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut)
+    numbers = torch.tensor(classes) if classes else None
+    return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut, numbers)
 
 
 def _require_columns(source: str, section: DataSection, columns: dict[str, None]) -> None:
-    for name in FIELDS[section.format]:
-        column = section.columns.get(name, name)
+    wanted = {name: section.columns.get(name, name) for name in FIELDS.get(section.format, ())}
+    if section.classifies:
+        wanted = label_columns(section, list(columns))
+    for name, column in wanted.items():
         if columns and column not in columns:
+            form = "" if section.glue is None else "format: classification, "
             raise UsageError(
                 f"{source}: no column '{column}' ('{name}' of format {section.format}); it has: {', '.join(columns)}",
-                f"map it in the recipe: data: {{columns: {{{name}: <one of these>}}}}",
+                f"map it in the recipe: data: {{{form}columns: {{{name}: <one of these>}}}}",
             )
 
 
-Encoded = tuple[list[int], list[bool]]
-
-
-def _encode(rows: list[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[Encoded | str]:
+def _encode(
+    rows: list[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]
+) -> list[Encoded | str]:
     """(tokens, mask) of each row, or why it cannot be used."""
+    if section.classifies:
+        return encode_classified(rows, section, tokenizer, labels)
     if section.format == "chat":
         return [_encode_chat(row, section, tokenizer) for row in rows]
     results: list[Encoded | str] = []
@@ -241,7 +257,7 @@ def _join(
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not answer_ids or answer_ids[-1] != eos:
         answer_ids = [*answer_ids, eos]
-    return [*prompt_ids, *answer_ids], [False] * len(prompt_ids) + [True] * len(answer_ids)
+    return Encoded([*prompt_ids, *answer_ids], [False] * len(prompt_ids) + [True] * len(answer_ids))
 
 
 def _without_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -276,4 +292,4 @@ def _encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerB
         any(len(before) <= begin and end <= len(upto) and end > begin for before, upto in spans)
         for begin, end in encoded["offset_mapping"]
     ]
-    return encoded["input_ids"], mask
+    return Encoded(encoded["input_ids"], mask)

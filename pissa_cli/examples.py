@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -18,16 +19,30 @@ from pissa_cli.recipe import DataSection
 from pissa_cli.weights import load_tensors, save_tensors
 
 
+class Encoded(NamedTuple):
+    """Tokens of one row, and as in `Examples` what is a target; of a text to classify its label, and if it was cut."""
+
+    ids: list[int]
+    targets: list[bool]
+    label: float | None = None
+    cut: bool = False
+
+
 @dataclass
 class Examples:
     """Tokenized examples: `ids` (sum of lengths,) int32, `targets` likewise bool (True where the loss counts),
-    `offsets` (n + 1,) int64 where each begins; and what happened on the way."""
+    `offsets` (n + 1,) int64 where each begins; and what happened on the way.
+
+    Of texts to classify, `labels` (n,) fp32 holds the number of each one's class, or its quantity, and `targets` marks
+    the tokens of type 1: those of the second text, for models that are told.
+    """
 
     ids: Tensor
     targets: Tensor
     offsets: Tensor
     unusable: dict[str, list[int]] = field(default_factory=dict)
     num_cut: int = 0
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -37,14 +52,17 @@ class Examples:
         return int(self.offsets[index + 1] - self.offsets[index])
 
     def num_targets(self, index: int) -> int:
-        """Tokens of one example that are predicted; the first token never is."""
+        """Tokens of one example that are predicted, of which the first never is; of a text to classify, one label."""
+        if self.labels is not None:
+            return 1
         begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
         return int(self.targets[begin + 1 : end].sum())
 
     def digest(self) -> str:
         """A hash over all tokens, targets and lengths."""
         whole = xxhash.xxh3_128()
-        for tensor in (self.ids, self.targets, self.offsets):
+        labels = () if self.labels is None else (self.labels,)
+        for tensor in (self.ids, self.targets, self.offsets, *labels):
             whole.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return f"xxh3:{whole.hexdigest()}"
 
@@ -64,20 +82,21 @@ class Examples:
         return lines
 
 
-def cache_key(content: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
-    options: dict[str, Any] = section.model_dump(exclude={"train", "eval", "packing"})
+def cache_key(content: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> str:
+    options: dict[str, Any] = section.model_dump(exclude={"train", "eval", "packing"}) | {"labels": list(labels)}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     identity = backend.to_str() if backend is not None else repr(tokenizer)
     whole = xxhash.xxh3_128(content.encode())
     for part in (json.dumps(options, sort_keys=True), identity, str(tokenizer.chat_template), str(tokenizer.eos_token)):
         whole.update(part.encode())
-    return f"v1-{whole.hexdigest()}"
+    return f"v2-{whole.hexdigest()}"
 
 
 def write_cache(path: Path, examples: Examples) -> None:
     """Keep the tokens; a cache that cannot be written costs time, not the run."""
     notes = json.dumps({"unusable": examples.unusable, "num_cut": examples.num_cut}).encode()
     tensors = {"ids": examples.ids, "targets": examples.targets, "offsets": examples.offsets}
+    tensors |= {} if examples.labels is None else {"labels": examples.labels}
     tensors["notes"] = torch.frombuffer(bytearray(notes), dtype=torch.uint8)
     temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
     try:
@@ -92,6 +111,7 @@ def read_cache(path: Path) -> Examples | None:
     try:
         tensors = load_tensors(path)
         notes = json.loads(bytes(tensors.pop("notes").tolist()))
-        return Examples(tensors["ids"], tensors["targets"], tensors["offsets"], notes["unusable"], notes["num_cut"])
+        flat = tensors["ids"], tensors["targets"], tensors["offsets"]
+        return Examples(*flat, notes["unusable"], notes["num_cut"], tensors.get("labels"))
     except (PissaError, KeyError, ValueError, TypeError):
         return None

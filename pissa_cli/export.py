@@ -17,7 +17,7 @@ from pissa_cli import int4, quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import model_card
-from pissa_cli.data import batch_losses, load_examples
+from pissa_cli.data import batch_losses, load_examples, padding
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.exported import load_with, result_files
@@ -29,6 +29,7 @@ from pissa_cli.model import (
     Linear,
     best_device,
     disk_name,
+    head_names,
     linear_layers,
     read_weight,
     require_finite,
@@ -37,7 +38,7 @@ from pissa_cli.model import (
 from pissa_cli.probes import PROBES, logit_difference, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import Run, read_json, require_free, whole_folder, write_json, write_text
-from pissa_cli.side_files import copy_side_files, write_nf4_config
+from pissa_cli.side_files import copy_side_files, task_settings, write_nf4_config
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
@@ -77,7 +78,7 @@ def merge(
             progress(number + 1, len(weights.files), name)
         writer.close()
         copy_side_files(folder, target)
-        model_config = read_json(target / "config.json")
+        model_config = read_json(target / "config.json") | task_settings(skeleton(folder, recipe.model))
         model_config.pop("quantization_config", None)
         write_json(target / "config.json", model_config)
         write_text(target / "README.md", model_card(recipe, "merged into one model", step=step))
@@ -99,7 +100,8 @@ def quantize(
     """Write a 4-bit transformers folder of a run (its result, or checkpoint `step`), or of a dense model folder.
 
     Returns sizes, the relative Frobenius error over the quantized weights, differences of logits, and perplexity before
-    and after (on `data.eval` where the recipe has it, else on four built-in prompts, which says little).
+    and after: on `data.eval` where the recipe has it, else on four built-in prompts, which says little; None for a
+    classifier.
     The run's own `quantized/` is replaced; any other folder with something in it is a UsageError.
     """
     if model_folder is None and isinstance(recipe.adapter, FullOptions):
@@ -114,7 +116,7 @@ def quantize(
             raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
     require_free(output, Run(Path(recipe.output)).quantized)
     weights = open_weights(folder)
-    model = skeleton(folder, recipe.model.trust_remote_code)
+    model = skeleton(folder, recipe.model)
     linears = linear_layers(model, weights)
     if form == "compressed-tensors":
         int4.require_compressed_tensors()
@@ -146,7 +148,7 @@ def quantize(
             write_nf4_config(folder, target, recipe, linears, double_quant)
         else:
             copy_side_files(folder, target)
-            settings = read_json(folder / "config.json")
+            settings = read_json(folder / "config.json") | task_settings(model)
             settings["quantization_config"] = int4.config(int4.dense_modules(model, linears, group), group)
             write_json(target / "config.json", settings)
         write_text(target / "README.md", model_card(recipe, f"quantized to 4 bits ({form})", step=step))
@@ -177,8 +179,11 @@ def _finish_full(recipe: Recipe, run: Run) -> dict[str, Any]:
 def _dense_tensors(
     recipe: Recipe, folder: Path, weights: Weights, adapter: Adapter
 ) -> Iterator[tuple[str, Linear | None, Tensor]]:
-    """(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone."""
-    model = skeleton(folder, recipe.model.trust_remote_code)
+    """(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone.
+
+    Last the head of a classifier, in fp32, if the base has none.
+    """
+    model = skeleton(folder, recipe.model)
     layers = linear_layers(model, weights)
     linears, device = {layer.tensor: layer for layer in layers}, best_device()
     missing = set(adapter.factors) - {layer.name for layer in layers}
@@ -200,12 +205,17 @@ def _dense_tensors(
             A, B = adapter.pair(linear.name, W.shape, device)
             W = torch.addmm(W, B, A)
         yield name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu()
+    for name in sorted(whole.keys() - weights.files.keys()):
+        yield name, None, whole[name].float()
 
 
 def _on_disk(model: PreTrainedModel, weights: Weights, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """(name on disk, tensor) of what trained whole. Of a tied parameter some files hold one name, some both."""
-    first = {name for name, _ in model.named_parameters()}
+    first, head = {name for name, _ in model.named_parameters()}, head_names(model)
     for name, tensor in adapter.saved.items():
+        if name.split(".")[0] in head:
+            yield name, tensor
+            continue
         with suppress(UsageError):
             yield disk_name(name, model.base_model_prefix, weights), tensor
             continue
@@ -226,7 +236,7 @@ def _compare(recipe: Recipe, model: PreTrainedModel, merged: Path, tolerance: fl
     apart = probe_logits(model, tokenizer, recipe)
     del model
     gc.collect()
-    together = load_model(merged, recipe.dense_model, recipe.precision).to(device).eval()
+    together = load_model(merged, recipe.dense_model, recipe.precision, recipe.seed).to(device).eval()
     merged_logits = probe_logits(together, tokenizer, recipe)
     difference = logit_difference(apart, merged_logits)
     relative = difference["relative_logit_difference"]
@@ -246,19 +256,22 @@ def _before_and_after(recipe: Recipe, folder: Path, adapter: Adapter, quantized:
     if adapter.factors:
         model = load_with(recipe, folder, adapter, device)
     else:
-        model = load_model(folder, recipe.dense_model, recipe.precision).to(device).eval()
+        model = load_model(folder, recipe.dense_model, recipe.precision, recipe.seed).to(device).eval()
     before, data = _perplexity(model, tokenizer, recipe)
     logits = probe_logits(model, tokenizer, recipe)
     del model
     gc.collect()
     four = recipe.model.model_copy(update={"bits": 4})
-    model = load_model(quantized, four, recipe.precision).to(device).eval()
+    model = load_model(quantized, four, recipe.precision, recipe.seed).to(device).eval()
     after, _ = _perplexity(model, tokenizer, recipe)
     figures = {"perplexity_before": before, "perplexity_after": after, "perplexity_data": data}
     return figures | logit_difference(logits, probe_logits(model, tokenizer, recipe))
 
 
-def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[float, str]:
+def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[float | None, str]:
+    """(perplexity, on what); a classifier has none."""
+    if head_names(model):
+        return None, ""
     with autocast(recipe.model.bits, recipe.precision, model.device), torch.no_grad():
         if recipe.data.eval is None:
             rows = [torch.tensor([tokenizer(probe)["input_ids"]], device=model.device) for probe in PROBES]
@@ -267,7 +280,7 @@ def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reci
         else:
             section = recipe.data.model_copy(update={"limit": PERPLEXITY_ROWS})
             examples = load_examples(recipe.data.eval, section, tokenizer, None)
-            losses = batch_losses(model, examples, tokenizer.pad_token_id or 0, recipe.train.micro_batch_size)
+            losses = batch_losses(model, examples, padding(model, tokenizer), recipe.train.micro_batch_size)
             total = sum(loss for _, loss in losses)
             count = sum(examples.num_targets(i) for i in range(len(examples)))
             data = f"{recipe.data.eval} ({len(examples)} examples)"

@@ -17,7 +17,7 @@ from pissa_cli.checkpoint import latest_checkpoint, step_of
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import open_run, read_start, require_base
 from pissa_cli.loading import load_model
-from pissa_cli.model import skeleton
+from pissa_cli.model import head_names, skeleton
 from pissa_cli.peft_files import peft_config, rank_of, read_peft, write_peft
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json
@@ -56,6 +56,7 @@ def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[s
         fan_in_fan_out=config["fan_in_fan_out"],
         seed=recipe.seed,
         saved=result.saved,
+        heads=head_names(model),
         save_projection=getattr(adapter, "save_projection", False),
     )
     provenance = {
@@ -82,13 +83,13 @@ def load_result(recipe: Recipe, device: torch.device) -> PreTrainedModel:
         run, _ = open_run(recipe)
         if not (run.merged / "config.json").is_file():
             raise UsageError(f"{run.folder}: no trained model yet", "run `pissa train` to its end first")
-        return load_model(run.merged, recipe.model, recipe.precision).to(device).eval()
+        return load_model(run.merged, recipe.model, recipe.precision, recipe.seed).to(device).eval()
     return load_with(recipe, *adapter_files(recipe), device)
 
 
 def load_with(recipe: Recipe, folder: Path, adapter: Adapter, device: torch.device) -> PreTrainedModel:
     """The model in `folder` with a finished adapter that is valid on it, in eval mode."""
-    model = load_model(folder, recipe.model, recipe.precision).to(device)
+    model = load_model(folder, recipe.model, recipe.precision, recipe.seed).to(device)
     attach(model, adapter, METHODS["vera" if adapter.projections else "lora"], plain=False)
     restore_whole(model, adapter.saved)
     return model.eval()
@@ -142,7 +143,7 @@ def checkpoint_files(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
     }
     base, saved = require_base(run, manifest, recipe), {}
     assert not isinstance(recipe.adapter, FullOptions)
-    model = skeleton(base, recipe.model.trust_remote_code)
+    model = skeleton(base, recipe.model)
     for name, module in whole_modules(model, recipe.adapter.modules_to_save).items():
         for key, parameter in module.named_parameters(recurse=False):
             tied = next(n for n, p in model.named_parameters() if p is parameter)
@@ -163,7 +164,7 @@ def _result(recipe: Recipe, start: Adapter, now: dict[str, Factors], saved: dict
 def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     """The model before training, in eval mode: the dense base, or what 4-bit storage and the start make of it."""
     run, manifest = open_run(recipe)
-    model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision).to(device)
+    model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed).to(device)
     if recipe.model.bits == 4:
         attach(model, read_start(run, manifest)[1], METHODS[recipe.adapter.method], plain=False)
     return model.eval()

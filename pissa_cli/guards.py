@@ -121,7 +121,7 @@ def packs(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: in
     The model is left to attend sequence by sequence if so. Raises UsageError where packing was asked for in vain.
     """
     wanted = recipe.data.packing
-    if not wanted:
+    if not wanted or recipe.data.classifies:
         return False
     if takes_positions(model):
         for attend in (attend_by_sequence, attend_by_mask):

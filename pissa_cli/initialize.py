@@ -149,6 +149,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, 
         targets=plan.peft_targets,
         fan_in_fan_out=not four and any(layer.transposed and not layer.embedding for layer in plan.targets),
         seed=recipe.seed,
+        heads=plan.heads,
     )
     embeddings = frozenset(layer.name for layer in plan.targets if layer.embedding)
     start = PeftWriter(staged.init, config, plan.factor_shapes(), embeddings=embeddings)

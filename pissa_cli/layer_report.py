@@ -38,7 +38,7 @@ def layer_report(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[s
     run, manifest = open_run(recipe)
     folder = require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
     weights = open_weights(folder)
-    layers = {layer.name: layer for layer in linear_layers(skeleton(folder, recipe.model.trust_remote_code), weights)}
+    layers = {layer.name: layer for layer in linear_layers(skeleton(folder, recipe.model), weights)}
     rows = []
     for number, figures in enumerate(manifest["layers"]):
         layer, rank = layers[figures["name"]], figures["rank"]

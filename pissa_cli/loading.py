@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli import quant
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import Expert, set_part, without_expert_weights
-from pissa_cli.model import DTYPES, first_line, linear_layers, read_stored, skeleton
+from pissa_cli.model import (
+    AUTO_CLASSES,
+    DTYPES,
+    first_line,
+    head_names,
+    linear_layers,
+    read_config,
+    read_stored,
+    skeleton,
+)
 from pissa_cli.recipe import ModelSection
+from pissa_cli.svd import generator
 from pissa_cli.weights import open_weights
 
 
-def load_model(folder: Path, section: ModelSection, precision: str) -> PreTrainedModel:
+def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -> PreTrainedModel:
     """The base with its weights on the CPU: dense in the dtype of `model.bits`, or NF4 from a run's `base/`.
 
-    What NF4 leaves dense (embeddings, norms, head) gets the dtype of the products.
+    What NF4 leaves dense (embeddings, norms, head) gets the dtype of the products. The head of a classifier that is not
+    in the files starts from `seed`.
     """
     dtype = {16: torch.bfloat16, 32: torch.float32, 4: DTYPES[precision]}[section.bits]
     experts = _packed_experts(folder, section) if section.bits == 4 else {}
-    kind: Any = AutoModelForCausalLM
+    kind = AUTO_CLASSES[section.task]
     if experts:
-        kind = without_expert_weights(type(skeleton(folder, section.trust_remote_code)))
+        kind = without_expert_weights(type(skeleton(folder, section)))
     try:
         model, loading = kind.from_pretrained(
             folder,
+            config=read_config(folder, section),
             dtype=dtype,
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
@@ -37,7 +49,9 @@ def load_model(folder: Path, section: ModelSection, precision: str) -> PreTraine
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{folder}: transformers cannot load this model ({first_line(error)})") from None
-    missing = sorted(loading["missing_keys"])
+    head = [name for name in sorted(loading["missing_keys"]) if name.split(".")[0] in head_names(model)]
+    _new_head(model, head, seed)
+    missing = sorted(loading["missing_keys"] - set(head))
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UsageError(
@@ -55,13 +69,27 @@ def load_model(folder: Path, section: ModelSection, precision: str) -> PreTraine
     return cast(PreTrainedModel, model)
 
 
+@torch.no_grad()
+def _new_head(model: PreTrainedModel, names: list[str], seed: int) -> None:
+    """Start parameters of a classifier's head as transformers does, but from the seed and the name: matrices normal
+    with the configuration's `initializer_range`, biases zero, scales of norms one."""
+    std = getattr(model.config, "initializer_range", None) or 0.02
+    for name in names:
+        parameter = model.get_parameter(name)
+        if parameter.ndim > 1:
+            values = torch.randn(parameter.shape, generator=generator(seed, name)) * std
+        else:
+            values = torch.full(parameter.shape, float(name.endswith("weight")))
+        parameter.copy_(values)
+
+
 def _packed_experts(folder: Path, section: ModelSection) -> dict[Expert, nn.Module]:
     """A linear layer for every matrix of every expert, where any of them is in NF4; else none."""
     weights = open_weights(folder)
     if not any(".experts." in name and name.endswith(".absmax") for name in weights.files):
         return {}
     modules: dict[Expert, nn.Module] = {}
-    for layer in linear_layers(skeleton(folder, section.trust_remote_code), weights):
+    for layer in linear_layers(skeleton(folder, section), weights):
         if layer.expert is None:
             continue
         stored = read_stored(weights, layer, torch.device("cpu"))
@@ -79,6 +107,6 @@ def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBa
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and section.task == "causal-lm":
         raise UsageError(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
     return cast(PreTrainedTokenizerBase, tokenizer)

@@ -19,13 +19,20 @@ HEAD_COPY = 2**26  # numbers of a head that may be copied to the dtype of the pr
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Tensor], chunked: bool = False) -> Tensor:
-    """Cross entropy summed over the target tokens of a micro-batch, in fp32.
+    """Cross entropy summed over the target tokens of a micro-batch, in fp32; of texts with labels (n,), over the texts,
+    or where there is a single logit the squared error (transformers' regression).
 
     Where the model can, it computes logits only at positions that are a target in some row. With `chunked` the logits
     come in chunks and never exist in whole: for models whose output head is the last thing they compute, but for a
     factor (`guards.chunks_loss` tells).
     """
-    labels = batch.pop("labels")[:, 1:]
+    labels = batch.pop("labels")
+    if labels.ndim == 1:
+        logits = model(**batch).logits.float()
+        if logits.shape[1] == 1:
+            return functional.mse_loss(logits[:, 0], labels, reduction="sum")
+        return functional.cross_entropy(logits, labels.long(), reduction="sum")
+    labels = labels[:, 1:]
     wanted = labels != IGNORED
     inner: Any = getattr(model, "module", model)
     head = inner.get_output_embeddings() if chunked else None

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
@@ -25,6 +25,11 @@ from pissa_cli.recipe import ModelSection
 from pissa_cli.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+AUTO_CLASSES: dict[str, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+"""By `model.task`."""
 SMALL_FILES = ["*.json", "*.py"]
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*"]
 
@@ -83,28 +88,37 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
         ) from None
 
 
-def skeleton(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+def skeleton(folder: Path, section: ModelSection) -> PreTrainedModel:
     """The model on the meta device: every module and shape, no weights."""
-    config = _config(folder, trust_remote_code)
+    config = read_config(folder, section)
     try:
         with torch.device("meta"):
-            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+            model = AUTO_CLASSES[section.task].from_config(config, trust_remote_code=section.trust_remote_code)
     except ValueError as error:
-        raise UsageError(f"{folder}: not a causal language model ({first_line(error)})") from None
+        raise UsageError(f"{folder}: transformers has no {section.task} form of it ({first_line(error)})") from None
+    return cast(PreTrainedModel, model)
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """The parts of a classifier beside its backbone, e.g. [pooler, classifier]; none of a causal language model."""
+    if model.get_output_embeddings() is not None:
+        return []
+    parts = [name for name, part in model.named_children() if any(True for _ in part.parameters())]
+    return [name for name in parts if name != model.base_model_prefix]
 
 
 def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> list[Linear]:
-    """Every linear layer but the output head, and every embedding, with the tensor on disk (if `weights` is given).
+    """Every linear layer but those of the head, and every embedding, with the tensor on disk (if `weights` is given).
 
     Those that transformers stores in NF4: torch's own Linear and Conv1D, no subclasses that may compute otherwise.
     Raises UsageError for a tensor that is missing, has another shape, or is no floating-point weight.
     """
-    head = model.get_output_embeddings()
+    output, head = model.get_output_embeddings(), head_names(model)
     layers = []
     for name, module in model.named_modules():
         embedding = type(module) is nn.Embedding
         transposed = embedding or isinstance(module, Conv1D)
-        if (type(module) is nn.Linear or transposed) and module is not head:
+        if (type(module) is nn.Linear or transposed) and module is not output and name.split(".")[0] not in head:
             shape: torch.Size = module.weight.shape
             num_in, num_out = shape if transposed else reversed(shape)
             tensor = f"{name}.weight"
@@ -190,6 +204,8 @@ def peft_targets(
     seen = {
         layer.name for layer in layers if layer.kind in kinds and (layer.kind in remapped) == (layer.expert is not None)
     }
+    heads = head_names(model)
+    seen |= {name for name, _ in model.named_modules() if name.split(".")[0] in heads and name.split(".")[-1] in kinds}
     parameters = {f"{name}.weight" for name in apart}
     if experts and not remapped:
         parameters |= set(EXPERT_PARAMETERS)
@@ -210,9 +226,12 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def context_length(folder: Path, section: ModelSection) -> int | None:
-    """Tokens the model can see, where its configuration says."""
-    length = getattr(_config(folder, section.trust_remote_code), "max_position_embeddings", None)
-    return int(length) if isinstance(length, int) and length > 0 else None
+    """Tokens the model can see, where its configuration says. RoBERTa counts positions from its padding's number on."""
+    config = read_config(folder, section)
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int) or length <= 0:
+        return None
+    return length - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
 
 
 def best_device() -> torch.device:
@@ -220,11 +239,21 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _config(folder: Path, trust_remote_code: bool) -> Any:
+def read_config(folder: Path, section: ModelSection) -> Any:
+    """The configuration, with the classes of a classifier; one that pools the last token has to know the padding."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})") from None
+    if section.task == "sequence-classification":
+        config.num_labels = len(section.labels)
+        config.id2label = dict(enumerate(section.labels))
+        config.label2id = {label: number for number, label in enumerate(section.labels)}
+        config.problem_type = "regression" if len(section.labels) == 1 else "single_label_classification"
+        if getattr(config, "pad_token_id", None) is None:
+            eos = config.eos_token_id
+            config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    return config
 
 
 def first_line(error: Exception) -> str:

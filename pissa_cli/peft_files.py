@@ -98,7 +98,7 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
     for full, tensor in tensors.items():
         key, suffix = next(((k, suffix) for k, suffix in suffixes if full.endswith(f".{suffix}")), (None, ""))
         name = full.removeprefix(PREFIX)
-        if key is None and name.rpartition(".")[0] in (config.get("modules_to_save") or []):
+        if key is None and name.startswith(tuple(f"{module}." for module in config.get("modules_to_save") or [])):
             saved[name] = tensor
             continue
         if key is None:
@@ -129,25 +129,27 @@ def peft_config(
     fan_in_fan_out: bool,
     seed: int,
     saved: Iterable[str] = (),
+    heads: Sequence[str] = (),
     save_projection: bool = False,
 ) -> dict[str, Any]:
     """adapter_config.json of an adapter: r and lora_alpha of most layers, and patterns for the others.
 
     `init_lora_weights` is always true: any other value makes PEFT decompose the base again on loading. VeRA's
-    projections are made again from `seed`, or stored with `save_projection`. saved: names of whole trained parameters.
+    projections are made again from `seed`, or stored with `save_projection`. saved: names of whole trained parameters;
+    heads: the parts of a classifier's head, of which PEFT saves all or nothing.
     targets: `target_modules`, and where there are such `target_parameters`, by whose names PEFT looks up patterns.
     """
     alphas = {name: scales[name] * rank for name, rank in ranks.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config: dict[str, Any] = {
         "peft_type": peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
         **targets,
         "fan_in_fan_out": fan_in_fan_out,
         "bias": "none",
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in saved}) or None,
+        "modules_to_save": sorted({_module(name, heads) for name in saved}) or None,
         "inference_mode": True,
     }
     if peft_type == "VERA":
@@ -173,6 +175,11 @@ def peft_config(
         "rank_pattern": rank_pattern,
         "alpha_pattern": {name: _tidy(value) for name, value in alpha_pattern.items()},
     }
+
+
+def _module(parameter: str, heads: Sequence[str]) -> str:
+    top = parameter.split(".")[0]
+    return top if top in heads else parameter.rpartition(".")[0]
 
 
 def _expert_parameters(layers: Iterable[str]) -> Iterator[tuple[str, int, str]]:

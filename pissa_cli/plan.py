@@ -13,7 +13,7 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import whole_modules
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import holders_of_3d_weights
-from pissa_cli.model import DTYPES, Linear, linear_layers, match_targets, peft_targets, skeleton
+from pissa_cli.model import DTYPES, Linear, head_names, linear_layers, match_targets, peft_targets, skeleton
 from pissa_cli.peft_files import FACTOR_NAMES
 from pissa_cli.recipe import Recipe
 from pissa_cli.weights import Weights
@@ -30,6 +30,7 @@ class Plan:
     scales: dict[str, float]
     left_out: list[str]
     peft_targets: dict[str, list[str]]
+    heads: list[str]
     num_whole: int
     num_total: int
     vocabulary: int
@@ -79,7 +80,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
 
     Raises UsageError; writes nothing.
     """
-    model = skeleton(folder, recipe.model.trust_remote_code)
+    model = skeleton(folder, recipe.model)
     if getattr(model.config, "quantization_config", None) is not None:
         raise UsageError(
             f"{folder}: this model is quantized already", "start from the dense model; model.bits: 4 quantizes"
@@ -92,7 +93,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         head.weight.shape[0] if head is not None else 0,
     )
     if isinstance(adapter, FullOptions):
-        return Plan(folder, linears, [], {}, {}, [], {}, 0, *sizes)
+        return Plan(folder, linears, [], {}, {}, [], {}, [], 0, *sizes)
     method = METHODS[adapter.method]
     targets = match_targets([layer for layer in linears if method.experts or layer.expert is None], adapter.targets)
     _require_embeddings(model, adapter, [layer for layer in targets if layer.embedding])
@@ -121,7 +122,8 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     adaptable = {layer.expert.module for layer in linears if method.experts and layer.expert is not None}
     left_out = sorted(holders_of_3d_weights(model) - adaptable)
     in_peft = peft_targets(ranks, linears, model, method.peft_type)
-    return Plan(folder, linears, targets, ranks, scales, left_out, in_peft, sum(trained.values()), *sizes)
+    heads, num_whole = head_names(model), sum(trained.values())
+    return Plan(folder, linears, targets, ranks, scales, left_out, in_peft, heads, num_whole, *sizes)
 
 
 def _require_one_matrix(targets: list[Linear], ranks: dict[str, int], scales: dict[str, float]) -> None:

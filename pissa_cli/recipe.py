@@ -15,6 +15,7 @@ from pissa_cli.adapter_options import (
     ScaledBase,
     Section,
 )
+from pissa_cli.glue import GLUE
 
 _RATES = ", ".join(f"{method} {lr:g}" for method, lr in LEARNING_RATES.items())
 
@@ -27,7 +28,13 @@ class ModelSection(Section):
     absmax: Literal["fitted", "largest"] = Field(
         "fitted", description="NF4 block scales: fitted for the least squared error, or bitsandbytes' and the papers'"
     )
-    task: Literal["causal-lm"] = Field("causal-lm", description="what the model is trained for")
+    task: Literal["causal-lm", "sequence-classification"] = Field(
+        "causal-lm", description="what the model is trained for; a classifier gets a new head, which trains whole"
+    )
+    labels: list[str] = Field(
+        [],
+        description="sequence-classification: classes in the order of their numbers; one: a quantity",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
@@ -36,17 +43,33 @@ FIELDS = {
     "prompt": ("prompt", "completion"),
     "chat": ("messages",),
     "text": ("text",),
+    "classification": ("text", "label"),
 }
-"""The fields a row needs, by `data.format`."""
-OPTIONAL_FIELDS = {"alpaca": ("input",)}
+"""The fields a row needs, by `data.format`; those of GLUE's formats are in `pissa_cli.glue`."""
+OPTIONAL_FIELDS = {"alpaca": ("input",), "classification": ("text_pair",)}
+Format = Literal[
+    "alpaca",
+    "prompt",
+    "chat",
+    "text",
+    "classification",
+    "glue/cola",
+    "glue/sst2",
+    "glue/mrpc",
+    "glue/stsb",
+    "glue/qqp",
+    "glue/mnli",
+    "glue/qnli",
+    "glue/rte",
+]
 
 
 class DataSection(Section):
     train: str | None = Field(
-        None, description="training rows: jsonl, json, csv or parquet file, or id[:subset[:split]]"
+        None, description="training rows: jsonl, json, csv, tsv or parquet file, or id[:subset[:split]]"
     )
     eval: str | None = Field(None, description="held-out rows, same forms")
-    format: Literal["alpaca", "prompt", "chat", "text"] = Field("alpaca", description="what the rows hold")
+    format: Format = Field("alpaca", description="what the rows hold; glue/*: those of a GLUE task")
     columns: dict[str, str] = Field(
         {}, description="our field: their column, e.g. {instruction: query, output: response}"
     )
@@ -59,10 +82,14 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _known_fields(self) -> DataSection:
-        known = FIELDS[self.format] + OPTIONAL_FIELDS.get(self.format, ())
+        if self.glue is not None and self.columns:
+            raise ValueError(f"columns: format {self.format} knows its columns; use format classification for others")
+        known = FIELDS.get(self.format, ()) + OPTIONAL_FIELDS.get(self.format, ())
         for name in self.columns:
             if name not in known:
                 raise ValueError(f"columns: format {self.format} has no field '{name}'; it has: {', '.join(known)}")
+        if self.classifies and self.packing is True:
+            raise ValueError("packing: texts that are classified are never packed; remove it")
         if self.template is not None:
             if self.format != "alpaca":
                 raise ValueError(f"template: only format alpaca has one; format {self.format} takes its text as it is")
@@ -70,11 +97,21 @@ class DataSection(Section):
                 raise ValueError("template: needs {instruction} and {output}")
         return self
 
+    @property
+    def glue(self) -> str | None:
+        """The GLUE task of the rows."""
+        return self.format.removeprefix("glue/") if self.format.startswith("glue/") else None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether rows are texts with a label."""
+        return self.glue is not None or self.format == "classification"
+
 
 class TrainSection(Section):
     lr: float | None = Field(None, gt=0, description=f"peak learning rate; default by method: {_RATES}")
     head_lr: float | None = Field(
-        None, gt=0, description="peak learning rate of adapter.modules_to_save; default: train.lr"
+        None, gt=0, description="peak learning rate of a classifier's head and adapter.modules_to_save; default: lr"
     )
     epochs: float | None = Field(None, gt=0, description="passes over the data; default 1")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
@@ -103,7 +140,7 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    bench: list[str] = Field([], description="benchmarks: gsm8k, math, humaneval, mbpp, mt_bench, loss")
+    bench: list[str] = Field([], description="benchmarks: gsm8k, math, humaneval, mbpp, mt_bench, glue/<task>, loss")
     data: dict[str, str] = Field({}, description="bench: file, instead of the published data on the Hub")
     limit: int | None = Field(None, ge=1, description="score the first N questions")
     batch_size: int = Field(16, ge=1, description="prompts generated together")
@@ -137,6 +174,38 @@ class Recipe(Section):
     output: str = Field("out", min_length=1, description="the run folder")
     seed: int = Field(42, ge=0, lt=2**63, description="of everything random")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_of_glue(cls, tree: Any) -> Any:
+        """A GLUE format says what the classes are."""
+        data, model = (tree.get(key) for key in ("data", "model")) if isinstance(tree, dict) else (None, None)
+        if not isinstance(data, dict) or not isinstance(model, dict) or model.get("labels"):
+            return tree
+        task = GLUE.get(str(data.get("format")).removeprefix("glue/"))
+        return tree if task is None else {**tree, "model": {**model, "labels": list(task.labels)}}
+
+    @model_validator(mode="after")
+    def _task(self) -> Recipe:
+        model, data = self.model, self.data
+        if model.task == "causal-lm":
+            if data.classifies:
+                raise ValueError(f"data.format {data.format} needs model.task sequence-classification")
+            if model.labels:
+                raise ValueError("model.labels are the classes of model.task sequence-classification; remove them")
+            return self
+        if not data.classifies:
+            raise ValueError(
+                f"model.task sequence-classification needs data.format classification or glue/<task>, not {data.format}"
+            )
+        if not model.labels or len(set(model.labels)) < len(model.labels):
+            raise ValueError(
+                "model.labels: name every class once, in the order of their numbers, e.g. [negative, positive]; "
+                "one name for a quantity"
+            )
+        if data.glue is not None and len(model.labels) != len(GLUE[data.glue].labels):
+            raise ValueError(f"model.labels: {data.format} has {', '.join(GLUE[data.glue].labels)}; remove the key")
+        return self
+
     @model_validator(mode="after")
     def _combinations(self) -> Recipe:
         adapter, bits = self.adapter, self.model.bits
@@ -163,7 +232,8 @@ class Recipe(Section):
             raise ValueError("adapter.refit is about 4-bit error: set model.bits to 4, or remove it")
         if self.model.double_quant and bits != 4:
             raise ValueError("model.double_quant needs model.bits 4")
-        if self.train.head_lr is not None and not getattr(adapter, "modules_to_save", []):
+        heads = [self.model.task] if self.model.task != "causal-lm" else []
+        if self.train.head_lr is not None and (isinstance(adapter, FullOptions) or not adapter.modules_to_save + heads):
             raise ValueError("train.head_lr is the rate of adapter.modules_to_save, which is empty; remove it")
         if self.model.absmax == "largest" and bits != 4:
             raise ValueError("model.absmax needs model.bits 4")

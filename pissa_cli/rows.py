@@ -1,4 +1,4 @@
-"""Read rows of data: jsonl, json, csv and parquet files, or a data set on the Hub. A bad row is named, not lost."""
+"""Read rows of data: jsonl, json, csv, tsv and parquet files, or data on the Hub. A bad row is named, not lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.weights import hash_file
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def read_rows(source: str, limit: int | None = None) -> Iterator[tuple[int, Row | str]]:
@@ -35,6 +35,18 @@ def content_hash(source: str) -> str:
     return f"{source} {_hub_data(source)._fingerprint}"
 
 
+def text_of(row: Row, column: str) -> str:
+    """The text of a column, numbers written out. Raises ValueError, with the reason, for anything else."""
+    value = row.get(column)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"'{column}' is {'missing' if value is None else 'not text'}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"'{column}' holds a broken character (a lone surrogate)")
+    return value
+
+
 def _is_file(source: str) -> bool:
     path = Path(source)
     if path.is_file():
@@ -55,8 +67,9 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
         elif path.suffix == ".json":
             yield from enumerate(_json_list(path), start=1)
         else:
+            tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # a quotation mark is only that
             with path.open(newline="", encoding="utf-8-sig") as file:
-                for number, row in enumerate(csv.DictReader(file), start=1):
+                for number, row in enumerate(csv.DictReader(file, **tabs if path.suffix == ".tsv" else {}), start=1):
                     yield number, row if None not in row and None not in row.values() else "wrong number of columns"
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
@@ -114,5 +127,5 @@ def _hub_data(source: str) -> Any:
         reason = next(iter(str(error).strip().splitlines()), "")
         raise UsageError(
             f"{name}: cannot get this data set from the Hub ({type(error).__name__}: {reason})",
-            "check the id and the network, or give a local jsonl, json, csv or parquet file",
+            "check the id and the network, or give a local jsonl, json, csv, tsv or parquet file",
         ) from None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
-from pissa_cli.model import DTYPES, Linear, skeleton
+from pissa_cli.model import DTYPES, Linear, head_names, skeleton
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import read_json, write_json
 
@@ -18,12 +20,21 @@ def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[L
     """The side files of `source` in `target`, and a config.json that says which layers are NF4 and which are not."""
     copy_side_files(source, target)
     names = {layer.name for layer in linears if layer.packable}
-    modules = skeleton(source, recipe.model.trust_remote_code).named_modules()
-    dense = [name for name, module in modules if isinstance(module, nn.Linear | Conv1D) and name not in names]
-    content = read_json(source / "config.json")
+    model = skeleton(source, recipe.model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    dense = [name for name in linear if name not in names]
+    content = read_json(source / "config.json") | task_settings(model)
     compute_dtype = str(DTYPES[recipe.precision]).removeprefix("torch.")
     content["quantization_config"] = quant.config(double_quant, compute_dtype, dense)
     write_json(target / "config.json", content)
+
+
+def task_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """What config.json has to say of a classifier beside what its backbone's says; nothing of a language model."""
+    if not head_names(model):
+        return {}
+    keys = ("id2label", "label2id", "problem_type", "pad_token_id")
+    return {"architectures": [type(model).__name__]} | {key: getattr(model.config, key) for key in keys}
 
 
 def copy_side_files(source: Path, target: Path) -> None:

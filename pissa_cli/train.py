@@ -23,7 +23,7 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import attach, lowrank_layers, train_whole
 from pissa_cli.checkpoint import Names, restore_checkpoint, save_checkpoint
-from pissa_cli.data import collate, load_examples, micro_batches
+from pissa_cli.data import collate, load_examples, micro_batches, padding
 from pissa_cli.errors import Interrupted, PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result
@@ -88,9 +88,11 @@ def train(
     folder = require_base(*open_run(recipe), recipe) if run.exists() else resolve_base(recipe.model)
     tokenizer = load_tokenizer(folder, recipe.model)
     cache = Path(HF_HOME) / "pissa" / "tokens"
-    examples = load_examples(recipe.data.train, recipe.data, tokenizer, cache)
+    examples = load_examples(recipe.data.train, recipe.data, tokenizer, cache, recipe.model.labels)
     whole = recipe.data.model_copy(update={"limit": None})
-    held_out = load_examples(recipe.data.eval, whole, tokenizer, cache) if recipe.data.eval else None
+    held_out = None
+    if recipe.data.eval is not None:
+        held_out = load_examples(recipe.data.eval, whole, tokenizer, cache, recipe.model.labels)
     for name, loaded in (("data.train", examples), ("data.eval", held_out)):
         if loaded is not None:
             require_context(name, loaded, context_length(folder, recipe.model))
@@ -98,8 +100,9 @@ def train(
                 watch({"note": line})
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
     write_text(run.recipe, dump(recipe))
-    model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision)
-    trainer = _set_up(run, manifest, recipe, model, examples, tokenizer.pad_token_id or 0, checkpoint is None, watch)
+    model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed)
+    pad_id = padding(model, tokenizer)
+    trainer = _set_up(run, manifest, recipe, model, examples, pad_id, checkpoint is None, watch)
     first_step = 0
     if checkpoint:
         first_step = restore_checkpoint(checkpoint, trainer.names, _plain(trainer.optimizer), examples.digest())
@@ -242,7 +245,7 @@ def _set_up(
     model = model.to(accelerator.device)
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
     packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
-    if recipe.data.packing == "auto" and not packed:
+    if recipe.data.packing == "auto" and not packed and not recipe.data.classifies:
         watch({"note": "examples are padded: packed ones would see each other, or cost more, in this model"})
     if isinstance(recipe.adapter, FullOptions):
         model.requires_grad_(True)

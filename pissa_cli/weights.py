@@ -89,7 +89,10 @@ def open_weights(folder: Path) -> Weights:
     elif (folder / SINGLE).is_file():
         shards = [SINGLE]
     else:
-        raise UsageError(f"{folder}: no {SINGLE} or {INDEX}", "pissa reads safetensors only; convert the model first")
+        raise UsageError(
+            f"{folder}: no {SINGLE} or {INDEX}",
+            "pissa reads safetensors only: convert it, or name a revision with them: --set model.revision=refs/pr/N",
+        )
     files: dict[str, Path] = {}
     weights = Weights(folder, files, {}, {}, {})
     for shard in shards:

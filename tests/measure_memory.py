@@ -56,12 +56,13 @@ def make_model(folder: Path, config: dict[str, object] = CONFIG, shard_bytes: in
 
     from pissa_cli import weights
     from pissa_cli.model import skeleton
+    from pissa_cli.recipe import ModelSection
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     weights.SHARD_BYTES = shard_bytes
     writer, total = weights.ShardWriter(folder), 0
-    for name, parameter in skeleton(folder, False).named_parameters():
+    for name, parameter in skeleton(folder, ModelSection(name=str(folder))).named_parameters():
         writer.add(name, torch.randn(parameter.shape, dtype=torch.bfloat16) * 0.02)
         total += parameter.numel()
     writer.close()

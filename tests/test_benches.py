@@ -292,9 +292,12 @@ def test_kept_outputs_survive_a_cut_line_and_belong_to_one_model(tmp_path: Path)
 
 
 def test_published_figures_stand_beside_the_same_model_method_and_rows() -> None:
-    assert published("mistralai/Mistral-7B-v0.1", "pissa", 16, "gsm8k", 1319) == 73.31
-    assert published("meta-llama/Llama-2-7b-hf", "lora", 16, "mt_bench", 160) == 4.56
-    assert published("google/gemma-7b", "full", 32, "math", 5000) == 22.71
+    assert published("mistralai/Mistral-7B-v0.1", "pissa", 16, "gsm8k", 1319) == (73.31, "arXiv 2404.02948 v4, table 2")
+    assert (published("meta-llama/Llama-2-7b-hf", "lora", 16, "mt_bench", 160) or [0])[0] == 4.56
+    assert (published("google/gemma-7b", "full", 32, "math", 5000) or [0])[0] == 22.71
+    assert (published("microsoft/deberta-v3-base", "pissa", 32, "glue/cola", 1043) or [0])[0] == 73.12
+    assert published("FacebookAI/roberta-base", "vera", 32, "glue/rte", 277) == (78.7, "arXiv 2310.11454 v2, table 2")
+    assert published("FacebookAI/roberta-base", "vera", 32, "glue/qqp", 40430) is None
     assert published("google/gemma-7b", "pissa", 4, "math", 5000) is None
     assert published("google/gemma-7b", "pissa", 16, "mbpp", 500) is None
     assert published("mistralai/Mistral-7B-v0.1", "vera", 16, "gsm8k", 1319) is None

@@ -88,7 +88,8 @@ def test_every_block_loads(path: Path) -> None:
     section = path.parent.name
     flags = {} if section == "model" else {("model", "name"): ("--model", "x")}
     four = ["model.bits=4"] if path.stem.startswith(("loftq", "qpissa")) else []
-    load(None, flags, [f"use.{section}={path.stem}", *four])
+    labels = ["data.format=glue/cola"] if "task: sequence-classification" in path.read_text() else []
+    load(None, flags, [f"use.{section}={path.stem}", *four, *labels])
 
 
 def test_the_commands_of_the_readme_exist() -> None:

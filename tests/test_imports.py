@@ -19,6 +19,7 @@ LAYERS = [
     "plan checkpoint",
     "attach",
     "data",
+    "classification",
     "examples",
     "loading side_files",
     "model peft_files report optim process",
@@ -32,7 +33,7 @@ LAYERS = [
     "recipe_file",
     "recipe_errors",
     "recipe",
-    "adapter_options yamlfile",
+    "adapter_options yamlfile glue",
     "errors",
 ]
 """From top to bottom. A module imports from lower layers, or from its own without a loop; `__version__` is anyone's."""

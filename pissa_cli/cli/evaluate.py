@@ -14,7 +14,9 @@ def evaluate_command(
     target: Target = None,
     bench: Annotated[
         str | None,
-        typer.Option("--bench", help="Benchmarks, with commas: gsm8k, math, humaneval, mbpp, mt_bench, loss."),
+        typer.Option(
+            "--bench", help="Benchmarks, with commas: gsm8k, math, humaneval, mbpp, mt_bench, glue/<task>, loss."
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,

@@ -53,8 +53,9 @@ def quantize_command(
     lines = [
         f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB (dense: {result['dense_bytes'] / 2**20:,.1f} MiB)",
         f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)",
-        f"perplexity {before:.3f} -> {after:.3f} on {result['perplexity_data']}",
     ]
+    if before is not None:
+        lines.append(f"perplexity {before:.3f} -> {after:.3f} on {result['perplexity_data']}")
     if result["packed_experts"]:
         lines.append(show.PACKED_EXPERTS)
     show.print_result(result, as_json, lines)

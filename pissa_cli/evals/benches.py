@@ -5,6 +5,7 @@ from __future__ import annotations
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import competition_math, gsm8k, humaneval, mbpp, mt_bench
 from pissa_cli.evals.bench import Bench
+from pissa_cli.glue import GLUE, SETS
 from pissa_cli.recipe import Recipe
 
 GENERATED: dict[str, Bench] = {
@@ -13,8 +14,7 @@ GENERATED: dict[str, Bench] = {
     "humaneval": humaneval.BENCH,
     "mbpp": mbpp.BENCH,
 }
-BENCHES = (*GENERATED, "mt_bench", "loss")
-PLANNED = ("glue",)
+BENCHES = (*GENERATED, "mt_bench", *SETS, "loss")
 
 
 def runs_code(recipe: Recipe) -> bool:
@@ -27,10 +27,9 @@ def check_benches(recipe: Recipe) -> None:
     if not recipe.eval.bench:
         raise UsageError("eval.bench: no benchmark given", f"name some with --bench: {', '.join(BENCHES)}")
     for bench in recipe.eval.bench:
-        if bench.partition("/")[0] in PLANNED:
-            raise UsageError(f"eval.bench: {bench} comes in a later version", f"today: {', '.join(BENCHES)}")
         if bench not in BENCHES:
             raise UsageError(f"eval.bench: unknown benchmark '{bench}'", f"known: {', '.join(BENCHES)}")
+        _check_task(bench, recipe)
     unknown = set(recipe.eval.data) - set(BENCHES)
     if unknown:
         raise UsageError(f"eval.data: unknown benchmark '{min(unknown)}'", f"known: {', '.join(BENCHES)}")
@@ -41,11 +40,31 @@ def check_benches(recipe: Recipe) -> None:
         )
 
 
+def _check_task(bench: str, recipe: Recipe) -> None:
+    """UsageError if a model of this task cannot be scored by it."""
+    classifies = recipe.model.task == "sequence-classification"
+    if bench != "loss" and classifies != (bench in SETS):
+        kind = "texts with labels" if bench in SETS else "answers that a model writes"
+        known = [name for name in BENCHES if name == "loss" or (name in SETS) == classifies]
+        raise UsageError(
+            f"eval.bench: {bench} scores {kind}, the model's task is {recipe.model.task}",
+            f"for this task: {', '.join(known)}",
+        )
+    if bench in SETS and GLUE[SETS[bench].task].labels != tuple(recipe.model.labels):
+        raise UsageError(
+            f"eval.bench: {bench} has the classes {', '.join(GLUE[SETS[bench].task].labels)}, this model "
+            f"{', '.join(recipe.model.labels)}",
+            f"train one with data.format glue/{SETS[bench].task}",
+        )
+
+
 def source_of(bench: str, recipe: Recipe) -> str:
     if bench in recipe.eval.data:
         return recipe.eval.data[bench]
     if bench in GENERATED:
         return GENERATED[bench].data
+    if bench in SETS:
+        return SETS[bench].data
     if bench == "mt_bench":
         return mt_bench.DATA
     if recipe.data.eval is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli.data import batch_losses
+from pissa_cli.data import batch_losses, padding
 from pissa_cli.evals.bench import Progress
 from pissa_cli.examples import Examples
 
@@ -17,7 +17,7 @@ def score(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Loss per target token over the whole set; stderr over examples, by the ratio's linearization."""
     samples: list[dict[str, Any]] = []
-    for chunk, loss in batch_losses(model, examples, tokenizer.pad_token_id or 0, 1):
+    for chunk, loss in batch_losses(model, examples, padding(model, tokenizer), 1):
         samples.append({"id": chunk[0], "loss": loss, "targets": examples.num_targets(chunk[0])})
         progress(len(samples), len(examples))
     targets = sum(sample["targets"] for sample in samples)

@@ -1,8 +1,8 @@
-"""Figures that were published, to stand beside ours: arXiv 2404.02948 v4, table 2 (means of three runs)."""
+"""Figures that were published, to stand beside ours: arXiv 2404.02948 v4, tables 2 and 3; arXiv 2310.11454, table 2."""
 
 from __future__ import annotations
 
-SOURCE = "arXiv 2404.02948 v4, table 2"
+_PISSA, _VERA = "arXiv 2404.02948 v4, table", "arXiv 2310.11454 v2, table 2"
 _ROWS = {"gsm8k": 1319, "math": 5000, "humaneval": 164, "mbpp": 399, "mt_bench": 160}
 """MBPP's figures are of EvalPlus's 399 problems (35.59 % = 142 of them); MT-Bench's of two turns of 80 questions."""
 _FIGURES = {
@@ -16,11 +16,24 @@ _FIGURES = {
     ("gemma-7b", "lora"): (74.53, 29.90, 53.57, 65.25, 4.97),
     ("gemma-7b", "pissa"): (77.78, 31.33, 54.31, 66.17, 5.64),
 }
+_GLUE_ROWS = {"sst2": 872, "mrpc": 408, "cola": 1043, "qnli": 5463, "rte": 277, "stsb": 1500, "qqp": 40430}
+"""Not MNLI: table 3 has one figure for both of its sets."""
+_GLUE = {
+    ("deberta-v3-base", "full"): (95.63, 89.46, 69.19, 94.03, 83.75, 91.60, 92.40),
+    ("deberta-v3-base", "lora"): (95.64, 90.28, 70.69, 93.84, 84.84, 91.68, 92.03),
+    ("deberta-v3-base", "pissa"): (96.22, 91.50, 73.12, 94.43, 88.69, 92.00, 92.33),
+    ("roberta-base", "vera"): (94.6, 89.5, 65.6, 91.8, 78.7, 90.7),
+}
 
 
-def published(model: str, method: str, bits: int, bench: str, n: int) -> float | None:
-    """The figure for a model (its Hub id) and method over 16-bit weights, if `n` is its number of rows; else None."""
+def published(model: str, method: str, bits: int, bench: str, n: int) -> tuple[float, str] | None:
+    """(figure, source) for a model (its Hub id) and method over dense weights, if `n` is its number of rows."""
     name = model.rpartition("/")[2].lower().removesuffix("-hf")
     name = "mistral-7b" if name == "mistral-7b-v0.1" else name
-    figures = _FIGURES.get((name, method)) if bits != 4 and _ROWS.get(bench) == n else None
-    return dict(zip(_ROWS, figures, strict=True)).get(bench) if figures is not None else None
+    glue = bench.startswith("glue/")
+    rows, figures = (_GLUE_ROWS, _GLUE) if glue else (_ROWS, _FIGURES)
+    bench = bench.removeprefix("glue/")
+    found = dict(zip(rows, figures.get((name, method), ()), strict=False)).get(bench)
+    if found is None or bits == 4 or rows[bench] != n:
+        return None
+    return found, _VERA if method == "vera" else f"{_PISSA} {3 if glue else 2}"

@@ -16,16 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pissa_cli import __version__
 from pissa_cli.data import load_examples, question_prompt
 from pissa_cli.errors import UsageError
-from pissa_cli.evals import held_out, mt_bench
+from pissa_cli.evals import classify, held_out, mt_bench
 from pissa_cli.evals.bench import Grade, pass_at
 from pissa_cli.evals.bench import Progress as Count
 from pissa_cli.evals.benches import GENERATED, check_benches, runs_code, source_of
 from pissa_cli.evals.generate import generate
 from pissa_cli.evals.judge import Judge
 from pissa_cli.evals.outputs import Kept, read_samples
-from pissa_cli.evals.published import SOURCE, published
+from pissa_cli.evals.published import published
 from pissa_cli.evals.sandbox import protection
+from pissa_cli.examples import Examples
 from pissa_cli.exported import load_plain_base, load_result, trained_steps
+from pissa_cli.glue import GLUE, SETS
 from pissa_cli.initialize import open_run, require_base
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.loss import autocast
@@ -98,9 +100,28 @@ _Scored = tuple[dict[str, Any], list[dict[str, Any]], Kept | None]
 """A result, its samples, and what was kept on the way and is not needed any more."""
 
 
-def _score_loss(session: _Session, _bench: str, examples: Any, count: Count) -> _Scored:
+def _score_loss(session: _Session, _bench: str, examples: Examples, count: Count) -> _Scored:
+    if examples.labels is not None:
+        return _classify(session, examples, None, count)
     with autocast(session.recipe.model.bits, session.recipe.precision, session.model.device):
         return *held_out.score(session.model, session.tokenizer, examples, count), None
+
+
+def _score_glue(session: _Session, bench: str, examples: Examples, count: Count) -> _Scored:
+    result, samples, kept = _classify(session, examples, GLUE[SETS[bench].task].metric, count)
+    known, n, unused = SETS[bench].rows, result["n"], sum(map(len, examples.unusable.values()))
+    result |= {
+        "rows": known.get(n, f"not a published set ({', '.join(map(str, known))} rows)"),
+        "rows_not_used": unused,
+    }
+    return result | _published(session, bench, n), samples, kept
+
+
+def _classify(session: _Session, examples: Examples, metric: str | None, count: Count) -> _Scored:
+    recipe = session.recipe
+    with autocast(recipe.model.bits, recipe.precision, session.model.device):
+        labels, size = recipe.model.labels, recipe.eval.batch_size
+        return *classify.score(session.model, session.tokenizer, examples, labels, metric, size, count), None
 
 
 def _score_generated(session: _Session, bench: str, rows: list[Row], count: Count) -> _Scored | None:
@@ -134,17 +155,27 @@ def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count
     return result | _settings(session, bench, len(samples)), samples, None
 
 
-_SCORERS: dict[str, Callable[..., _Scored | None]] = {"loss": _score_loss, "mt_bench": _score_mt_bench}
+_SCORERS: dict[str, Callable[..., _Scored | None]] = {
+    "loss": _score_loss,
+    "mt_bench": _score_mt_bench,
+    **dict.fromkeys(SETS, _score_glue),
+}
 
 
 def _settings(session: _Session, bench: str, n: int) -> dict[str, Any]:
-    """What stands behind a score; the published figure where it is of as many rows and greedy as well."""
+    """What stands behind the score of generated answers."""
+    section = session.recipe.data
+    settings = {"engine": "transformers", "template": section.template or section.format}
+    return settings | _published(session, bench, n)
+
+
+def _published(session: _Session, bench: str, n: int) -> dict[str, Any]:
+    """The published figure where it is of as many rows, and greedy as well."""
     recipe = session.recipe
-    found: dict[str, Any] = {"engine": "transformers", "template": recipe.data.template or recipe.data.format}
-    paper = published(recipe.model.name, recipe.adapter.method, recipe.model.bits, bench, n)
-    if paper is not None and session.facts["model"] == "trained" and not recipe.eval.temperature:
-        found |= {"published": paper, "published_in": SOURCE}
-    return found
+    found = published(recipe.model.name, recipe.adapter.method, recipe.model.bits, bench, n)
+    if found is None or session.facts["model"] != "trained" or recipe.eval.temperature:
+        return {}
+    return dict(zip(("published", "published_in"), found, strict=True))
 
 
 def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]], count: Count) -> Kept:
@@ -196,10 +227,11 @@ def score_samples(
 def _load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     if bench == "mt_bench":
         return mt_bench.load(source_of(bench, recipe), recipe.eval.limit)
-    if bench != "loss":
+    if bench in GENERATED:
         return _read_bench(bench, recipe)
     section = recipe.data.model_copy(update={"limit": recipe.eval.limit})
-    return load_examples(source_of(bench, recipe), section, tokenizer, Path(HF_HOME) / "pissa" / "tokens")
+    cache = Path(HF_HOME) / "pissa" / "tokens"
+    return load_examples(source_of(bench, recipe), section, tokenizer, cache, recipe.model.labels)
 
 
 def _read_bench(name: str, recipe: Recipe) -> list[Row]:

@@ -1,0 +1,65 @@
+"""Texts to classify: from rows to tokens and the numbers of their classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pissa_cli.examples import Encoded
+from pissa_cli.glue import GLUE
+from pissa_cli.recipe import DataSection
+from pissa_cli.rows import Row, text_of
+
+
+def label_columns(section: DataSection, columns: Sequence[str]) -> dict[str, str]:
+    """text, text_pair where there is one, and label: the columns of rows that have these `columns`."""
+    if section.glue is not None:
+        texts, label = GLUE[section.glue].columns(dict.fromkeys(columns))
+        return dict(zip(("text", "text_pair"), texts, strict=False)) | {"label": label}
+    names = {name: section.columns.get(name, name) for name in ("text", "text_pair", "label")}
+    if names["text_pair"] not in columns and "text_pair" not in section.columns:
+        del names["text_pair"]
+    return names
+
+
+def encode_classified(
+    rows: list[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]
+) -> list[Encoded | str]:
+    """(tokens, token types, label) of each row, or why it cannot be used. What is too long loses its end."""
+    results: list[Encoded | str] = []
+    for row in rows:
+        *columns, label_column = label_columns(section, list(row)).values()
+        try:
+            texts = [text_of(row, column) for column in columns]
+            label = label_number(row.get(label_column), label_column, labels)
+        except ValueError as error:
+            results.append(str(error))
+            continue
+        encoded: Any = tokenizer(*texts, verbose=False)
+        cut = len(encoded["input_ids"]) > section.max_length
+        if cut:
+            encoded = tokenizer(*texts, truncation=True, max_length=section.max_length)
+        ids = encoded["input_ids"]
+        types = [bool(kind) for kind in encoded.get("token_type_ids", [0] * len(ids))]
+        results.append(Encoded(ids, types, label, cut) if ids else "no text")
+    return results
+
+
+def label_number(value: object, column: str, labels: Sequence[str]) -> float:
+    """The class of a row by its name or its number, or with one label the quantity. ValueError for anything else."""
+    if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"'{column}' is {'missing' if value is None else 'neither a text nor a number'}")
+    text = str(value).strip()
+    if len(labels) > 1 and text in labels:
+        return float(labels.index(text))
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if math.isfinite(number) and (len(labels) == 1 or (number.is_integer() and 0 <= number < len(labels))):
+        return number
+    known = "a number" if len(labels) == 1 else f"one of {', '.join(labels)} or a number below {len(labels)}"
+    raise ValueError(f"'{column}' is not {known}")

@@ -1,0 +1,396 @@
+"""Sequence classification: rows, heads, training, exports, GLUE's metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    DebertaV2Config,
+    GPT2Config,
+    LlamaConfig,
+    RobertaConfig,
+)
+
+from pissa_cli.classification import label_number
+from pissa_cli.data import collate, load_examples
+from pissa_cli.evals import classify
+from pissa_cli.exported import load_result
+from pissa_cli.loading import load_model
+from pissa_cli.loss import summed_loss
+from pissa_cli.plan import make_plan
+from pissa_cli.rows import read_rows
+from pissa_cli.rundir import read_json
+from pissa_cli.train import train
+from tests.conftest import Outcome, save_model
+
+_SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 130,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "bert": lambda: BertConfig(**_SHAPE),
+    "roberta": lambda: RobertaConfig(**_SHAPE, pad_token_id=1),
+    "deberta": lambda: DebertaV2Config(
+        **_SHAPE, type_vocab_size=0, relative_attention=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=64
+    ),
+    "llama": lambda: LlamaConfig(**_SHAPE, bos_token_id=None, eos_token_id=1),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=1
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny backbone without a head, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(architecture: str) -> Path:
+        if architecture not in made:
+            torch.manual_seed(0)
+            model = AutoModel.from_config(CONFIGS[architecture]())
+            made[architecture] = save_model(model, tmp_path_factory.mktemp("encoders") / architecture)
+        return made[architecture]
+
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Sixty pairs of texts in MRPC's columns; the label is whether Anna has the apples."""
+    path = tmp_path / "pairs.tsv"
+    names = ["Anna", "Tom", "Mia"]
+    lines = ["sentence1\tsentence2\tlabel"]
+    for number in range(60):
+        one, other = names[number % 3], names[(number // 3) % 3]
+        lines.append(f'{one} has "{number} apples.\t{other} had some fruit.\t{int(number % 3 == 0)}')
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def classifier(recipe: Callable[..., Any], texts: Path) -> Callable[..., Any]:
+    def make(folder: Path, *sets: str) -> Any:
+        return recipe(
+            folder,
+            "model.task=sequence-classification",
+            f"data.train={texts}",
+            "data.format=glue/mrpc",
+            "adapter.rank=4",
+            "train.steps=4",
+            "train.batch_size=8",
+            "train.lr=0.01",
+            *sets,
+        )
+
+    return make
+
+
+@torch.no_grad()
+def logits(model: Any, folder: Path) -> Tensor:
+    """Of two pairs of texts of different length, padded as transformers pads them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token_id = model.config.pad_token_id
+    pairs = ["Anna has 7 apples.", "Tom ate."], ["Tom had some fruit, and more.", "Tom."]
+    batch = tokenizer(*pairs, padding=True, return_tensors="pt", return_token_type_ids=False)
+    return model.eval()(**batch).logits.float()
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> None:
+    assert float((found - wanted).norm() / wanted.norm()) < tolerance
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+@pytest.mark.parametrize("method", ["pissa", "vera"])
+def test_adapter_and_head_load_in_peft(
+    architecture: str, method: str, encoders: Callable[[str], Path], classifier: Callable[..., Any]
+) -> None:
+    peft = pytest.importorskip("peft")
+    folder = encoders(architecture)
+    made = classifier(folder, "model.bits=32", f"adapter.method={method}")
+    if method == "vera" and architecture == "gpt2":
+        pytest.skip("PEFT's VeRA takes no Conv1D with fan_in_fan_out here")
+    before = load_model(folder, made.model, "fp32", made.seed)
+    train(made)
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    base.config.pad_token_id = before.config.pad_token_id
+    theirs = peft.PeftModel.from_pretrained(base, Path(made.output) / "adapter")
+    ours = load_result(made, torch.device("cpu"))
+    close(logits(ours, folder), logits(theirs, folder))
+    assert float((logits(ours, folder) - logits(before, folder)).norm()) > 1e-2
+    assert read_json(Path(made.output) / "adapter" / "adapter_config.json")["task_type"] == "SEQ_CLS"
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+def test_merged_classifier_needs_nothing_said(
+    architecture: str, encoders: Callable[[str], Path], classifier: Callable[..., Any], pissa: Callable[..., Outcome]
+) -> None:
+    made = classifier(encoders(architecture), "model.bits=32")
+    train(made)
+    outcome = pissa("merge", made.output, "--json")
+    assert outcome.code == 0, outcome.err
+    model, report = AutoModelForSequenceClassification.from_pretrained(outcome.json["path"], output_loading_info=True)
+    assert not report["missing_keys"]
+    assert model.config.id2label == {0: "not_equivalent", 1: "equivalent"}
+    folder = Path(outcome.json["path"])
+    close(logits(model, folder), logits(load_result(made, torch.device("cpu")), folder))
+
+
+def test_four_bits(encoders: Callable[[str], Path], classifier: Callable[..., Any], pissa: Callable[..., Any]) -> None:
+    peft = pytest.importorskip("peft")
+    folder = encoders("bert")
+    made = classifier(folder, "model.bits=4", "train.precision=fp32")
+    train(made)
+    stored = Path(made.output) / "base"
+    base = AutoModelForSequenceClassification.from_pretrained(stored, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, Path(made.output) / "adapter")
+    close(logits(load_result(made, torch.device("cpu")), folder), logits(theirs, folder), 1e-3)
+    for command in ("merge", "quantize"):
+        outcome = pissa(command, made.output, "--json")
+        assert outcome.code == 0, outcome.err
+    assert outcome.json["perplexity_before"] is None
+    model = AutoModelForSequenceClassification.from_pretrained(outcome.json["path"], dtype=torch.float32)
+    assert model.config.id2label[1] == "equivalent"
+
+
+def test_full_fine_tuning(encoders: Callable[[str], Path], classifier: Callable[..., Any], texts: Path) -> None:
+    folder = encoders("bert")
+    made = classifier(folder, "model.bits=32", "adapter={method: full}", "train.lr=0.001")
+    figures = train(made)
+    model = AutoModelForSequenceClassification.from_pretrained(figures["result"])
+    close(logits(model, folder), logits(load_result(made, torch.device("cpu")), folder))
+
+
+def test_the_head_starts_from_seed_and_name(encoders: Callable[[str], Path], classifier: Callable[..., Any]) -> None:
+    made = classifier(encoders("deberta"), "model.bits=32")
+    torch.manual_seed(1)
+    one = load_model(encoders("deberta"), made.model, "fp32", 7)
+    torch.manual_seed(2)
+    two, other = (load_model(encoders("deberta"), made.model, "fp32", seed) for seed in (7, 8))
+    for name in ("classifier.weight", "pooler.dense.weight"):
+        assert torch.equal(one.get_parameter(name), two.get_parameter(name))
+        assert not torch.equal(one.get_parameter(name), other.get_parameter(name))
+        assert float(one.get_parameter(name).std()) == pytest.approx(0.02, rel=0.2)
+    assert not one.get_parameter("pooler.dense.bias").any()
+
+
+@pytest.mark.parametrize("labels", [2, 1])
+def test_loss_is_transformers_own(labels: int, encoders: Callable[[str], Path], classifier: Callable[..., Any]) -> None:
+    sets = ["model.labels=[score]", "data.format=glue/stsb"] if labels == 1 else []
+    made = classifier(encoders("bert"), "model.bits=32", *sets)
+    tokenizer = AutoTokenizer.from_pretrained(encoders("bert"))
+    model = load_model(encoders("bert"), made.model, "fp32", 0).eval()
+    examples = load_examples(made.data.train, made.data, tokenizer, None, made.model.labels)
+    batch = collate(examples, [3, 1, 5], 0, packing=False)
+    given = dict(batch)
+    if labels == 2:
+        given["labels"] = given["labels"].long()
+    with torch.no_grad():
+        theirs = model(**given).loss
+        ours = summed_loss(model, batch) / 3
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_resume_is_bit_for_bit(encoders: Callable[[str], Path], classifier: Callable[..., Any]) -> None:
+    whole = classifier(encoders("bert"), "model.bits=32", "train.save_every=2")
+    train(whole)
+    wanted = (Path(whole.output) / "adapter" / "adapter_model.safetensors").read_bytes()
+    cut = Path(whole.output)
+    for gone in ("checkpoints/step-4", "adapter"):
+        for path in (cut / gone).iterdir():
+            path.unlink()
+        (cut / gone).rmdir()
+    train(whole, resume=True)
+    assert (cut / "adapter" / "adapter_model.safetensors").read_bytes() == wanted
+
+
+def test_head_rate_is_the_heads(encoders: Callable[[str], Path], classifier: Callable[..., Any]) -> None:
+    made = classifier(encoders("bert"), "model.bits=32", "train.lr=1e-9", "train.head_lr=0.05")
+    before = load_model(encoders("bert"), made.model, "fp32", made.seed)
+    train(made)
+    after = load_result(made, torch.device("cpu"))
+    moved = after.get_parameter("classifier.weight") - before.get_parameter("classifier.weight")
+    assert float(moved.abs().max()) > 0.02
+    kept = after.get_submodule("bert.encoder.layer.0.attention.self.query")
+    assert float(torch.as_tensor(kept.factors()["B"] @ kept.factors()["A"]).abs().max()) < 1e-5
+
+
+def test_eval_scores_what_was_trained(
+    encoders: Callable[[str], Path], classifier: Callable[..., Any], pissa: Callable[..., Any], texts: Path
+) -> None:
+    made = classifier(encoders("bert"), "model.bits=32", "train.steps=60", "train.head_lr=0.01")
+    train(made)
+    outcome = pissa("eval", made.output, "--bench", "glue/mrpc,loss", "--data", f"glue/mrpc={texts}", "--json")
+    assert outcome.code == 2 and "data.eval" in outcome.err
+    files = ["--data", f"glue/mrpc={texts}", "--data", f"loss={texts}"]
+    outcome = pissa("eval", made.output, "--bench", "glue/mrpc,loss", *files, "--compare-base", "--json")
+    assert outcome.code == 0, outcome.err
+    result = outcome.json["results"]["glue/mrpc"]
+    lines = (Path(made.output) / "eval" / "glue" / "mrpc" / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    right = sum(sample["answer"] == sample["reference"] for sample in samples)
+    assert len(samples) == result["n"] == 60
+    assert result["score"] == result["accuracy"] == pytest.approx(100 * right / 60)
+    assert result["score"] > 90 > outcome.json["base"]["glue/mrpc"]["score"]
+    assert result["rows"].startswith("not a published set")
+    mean = sum(sample["loss"] for sample in samples) / 60
+    assert outcome.json["results"]["loss"]["score"] == pytest.approx(mean)
+    batched = pissa("eval", made.output, "--bench", "glue/mrpc", *files[:2], "--set", "eval.batch_size=1", "--json")
+    again = [json.loads(line) for line in (Path(made.output) / "eval/glue/mrpc/samples.jsonl").read_text().splitlines()]
+    assert batched.json["results"]["glue/mrpc"]["score"] == result["score"]
+    assert np.allclose([s["logits"] for s in again], [s["logits"] for s in samples], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("value", "labels", "wanted"),
+    [
+        (1, ["no", "yes"], 1),
+        ("1", ["no", "yes"], 1),
+        ("yes", ["no", "yes"], 1),
+        (1.0, ["no", "yes"], 1),
+        (1, ["1", "2", "3"], 0),
+        ("3", ["1", "2", "3"], 2),
+        ("4.750", ["score"], 4.75),
+        (-1, ["no", "yes"], "not one of no, yes"),
+        (2, ["no", "yes"], "not one of"),
+        (0.5, ["no", "yes"], "not one of"),
+        (None, ["no", "yes"], "missing"),
+        (True, ["no", "yes"], "neither"),
+        ("nan", ["score"], "not a number"),
+        ("high", ["score"], "not a number"),
+    ],
+)
+def test_labels(value: Any, labels: list[str], wanted: Any) -> None:
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError, match=wanted):
+            label_number(value, "label", labels)
+    else:
+        assert label_number(value, "label", labels) == wanted
+
+
+def test_tokens_are_the_tokenizers(
+    encoders: Callable[[str], Path], classifier: Callable[..., Any], tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(encoders("bert"))
+    path = tmp_path / "odd.jsonl"
+    rows = [
+        {"premise": "Anna eats.", "hypothesis": "She ate", "label": "neutral"},
+        {"premise": "word " * 200, "hypothesis": "short", "label": 0},
+        {"premise": "no label", "hypothesis": "here", "label": -1},
+        {"premise": None, "hypothesis": "text", "label": 1},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = classifier(encoders("bert"), f"data.train={path}", "data.format=glue/mnli", "data.max_length=32")
+    examples = load_examples(str(path), made.data, tokenizer, tmp_path / "cache", made.model.labels)
+    again = load_examples(str(path), made.data, tokenizer, tmp_path / "cache", made.model.labels)
+    assert examples.digest() == again.digest()
+    assert len(examples) == 2 and examples.num_cut == 1
+    assert sum(len(rows) for rows in examples.unusable.values()) == 2
+    assert examples.labels is not None and examples.labels.tolist() == [1, 0]
+    wanted = tokenizer("Anna eats.", "She ate")["input_ids"]
+    assert examples.ids[: examples.length(0)].tolist() == wanted
+    short = tokenizer("word " * 200, "short", truncation=True, max_length=32)["input_ids"]
+    assert examples.ids[examples.length(0) :].tolist() == short
+
+
+def test_tab_separated_files_know_no_quotes(texts: Path) -> None:
+    rows = [row for _, row in read_rows(str(texts))]
+    assert len(rows) == 60
+    assert rows[1] == {"sentence1": 'Tom has "1 apples.', "sentence2": "Anna had some fruit.", "label": "0"}
+
+
+def test_metrics_by_hand() -> None:
+    predicted = np.array([1, 1, 0, 1, 0, 0, 1, 1.0])
+    wanted = np.array([1, 0, 0, 1, 1, 0, 1, 0.0])
+    tp, tn, fp, fn = 3, 2, 2, 1
+    assert classify.accuracy(predicted, wanted) == 5 / 8
+    assert classify.f1(predicted, wanted) == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    matthews = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert classify.METRICS["matthews"](predicted, wanted) == pytest.approx(matthews)
+    x, y = np.array([1.0, 2.0, 2.0, 5.0]), np.array([2.0, 1.0, 4.0, 9.0])
+    assert classify.METRICS["pearson"](x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert classify.ranks(x).tolist() == [0, 1.5, 1.5, 3]
+    assert classify.METRICS["spearman"](x, y) == pytest.approx(np.corrcoef([0, 1.5, 1.5, 3], [1, 0, 2, 3])[0, 1])
+    assert classify.METRICS["matthews"](np.ones(4), wanted[:4]) == 0
+
+
+def test_bootstrap_agrees_with_theory() -> None:
+    random = np.random.default_rng(1)
+    x = random.standard_normal(2000)
+    y = 0.6 * x + 0.8 * random.standard_normal(2000)
+    assert classify.standard_error("pearson", x, y) == pytest.approx((1 - 0.36) / math.sqrt(2000), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["data.format=alpaca"], "needs data.format classification"),
+        (["data.format=classification"], "model.labels"),
+        (["model.labels=[a, b, c]"], "not_equivalent"),
+        (["data.packing=true"], "never packed"),
+        (["data.columns={text: sentence1}"], "knows its columns"),
+        (["model.task=causal-lm"], "sequence-classification"),
+        (["data.format=glue/nope"], "glue/cola"),
+    ],
+)
+def test_recipes_that_cannot_be(
+    sets: list[str], said: str, encoders: Callable[[str], Path], pissa: Callable[..., Any], texts: Path
+) -> None:
+    base = ["model.task=sequence-classification", f"data.train={texts}", "data.format=glue/mrpc", *sets]
+    words = [word for one in base for word in ("--set", one)]
+    outcome = pissa("train", "--model", encoders("bert"), *words, "--dry-run")
+    assert outcome.code == 2 and said in outcome.err, outcome.err
+
+
+def test_benches_of_the_other_task(
+    encoders: Callable[[str], Path],
+    classifier: Callable[..., Any],
+    models: Callable[[str], Path],
+    pissa: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    made = classifier(encoders("bert"), "model.bits=32")
+    train(made)
+    for bench, said in (("gsm8k", "answers that a model writes"), ("glue/cola", "unacceptable")):
+        outcome = pissa("eval", made.output, "--bench", bench)
+        assert outcome.code == 2 and said in outcome.err
+    outcome = pissa("eval", "--set", f"model.name={models('llama')}", "--bench", "glue/cola", "--output", tmp_path)
+    assert outcome.code == 2 and "texts with labels" in outcome.err
+
+
+def test_a_file_without_the_columns(
+    encoders: Callable[[str], Path], classifier: Callable[..., Any], tmp_path: Path
+) -> None:
+    from pissa_cli.errors import UsageError
+
+    path = tmp_path / "wrong.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match="no column 'sentence1'"):
+        train(classifier(encoders("bert"), f"data.train={path}"))
+
+
+def test_rank_8_of_the_paper_counts_1_33_million(recipe: Callable[..., Any], tmp_path: Path) -> None:
+    """arXiv 2404.02948 v4, table 3: 1.33 M train in DeBERTa-v3-base; that is rank 8 of all six linear layers."""
+    shape = {"type_vocab_size": 0, "relative_attention": True, "share_att_key": True, "pos_att_type": ["p2c", "c2p"]}
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    DebertaV2Config(vocab_size=128100, **shape, **sizes).save_pretrained(tmp_path)
+    made = recipe(tmp_path, "use.adapter=pissa-r8", "model.task=sequence-classification", "data.format=glue/cola")
+    plan = make_plan(made, tmp_path)
+    assert plan.num_lora(8) == 1_327_104
+    assert plan.num_trainable(made) == 1_327_104 + 768 * 768 + 768 + 2 * 768 + 2
