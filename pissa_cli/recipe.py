@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pissa_cli.adapter_options import (
     LEARNING_RATES,
@@ -143,12 +143,20 @@ class EvalSection(Section):
     bench: list[str] = Field([], description="benchmarks: gsm8k, math, humaneval, mbpp, mt_bench, glue/<task>, loss")
     data: dict[str, str] = Field({}, description="bench: file, instead of the published data on the Hub")
     limit: int | None = Field(None, ge=1, description="score the first N questions")
-    batch_size: int = Field(16, ge=1, description="prompts generated together")
+    batch_size: int | None = Field(None, ge=1, description="prompts generated together; default: as many as fit")
     max_new_tokens: int = Field(1024, ge=1, description="longest answer")
     samples: int = Field(1, ge=1, description="answers to each question, for pass@k; needs a temperature")
     temperature: float = Field(0.0, ge=0, description="0: the likeliest tokens; else sampled, top_p 0.95")
+    stop: list[str] = Field([], description="texts that end an answer, beside end-of-text")
     judge_url: str | None = Field(None, description="mt_bench: a server of OpenAI's chat completions, up to /v1")
     judge_model: str | None = Field(None, description="mt_bench: the model that judges; its key in PISSA_JUDGE_KEY")
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, stop: list[str]) -> list[str]:
+        if not all(stop):
+            raise ValueError("an empty text ends every answer before it begins")
+        return stop
 
     @model_validator(mode="after")
     def _sampled(self) -> EvalSection:

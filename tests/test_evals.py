@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +90,10 @@ def test_generation_is_that_of_transformers_and_ignores_the_batch(demo_base: tup
     tokens = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     for batch_size in (1, 2, 3):
         assert dict(generate(model, tokenizer, tokens, batch_size, 20)) == alone
+    assert dict(generate(model, tokenizer, tokens, None, 20)) == alone
     assert alone[0].startswith(" 12 + 5 = 17. The answer is: 17")
+    stopped = dict(generate(model, tokenizer, tokens, None, 20, stop=["17.", " The"]))
+    assert stopped[0] == " 12 + 5 = " and all(alone[index].startswith(text) for index, text in stopped.items())
 
 
 def test_generation_stays_inside_the_context(demo_base: tuple[Any, Any]) -> None:
@@ -146,6 +152,44 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(finished: Any, monke
     assert asked == [6, 3] and again["score"] == whole["score"]
     assert (folder / "gsm8k" / "samples.jsonl").read_text() == wanted
     assert not (folder / ".gsm8k.outputs.jsonl").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pissa_cli.evals import outputs, run
+from pissa_cli.recipe_file import load
+add = outputs.Kept.add
+def dying(self, number, output):
+    add(self, number, output)
+    if len(self.outputs) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+outputs.Kept.add = dying
+run.evaluate(load(sys.argv[1], {}, ["eval.bench=[gsm8k]", "eval.batch_size=2"]).recipe)
+"""
+
+
+def test_kill_9_loses_no_answer_and_asks_for_none_twice(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = finished.model_copy(update={"eval": finished.eval.model_copy(update={"bench": ["gsm8k"], "batch_size": 2})})
+    whole = evaluate(made)["gsm8k"]
+    folder = Path(made.output) / "eval"
+    wanted = (folder / "gsm8k" / "samples.jsonl").read_text()
+    asked: list[int] = []
+
+    def counted(model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Any:
+        asked.append(len(prompts))
+        return generate(model, tokenizer, prompts, *rest)
+
+    for died_after in (2, 5):
+        done = subprocess.run([sys.executable, "-c", KILLED, made.output, str(died_after)], capture_output=True)
+        assert done.returncode == -signal.SIGKILL
+    kept = (folder / ".gsm8k.outputs.jsonl").read_text().splitlines()[1:]
+    assert sorted(json.loads(line)["id"] for line in kept) == sorted({json.loads(line)["id"] for line in kept})
+    assert len(kept) == 5
+    monkeypatch.setattr(module, "generate", counted)
+    again = evaluate(made)["gsm8k"]
+    assert asked == [1]
+    assert (again["score"], again["n"]) == (whole["score"], whole["n"])
+    assert (folder / "gsm8k" / "samples.jsonl").read_text() == wanted
 
 
 def test_held_out_loss_is_the_plain_average(finished: Any) -> None:

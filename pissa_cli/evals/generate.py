@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 
 import torch
@@ -11,6 +11,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from pissa_cli.errors import UsageError
 
 TOP_P = 0.95
+MOST = 256
+ON_CPU = 32
+FREE_SHARE = 0.6
 
 
 @torch.no_grad()
@@ -18,19 +21,21 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
-    batch_size: int,
+    batch_size: int | None,
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[tuple[int, str]]:
     """(index of the prompt, answer text) in the order they are done: the longest prompts first.
 
     Prompts (token ids) are padded on the left; an answer ends at end-of-text (the tokenizer's, or one the model's own
-    generation_config names: chat models end a turn by it), at `max_new_tokens` or at the end of the context. Nothing
-    else of the model's generation_config counts: a repetition penalty there would change the score. Above temperature 0
-    answers are sampled from the likeliest tokens that make 95 %, by `seed` and the place of a batch.
-    Batches that do not fit into memory are halved. Raises UsageError for a prompt that leaves no room for an answer.
+    generation_config names: chat models end a turn by it), before a `stop` string, at `max_new_tokens` or at the end of
+    the context. Nothing else of the model's generation_config counts: a repetition penalty there would change the
+    score. Above temperature 0 answers are sampled from the likeliest tokens that make 95 %, by `seed` and the place of
+    a batch. batch_size: None for as many as should fit (`fitting`); batches that do not are halved.
+    Raises UsageError for a prompt that leaves no room for an answer.
     """
     eos = tokenizer.eos_token_id
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -38,9 +43,10 @@ def generate(
     model.generation_config = GenerationConfig(eos_token_id=own)
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    done = 0
+    done, most = 0, batch_size or MOST
     while done < len(order):
-        chunk = order[done : done + batch_size]
+        whole = min(len(prompts[order[done]]) + max_new_tokens, context)
+        chunk = order[done : done + min(most, batch_size or fitting(model, whole))]
         longest = max(len(prompts[i]) for i in chunk)
         room = min(max_new_tokens, context - longest)
         if room < 1:
@@ -60,21 +66,41 @@ def generate(
             ),
             eos_token_id=stops,
             pad_token_id=pad,
+            stop_strings=list(stop) or None,
             bos_token_id=tokenizer.bos_token_id,
         )
         device = model.device
         torch.manual_seed(seed + done)
         try:
-            output = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
+            output = model.generate(
+                ids.to(device), attention_mask=mask.to(device), generation_config=config, tokenizer=tokenizer
+            )
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
                 raise
             torch.cuda.empty_cache()
-            batch_size = len(chunk) // 2
+            most = len(chunk) // 2
             continue
         for row, index in enumerate(chunk):
             tokens = output[row, longest:].tolist()
             tokens = list(takewhile(lambda token: token not in stops, tokens))
-            yield index, tokenizer.decode(tokens, skip_special_tokens=True)
+            yield index, cut(tokenizer.decode(tokens, skip_special_tokens=True), stop)
         done += len(chunk)
         progress(done, len(order))
+
+
+def fitting(model: PreTrainedModel, tokens: int) -> int:
+    """How many sequences of so many tokens should fit beside the model: by the size of their keys and values."""
+    if model.device.type == "cpu":
+        return ON_CPU
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    each = 2 * config.num_hidden_layers * width * model.dtype.itemsize * tokens
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return max(1, min(MOST, int(FREE_SHARE * free / each)))
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    return text[: min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))]

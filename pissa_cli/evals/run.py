@@ -38,6 +38,7 @@ from pissa_cli.rundir import whole_folder, write_json
 
 UNSCORED = "not run; --allow-code-execution scores the answers, which are kept"
 PASS_AT = (1, 10, 100)
+CLASSIFIED = 32
 Progress = Callable[[str, int, int], None]
 
 
@@ -120,7 +121,7 @@ def _score_glue(session: _Session, bench: str, examples: Examples, count: Count)
 def _classify(session: _Session, examples: Examples, metric: str | None, count: Count) -> _Scored:
     recipe = session.recipe
     with autocast(recipe.model.bits, recipe.precision, session.model.device):
-        labels, size = recipe.model.labels, recipe.eval.batch_size
+        labels, size = recipe.model.labels, recipe.eval.batch_size or CLASSIFIED
         return *classify.score(session.model, session.tokenizer, examples, labels, metric, size, count), None
 
 
@@ -181,7 +182,7 @@ def _published(session: _Session, bench: str, n: int) -> dict[str, Any]:
 def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]], count: Count) -> Kept:
     """The model's outputs for prompts (text, tokens), of which those that were kept are not asked for again."""
     section = session.recipe.eval
-    sampling = (section.max_new_tokens, section.temperature, session.recipe.seed)
+    sampling = (section.max_new_tokens, section.temperature, session.recipe.seed, section.stop)
     identity = (session.facts, [text for text, _ in prompts], *sampling)
     with Kept(session.folder / file, identity) as kept:
         left = [number for number in range(len(prompts)) if number not in kept.outputs]
@@ -194,6 +195,7 @@ def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]],
                 section.max_new_tokens,
                 section.temperature,
                 session.recipe.seed + len(kept.outputs),  # after an interruption not the same numbers again
+                section.stop,
                 lambda done, _: count(len(prompts) - len(left) + done, len(prompts)),
             ):
                 kept.add(left[index], output)
