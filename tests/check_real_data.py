@@ -135,17 +135,18 @@ class Check:
         self.note("gsm8k: the references", self.samples("gsm8k", files["gsm8k"], answers), files["gsm8k"])
         answers = [f"The answer is: {competition_math.gold(row)}" for row in rows["math"]]
         self.note("math: the references", self.samples("math", files["math"], answers), files["math"])
-        solutions = [row["prompt"] + row["canonical_solution"] for row in rows["humaneval"]]
-        self.code("humaneval", files["humaneval"], rows["humaneval"], solutions, humaneval.program)
+        own = [row["canonical_solution"] for row in rows["humaneval"]]
+        whole = [row["prompt"] + row["canonical_solution"] for row in rows["humaneval"]]
+        self.code("humaneval", files["humaneval"], rows["humaneval"], own, whole, humaneval.program)
         for name in ("mbpp.jsonl", "sanitized-mbpp.json"):
             file = self.data / "mbpp" / name
             rows["mbpp"] = _rows(file)
-            self.code("mbpp", file, rows["mbpp"], [row["code"] for row in rows["mbpp"]], mbpp.program)
+            solutions = [row["code"] for row in rows["mbpp"]]
+            self.code("mbpp", file, rows["mbpp"], solutions, solutions, mbpp.program)
 
-    def code(self, bench: str, file: Path, rows: list[Row], solutions: list[str], program: Any) -> None:
-        """The set's own solutions, and the same with one operator flipped against plain Python."""
-        fenced = [f"```python\n{code}\n```" for code in solutions]
-        self.note(f"{bench}: its own solutions", self.samples(bench, file, fenced), file)
+    def code(self, bench: str, file: Path, rows: list[Row], own: list[str], solutions: list[str], program: Any) -> None:
+        """The set's own solutions, and the same as whole scripts with one operator flipped, against plain Python."""
+        self.note(f"{bench}: its own solutions", self.samples(bench, file, own), file)
         changed = [flipped(code) or code for code in solutions]
         count = sum(one != other for one, other in zip(changed, solutions, strict=True))
         fenced = [f"```python\n{code}\n```" for code in changed]

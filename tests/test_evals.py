@@ -99,8 +99,8 @@ def test_generation_is_that_of_transformers_and_ignores_the_batch(demo_base: tup
 def test_generation_stays_inside_the_context(demo_base: tuple[Any, Any]) -> None:
     model, tokenizer = demo_base
     assert dict(generate(model, tokenizer, [[5] * 250], 1, 100))
-    with pytest.raises(UsageError, match="no room"):
-        list(generate(model, tokenizer, [[5] * 256], 1, 100))
+    answers = dict(generate(model, tokenizer, [[5] * 256, [5] * 9, [5] * 300], 1, 4))
+    assert answers[0] == answers[2] == "" and answers[1] == dict(generate(model, tokenizer, [[5] * 9], 1, 4))[0] != ""
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +190,16 @@ def test_kill_9_loses_no_answer_and_asks_for_none_twice(finished: Any, monkeypat
     assert asked == [1]
     assert (again["score"], again["n"]) == (whole["score"], whole["n"])
     assert (folder / "gsm8k" / "samples.jsonl").read_text() == wanted
+
+
+def test_prompts_without_room_are_counted(finished: Any, tmp_path: Path) -> None:
+    rows = [{"question": "word " * 300, "answer": "#### 1"}, {"question": "Count.", "answer": "#### 1"}]
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = finished.eval.model_copy(update={"bench": ["gsm8k"], "data": {"gsm8k": str(path)}, "max_new_tokens": 4})
+    result = evaluate(finished.model_copy(update={"eval": section}))["gsm8k"]
+    assert (result["n"], result["prompts_without_room"]) == (2, 1)
+    assert "prompts_without_room" not in evaluate(finished)["gsm8k"]
 
 
 def test_held_out_loss_is_the_plain_average(finished: Any) -> None:

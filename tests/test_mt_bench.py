@@ -134,7 +134,10 @@ def test_a_judge_that_refuses_or_is_away(stand_in: StandIn) -> None:
         Judge(stand_in.url, "m").ask("s", "p")
     assert len(stand_in.asked) == 1 + judge.TRIES
     with pytest.raises(UsageError, match="no http address"):
-        Judge("file:///etc/passwd", "m").ask("s", "p")
+        Judge("file:///etc/passwd", "m").require()
+    with pytest.raises(UsageError, match="cannot be reached"):
+        Judge("http://127.0.0.1:9/v1", "m").require()
+    Judge(stand_in.url, "m").require()
     with pytest.raises(UsageError, match="cannot be reached"):
         Judge("http://127.0.0.1:9/v1", "m").ask("s", "p")
 

@@ -80,6 +80,12 @@ def evaluate_command(
             result = {"results": evaluate(loaded.recipe, allow_code=allow_code_execution, progress=progress)}
         if compare_base:
             result["base"] = evaluate(loaded.recipe, True, allow_code_execution, progress)
+    for results in result.values():
+        for name, r in results.items():
+            if "prompts_without_room" in r:
+                show.say(
+                    f"{name}: {r['prompts_without_room']} prompts fill the model's context; their answers are empty"
+                )
     from rich.table import Table
 
     table = Table()

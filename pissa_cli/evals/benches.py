@@ -1,12 +1,20 @@
-"""The benchmarks there are, and what a recipe says of them."""
+"""The benchmarks there are, what a recipe says of them, and their data."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+from transformers import PreTrainedTokenizerBase
+
+from pissa_cli.data import load_examples
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import competition_math, gsm8k, humaneval, mbpp, mt_bench
 from pissa_cli.evals.bench import Bench
 from pissa_cli.glue import GLUE, SETS
 from pissa_cli.recipe import Recipe
+from pissa_cli.rows import Row, read_rows
 
 GENERATED: dict[str, Bench] = {
     "gsm8k": gsm8k.BENCH,
@@ -70,3 +78,35 @@ def source_of(bench: str, recipe: Recipe) -> str:
     if recipe.data.eval is None:
         raise UsageError("eval loss: no held-out data", "set data.eval, or --data loss=file.jsonl")
     return recipe.data.eval
+
+
+def load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """What a benchmark is scored on: rows, tokenized examples, or MT-Bench's questions. Raises as `read_bench`."""
+    if bench == "mt_bench":
+        return mt_bench.load(source_of(bench, recipe), recipe.eval.limit)
+    if bench in GENERATED:
+        return read_bench(bench, recipe)
+    section = recipe.data.model_copy(update={"limit": recipe.eval.limit})
+    cache = Path(HF_HOME) / "pissa" / "tokens"
+    return load_examples(source_of(bench, recipe), section, tokenizer, cache, recipe.model.labels)
+
+
+def read_bench(name: str, recipe: Recipe) -> list[Row]:
+    """The rows of a benchmark with questions. Raises UsageError for one that lacks a field, naming it."""
+    bench, source, rows = GENERATED[name], source_of(name, recipe), []
+    for number, row in read_rows(source, recipe.eval.limit):
+        if isinstance(row, str):
+            raise UsageError(f"{source}: row {number} cannot be used ({row})")
+        missing = [field for field in bench.fields if field not in row]
+        if missing:
+            raise UsageError(
+                f"{source}: row {number} is no row of {name}: it has no {', '.join(missing)}",
+                f"its columns: {', '.join(row)}",
+            )
+        problem = bench.problem(row)
+        if problem is not None:
+            raise UsageError(f"{source}: row {number} is no row of {name}: {problem}")
+        rows.append(row)
+    if not rows:
+        raise UsageError(f"{source}: no rows")
+    return rows

@@ -8,8 +8,6 @@ from itertools import takewhile
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli.errors import UsageError
-
 TOP_P = 0.95
 MOST = 256
 ON_CPU = 32
@@ -34,23 +32,22 @@ def generate(
     generation_config names: chat models end a turn by it), before a `stop` string, at `max_new_tokens` or at the end of
     the context. Nothing else of the model's generation_config counts: a repetition penalty there would change the
     score. Above temperature 0 answers are sampled from the likeliest tokens that make 95 %, by `seed` and the place of
-    a batch. batch_size: None for as many as should fit (`fitting`); batches that do not are halved.
-    Raises UsageError for a prompt that leaves no room for an answer.
+    a batch. batch_size: None for as many as should fit (`fitting`); batches that do not are halved. The answer
+    to a prompt that leaves no room for one is empty.
     """
     eos = tokenizer.eos_token_id
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     stops = sorted({eos, *(own if isinstance(own, list) else [own] if own is not None else [])})
     model.generation_config = GenerationConfig(eos_token_id=own)
-    context = getattr(model.config, "max_position_embeddings", None) or 2**31
+    context = context_of(model)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    done, most = 0, batch_size or MOST
+    done, most = sum(len(prompt) >= context for prompt in prompts), batch_size or MOST
+    yield from ((index, "") for index in order[:done])
     while done < len(order):
         whole = min(len(prompts[order[done]]) + max_new_tokens, context)
         chunk = order[done : done + min(most, batch_size or fitting(model, whole))]
         longest = max(len(prompts[i]) for i in chunk)
         room = min(max_new_tokens, context - longest)
-        if room < 1:
-            raise UsageError(f"a prompt of {longest} tokens leaves no room for an answer in a context of {context}")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
         ids = torch.full((len(chunk), longest), pad)
         mask = torch.zeros_like(ids)
@@ -99,6 +96,11 @@ def fitting(model: PreTrainedModel, tokens: int) -> int:
     each = 2 * config.num_hidden_layers * width * model.dtype.itemsize * tokens
     free, _ = torch.cuda.mem_get_info(model.device)
     return max(1, min(MOST, int(FREE_SHARE * free / each)))
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Tokens that the model can see."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

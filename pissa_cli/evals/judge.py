@@ -5,8 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,19 @@ class Judge:
     url: str
     model: str
 
+    def require(self) -> None:
+        """Raise UsageError if nothing listens there: before the answers, which take long."""
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"eval.judge_url: {self.url} is no http address", "e.g. https://api.openai.com/v1")
+        try:
+            with socket.create_connection(
+                (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=TIMEOUT
+            ):
+                pass
+        except OSError as error:
+            raise UsageError(f"{self.url}: the judge cannot be reached ({error})", "check eval.judge_url") from None
+
     def ask(self, system: str, prompt: str) -> str:
         """The judge's text, at temperature 0. Waits and asks again after 408, 409, 429, 5xx and lost connections.
 
@@ -36,8 +51,6 @@ class Judge:
         key = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
         url = f"{self.url.rstrip('/')}/chat/completions"
-        if not url.startswith(("http://", "https://")):
-            raise UsageError(f"eval.judge_url: {self.url} is no http address", "e.g. https://api.openai.com/v1")
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         reason = ""
         for attempt in range(TRIES):

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli import __version__
-from pissa_cli.data import load_examples, question_prompt
+from pissa_cli.data import question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import classify, held_out, mt_bench
 from pissa_cli.evals.bench import Grade, pass_at
 from pissa_cli.evals.bench import Progress as Count
-from pissa_cli.evals.benches import GENERATED, check_benches, runs_code, source_of
-from pissa_cli.evals.generate import generate
+from pissa_cli.evals.benches import GENERATED, check_benches, load_bench, read_bench, runs_code, source_of
+from pissa_cli.evals.generate import context_of, generate
 from pissa_cli.evals.judge import Judge
 from pissa_cli.evals.outputs import Kept, read_samples
 from pissa_cli.evals.published import published
@@ -33,7 +32,7 @@ from pissa_cli.loading import load_tokenizer
 from pissa_cli.loss import autocast
 from pissa_cli.model import best_device
 from pissa_cli.recipe import Recipe
-from pissa_cli.rows import Row, read_rows
+from pissa_cli.rows import Row
 from pissa_cli.rundir import whole_folder, write_json
 
 UNSCORED = "not run; --allow-code-execution scores the answers, which are kept"
@@ -67,9 +66,11 @@ def evaluate(
     check_benches(recipe)
     if allow_code and runs_code(recipe):
         protection()
+    if "mt_bench" in recipe.eval.bench:
+        Judge(str(recipe.eval.judge_url), str(recipe.eval.judge_model)).require()
     run, manifest = open_run(recipe)
     tokenizer = load_tokenizer(require_base(run, manifest, recipe), recipe.model)
-    data = {bench: _load_bench(bench, recipe, tokenizer) for bench in recipe.eval.bench}
+    data = {bench: load_bench(bench, recipe, tokenizer) for bench in recipe.eval.bench}
     facts = {
         "model": "base" if base else "trained",
         "step": 0 if base else trained_steps(recipe),
@@ -135,7 +136,7 @@ def _score_generated(session: _Session, bench: str, rows: list[Row], count: Coun
     outputs = [kept.outputs[number] for number in range(len(rows))]
     result, samples = _grade(bench, rows, outputs, count, recipe.eval.samples)
     samples = [{"prompt": text} | sample for (text, _), sample in zip(prompts, samples, strict=True)]
-    return result | _settings(session, bench, result["n"]), samples, kept
+    return result | _settings(session, bench, result["n"]) | _without_room(session, prompts), samples, kept
 
 
 def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count: Count) -> _Scored:
@@ -153,7 +154,7 @@ def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count
     ]
     with Kept(session.folder / f".{bench}.judgments.jsonl", (judge.url, judge.model, asked)) as kept:
         result, samples = mt_bench.grade(data, answers, judge, kept.outputs, kept.add, count)
-    return result | _settings(session, bench, len(samples)), samples, None
+    return result | _settings(session, bench, len(samples)) | _without_room(session, first + second), samples, None
 
 
 _SCORERS: dict[str, Callable[..., _Scored | None]] = {
@@ -168,6 +169,12 @@ def _settings(session: _Session, bench: str, n: int) -> dict[str, Any]:
     section = session.recipe.data
     settings = {"engine": "transformers", "template": section.template or section.format}
     return settings | _published(session, bench, n)
+
+
+def _without_room(session: _Session, prompts: list[tuple[str, list[int]]]) -> dict[str, int]:
+    """How many prompts fill the context, where there are such; their answers are empty."""
+    count = sum(len(tokens) >= context_of(session.model) for _, tokens in prompts)
+    return {"prompts_without_room": count} if count else {}
 
 
 def _published(session: _Session, bench: str, n: int) -> dict[str, Any]:
@@ -218,42 +225,12 @@ def score_samples(
             f"{bench}: scoring runs programs that a model wrote",
             "allow it with --allow-code-execution; docs/evaluation.md says how they are kept apart",
         )
-    began, rows = time.time(), _read_bench(bench, recipe)
+    began, rows = time.time(), read_bench(bench, recipe)
     outputs = read_samples(source, GENERATED[bench], rows)
     result, samples = _grade(bench, rows, outputs, lambda done, total: progress(bench, done, total))
     result |= {"model": "samples", "samples": source}
     folder = Path(recipe.output) / "eval" / "samples" / bench
     return {bench: _write(folder, result, bench, recipe, samples, began)}
-
-
-def _load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
-    if bench == "mt_bench":
-        return mt_bench.load(source_of(bench, recipe), recipe.eval.limit)
-    if bench in GENERATED:
-        return _read_bench(bench, recipe)
-    section = recipe.data.model_copy(update={"limit": recipe.eval.limit})
-    cache = Path(HF_HOME) / "pissa" / "tokens"
-    return load_examples(source_of(bench, recipe), section, tokenizer, cache, recipe.model.labels)
-
-
-def _read_bench(name: str, recipe: Recipe) -> list[Row]:
-    bench, source, rows = GENERATED[name], source_of(name, recipe), []
-    for number, row in read_rows(source, recipe.eval.limit):
-        if isinstance(row, str):
-            raise UsageError(f"{source}: row {number} cannot be used ({row})")
-        missing = [field for field in bench.fields if field not in row]
-        if missing:
-            raise UsageError(
-                f"{source}: row {number} is no row of {name}: it has no {', '.join(missing)}",
-                f"its columns: {', '.join(row)}",
-            )
-        problem = bench.problem(row)
-        if problem is not None:
-            raise UsageError(f"{source}: row {number} is no row of {name}: {problem}")
-        rows.append(row)
-    if not rows:
-        raise UsageError(f"{source}: no rows")
-    return rows
 
 
 def _grade(
