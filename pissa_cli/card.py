@@ -75,9 +75,13 @@ def _figures(run: Run, step: int | None) -> list[tuple[str, str]]:
         held_out = [event["eval_loss"] for event in events if "eval_loss" in event]
         if held_out:
             rows.append(("held-out loss", f"{held_out[-1]:.4f}"))
-    for path in sorted((run.folder / "eval").glob("*/result.json")) if step is None else []:
+    scored = run.folder / "eval"
+    for path in sorted(scored.rglob("result.json")) if step is None else []:
+        if path.relative_to(scored).parts[0] in ("base", "samples"):
+            continue
         result = read_json(path)
-        rows.append((f"{path.parent.name}, {result['metric']}", f"{result['score']:.2f} ± {result['stderr']:.2f}"))
+        spread = f" ± {result['stderr']:.2f}" if result["stderr"] is not None else ""
+        rows.append((f"{path.parent.relative_to(scored)}, {result['metric']}", f"{result['score']:.2f}{spread}"))
     return rows
 
 

@@ -315,3 +315,13 @@ def test_the_command_says_that_nothing_was_run(made: Callable[..., Any], rows: P
     done = pissa("eval", recipe.output, "--json")
     assert done.code == 0 and done.json["results"]["humaneval"]["score"] is None
     assert "not run" in pissa("eval", recipe.output).out
+
+
+def test_algebra_stands_beside_the_score_and_never_instead() -> None:
+    rows = [
+        {"problem": "p", "solution": f"so \\boxed{{{answer}}}"} for answer in ("\\frac{1}{2}", "2x+1", "(1,2)", "5")
+    ]
+    outputs = [f"The answer is: {answer}" for answer in ("0.50", "1+2x", "(1,2)", "6")]
+    grades = competition_math.BENCH.grade(rows, outputs, lambda *_: None)
+    assert [grade.correct for grade in grades] == [False, False, True, False]
+    assert competition_math.BENCH.beside(rows, outputs) == {"symbolic": 75}

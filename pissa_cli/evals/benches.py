@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.data import load_examples
 from pissa_cli.errors import UsageError
-from pissa_cli.evals import competition_math, gsm8k, humaneval, mbpp, mt_bench
+from pissa_cli.evals import competition_math, gsm8k, harness, humaneval, mbpp, mt_bench
 from pissa_cli.evals.bench import Bench
 from pissa_cli.glue import GLUE, SETS
 from pissa_cli.recipe import Recipe
@@ -22,7 +22,7 @@ GENERATED: dict[str, Bench] = {
     "humaneval": humaneval.BENCH,
     "mbpp": mbpp.BENCH,
 }
-BENCHES = (*GENERATED, "mt_bench", *SETS, "loss")
+BENCHES = (*GENERATED, "mt_bench", *SETS, "loss", f"{harness.PREFIX}<task>")
 
 
 def runs_code(recipe: Recipe) -> bool:
@@ -35,10 +35,12 @@ def check_benches(recipe: Recipe) -> None:
     if not recipe.eval.bench:
         raise UsageError("eval.bench: no benchmark given", f"name some with --bench: {', '.join(BENCHES)}")
     for bench in recipe.eval.bench:
-        if bench not in BENCHES:
+        if bench.startswith(harness.PREFIX):
+            harness.require_harness(bench)
+        elif bench not in BENCHES:
             raise UsageError(f"eval.bench: unknown benchmark '{bench}'", f"known: {', '.join(BENCHES)}")
         _check_task(bench, recipe)
-    unknown = set(recipe.eval.data) - set(BENCHES)
+    unknown = {bench for bench in recipe.eval.data if not bench.startswith(harness.PREFIX)} - set(BENCHES)
     if unknown:
         raise UsageError(f"eval.data: unknown benchmark '{min(unknown)}'", f"known: {', '.join(BENCHES)}")
     if "mt_bench" in recipe.eval.bench and not (recipe.eval.judge_url and recipe.eval.judge_model):
@@ -73,6 +75,8 @@ def source_of(bench: str, recipe: Recipe) -> str:
         return GENERATED[bench].data
     if bench in SETS:
         return SETS[bench].data
+    if bench.startswith(harness.PREFIX):
+        return "the harness's own"
     if bench == "mt_bench":
         return mt_bench.DATA
     if recipe.data.eval is None:
@@ -82,6 +86,8 @@ def source_of(bench: str, recipe: Recipe) -> str:
 
 def load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     """What a benchmark is scored on: rows, tokenized examples, or MT-Bench's questions. Raises as `read_bench`."""
+    if bench.startswith(harness.PREFIX):
+        return harness.load_task(bench, recipe.eval.data.get(bench))
     if bench == "mt_bench":
         return mt_bench.load(source_of(bench, recipe), recipe.eval.limit)
     if bench in GENERATED:

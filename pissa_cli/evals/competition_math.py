@@ -6,7 +6,9 @@ solution once both are normalized by the rules that came with the data set. No a
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from collections.abc import Sequence
 
 from pissa_cli.evals.bench import Bench, Grade, one_by_one
 from pissa_cli.evals.gsm8k import MARKER
@@ -112,6 +114,21 @@ def _grade(row: Row, output: str) -> Grade:
     return Grade(answer, answer is not None and reference is not None and equal(answer, reference))
 
 
+def _symbolic(rows: Sequence[Row], outputs: Sequence[str]) -> dict[str, float]:
+    """The share that is right by the rules above or by algebra, where math-verify is installed (extra `math`)."""
+    if importlib.util.find_spec("math_verify") is None:
+        return {}
+    from math_verify import parse, verify
+
+    def right(row: Row, output: str) -> bool:
+        answer, reference = extract(output), gold(row)
+        if answer is None or reference is None:
+            return False
+        return equal(answer, reference) or bool(verify(parse(f"${reference}$"), parse(f"${answer}$")))
+
+    return {"symbolic": 100 * sum(map(right, rows, outputs)) / len(rows)}
+
+
 BENCH = Bench(
     data="DigitalLearningGmbH/MATH-lighteval::test",
     published={5000: "the test set", 500: "MATH-500"},
@@ -120,6 +137,7 @@ BENCH = Bench(
     reference=lambda row: str(gold(row)),
     problem=lambda row: None if gold(row) is not None else "its solution has no \\boxed{}",
     grade=one_by_one(_grade),
+    beside=_symbolic,
     metric="exact match, %",
     protocol="PiSSA repository: after the last 'The answer is: ', normalized as in MATH's own code, no algebra",
 )

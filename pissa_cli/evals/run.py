@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pissa_cli import __version__
 from pissa_cli.data import question_prompt
 from pissa_cli.errors import UsageError
-from pissa_cli.evals import classify, held_out, mt_bench
+from pissa_cli.evals import classify, harness, held_out, mt_bench
 from pissa_cli.evals.bench import Grade, pass_at
 from pissa_cli.evals.bench import Progress as Count
 from pissa_cli.evals.benches import GENERATED, check_benches, load_bench, read_bench, runs_code, source_of
@@ -87,12 +87,12 @@ def evaluate(
         def count(done: int, total: int, bench: str = bench) -> None:
             progress(bench, done, total)
 
-        scored = _SCORERS.get(bench, _score_generated)(session, bench, loaded, count)
+        scored = _SCORERS.get(bench.partition(":")[0], _score_generated)(session, bench, loaded, count)
         if scored is None:
             results[bench] = {"score": None, "stderr": None, "n": len(loaded), "metric": UNSCORED} | facts
             continue
         result, samples, kept = scored
-        results[bench] = _write(session.folder / bench, result | facts, bench, recipe, samples, began)
+        results[bench] = _write(session.folder / bench.replace(":", "/"), result | facts, bench, recipe, samples, began)
         if kept is not None:
             kept.remove()
     return results
@@ -157,9 +157,19 @@ def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count
     return result | _settings(session, bench, len(samples)) | _without_room(session, first + second), samples, None
 
 
+def _score_harness(session: _Session, bench: str, manager: Any, _count: Count) -> _Scored:
+    recipe = session.recipe
+    chat, section = recipe.data.format == "chat", recipe.eval
+    with autocast(recipe.model.bits, recipe.precision, session.model.device):
+        return *harness.score(
+            session.model, session.tokenizer, manager, bench, section.limit, section.batch_size, chat
+        ), None
+
+
 _SCORERS: dict[str, Callable[..., _Scored | None]] = {
     "loss": _score_loss,
     "mt_bench": _score_mt_bench,
+    "lm_eval": _score_harness,
     **dict.fromkeys(SETS, _score_glue),
 }
 
@@ -258,6 +268,7 @@ def _grade(
     if each > 1:
         ks = [k for k in PASS_AT if k <= each]
         result["pass_at"] = {str(k): 100 * sum(pass_at(k, each, hits) for hits in right) / n for k in ks}
+    result |= bench.beside(rows, outputs)
     return result | ({"protection": protection().text()} if bench.runs_code else {}), samples
 
 
