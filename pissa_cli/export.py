@@ -20,7 +20,7 @@ from pissa_cli.card import model_card
 from pissa_cli.data import batch_losses, load_examples, padding
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
-from pissa_cli.exported import load_with, result_files
+from pissa_cli.exported import load_with, result_files, trained_steps
 from pissa_cli.initialize import open_run
 from pissa_cli.loading import load_model, load_tokenizer
 from pissa_cli.loss import autocast, summed_loss
@@ -37,7 +37,7 @@ from pissa_cli.model import (
 )
 from pissa_cli.probes import PROBES, logit_difference, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import Run, read_json, require_free, whole_folder, write_json, write_text
+from pissa_cli.rundir import PROVENANCE, Run, read_json, require_free, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, task_settings, write_nf4_config
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
@@ -82,6 +82,8 @@ def merge(
         model_config.pop("quantization_config", None)
         write_json(target / "config.json", model_config)
         write_text(target / "README.md", model_card(recipe, "merged into one model", step=step))
+        at_step = trained_steps(recipe) if step is None else step
+        write_json(target / PROVENANCE, {"method": recipe.adapter.method, "step": at_step})
         tolerance = max(MERGE_TOLERANCE[dtype] for dtype in dtypes)
         difference = _compare(recipe, load_with(recipe, folder, adapter, best_device()), target, tolerance)
     return {"path": str(target_folder), "bytes": writer.total_bytes, **difference}

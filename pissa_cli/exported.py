@@ -102,6 +102,17 @@ def trained_steps(recipe: Recipe) -> int:
     return int(read_json(folder / PROVENANCE)["step"])
 
 
+def merged_files(recipe: Recipe) -> Path:
+    """`merged/` of a run. Raises UsageError if it is not there, or is of another step than the result."""
+    run = Run(Path(recipe.output))
+    if not (run.merged / PROVENANCE).is_file():
+        raise UsageError(f"{run.merged}: not there", "run `pissa merge` first")
+    step, wanted = read_json(run.merged / PROVENANCE)["step"], trained_steps(recipe)
+    if step != wanted:
+        raise UsageError(f"{run.merged}: is of step {step}, the result of step {wanted}", "run `pissa merge` again")
+    return run.merged
+
+
 def result_files(recipe: Recipe, step: int | None = None) -> tuple[Path, Adapter]:
     """(folder of the base, adapter) of a run's result, or of its checkpoint `step`."""
     return adapter_files(recipe) if step is None else checkpoint_files(recipe, step)

@@ -228,7 +228,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def context_length(folder: Path, section: ModelSection) -> int | None:
     """Tokens the model can see, where its configuration says. RoBERTa counts positions from its padding's number on."""
     config = read_config(folder, section)
-    length = getattr(config, "max_position_embeddings", None)
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(length, int) or length <= 0:
         return None
     return length - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)

@@ -143,6 +143,9 @@ class EvalSection(Section):
     bench: list[str] = Field([], description="benchmarks: gsm8k, math, humaneval, mbpp, mt_bench, glue/<task>, loss")
     data: dict[str, str] = Field({}, description="bench: file, instead of the published data on the Hub")
     limit: int | None = Field(None, ge=1, description="score the first N questions")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="what writes the answers; vllm serves merged/ (extra vllm)"
+    )
     batch_size: int | None = Field(None, ge=1, description="prompts generated together; default: as many as fit")
     max_new_tokens: int = Field(1024, ge=1, description="longest answer")
     samples: int = Field(1, ge=1, description="answers to each question, for pass@k; needs a temperature")

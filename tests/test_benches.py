@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from pissa_cli.errors import UsageError
-from pissa_cli.evals import code, competition_math, humaneval, mbpp
-from pissa_cli.evals import run as module
+from pissa_cli.evals import code, competition_math, humaneval, mbpp, results
 from pissa_cli.evals.bench import Grade, pass_at
 from pissa_cli.evals.code import written
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.published import published
-from pissa_cli.evals.run import evaluate, score_samples
+from pissa_cli.evals.results import score_samples
+from pissa_cli.evals.run import evaluate
 from pissa_cli.train import train
 
 EQUAL = [
@@ -244,8 +244,8 @@ def test_samples_of_one_question_count_together(made: Callable[..., Any], rows: 
     grade = [Grade(None, right) for right in (True, False, True, True)]
     bench = dataclasses.replace(humaneval.BENCH, grade=lambda *_: grade)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module.GENERATED, "humaneval", bench)
-        found, _ = module._grade("humaneval", [ADD] * 4, ["x"] * 4, lambda *_: None, each=2)
+        patch.setitem(results.GENERATED, "humaneval", bench)
+        found, _ = results.grade_outputs("humaneval", [ADD] * 4, ["x"] * 4, lambda *_: None, each=2)
     assert (found["score"], found["n"], found["pass_at"]) == (75, 2, {"1": 75})
     assert found["stderr"] == pytest.approx(100 * (0.25**2 / 2) ** 0.5)
 

@@ -58,7 +58,8 @@ def evaluate_command(
 
     show.quiet_libraries(debug)
     from pissa_cli.evals.benches import check_benches, runs_code
-    from pissa_cli.evals.run import evaluate, score_samples
+    from pissa_cli.evals.results import score_samples
+    from pissa_cli.evals.run import evaluate
     from pissa_cli.evals.sandbox import protection
 
     if samples is not None and compare_base:

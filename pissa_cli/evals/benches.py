@@ -40,6 +40,7 @@ def check_benches(recipe: Recipe) -> None:
         elif bench not in BENCHES:
             raise UsageError(f"eval.bench: unknown benchmark '{bench}'", f"known: {', '.join(BENCHES)}")
         _check_task(bench, recipe)
+        _check_engine(bench, recipe)
     unknown = {bench for bench in recipe.eval.data if not bench.startswith(harness.PREFIX)} - set(BENCHES)
     if unknown:
         raise UsageError(f"eval.data: unknown benchmark '{min(unknown)}'", f"known: {', '.join(BENCHES)}")
@@ -65,6 +66,15 @@ def _check_task(bench: str, recipe: Recipe) -> None:
             f"eval.bench: {bench} has the classes {', '.join(GLUE[SETS[bench].task].labels)}, this model "
             f"{', '.join(recipe.model.labels)}",
             f"train one with data.format glue/{SETS[bench].task}",
+        )
+
+
+def _check_engine(bench: str, recipe: Recipe) -> None:
+    """UsageError if the engine only writes answers, and the benchmark wants more."""
+    if recipe.eval.engine != "transformers" and bench not in (*GENERATED, "mt_bench"):
+        raise UsageError(
+            f"eval.engine: {recipe.eval.engine} writes answers, which {bench} does not score",
+            "score it on its own, without the engine",
         )
 
 

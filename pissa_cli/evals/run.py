@@ -2,55 +2,58 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli import __version__
 from pissa_cli.data import question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import classify, harness, held_out, mt_bench
-from pissa_cli.evals.bench import Grade, pass_at
 from pissa_cli.evals.bench import Progress as Count
-from pissa_cli.evals.benches import GENERATED, check_benches, load_bench, read_bench, runs_code, source_of
-from pissa_cli.evals.generate import context_of, generate
+from pissa_cli.evals.benches import GENERATED, check_benches, load_bench, runs_code
+from pissa_cli.evals.generate import generate
 from pissa_cli.evals.judge import Judge
-from pissa_cli.evals.outputs import Kept, read_samples
+from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.published import published
+from pissa_cli.evals.results import Progress, grade_outputs, write_result
 from pissa_cli.evals.sandbox import protection
+from pissa_cli.evals.served import Server, serve
 from pissa_cli.examples import Examples
-from pissa_cli.exported import load_plain_base, load_result, trained_steps
+from pissa_cli.exported import load_plain_base, load_result, merged_files, trained_steps
 from pissa_cli.glue import GLUE, SETS
 from pissa_cli.initialize import open_run, require_base
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.loss import autocast
-from pissa_cli.model import best_device
+from pissa_cli.model import best_device, context_length
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row
-from pissa_cli.rundir import whole_folder, write_json
 
 UNSCORED = "not run; --allow-code-execution scores the answers, which are kept"
-PASS_AT = (1, 10, 100)
 CLASSIFIED = 32
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class _Session:
-    """A model under evaluation; `facts` say which, in every result."""
+    """A model under evaluation, here or on a server; it sees `context` tokens; `facts` say which, in every result."""
 
     recipe: Recipe
-    model: PreTrainedModel
+    writer: PreTrainedModel | Server
     tokenizer: PreTrainedTokenizerBase
     folder: Path
+    context: int
     facts: dict[str, Any]
     allow_code: bool
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """For what is not generated; `check_benches` lets nothing of that through to a server."""
+        assert not isinstance(self.writer, Server)
+        return self.writer
 
 
 def evaluate(
@@ -69,7 +72,8 @@ def evaluate(
     if "mt_bench" in recipe.eval.bench:
         Judge(str(recipe.eval.judge_url), str(recipe.eval.judge_model)).require()
     run, manifest = open_run(recipe)
-    tokenizer = load_tokenizer(require_base(run, manifest, recipe), recipe.model)
+    base_folder = require_base(run, manifest, recipe)
+    tokenizer, context = load_tokenizer(base_folder, recipe.model), context_length(base_folder, recipe.model) or 2**31
     data = {bench: load_bench(bench, recipe, tokenizer) for bench in recipe.eval.bench}
     facts = {
         "model": "base" if base else "trained",
@@ -78,9 +82,26 @@ def evaluate(
         "started": manifest["created"],
         "precision": recipe.precision,
     }
-    model = (load_plain_base if base else load_result)(recipe, best_device())
-    session = _Session(recipe, model, tokenizer, run.folder / "eval" / ("base" if base else ""), facts, allow_code)
-    results = {}
+    folder = run.folder / "eval" / ("base" if base else "")
+    with _writer(recipe, base, base_folder, context) as writer:
+        session = _Session(recipe, writer, tokenizer, folder, context, facts, allow_code)
+        return _score_all(session, data, progress)
+
+
+@contextmanager
+def _writer(recipe: Recipe, base: bool, base_folder: Path, context: int) -> Iterator[PreTrainedModel | Server]:
+    """What answers: the model in this process, or vLLM with merged/ (or the plain base)."""
+    if recipe.eval.engine == "transformers":
+        yield (load_plain_base if base else load_result)(recipe, best_device())
+        return
+    if base and recipe.model.bits == 4:
+        raise UsageError("eval.engine: vllm cannot serve a 4-bit base with its start", "score it without the engine")
+    with serve(base_folder if base else merged_files(recipe), recipe.precision, context) as server:
+        yield server
+
+
+def _score_all(session: _Session, data: dict[str, Any], progress: Progress) -> dict[str, dict[str, Any]]:
+    recipe, results = session.recipe, {}
     for bench, loaded in data.items():
         began = time.time()
 
@@ -89,10 +110,13 @@ def evaluate(
 
         scored = _SCORERS.get(bench.partition(":")[0], _score_generated)(session, bench, loaded, count)
         if scored is None:
-            results[bench] = {"score": None, "stderr": None, "n": len(loaded), "metric": UNSCORED} | facts
+            results[bench] = {"score": None, "stderr": None, "n": len(loaded), "metric": UNSCORED}
+            results[bench] |= session.facts
             continue
         result, samples, kept = scored
-        results[bench] = _write(session.folder / bench.replace(":", "/"), result | facts, bench, recipe, samples, began)
+        results[bench] = write_result(
+            session.folder / bench.replace(":", "/"), result | session.facts, bench, recipe, samples, began
+        )
         if kept is not None:
             kept.remove()
     return results
@@ -134,7 +158,7 @@ def _score_generated(session: _Session, bench: str, rows: list[Row], count: Coun
     if GENERATED[bench].runs_code and not session.allow_code:
         return None
     outputs = [kept.outputs[number] for number in range(len(rows))]
-    result, samples = _grade(bench, rows, outputs, count, recipe.eval.samples)
+    result, samples = grade_outputs(bench, rows, outputs, count, recipe.eval.samples)
     samples = [{"prompt": text} | sample for (text, _), sample in zip(prompts, samples, strict=True)]
     return result | _settings(session, bench, result["n"]) | _without_room(session, prompts), samples, kept
 
@@ -177,13 +201,13 @@ _SCORERS: dict[str, Callable[..., _Scored | None]] = {
 def _settings(session: _Session, bench: str, n: int) -> dict[str, Any]:
     """What stands behind the score of generated answers."""
     section = session.recipe.data
-    settings = {"engine": "transformers", "template": section.template or section.format}
+    settings = {"engine": session.recipe.eval.engine, "template": section.template or section.format}
     return settings | _published(session, bench, n)
 
 
 def _without_room(session: _Session, prompts: list[tuple[str, list[int]]]) -> dict[str, int]:
     """How many prompts fill the context, where there are such; their answers are empty."""
-    count = sum(len(tokens) >= context_of(session.model) for _, tokens in prompts)
+    count = sum(len(tokens) >= session.context for _, tokens in prompts)
     return {"prompts_without_room": count} if count else {}
 
 
@@ -199,87 +223,22 @@ def _published(session: _Session, bench: str, n: int) -> dict[str, Any]:
 def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]], count: Count) -> Kept:
     """The model's outputs for prompts (text, tokens), of which those that were kept are not asked for again."""
     section = session.recipe.eval
-    sampling = (section.max_new_tokens, section.temperature, session.recipe.seed, section.stop)
+    sampling = (section.engine, section.max_new_tokens, section.temperature, session.recipe.seed, section.stop)
     identity = (session.facts, [text for text, _ in prompts], *sampling)
     with Kept(session.folder / file, identity) as kept:
         left = [number for number in range(len(prompts)) if number not in kept.outputs]
-        with autocast(session.recipe.model.bits, session.recipe.precision, session.model.device):
-            for index, output in generate(
-                session.model,
-                session.tokenizer,
-                [prompts[number][1] for number in left],
-                section.batch_size,
-                section.max_new_tokens,
-                section.temperature,
-                session.recipe.seed + len(kept.outputs),  # after an interruption not the same numbers again
-                section.stop,
-                lambda done, _: count(len(prompts) - len(left) + done, len(prompts)),
-            ):
+        asked = [prompts[number][1] for number in left]
+
+        def counted(done: int, _total: int) -> None:
+            count(len(prompts) - len(left) + done, len(prompts))
+
+        seed = session.recipe.seed + len(kept.outputs)  # after an interruption not the same numbers again
+        settings = (section.max_new_tokens, section.temperature, seed, section.stop, counted)
+        if isinstance(session.writer, Server):
+            answers = session.writer.generate(asked, *settings)
+        else:
+            answers = generate(session.writer, session.tokenizer, asked, section.batch_size, *settings)
+        with autocast(session.recipe.model.bits, session.recipe.precision, best_device()):
+            for index, output in answers:
                 kept.add(left[index], output)
     return kept
-
-
-def score_samples(
-    recipe: Recipe, source: str, allow_code: bool = False, progress: Progress = lambda *_: None
-) -> dict[str, dict[str, Any]]:
-    """Results of the one benchmark of a recipe for outputs made elsewhere, without any model; see `read_samples`.
-
-    Writes eval/samples/<bench>/ in the run folder, which need not be a run.
-    """
-    check_benches(recipe)
-    if len(recipe.eval.bench) != 1 or recipe.eval.bench[0] not in GENERATED:
-        raise UsageError("--samples: needs exactly one benchmark with questions", f"--bench {', '.join(GENERATED)}")
-    (bench,) = recipe.eval.bench
-    if GENERATED[bench].runs_code and not allow_code:
-        raise UsageError(
-            f"{bench}: scoring runs programs that a model wrote",
-            "allow it with --allow-code-execution; docs/evaluation.md says how they are kept apart",
-        )
-    began, rows = time.time(), read_bench(bench, recipe)
-    outputs = read_samples(source, GENERATED[bench], rows)
-    result, samples = _grade(bench, rows, outputs, lambda done, total: progress(bench, done, total))
-    result |= {"model": "samples", "samples": source}
-    folder = Path(recipe.output) / "eval" / "samples" / bench
-    return {bench: _write(folder, result, bench, recipe, samples, began)}
-
-
-def _grade(
-    name: str, rows: list[Row], outputs: list[str], count: Count, each: int = 1
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(result, samples) for outputs of which `each` in a row answer the same question."""
-    bench = GENERATED[name]
-    grades: list[Grade] = bench.grade(rows, outputs, count)
-    samples = [
-        {"id": number // each, "output": output, "answer": grade.answer, "reference": bench.reference(row)}
-        | {"correct": grade.correct, "detail": grade.detail}
-        for number, (row, output, grade) in enumerate(zip(rows, outputs, grades, strict=True))
-    ]
-    right = [sum(grade.correct for grade in grades[i : i + each]) for i in range(0, len(grades), each)]
-    n, mean = len(right), sum(right) / len(grades)
-    spread = sum((hits / each - mean) ** 2 for hits in right) / n
-    result = {
-        "score": 100 * mean,
-        "metric": bench.metric,
-        "stderr": 100 * math.sqrt(spread / n),
-        "n": n,
-        "rows": bench.published.get(n, f"not a published set ({', '.join(map(str, bench.published))} rows)"),
-        "protocol": bench.protocol,
-    }
-    if each > 1:
-        ks = [k for k in PASS_AT if k <= each]
-        result["pass_at"] = {str(k): 100 * sum(pass_at(k, each, hits) for hits in right) / n for k in ks}
-    result |= bench.beside(rows, outputs)
-    return result | ({"protection": protection().text()} if bench.runs_code else {}), samples
-
-
-def _write(
-    folder: Path, result: dict[str, Any], bench: str, recipe: Recipe, samples: list[dict[str, Any]], began: float
-) -> dict[str, Any]:
-    """Write result.json and samples.jsonl; returns the result with what every benchmark says."""
-    result |= {"bench": bench, "data": source_of(bench, recipe), "seconds": round(time.time() - began, 3)}
-    result |= {"pissa": __version__}
-    with whole_folder(folder) as made:
-        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        (made / "samples.jsonl").write_text(lines, encoding="utf-8", errors="backslashreplace")
-        write_json(made / "result.json", result)
-    return result

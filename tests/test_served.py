@@ -1,0 +1,129 @@
+"""The engine `vllm`: a stand-in for its command answers over real HTTP with what transformers generates."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pissa_cli.errors import PissaError
+from pissa_cli.evals.served import serve
+from pissa_cli.train import train
+
+SCRIPT = """#!{python}
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+given = sys.argv[1:]
+if os.environ.get("STAND_IN_FAILS"):
+    print("first line\\nCUDA is not here")
+    sys.exit(3)
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = given[1]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+    def answer(self, status, content):
+        raw = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+    def do_GET(self): self.answer(200 if self.path == "/health" else 404, {{}})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with open({log!r}, "a") as log: log.write(json.dumps([given, body]) + "\\n")
+        if self.headers["Authorization"] != "Bearer " + os.environ["VLLM_API_KEY"]: return self.answer(401, {{}})
+        if os.environ.get("STAND_IN_BREAKS"): return self.answer(500, {{"error": "out of blocks"}})
+        ids = torch.tensor([body["prompt"]])
+        with torch.no_grad():
+            mask, room = torch.ones_like(ids), body["max_tokens"]
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=room, do_sample=False)
+        text = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+        self.answer(200, {{"choices": [{{"text": text}}]}})
+port = int(given[given.index("--port") + 1])
+ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the stand-in writes what it was asked; it is first on the path."""
+    path, folder = tmp_path / "asked.jsonl", tmp_path / "bin"
+    folder.mkdir()
+    (folder / "vllm").write_text(SCRIPT.format(python=sys.executable, log=str(path)))
+    (folder / "vllm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return path
+
+
+@pytest.fixture
+def run(recipe: Callable[..., Any], models: Callable[[str], Path], rows: Path, tmp_path: Path) -> str:
+    data = tmp_path / "questions.jsonl"
+    questions = [{"question": f"What is {n} + {n}?" + " and" * n, "answer": f"#### {2 * n}"} for n in range(5)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    sets = ["eval.bench=[gsm8k]", f"eval.data={{gsm8k: {data}}}", "eval.max_new_tokens=6"]
+    made = recipe(
+        models("llama"),
+        "model.bits=32",
+        "adapter.rank=4",
+        f"data.train={rows}",
+        "train.steps=2",
+        "train.lr=0.01",
+        *sets,
+    )
+    train(made)
+    return str(made.output)
+
+
+def test_answers_are_those_of_transformers(run: str, log: Path, pissa: Callable[..., Any]) -> None:
+    samples = Path(run) / "eval" / "gsm8k" / "samples.jsonl"
+    assert pissa("eval", run).code == 0
+    wanted = [json.loads(line)["output"] for line in samples.read_text().splitlines()]
+    samples.unlink()
+    refused = pissa("eval", run, "--set", "eval.engine=vllm")
+    assert refused.code == 2 and "run `pissa merge` first" in refused.err
+    assert pissa("merge", run).code == 0
+    outcome = pissa("eval", run, "--set", "eval.engine=vllm", "--json")
+    assert outcome.code == 0, outcome.err
+    assert [json.loads(line)["output"] for line in samples.read_text().splitlines()] == wanted
+    assert outcome.json["results"]["gsm8k"]["engine"] == "vllm"
+    asked = [json.loads(line) for line in log.read_text().splitlines()]
+    given, body = asked[0]
+    assert given[:2] == ["serve", str(Path(run) / "merged")] and given[given.index("--host") + 1] == "127.0.0.1"
+    assert given[given.index("--dtype") + 1] == "float32"
+    assert len(asked) == 5 and (body["model"], body["temperature"], body["max_tokens"]) == ("tuned", 0.0, 6)
+    processes = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+    assert not any(str(log.parent).encode() in line for line in processes)
+    manifest = Path(run) / "merged" / "pissa.json"
+    manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 1'))
+    stale = pissa("eval", run, "--set", "eval.engine=vllm")
+    assert stale.code == 2 and "merge` again" in stale.err
+
+
+def test_a_server_that_does_not_come_up_or_breaks(
+    run: str, log: Path, pissa: Callable[..., Any], models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_FAILS", "1")
+    with pytest.raises(PissaError, match="CUDA is not here"), serve(models("llama"), "bf16", 256):
+        pass
+    monkeypatch.delenv("STAND_IN_FAILS")
+    assert pissa("merge", run).code == 0
+    monkeypatch.setenv("STAND_IN_BREAKS", "1")
+    outcome = pissa("eval", run, "--set", "eval.engine=vllm")
+    assert outcome.code == 1 and "out of blocks" in outcome.err
+
+
+def test_what_the_engine_cannot_score(run: str, pissa: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = pissa("eval", run, "--bench", "loss", "--set", "eval.engine=vllm")
+    assert outcome.code == 2 and "which loss does not score" in outcome.err
+    assert pissa("merge", run).code == 0
+    monkeypatch.setenv("PATH", "/nowhere")
+    outcome = pissa("eval", run, "--set", "eval.engine=vllm")
+    assert outcome.code == 2 and "pissa[vllm]" in outcome.err
