@@ -13,6 +13,7 @@ import pytest
 
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import code, competition_math, humaneval, mbpp, results
+from pissa_cli.evals import run as module
 from pissa_cli.evals.bench import Grade, pass_at
 from pissa_cli.evals.code import written
 from pissa_cli.evals.outputs import Kept
