@@ -21,7 +21,7 @@ SCALE_GRID = (0.8, 0.88, 0.94, 1.0)
 COARSE_GRID = (0.88, 0.97)
 TABLE_STEPS = 1024  # cells of the lookup tables in [0, 1]; each holds one midpoint of levels at most
 TINY = torch.finfo(torch.float32).tiny
-CHUNK = {"cpu": 2**19, "cuda": 2**24}  # numbers that the search looks at together
+CHUNK = {"cpu": 2**18, "cuda": 2**24}  # numbers that the search looks at together
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 
 
@@ -146,7 +146,7 @@ class _Tables:
     def codes(self, blocks: Tensor, absmax: Tensor) -> Tensor:
         """The nearest levels (n, 64) uint8 of blocks under their scales (n,)."""
         scaled = (blocks / torch.where(absmax > 0, absmax, 1.0)[:, None]).clamp_(-1, 1)
-        cells = (scaled * TABLE_STEPS).add_(self.middle - 0.5).to(torch.int32).view(-1)
+        cells = torch.add(self.middle - 0.5, scaled, alpha=TABLE_STEPS).to(torch.int32).view(-1)
         above = scaled.view(-1) > torch.index_select(self.midpoint, 0, cells)
         return torch.index_select(self.first, 0, cells).add_(above).view_as(blocks)
 
@@ -183,16 +183,20 @@ def fit_scales(
     """
     largest = blocks.abs().amax(1).clamp_min_(TINY)
     unit = blocks / largest[:, None]
-    best, scale, codes = torch.zeros_like(largest), torch.zeros_like(largest), torch.zeros_like(unit)
-    room, product = torch.empty_like(unit), torch.empty_like(unit)
+    codes, room = torch.empty_like(unit), torch.empty_like(unit)
+    best = scale = torch.zeros_like(largest)
     for share in shares:
-        q = nearest(unit, share, room)
-        along = torch.mul(q, unit, out=product).sum(1)
-        length = torch.mul(q, q, out=product).sum(1).clamp_min_(TINY)
+        q = nearest(unit, share, codes if share == shares[0] else room)
+        along = torch.bmm(q[:, None], unit[:, :, None]).view(-1)
+        length = torch.linalg.vector_norm(q, dim=1).square_().clamp_min_(TINY)
         gain = along.square() / length
         better = gain > best
         best, scale = torch.where(better, gain, best), torch.where(better, along / length, scale)
-        torch.where(better[:, None], q, codes, out=codes)
+        if q is room and q.is_cuda:
+            torch.where(better[:, None], q, codes, out=codes)
+        elif q is room:  # a third of the rows, at half the cost
+            rows = better.nonzero().view(-1)
+            codes.index_copy_(0, rows, q.index_select(0, rows))
     return scale * largest, codes
 
 

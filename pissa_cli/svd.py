@@ -82,6 +82,15 @@ def project(weight: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         return weight @ V, V
 
 
+def project_svd(weight: Tensor, V: Tensor) -> SVD:
+    """The SVD of what `project` finds: that of W to rank r, where V is near and its next singular values small."""
+    B, V = project(weight, V)
+    with _one_thread():
+        Q, R = _qr(B)
+        U, S, Vh = torch.linalg.svd(R)
+        return SVD(Q @ U, S, Vh @ V.T)
+
+
 def energies(weight: Tensor) -> Tensor:
     """All squared singular values of `weight`, descending: eigenvalues of the smaller Gram matrix, fp32."""
     wide = weight.float() if weight.shape[0] <= weight.shape[1] else weight.float().T

@@ -15,7 +15,7 @@ from pissa_cli import quant
 from pissa_cli.adapters import lora
 from pissa_cli.adapters.start import Factors, Layer, Method, Start, balanced
 from pissa_cli.quant import Packed
-from pissa_cli.svd import SVD, frobenius_norm, project, truncated_svd
+from pissa_cli.svd import SVD, frobenius_norm, project, project_svd, truncated_svd
 
 OVER_RELAXATION = 0.8
 
@@ -50,7 +50,7 @@ def _alternate(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any
 def _refit(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any]) -> tuple[SVD, Packed | Tensor]:
     """Looking ahead, T - 1 times Q <- NF4(W - L - 0.8 (L - L_before)), L <- (W - Q) V V^T with V after a power step;
     then Q <- store(...) likewise, and L <- SVD_r(W - Q), the best for that Q in any unitarily invariant norm
-    (Eckart-Young)."""
+    (Eckart-Young). One power step finds it: all that W - Q has beside L is the rounding of Q."""
     B, V = svd.U * svd.S, svd.Vh.T
     rest = _without(weight, B, V.T)
     for _ in range(options["passes"] - 1):
@@ -61,7 +61,9 @@ def _refit(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any]) -
         rest.addmm_(before[0], before[1].T, alpha=OVER_RELAXATION)
     frozen = quant.pack(layer.store, rest)
     lost = weight - quant.read(frozen)
-    return truncated_svd(lost, layer.rank, options["svd"], layer.seed, layer.name, V), frozen
+    if options["svd"] == "exact":
+        return truncated_svd(lost, layer.rank, "exact"), frozen
+    return project_svd(lost, V), frozen
 
 
 def _without(weight: Tensor, B: Tensor, A: Tensor) -> Tensor:
