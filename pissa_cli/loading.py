@@ -105,8 +105,11 @@ def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBa
     """The tokenizer of the base, padding on the right."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}: no usable tokenizer ({first_line(error)})") from None
+    except (OSError, ValueError, ImportError) as error:
+        hint = None
+        if any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file():
+            hint = "it has a sentencepiece model alone: pip install 'pissa[sentencepiece]'"
+        raise UsageError(f"{folder}: no usable tokenizer ({first_line(error)})", hint) from None
     if tokenizer.eos_token_id is None and section.task == "causal-lm":
         raise UsageError(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
     return cast(PreTrainedTokenizerBase, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -394,3 +395,17 @@ def test_rank_8_of_the_paper_counts_1_33_million(recipe: Callable[..., Any], tmp
     plan = make_plan(made, tmp_path)
     assert plan.num_lora(8) == 1_327_104
     assert plan.num_trainable(made) == 1_327_104 + 768 * 768 + 768 + 2 * 768 + 2
+
+
+def test_a_tokenizer_of_sentencepiece_alone_is_named(encoders: Callable[[str], Path], tmp_path: Path) -> None:
+    from pissa_cli.errors import UsageError
+    from pissa_cli.loading import load_tokenizer
+    from pissa_cli.recipe import ModelSection
+
+    if importlib.util.find_spec("sentencepiece") is not None:
+        pytest.skip("sentencepiece is installed")
+    (tmp_path / "config.json").write_bytes((encoders("deberta") / "config.json").read_bytes())
+    (tmp_path / "spm.model").write_bytes(b"not read")
+    with pytest.raises(UsageError) as raised:
+        load_tokenizer(tmp_path, ModelSection(name=str(tmp_path)))
+    assert "pissa[sentencepiece]" in str(raised.value.hint)
