@@ -18,20 +18,16 @@ Names = dict[nn.Parameter, str]
 
 
 def save_checkpoint(run: Run, step: int, names: Names, optimizer: torch.optim.Optimizer, data: str, keep: int) -> Path:
-    """Write checkpoints/step-N: trained values, optimizer state, random state, and `data`, the hash of the examples.
+    """Write checkpoints/step-N: trained values, optimizer state, and `data`, the hash of the examples.
 
     Only the newest `keep` remain.
 
     Raises PissaError for a disk that fails; older checkpoints are intact then.
     """
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state()
     final = run.checkpoints / f"step-{step}"
     with whole_folder(final) as folder:
         save_tensors(folder / "trained.safetensors", {name: p.detach().cpu() for p, name in names.items()})
         save_tensors(folder / "optimizer.safetensors", optimizer_tensors(optimizer, names))
-        save_tensors(folder / "random.safetensors", random)
         write_json(folder / "state.json", {"step": step, "data": data})
     for old in _folders(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -52,10 +48,6 @@ def restore_checkpoint(folder: Path, names: Names, optimizer: torch.optim.Optimi
     for parameter, name in names.items():
         parameter.copy_(trained[name])
     restore_optimizer(optimizer, names, load_tensors(folder / "optimizer.safetensors"))
-    random = load_tensors(folder / "random.safetensors")
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
     return int(state["step"])
 
 

@@ -6,15 +6,15 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from huggingface_hub.constants import HF_HOME
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,33 +23,31 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import attach, lowrank_layers, train_whole
 from pissa_cli.checkpoint import Names, restore_checkpoint, save_checkpoint
-from pissa_cli.data import collate, load_examples, micro_batches, padding
-from pissa_cli.errors import Interrupted, PissaError, UsageError
+from pissa_cli.data import collate, micro_batches, padding
+from pissa_cli.errors import Interrupted, PissaError
 from pissa_cli.examples import Examples
+from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.exported import write_result
 from pissa_cli.guards import (
-    checkpoint_to_resume,
     chunks_loss,
     packs,
     probe_loss,
-    require_context,
     require_same_loss,
-    schedule_change,
 )
-from pissa_cli.initialize import Progress, initialize, open_run, read_start, require_base
-from pissa_cli.loading import load_model, load_tokenizer
+from pissa_cli.initialize import Progress, read_start, require_base
+from pissa_cli.loading import load_model
 from pissa_cli.loss import autocast, summed_loss
-from pissa_cli.model import context_length, parameter_counts, resolve_base
+from pissa_cli.model import parameter_counts
 from pissa_cli.optim import learning_rate, make_optimizer
+from pissa_cli.prepare import Watch, prepare
 from pissa_cli.process import keep_freed_memory, peak_memory, stop_signals
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, write_text
-from pissa_cli.svd import generator
+from pissa_cli.steps import count_steps, seed_step, step_examples
 from pissa_cli.weights import open_weights
 
-Watch = Callable[[dict[str, Any]], None]
-"""Called with what goes to metrics.jsonl, and with {"note": text}."""
+WAIT_SECONDS = 6 * 3600
 
 
 @dataclass(frozen=True)
@@ -76,55 +74,43 @@ def train(
     Raises UsageError for bad input, Interrupted after the checkpoint that follows SIGINT or SIGTERM, and PissaError
     for a loss that is not finite and for a disk that fails; earlier checkpoints stay whole.
     """
-    if PartialState().num_processes > 1:
-        raise UsageError("training in several processes comes in a later version", "start it as one process")
+    state = _state()
     keep_freed_memory()
+    with state.main_process_first():
+        start = prepare(recipe, resume, *((watch, init_progress) if state.is_main_process else ()))
+    manifest, tokenizer, examples, held_out, checkpoint = start
     run = Run(Path(recipe.output))
-    checkpoint = checkpoint_to_resume(run, recipe, resume)
-    for line in schedule_change(run, recipe) if checkpoint else []:
-        watch({"note": line})
-    if recipe.data.train is None:
-        raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
-    folder = require_base(*open_run(recipe), recipe) if run.exists() else resolve_base(recipe.model)
-    tokenizer = load_tokenizer(folder, recipe.model)
-    cache = Path(HF_HOME) / "pissa" / "tokens"
-    examples = load_examples(recipe.data.train, recipe.data, tokenizer, cache, recipe.model.labels)
-    whole = recipe.data.model_copy(update={"limit": None})
-    held_out = None
-    if recipe.data.eval is not None:
-        held_out = load_examples(recipe.data.eval, whole, tokenizer, cache, recipe.model.labels)
-    for name, loaded in (("data.train", examples), ("data.eval", held_out)):
-        if loaded is not None:
-            require_context(name, loaded, context_length(folder, recipe.model))
-            for line in loaded.notes(name):
-                watch({"note": line})
-    manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
-    write_text(run.recipe, dump(recipe))
+    if state.is_main_process:
+        write_text(run.recipe, dump(recipe))
     model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed)
     pad_id = padding(model, tokenizer)
     trainer = _set_up(run, manifest, recipe, model, examples, pad_id, checkpoint is None, watch)
     first_step = 0
     if checkpoint:
         first_step = restore_checkpoint(checkpoint, trainer.names, _plain(trainer.optimizer), examples.digest())
-    _trim_metrics(run, first_step)
+    if state.is_main_process:
+        _trim_metrics(run, first_step)
     figures = _loop(run, trainer, held_out, first_step, watch)
     facts = {name: loaded.facts() for name, loaded in (("train", examples), ("eval", held_out)) if loaded is not None}
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    figures |= {"data": facts, "result": str(write_result(recipe, trained, trainer.total_steps, facts))}
-    report.loss_picture(run.metrics, run.folder / "loss.png")
-    return figures
+    with state.main_process_first():
+        if state.is_main_process:
+            report.loss_picture(run.metrics, run.folder / "loss.png")
+            figures["result"] = str(write_result(recipe, trained, trainer.total_steps, facts))
+    return figures | {"data": facts}
 
 
 def _loop(run: Run, trainer: Trainer, held_out: Examples | None, first_step: int, watch: Watch) -> dict[str, Any]:
-    section, began, tokens = trainer.recipe.train, time.time(), 0
+    section, accelerator, began, tokens = trainer.recipe.train, trainer.accelerator, time.time(), 0
     last_saved, losses, held_out_loss = first_step, [], None
     digest = trainer.examples.digest()
-    with stop_signals() as stopped, run.metrics.open("a", encoding="utf-8") as metrics:
+    with stop_signals() as asked, run.metrics.open("a", encoding="utf-8") as metrics:
 
         def note(event: dict[str, Any]) -> None:
-            metrics.write(json.dumps(event) + "\n")
-            metrics.flush()
-            watch(event)
+            if accelerator.is_main_process:
+                metrics.write(json.dumps(event) + "\n")
+                metrics.flush()
+                watch(event)
 
         for step in range(first_step, trainer.total_steps):
             step_began = time.time()
@@ -144,12 +130,13 @@ def _loop(run: Run, trainer: Trainer, held_out: Examples | None, first_step: int
             if held_out and (done or (section.eval_every and (step + 1) % section.eval_every == 0)):
                 event["eval_loss"] = held_out_loss = evaluate_loss(trainer, held_out)
             note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
-            if done or stopped() or (section.save_every and (step + 1) % section.save_every == 0):
-                if trainer.accelerator.is_main_process:
+            stopped = _any(accelerator, asked())
+            if done or stopped or (section.save_every and (step + 1) % section.save_every == 0):
+                if accelerator.is_main_process:
                     save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), digest, section.keep)
-                trainer.accelerator.wait_for_everyone()
+                accelerator.wait_for_everyone()
                 last_saved = step + 1
-            if stopped() and not done:
+            if stopped and not done:
                 raise Interrupted(f"stopped at step {step + 1} of {trainer.total_steps}", "go on with --resume")
     return {
         "steps": trainer.total_steps,
@@ -168,13 +155,15 @@ def train_step(trainer: Trainer, step: int, lr: float) -> tuple[float, float, in
     indices = step_examples(step, len(examples), trainer.recipe)
     num_targets = sum(examples.num_targets(i) for i in indices)
     share = indices[accelerator.process_index :: accelerator.num_processes]
-    chunks = micro_batches(examples, share, section.micro_batch_size, trainer.packed)
+    chunks = micro_batches(examples, share or indices[:1], section.micro_batch_size, trainer.packed)
+    counts = float(bool(share))  # a process without an example takes part with a loss of zero
+    seed_step(trainer.recipe.seed, step, accelerator.process_index)
     trainer.model.train()
     total = torch.zeros((), device=accelerator.device)
     for number, chunk in enumerate(chunks):
         last = number + 1 == len(chunks)
         with contextlib.nullcontext() if last else accelerator.no_sync(trainer.model):
-            loss = _summed_loss(trainer, examples, chunk) / num_targets
+            loss = _summed_loss(trainer, examples, chunk) * counts / num_targets
             accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
     grad_norm = accelerator.clip_grad_norm_(trainer.model.parameters(), section.max_grad_norm)
@@ -185,27 +174,6 @@ def train_step(trainer: Trainer, step: int, lr: float) -> tuple[float, float, in
         trainer.optimizer.step()
     trainer.optimizer.zero_grad()
     return loss_value, norm_value, sum(examples.length(i) for i in indices)
-
-
-def step_examples(step: int, num: int, recipe: Recipe) -> list[int]:
-    """The examples of a step: `num` of them shuffled anew each epoch by (seed, epoch), cut into batches."""
-    begin, stop = step * recipe.train.batch_size, (step + 1) * recipe.train.batch_size
-    if recipe.train.steps is None:
-        stop = min(stop, _examples_in_all(num, recipe))
-    chosen: list[int] = []
-    for epoch in range(begin // num, (stop - 1) // num + 1):
-        order = torch.randperm(num, generator=generator(recipe.seed, f"epoch {epoch}"))
-        chosen += order[max(begin - epoch * num, 0) : stop - epoch * num].tolist()
-    return chosen
-
-
-def count_steps(num: int, recipe: Recipe) -> int:
-    """Optimizer steps of the whole run over `num` examples."""
-    return recipe.train.steps or math.ceil(_examples_in_all(num, recipe) / recipe.train.batch_size)
-
-
-def _examples_in_all(num: int, recipe: Recipe) -> int:
-    return max(1, round((recipe.train.epochs or 1) * num))
 
 
 @torch.no_grad()
@@ -240,8 +208,9 @@ def _set_up(
     watch: Watch,
 ) -> Trainer:
     """Put the model on its device, make it train what the method trains, and give that an optimizer."""
-    accelerator = Accelerator()
-    torch.manual_seed(recipe.seed)
+    unused = bool(holders_of_3d_weights(model))  # an expert may get no token
+    ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
+    accelerator = Accelerator(kwargs_handlers=[ways])
     model = model.to(accelerator.device)
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
     packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
@@ -268,10 +237,30 @@ def _set_up(
     total_steps = count_steps(len(examples), recipe)
     trainable, total = parameter_counts(model)
     steps = f"{total_steps} steps of {recipe.train.batch_size} examples"
-    watch({"note": f"{trainable:,} of {total:,} parameters train; {steps}"})
+    if accelerator.is_main_process:
+        processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+        watch({"note": f"{trainable:,} of {total:,} parameters train; {steps}{processes}"})
     optimizer = make_optimizer(names, recipe)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     return Trainer(recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
+
+
+def _state() -> PartialState:
+    """Who this process is; processes wait long for the first, which does what all of them need."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu, timeout=timedelta(seconds=WAIT_SECONDS))
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that speaks, or the only one."""
+    return bool(_state().is_main_process)
+
+
+def _any(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether it is true in any process."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

@@ -71,7 +71,7 @@ def peer(model: str, rows: str, examples: int, folder: Path, grouped: bool) -> d
     from pissa_cli.data import load_examples
     from pissa_cli.loading import load_tokenizer
     from pissa_cli.recipe_file import load
-    from pissa_cli.train import step_examples
+    from pissa_cli.steps import step_examples
 
     sets = [f"model.name={model}", f"data.train={rows}", f"data.limit={examples}", f"train.batch_size={BATCH}"]
     sets += ["data.columns={instruction: question, output: answer}", f"data.max_length={MAX_LENGTH}"]

@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 LAYERS = [
     "__main__ demo cli",
-    "train evals convert export hub",
+    "train evals convert export hub launch",
+    "prepare",
     "exported guards card serving probes layer_report int4",
     "initialize",
     "ranks",
@@ -21,7 +22,7 @@ LAYERS = [
     "data",
     "classification",
     "examples",
-    "loading side_files",
+    "loading side_files steps",
     "model peft_files report optim process",
     "rundir experts",
     "rows loss weights packing",

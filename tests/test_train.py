@@ -18,7 +18,8 @@ from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.optim import learning_rate
 from pissa_cli.recipe import TrainSection
 from pissa_cli.rundir import Run
-from pissa_cli.train import step_examples, train
+from pissa_cli.steps import count_steps, step_examples
+from pissa_cli.train import train
 from pissa_cli.weights import load_tensors
 
 Make = Callable[..., Any]
@@ -84,12 +85,12 @@ def test_the_layout_of_a_step_does_not_matter(
 
 def test_every_epoch_takes_every_example_once(recipe: Make) -> None:
     made = recipe(Path("x"), "train.batch_size=3", "train.epochs=3")
-    assert module.count_steps(7, made) == 7
+    assert count_steps(7, made) == 7
     taken = [i for step in range(7) for i in step_examples(step, 7, made)]
     assert [sorted(taken[e * 7 : e * 7 + 7]) for e in range(3)] == [list(range(7))] * 3 and len(taken) == 21
     assert taken[:7] != taken[7:14]
     half = recipe(Path("x"), "train.batch_size=3", "train.epochs=0.5")
-    assert [len(step_examples(step, 8, half)) for step in range(module.count_steps(8, half))] == [3, 1]
+    assert [len(step_examples(step, 8, half)) for step in range(count_steps(8, half))] == [3, 1]
     counted = recipe(Path("x"), "train.batch_size=5", "train.steps=4")
     assert [len(step_examples(step, 2, counted)) for step in range(4)] == [5] * 4
 

@@ -33,6 +33,9 @@ def train_command(
     seed: Seed = None,
     output: Output = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="Train in N processes on this machine, one to a GPU.")
+    ] = None,
     set_: Set = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -48,12 +51,25 @@ def train_command(
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
-    from pissa_cli.train import train
-
     recipe = loaded.recipe
-    show.say(f"train: {recipe.adapter.method} over {recipe.model.name}, {recipe.model.bits} bits, into {recipe.output}")
+    if processes is not None and processes > 1:
+        from pissa_cli.launch import launch
+
+        flags = [*(["--json"] if as_json else []), *(["--debug"] if debug else [])]
+        with show.training() as watch, show.counting("init") as progress:
+            launch(recipe, resume, processes, flags, watch, progress)
+        return
+    from pissa_cli.train import is_first_process, train
+
+    first = is_first_process()
+    if first:
+        show.say(
+            f"train: {recipe.adapter.method} over {recipe.model.name}, {recipe.model.bits} bits, into {recipe.output}"
+        )
     with show.training() as watch, show.counting("init") as progress:
         figures = train(recipe, resume, watch, progress)
+    if not first:
+        return
     held_out = f", held-out loss {figures['eval_loss']:.4f}" if figures["eval_loss"] is not None else ""
     lines = []
     if figures["loss_first"] is not None:

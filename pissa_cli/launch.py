@@ -1,0 +1,61 @@
+"""Training in several processes on this machine: torch's elastic launcher over `pissa train`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pissa_cli.errors import Interrupted, PissaError
+from pissa_cli.initialize import Progress
+from pissa_cli.prepare import Watch, prepare
+from pissa_cli.recipe import Recipe
+from pissa_cli.recipe_file import dump
+
+
+def launch(
+    recipe: Recipe, resume: bool, processes: int, flags: list[str], watch: Watch, init_progress: Progress
+) -> None:
+    """Prepare the run here, where errors are plain, and train it in `processes` processes; the first one prints.
+
+    flags: of `pissa train`, handed on. On GPUs each process has one, on CPUs they speak gloo. Raises UsageError for bad
+    input, PissaError if a process failed, Interrupted after the checkpoint that follows SIGINT or SIGTERM.
+    """
+    prepare(recipe, resume, watch, init_progress)
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment |= {"ACCELERATE_USE_CPU": "true"}
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(dump(recipe), encoding="utf-8")
+        command += ["-m", "pissa_cli", "train", str(file), *(["--resume"] if resume else []), *flags]
+        code, stopped = _wait(subprocess.Popen(command, env=environment))
+    if stopped:
+        raise Interrupted("stopped", "go on with --resume")
+    if code:
+        raise PissaError(f"training in {processes} processes failed (exit code {code}); what went wrong is above")
+
+
+def _wait(process: subprocess.Popen[bytes]) -> tuple[int, bool]:
+    """(exit code, whether a signal asked for a stop). The processes get SIGINT from the terminal themselves."""
+    asked: list[int] = []
+
+    def handle(number: int, _frame: Any) -> None:
+        asked.append(number)
+        if number == signal.SIGTERM:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return process.wait(), bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

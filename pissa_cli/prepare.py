@@ -1,0 +1,55 @@
+"""All that training needs before its model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+from transformers import PreTrainedTokenizerBase
+
+from pissa_cli.data import load_examples
+from pissa_cli.errors import UsageError
+from pissa_cli.examples import Examples
+from pissa_cli.guards import checkpoint_to_resume, require_context, schedule_change
+from pissa_cli.initialize import Progress, initialize, open_run, require_base
+from pissa_cli.loading import load_tokenizer
+from pissa_cli.model import context_length, resolve_base
+from pissa_cli.recipe import Recipe
+from pissa_cli.rundir import Run
+
+Watch = Callable[[dict[str, Any]], None]
+"""Called with what goes to metrics.jsonl, and with {"note": text}."""
+Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | None, Path | None]
+"""The manifest, the tokenizer, examples to train and to hold out, and the checkpoint to go on from."""
+
+
+def prepare(
+    recipe: Recipe, resume: bool, watch: Watch = lambda _: None, init_progress: Progress = lambda *_: None
+) -> Prepared:
+    """Check, tokenize and initialize. Raises UsageError; what was done is not done again.
+
+    watch: called with {"note": text} for what the person watching should know.
+    """
+    run = Run(Path(recipe.output))
+    checkpoint = checkpoint_to_resume(run, recipe, resume)
+    for line in schedule_change(run, recipe) if checkpoint else []:
+        watch({"note": line})
+    if recipe.data.train is None:
+        raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
+    folder = require_base(*open_run(recipe), recipe) if run.exists() else resolve_base(recipe.model)
+    tokenizer = load_tokenizer(folder, recipe.model)
+    cache = Path(HF_HOME) / "pissa" / "tokens"
+    examples = load_examples(recipe.data.train, recipe.data, tokenizer, cache, recipe.model.labels)
+    whole = recipe.data.model_copy(update={"limit": None})
+    held_out = None
+    if recipe.data.eval is not None:
+        held_out = load_examples(recipe.data.eval, whole, tokenizer, cache, recipe.model.labels)
+    for name, loaded in (("data.train", examples), ("data.eval", held_out)):
+        if loaded is not None:
+            require_context(name, loaded, context_length(folder, recipe.model))
+            for line in loaded.notes(name):
+                watch({"note": line})
+    manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
+    return manifest, tokenizer, examples, held_out, checkpoint

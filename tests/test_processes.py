@@ -1,0 +1,119 @@
+"""Two processes over gloo do what one does: the same losses, the same adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import BASE, adapter, events
+
+from pissa_cli.recipe_file import dump, load
+from pissa_cli.rundir import Run
+from pissa_cli.train import train
+
+LOOP = """
+import sys
+from pissa_cli.recipe_file import load
+from pissa_cli.train import train
+for name in sys.argv[1:]:
+    train(load(name, {}).recipe)
+"""
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+STEPS = int(os.environ.get("PISSA_TEST_STEPS", "12"))
+RUNS = {
+    "lora": ["adapter={method: lora, rank: 4}"],
+    "pissa": [],
+    "vera": ["adapter={method: vera, rank: 8}"],
+    "svfit": ["adapter={method: svfit, rank: 8}"],
+    "qpissa": ["model.bits=4", "train.precision=fp32"],
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine rows: with three epochs of batches of four, the last step has fewer examples than there are processes."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [{"instruction": f"Count {n} and {n}." + " More." * n, "output": f"That is {2 * n}."} for n in range(9)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_two_processes_are_one(models: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
+    made, files = {}, []
+    for name, sets in RUNS.items():
+        for way in ("one", "two"):
+            common = [f"data.train={rows}", f"train.steps={STEPS}", "train.batch_size=5", "train.micro_batch_size=2"]
+            flags = {("model", "name"): ("--model", str(models("llama")))}
+            output = f"output={tmp_path / f'{name}-{way}'}"
+            made[name, way] = load(None, flags, [*BASE, *common, "train.lr=0.003", *sets, output]).recipe
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(dump(made[name, "two"]))
+        files.append(str(file))
+    (tmp_path / "loop.py").write_text(LOOP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "loop.py"), *files], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for name in RUNS:
+        train(made[name, "one"])
+        one, two = (adapter(made[name, way]) for way in ("one", "two"))
+        losses = [[event["loss"] for event in events(made[name, way])] for way in ("one", "two")]
+        assert len(losses[0]) == len(losses[1]) == STEPS
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5), name
+        for key, wanted in one.items():
+            assert float((two[key] - wanted).norm() / wanted.norm().clamp_min(1e-30)) < 1e-5, f"{name} {key}"
+
+
+def test_the_command_survives_a_killed_process_and_goes_on_alone(
+    models: Callable[[str], Path], rows: Path, tmp_path: Path, pissa: Callable[..., Any]
+) -> None:
+    sets = [*BASE, f"data.train={rows}", "train.epochs=3", "train.batch_size=4", "train.save_every=2"]
+    words = [word for one in sets for word in ("--set", one)]
+    whole = ["train", "--model", str(models("llama")), *words, "--output", str(tmp_path / "whole")]
+    assert pissa(*whole).code == 0
+    command = ["train", "--model", str(models("llama")), *words, "--output", str(tmp_path / "out")]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "pissa_cli", *command, "--processes", "2"],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+    )
+    run = Run(tmp_path / "out")
+    until = time.monotonic() + 120
+    while not (run.checkpoints / "step-2").is_dir() and time.monotonic() < until:
+        time.sleep(0.05)
+    victims = _workers(started.pid)
+    if victims:
+        os.kill(victims[-1], signal.SIGKILL)
+    started.communicate(timeout=120)
+    outcome = pissa(*command, "--resume", "--json")
+    assert outcome.code == 0, outcome.err
+    one, two = (adapter(load(str(tmp_path / name), {}).recipe) for name in ("whole", "out"))
+    for key, wanted in one.items():
+        assert float((two[key] - wanted).norm() / wanted.norm()) < 1e-5, key
+
+
+def _workers(parent: int) -> list[int]:
+    """The processes two levels below one: those that train."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    return [worker for launcher in children.get(parent, []) for worker in children.get(launcher, [])]
+
+
+def test_usage_errors_are_plain(models: Callable[[str], Path], pissa: Callable[..., Any], tmp_path: Path) -> None:
+    words = ["--processes", "2", "--set", "data.train=none.jsonl", "--output", tmp_path / "out"]
+    outcome = pissa("train", "--model", models("llama"), *words)
+    assert outcome.code == 2 and "none.jsonl: no such data file" in outcome.err
