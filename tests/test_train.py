@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from pissa_cli import loss
 from pissa_cli import train as module
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.initialize import initialize
 from pissa_cli.optim import learning_rate
 from pissa_cli.recipe import TrainSection
 from pissa_cli.rundir import Run
@@ -132,7 +133,7 @@ def test_a_changed_start_is_refused(bits: int, models: Callable[[str], Path], re
     from safetensors.torch import save_file
 
     made = recipe(models("llama"), *BASE[1:], f"model.bits={bits}", f"data.train={rows}", "train.steps=2")
-    module.initialize(made)
+    initialize(made)
     path = Run(Path(made.output)).init / "adapter_model.safetensors"
     save_file({name: tensor * 1.5 for name, tensor in load_tensors(path).items()}, path)
     with pytest.raises(UsageError, match="not what init wrote"):
