@@ -28,9 +28,9 @@ METHODS = {
     "lora": {"adapter.rank": 8, "train.lr": 1e-3, "train.head_lr": 1e-3},
     "pissa": {"adapter.rank": 8, "train.lr": 5e-4, "train.head_lr": 1e-3},
     "vera": {"adapter.rank": 256, "train.lr": 2e-2, "train.head_lr": 4e-3},
-    "svfit": {"adapter.rank": 256, "train.lr": 1e-2, "train.head_lr": 4e-3},
+    "svfit": {"adapter.rank": 256, "train.lr": 3e-2, "train.head_lr": 4e-3},
 }
-EPOCHS = {"mrpc": 3, "cola": 3}
+EPOCHS = {"mrpc": 3, "cola": 6}
 METRICS = {"mrpc": ("accuracy", "f1"), "cola": ("matthews", "accuracy")}
 
 
