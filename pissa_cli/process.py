@@ -1,4 +1,4 @@
-"""This process: asked to stop, how much memory it took, and what it does with memory that is free again."""
+"""This process: which of several it is, asked to stop, how much memory it took, what it does with freed memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES = 2**30
+WAIT_SECONDS = 6 * 3600
+
+
+def process_state() -> PartialState:
+    """Which process of how many this is; they wait long for the first, which does what all of them need."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=cpu, timeout=timedelta(seconds=WAIT_SECONDS))
 
 
 @contextlib.contextmanager

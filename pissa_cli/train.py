@@ -7,14 +7,12 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,19 +38,17 @@ from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import parameter_counts
 from pissa_cli.optim import learning_rate, make_optimizer
 from pissa_cli.prepare import Watch, prepare
-from pissa_cli.process import keep_freed_memory, peak_memory, stop_signals
+from pissa_cli.process import keep_freed_memory, peak_memory, process_state, stop_signals
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, write_text
 from pissa_cli.steps import count_steps, seed_step, step_examples
 from pissa_cli.weights import open_weights
 
-WAIT_SECONDS = 6 * 3600
 
-
-@dataclass(frozen=True)
+@dataclass
 class Trainer:
-    """What a training step needs."""
+    """What a training step needs. `micro_batch_size` is the recipe's, or what memory has room for."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -64,6 +60,8 @@ class Trainer:
     total_steps: int
     packed: bool
     chunked: bool
+    watch: Watch
+    micro_batch_size: int
 
 
 def train(
@@ -74,7 +72,7 @@ def train(
     Raises UsageError for bad input, Interrupted after the checkpoint that follows SIGINT or SIGTERM, and PissaError
     for a loss that is not finite and for a disk that fails; earlier checkpoints stay whole.
     """
-    state = _state()
+    state = process_state()
     keep_freed_memory()
     with state.main_process_first():
         start = prepare(recipe, resume, *((watch, init_progress) if state.is_main_process else ()))
@@ -150,22 +148,23 @@ def _loop(run: Run, trainer: Trainer, held_out: Examples | None, first_step: int
 
 
 def train_step(trainer: Trainer, step: int, lr: float) -> tuple[float, float, int]:
-    """One optimizer step over `batch_size` examples: (loss averaged over target tokens, gradient norm, tokens)."""
+    """One optimizer step over `batch_size` examples: (loss averaged over target tokens, gradient norm, tokens).
+
+    Micro-batches that do not fit into memory are halved from here on; the step stays the same.
+    """
     accelerator, examples, section = trainer.accelerator, trainer.examples, trainer.recipe.train
     indices = step_examples(step, len(examples), trainer.recipe)
-    num_targets = sum(examples.num_targets(i) for i in indices)
-    share = indices[accelerator.process_index :: accelerator.num_processes]
-    chunks = micro_batches(examples, share or indices[:1], section.micro_batch_size, trainer.packed)
-    counts = float(bool(share))  # a process without an example takes part with a loss of zero
-    seed_step(trainer.recipe.seed, step, accelerator.process_index)
-    trainer.model.train()
-    total = torch.zeros((), device=accelerator.device)
-    for number, chunk in enumerate(chunks):
-        last = number + 1 == len(chunks)
-        with contextlib.nullcontext() if last else accelerator.no_sync(trainer.model):
-            loss = _summed_loss(trainer, examples, chunk) * counts / num_targets
-            accelerator.backward(loss * accelerator.num_processes)
-            total += loss.detach()
+    while True:
+        try:
+            total = _accumulate(trainer, step, indices)
+            break
+        except torch.OutOfMemoryError:
+            trainer.optimizer.zero_grad()
+            if trainer.micro_batch_size == 1 or accelerator.num_processes > 1:  # others wait in the middle of a step
+                raise
+            trainer.micro_batch_size //= 2
+            trainer.watch({"note": f"out of memory: micro-batches of {trainer.micro_batch_size} examples from here on"})
+        torch.cuda.empty_cache()
     grad_norm = accelerator.clip_grad_norm_(trainer.model.parameters(), section.max_grad_norm)
     loss_value, norm_value = float(accelerator.reduce(total, "sum")), float(grad_norm)
     if math.isfinite(loss_value) and math.isfinite(norm_value):
@@ -176,12 +175,30 @@ def train_step(trainer: Trainer, step: int, lr: float) -> tuple[float, float, in
     return loss_value, norm_value, sum(examples.length(i) for i in indices)
 
 
+def _accumulate(trainer: Trainer, step: int, indices: list[int]) -> Tensor:
+    """Gradients of a step's loss, by micro-batches over this process's share; returns its part of the loss."""
+    accelerator, examples = trainer.accelerator, trainer.examples
+    num_targets = sum(examples.num_targets(i) for i in indices)
+    share = indices[accelerator.process_index :: accelerator.num_processes]
+    chunks = micro_batches(examples, share or indices[:1], trainer.micro_batch_size, trainer.packed)
+    counts = float(bool(share))  # a process without an example takes part with a loss of zero
+    seed_step(trainer.recipe.seed, step, accelerator.process_index)
+    trainer.model.train()
+    total = torch.zeros((), device=accelerator.device)
+    for number, chunk in enumerate(chunks):
+        last = number + 1 == len(chunks)
+        with contextlib.nullcontext() if last else accelerator.no_sync(trainer.model):
+            loss = _summed_loss(trainer, examples, chunk) * counts / num_targets
+            accelerator.backward(loss * accelerator.num_processes)
+            total += loss.detach()
+    return total
+
+
 @torch.no_grad()
 def evaluate_loss(trainer: Trainer, examples: Examples) -> float:
     """The loss averaged over all target tokens of `examples`, without dropout."""
     trainer.model.eval()
-    size = trainer.recipe.train.micro_batch_size
-    chunks = micro_batches(examples, list(range(len(examples))), size, trainer.packed)
+    chunks = micro_batches(examples, list(range(len(examples))), trainer.micro_batch_size, trainer.packed)
     mine = chunks[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
     total = torch.zeros((), device=trainer.accelerator.device, dtype=torch.float64)
     for chunk in mine:
@@ -242,18 +259,8 @@ def _set_up(
         watch({"note": f"{trainable:,} of {total:,} parameters train; {steps}{processes}"})
     optimizer = make_optimizer(names, recipe)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    return Trainer(recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
-
-
-def _state() -> PartialState:
-    """Who this process is; processes wait long for the first, which does what all of them need."""
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    return PartialState(cpu=cpu, timeout=timedelta(seconds=WAIT_SECONDS))
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that speaks, or the only one."""
-    return bool(_state().is_main_process)
+    parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
+    return Trainer(*parts, watch, recipe.train.micro_batch_size)
 
 
 def _any(accelerator: Accelerator, flag: bool) -> bool:

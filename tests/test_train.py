@@ -246,3 +246,30 @@ def test_training_in_chunks_is_training(
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     if not chunks:
         assert len(used) <= 1
+
+
+def test_micro_batches_that_do_not_fit_are_halved(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The step stays the same: losses are those of micro-batches that fit."""
+    sets = (*BASE[:3], f"data.train={rows}", "train.batch_size=8", "train.steps=4", "data.packing=false")
+    wanted = recipe(models("llama"), *sets, "train.micro_batch_size=2", f"output={tmp_path / 'wanted'}")
+    train(wanted)
+    original, notes = module.summed_loss, list[dict[str, Any]]()
+
+    def full(model: Any, batch: Any, *rest: Any) -> Any:
+        if model.training and len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return original(model, batch, *rest)
+
+    monkeypatch.setattr(module, "summed_loss", full)
+    made = recipe(models("llama"), *sets, "train.micro_batch_size=8")
+    train(made, watch=notes.append)
+    assert [note["note"][:35] for note in notes if "out of memory" in note.get("note", "")] == [
+        "out of memory: micro-batches of 4 e",
+        "out of memory: micro-batches of 2 e",
+    ]
+    assert [e["loss"] for e in events(made)] == [e["loss"] for e in events(wanted)]
+    monkeypatch.setattr(module, "summed_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("never")))
+    with pytest.raises(torch.OutOfMemoryError):
+        train(recipe(models("llama"), *sets, f"output={tmp_path / 'never'}"))

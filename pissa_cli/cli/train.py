@@ -59,9 +59,10 @@ def train_command(
         with show.training() as watch, show.counting("init") as progress:
             launch(recipe, resume, processes, flags, watch, progress)
         return
-    from pissa_cli.train import is_first_process, train
+    from pissa_cli.process import process_state
+    from pissa_cli.train import train
 
-    first = is_first_process()
+    first = process_state().is_main_process
     if first:
         show.say(
             f"train: {recipe.adapter.method} over {recipe.model.name}, {recipe.model.bits} bits, into {recipe.output}"
