@@ -14,11 +14,13 @@ import torch
 from conftest import DEMO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pissa_cli.data import question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals import run as module
 from pissa_cli.evals.generate import generate
 from pissa_cli.evals.run import evaluate
+from pissa_cli.recipe import DataSection
 from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
@@ -222,3 +224,22 @@ def test_the_base_scores_apart(finished: Any) -> None:
     assert base["gsm8k"]["model"] == "base"
     assert (Path(finished.output) / "eval" / "base" / "gsm8k" / "result.json").is_file()
     assert base["loss"]["score"] > evaluate(finished)["loss"]["score"]
+
+
+def test_chat_without_a_template_is_refused(demo_base: tuple[Any, Any]) -> None:
+    with pytest.raises(UsageError, match="no chat template"):
+        question_prompt("How many?", DataSection(format="chat"), demo_base[1])
+
+
+def test_bad_input_is_named_before_anything_is_loaded(finished: Any, pissa: Any, tmp_path: Path) -> None:
+    fields = tmp_path / "fields.jsonl"
+    fields.write_text('{"question": "q"}\n')
+    away = "eval.bench=[mt_bench]", "eval.judge_url=http://127.0.0.1:9/v1", "eval.judge_model=m"
+    for words, said in (
+        (["--bench", "gsm9k"], "known: gsm8k, math"),
+        (["--bench", "gsm8k", "--data", f"gsm8k={fields}"], "it has no answer"),
+        ([word for one in away for word in ("--set", one)], "the judge cannot be reached"),
+        (["--bench", "gsm8k", "--set", "eval.stop=['']"], "eval.stop"),
+    ):
+        outcome = pissa("eval", finished.output, *words)
+        assert outcome.code == 2 and said in outcome.err, (words, outcome.err)
