@@ -80,7 +80,7 @@ def whole_modules(model: PreTrainedModel, names: list[str]) -> dict[str, nn.Modu
 def train_whole(model: PreTrainedModel, names: list[str], weights: Weights) -> None:
     """Make modules train in fp32, from the values on disk; they compute and give their output in the dtype they had.
 
-    A classifier's head that is not on disk keeps the values it has.
+    A classifier's head that is not on disk, or has other classes there, keeps the values it has.
     """
     chosen = whole_modules(model, names)
     modules = list(chosen.values())
@@ -91,9 +91,9 @@ def train_whole(model: PreTrainedModel, names: list[str], weights: Weights) -> N
             module.forward = partial(_compute_in, dtype, module.forward)
     own = {f"{name}.{key}" for name, module in chosen.items() for key, _ in module.named_parameters(recurse=False)}
     for name in own & {name for name, _ in model.named_parameters()}:  # of tied ones, the first
-        if name in weights.files or name.split(".")[0] not in head_names(model):
-            tensor = weights.read(disk_name(name, model.base_model_prefix, weights))
-            model.get_parameter(name).data.copy_(tensor)
+        parameter = model.get_parameter(name)
+        if weights.shapes.get(name) == tuple(parameter.shape) or name.split(".")[0] not in head_names(model):
+            parameter.data.copy_(weights.read(disk_name(name, model.base_model_prefix, weights)))
 
 
 def _compute_in(dtype: torch.dtype, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -52,14 +52,24 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
     """The class of a row by its name or its number, or with one label the quantity. ValueError for anything else."""
     if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"'{column}' is {'missing' if value is None else 'neither a text nor a number'}")
-    text = str(value).strip()
-    if len(labels) > 1 and text in labels:
+    text, number = str(value).strip(), _number(value)
+    if len(labels) == 1:
+        if math.isfinite(number):
+            return number
+        raise ValueError(f"'{column}' is not a number")
+    if text in labels:
         return float(labels.index(text))
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if math.isfinite(number) and (len(labels) == 1 or (number.is_integer() and 0 <= number < len(labels))):
+    numbers = [_number(label) for label in labels]
+    if any(map(math.isfinite, numbers)):  # classes such as 1 to 5: their names count, not their places
+        if number in numbers:
+            return float(numbers.index(number))
+    elif number.is_integer() and 0 <= number < len(labels):
         return number
-    known = "a number" if len(labels) == 1 else f"one of {', '.join(labels)} or a number below {len(labels)}"
-    raise ValueError(f"'{column}' is not {known}")
+    raise ValueError(f"'{column}' is not one of {', '.join(labels)}")
+
+
+def _number(value: object) -> float:
+    try:
+        return float(str(value))
+    except ValueError:
+        return math.nan

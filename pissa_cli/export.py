@@ -38,7 +38,7 @@ from pissa_cli.model import (
 from pissa_cli.probes import PROBES, logit_difference, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, require_free, whole_folder, write_json, write_text
-from pissa_cli.side_files import copy_side_files, task_settings, write_nf4_config
+from pissa_cli.side_files import copy_side_files, task_of, task_settings, write_nf4_config
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
@@ -114,8 +114,10 @@ def quantize(
         folder, adapter = result_files(recipe, step)
     else:
         folder, adapter = model_folder, Adapter({}, {})
-        if "quantization_config" in read_json(folder / "config.json"):
+        settings = read_json(folder / "config.json")
+        if "quantization_config" in settings:
             raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=task_of(settings))})
     require_free(output, Run(Path(recipe.output)).quantized)
     weights = open_weights(folder)
     model = skeleton(folder, recipe.model)

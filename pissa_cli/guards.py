@@ -114,6 +114,29 @@ def chunks_loss(model: PreTrainedModel, examples: Examples) -> bool:
     return torch.allclose(larger, logits * 1024, rtol=1e-3, atol=0)
 
 
+@torch.no_grad()
+def require_padding_unseen(
+    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device
+) -> None:
+    """Raise UsageError for a classifier whose answer to a text depends on what is padded beside it."""
+    order = sorted(range(len(examples)), key=examples.length)
+    short, long = order[0], order[-1]
+
+    def logits(chosen: list[int]) -> torch.Tensor:
+        batch = collate(examples, chosen, pad_id, packing=False)
+        del batch["labels"]
+        with autocast(recipe.model.bits, recipe.precision, device):
+            found: torch.Tensor = model.eval()(**{key: tensor.to(device) for key, tensor in batch.items()}).logits[0]
+        return found.float()
+
+    alone, beside = logits([short]), logits([short, long])
+    if float((alone - beside).abs().max()) > LEAK_TOLERANCE[recipe.precision] * max(1e-2, float(alone.abs().max())):
+        raise UsageError(
+            f"{type(model).__name__}: its answer to a text changes with the padding on the right of it",
+            "this kind of model cannot be trained in batches here",
+        )
+
+
 def packs(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device) -> bool:
     """Whether examples are packed: as `data.packing` says, if that is sound for this model; `auto` also asks that it
     costs nothing, which a mask over the whole row does.

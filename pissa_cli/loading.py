@@ -45,13 +45,15 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
             dtype=dtype,
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=section.task == "sequence-classification",
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{folder}: transformers cannot load this model ({first_line(error)})") from None
-    head = [name for name in sorted(loading["missing_keys"]) if name.split(".")[0] in head_names(model)]
-    _new_head(model, head, seed)
-    missing = sorted(loading["missing_keys"] - set(head))
+    unlike = {name if isinstance(name, str) else name[0] for name in loading["mismatched_keys"]}
+    head = [n for n in sorted({*loading["missing_keys"], *unlike}) if n.split(".")[0] in head_names(model)]
+    _new_head(model, head, seed)  # of a classifier with other classes as well
+    missing = sorted({*loading["missing_keys"], *unlike} - set(head))
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UsageError(

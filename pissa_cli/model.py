@@ -227,11 +227,14 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def context_length(folder: Path, section: ModelSection) -> int | None:
     """Tokens the model can see, where its configuration says. RoBERTa counts positions from its padding's number on."""
-    config = read_config(folder, section)
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = getattr(read_config(folder, section).get_text_config(), "max_position_embeddings", None)
     if not isinstance(length, int) or length <= 0:
         return None
-    return length - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
+    if section.task == "sequence-classification":
+        for name, module in skeleton(folder, section).named_modules():
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                return length - int(module.padding_idx) - 1
+    return length
 
 
 def best_device() -> torch.device:
@@ -250,7 +253,8 @@ def read_config(folder: Path, section: ModelSection) -> Any:
         config.id2label = dict(enumerate(section.labels))
         config.label2id = {label: number for number, label in enumerate(section.labels)}
         config.problem_type = "regression" if len(section.labels) == 1 else "single_label_classification"
-        if getattr(config, "pad_token_id", None) is None:
+        pad = getattr(config, "pad_token_id", None)
+        if pad is None or not 0 <= pad < config.get_text_config().vocab_size:
             eos = config.eos_token_id
             config.pad_token_id = eos[0] if isinstance(eos, list) else eos
     return config

@@ -85,6 +85,8 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         raise UsageError(
             f"{folder}: this model is quantized already", "start from the dense model; model.bits: 4 quantizes"
         )
+    if recipe.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UsageError(f"train.gradient_checkpointing: transformers has none for {type(model).__name__}", "remove it")
     linears = linear_layers(model, weights)
     adapter = recipe.adapter
     head = model.get_output_embeddings()

@@ -244,7 +244,9 @@ class Recipe(Section):
         if self.model.double_quant and bits != 4:
             raise ValueError("model.double_quant needs model.bits 4")
         heads = [self.model.task] if self.model.task != "causal-lm" else []
-        if self.train.head_lr is not None and (isinstance(adapter, FullOptions) or not adapter.modules_to_save + heads):
+        if self.train.head_lr is not None and isinstance(adapter, FullOptions):
+            raise ValueError("train.head_lr: full fine-tuning has one rate for everything, train.lr; remove it")
+        if self.train.head_lr is not None and not getattr(adapter, "modules_to_save", []) + heads:
             raise ValueError("train.head_lr is the rate of adapter.modules_to_save, which is empty; remove it")
         if self.model.absmax == "largest" and bits != 4:
             raise ValueError("model.absmax needs model.bits 4")

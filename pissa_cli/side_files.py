@@ -37,6 +37,14 @@ def task_settings(model: PreTrainedModel) -> dict[str, Any]:
     return {"architectures": [type(model).__name__]} | {key: getattr(model.config, key) for key in keys}
 
 
+def task_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """`task` and `labels` of a recipe's model from a config.json; nothing for a language model."""
+    if not str(next(iter(settings.get("architectures") or []), "")).endswith("ForSequenceClassification"):
+        return {}
+    labels = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    return {"task": "sequence-classification", "labels": [labels[key] for key in sorted(labels, key=int)]}
+
+
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy what is not weights: configuration, tokenizer, chat template, licence."""
     target.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from pissa_cli.guards import (
     chunks_loss,
     packs,
     probe_loss,
+    require_padding_unseen,
     require_same_loss,
 )
 from pissa_cli.initialize import Progress, read_start, require_base
@@ -231,6 +232,8 @@ def _set_up(
     model = model.to(accelerator.device)
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
     packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
+    if recipe.data.classifies:
+        require_padding_unseen(recipe, model, examples, pad_id, accelerator.device)
     if recipe.data.packing == "auto" and not packed and not recipe.data.classifies:
         watch({"note": "examples are padded: packed ones would see each other, or cost more, in this model"})
     if isinstance(recipe.adapter, FullOptions):

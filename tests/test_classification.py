@@ -18,14 +18,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    DebertaConfig,
     DebertaV2Config,
     GPT2Config,
     LlamaConfig,
     RobertaConfig,
+    XLNetConfig,
 )
 
 from pissa_cli.classification import label_number
 from pissa_cli.data import collate, load_examples
+from pissa_cli.errors import UsageError
 from pissa_cli.evals import classify
 from pissa_cli.exported import load_result
 from pissa_cli.loading import load_model
@@ -170,6 +173,43 @@ def test_four_bits(encoders: Callable[[str], Path], classifier: Callable[..., An
     assert model.config.id2label[1] == "equivalent"
 
 
+def test_a_classifier_with_other_classes_gets_a_new_head(
+    encoders: Callable[[str], Path], classifier: Callable[..., Any], pissa: Callable[..., Any], tmp_path: Path
+) -> None:
+    three = classifier(encoders("roberta"), "model.bits=32", "model.labels=[a, b, c]", "data.format=glue/mnli")
+    model = load_model(encoders("roberta"), three.model, "fp32", 0)
+    folder = save_model(model, tmp_path / "three")
+    made = classifier(folder, "model.bits=32")
+    train(made)
+    assert pissa("merge", made.output).code == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(Path(made.output) / "merged")
+    assert merged.config.num_labels == 2
+    close(logits(merged, folder), logits(load_result(made, torch.device("cpu")), folder))
+    again = load_model(folder, three.model, "fp32", 1)
+    assert torch.equal(
+        again.get_parameter("classifier.out_proj.weight"), model.get_parameter("classifier.out_proj.weight")
+    )
+    outcome = pissa("quantize", Path(made.output) / "merged", "--output", tmp_path / "four", "--json")
+    assert outcome.code == 0 and outcome.json["perplexity_before"] is None, outcome.err
+    assert (
+        "classifier.out_proj"
+        in read_json(tmp_path / "four" / "config.json")["quantization_config"]["llm_int8_skip_modules"]
+    )
+
+
+def test_what_divides_in_place_trains(classifier: Callable[..., Any], tmp_path: Path) -> None:
+    folder = save_model(AutoModel.from_config(DebertaConfig(**_SHAPE, type_vocab_size=0)), tmp_path / "deberta-v1")
+    made = classifier(folder, "model.bits=32", "adapter.targets=[in_proj]")
+    assert train(made)["steps"] == 4
+
+
+def test_what_sees_its_padding_is_refused(classifier: Callable[..., Any], tmp_path: Path) -> None:
+    shape = {"vocab_size": 512, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}
+    folder = save_model(AutoModel.from_config(XLNetConfig(**shape)), tmp_path / "xlnet")
+    with pytest.raises(UsageError, match="changes with the padding"):
+        train(classifier(folder, "model.bits=32", "adapter.targets=[layer_1]"))
+
+
 def test_full_fine_tuning(encoders: Callable[[str], Path], classifier: Callable[..., Any], texts: Path) -> None:
     folder = encoders("bert")
     made = classifier(folder, "model.bits=32", "adapter={method: full}", "train.lr=0.001")
@@ -266,6 +306,10 @@ def test_eval_scores_what_was_trained(
         ("yes", ["no", "yes"], 1),
         (1.0, ["no", "yes"], 1),
         (1, ["1", "2", "3"], 0),
+        (1.0, ["1", "2", "3"], 0),
+        ("3.0", ["1", "2", "3"], 2),
+        (0, ["1", "2", "3"], "not one of 1, 2, 3"),
+        (float("inf"), ["no", "yes"], "not one of"),
         ("3", ["1", "2", "3"], 2),
         ("4.750", ["score"], 4.75),
         (-1, ["no", "yes"], "not one of no, yes"),
@@ -378,8 +422,6 @@ def test_benches_of_the_other_task(
 def test_a_file_without_the_columns(
     encoders: Callable[[str], Path], classifier: Callable[..., Any], tmp_path: Path
 ) -> None:
-    from pissa_cli.errors import UsageError
-
     path = tmp_path / "wrong.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(UsageError, match="no column 'sentence1'"):
@@ -398,7 +440,6 @@ def test_rank_8_of_the_paper_counts_1_33_million(recipe: Callable[..., Any], tmp
 
 
 def test_a_tokenizer_of_sentencepiece_alone_is_named(encoders: Callable[[str], Path], tmp_path: Path) -> None:
-    from pissa_cli.errors import UsageError
     from pissa_cli.loading import load_tokenizer
     from pissa_cli.recipe import ModelSection
 

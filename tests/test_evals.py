@@ -98,6 +98,14 @@ def test_generation_is_that_of_transformers_and_ignores_the_batch(demo_base: tup
     assert stopped[0] == " 12 + 5 = " and all(alone[index].startswith(text) for index, text in stopped.items())
 
 
+def test_a_stop_string_in_the_prompt_stops_nothing(demo_base: tuple[Any, Any]) -> None:
+    model, tokenizer = demo_base
+    prompt = [tokenizer("Anna has 12 apples. Anna finds 5 apples. Count the apples:")["input_ids"]]
+    whole = dict(generate(model, tokenizer, prompt, 1, 20))[0]
+    assert whole.startswith(" 12 + 5")
+    assert dict(generate(model, tokenizer, prompt, 1, 20, stop=["apples: 12", ": "]))[0] == whole.partition(": ")[0]
+
+
 def test_generation_stays_inside_the_context(demo_base: tuple[Any, Any]) -> None:
     model, tokenizer = demo_base
     assert dict(generate(model, tokenizer, [[5] * 250], 1, 100))

@@ -24,6 +24,22 @@ doc_to_target: answer
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
+FILTERS = """
+task: own_two
+tag: own_tag
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs: {{until: ["."], max_gen_toks: 4, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+filter_list:
+  - {{name: first, filter: [{{function: regex, regex_pattern: "(.*)"}}, {{function: take_first}}]}}
+  - {{name: second, filter: [{{function: regex, regex_pattern: "(zzz)"}}, {{function: take_first}}]}}
+"""
+
 
 @pytest.fixture
 def run(recipe: Callable[..., Any], models: Callable[[str], Path], rows: Path) -> str:
@@ -55,5 +71,11 @@ def test_a_task_of_ones_own(run: str, pissa: Callable[..., Any], tmp_path: Path)
     assert result["n"] == len(samples) == 6 and result["metric"].startswith("acc ")
     assert result["score"] == pytest.approx(sum(sample["acc"] for sample in samples) / 6)
     assert pissa("merge", run).code == 0 and "own_choice" in (Path(run) / "merged" / "README.md").read_text()
+    (folder / "two.yaml").write_text(FILTERS.format(file=file))
+    outcome = pissa("eval", run, "--bench", "lm_eval:own_two", "--data", f"lm_eval:own_two={folder}", "--json")
+    two = outcome.json["results"]["lm_eval:own_two"]
+    assert two["metric"].startswith("exact_match,first ") and two["score"] == two["figures"]["exact_match,first"]
+    outcome = pissa("eval", run, "--bench", "lm_eval:own_tag", "--data", f"lm_eval:own_tag={folder}")
+    assert outcome.code == 2 and "no task" in outcome.err
     outcome = pissa("eval", run, "--bench", "lm_eval:own_choise", "--data", f"lm_eval:own_choise={folder}")
     assert outcome.code == 2 and "no task" in outcome.err

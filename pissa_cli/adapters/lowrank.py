@@ -6,7 +6,7 @@ Shapes: x (tokens, in), W (out, in), A (r, in), B (out, r), d (r,), b (out,). W 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,8 +134,10 @@ class LowRankFunction(torch.autograd.Function):
         dtype = product_dtype(x)
         h = inner.flatten(0, -2).to(dtype) @ A.to(dtype).T
         W = read_weight(dtype)
-        y = functional.linear(x.to(dtype), W, None if bias is None else bias.to(dtype))
-        y.view(-1, y.shape[-1]).addmm_(_times(h, d), _rows_times(B.to(dtype), b).T, alpha=scale)
+        y = functional.linear(x.flatten(0, -2).to(dtype), W, None if bias is None else bias.to(dtype))
+        y.addmm_(_times(h, d), _rows_times(B.to(dtype), b).T, alpha=scale)
+        # no view: DeBERTa divides its queries in place
+        y = cast(Tensor, torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)]))
         ctx.save_for_backward(inner, h, A, B, d, b, W if keeps_weight else None)
         ctx.read_weight, ctx.scale, ctx.shared = read_weight, scale, dropped is None
         return y.to(x.dtype)

@@ -64,7 +64,7 @@ def evaluate_command(
 
     if samples is not None and compare_base:
         raise UsageError("--samples: there is no model to compare", "leave --compare-base out")
-    check_benches(loaded.recipe)
+    check_benches(loaded.recipe, compare_base)
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return

@@ -13,6 +13,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.evals import competition_math, gsm8k, harness, humaneval, mbpp, mt_bench
 from pissa_cli.evals.bench import Bench
 from pissa_cli.glue import GLUE, SETS
+from pissa_cli.guards import require_context
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, read_rows
 
@@ -30,8 +31,10 @@ def runs_code(recipe: Recipe) -> bool:
     return any(GENERATED[bench].runs_code for bench in recipe.eval.bench if bench in GENERATED)
 
 
-def check_benches(recipe: Recipe) -> None:
-    """Refuse an unknown or missing benchmark, before anything is loaded."""
+def check_benches(recipe: Recipe, base: bool = False) -> None:
+    """Refuse an unknown or missing benchmark, before anything is loaded. base: the model before training, too."""
+    if base and recipe.eval.engine != "transformers" and recipe.model.bits == 4:
+        raise UsageError("eval.engine: vllm cannot serve a 4-bit base with its start", "score it without the engine")
     if not recipe.eval.bench:
         raise UsageError("eval.bench: no benchmark given", f"name some with --bench: {', '.join(BENCHES)}")
     for bench in recipe.eval.bench:
@@ -94,7 +97,7 @@ def source_of(bench: str, recipe: Recipe) -> str:
     return recipe.data.eval
 
 
-def load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+def load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> Any:
     """What a benchmark is scored on: rows, tokenized examples, or MT-Bench's questions. Raises as `read_bench`."""
     if bench.startswith(harness.PREFIX):
         return harness.load_task(bench, recipe.eval.data.get(bench))
@@ -104,7 +107,9 @@ def load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
         return read_bench(bench, recipe)
     section = recipe.data.model_copy(update={"limit": recipe.eval.limit})
     cache = Path(HF_HOME) / "pissa" / "tokens"
-    return load_examples(source_of(bench, recipe), section, tokenizer, cache, recipe.model.labels)
+    examples = load_examples(source_of(bench, recipe), section, tokenizer, cache, recipe.model.labels)
+    require_context(source_of(bench, recipe), examples, context)
+    return examples
 
 
 def read_bench(name: str, recipe: Recipe) -> list[Row]:

@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 TOP_P = 0.95
 MOST = 256
@@ -63,18 +69,22 @@ def generate(
             ),
             eos_token_id=stops,
             pad_token_id=pad,
-            stop_strings=list(stop) or None,
             bos_token_id=tokenizer.bos_token_id,
         )
         device = model.device
         torch.manual_seed(seed + done)
         try:
             output = model.generate(
-                ids.to(device), attention_mask=mask.to(device), generation_config=config, tokenizer=tokenizer
+                ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([_Stop(tokenizer, longest, stop)] if stop else []),
             )
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
                 raise
+            output = None
+        if output is None:  # after the exception, which holds on to what is to be freed
             torch.cuda.empty_cache()
             most = len(chunk) // 2
             continue
@@ -86,15 +96,34 @@ def generate(
         progress(done, len(order))
 
 
+class _Stop(StoppingCriteria):  # type: ignore[misc]
+    """Ends an answer that has one of the stop strings; what the prompt says does not count, as transformers' own would.
+
+    The string may begin some tokens back: every token but a part of a character adds at least one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, begin: int, stop: Sequence[str]) -> None:
+        self.tokenizer, self.begin, self.stop = tokenizer, begin, stop
+        self.tokens = 4 * max(map(len, stop)) + 4
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        tail = input_ids[:, max(self.begin, input_ids.shape[1] - self.tokens) :]
+        texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
+        return torch.tensor([any(one in text for one in self.stop) for text in texts], device=input_ids.device)
+
+
 def fitting(model: PreTrainedModel, tokens: int) -> int:
     """How many sequences of so many tokens should fit beside the model: by the size of their keys and values."""
     if model.device.type == "cpu":
         return ON_CPU
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if heads is None:  # no keys and values: a state of fixed size
+        return ON_CPU
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     each = 2 * config.num_hidden_layers * width * model.dtype.itemsize * tokens
     free, _ = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(1, min(MOST, int(FREE_SHARE * free / each)))
 
 

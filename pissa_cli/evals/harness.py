@@ -28,8 +28,9 @@ def load_task(bench: str, folder: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     manager, task = TaskManager(include_path=folder), bench.removeprefix(PREFIX)
-    if task not in manager.all_tasks:
-        near = [name for name in manager.all_tasks if task in name]
+    known = [*manager.all_subtasks, *manager.all_groups]  # not tags: they have no figure of their own
+    if task not in known:
+        near = [name for name in known if task in name]
         raise UsageError(
             f"eval.bench: the harness has no task '{task}'",
             f"near it: {', '.join(near[:8])}" if near else "`lm_eval ls tasks` lists them",
@@ -63,7 +64,10 @@ def score(
     except Exception as error:  # tasks are anyone's code, and their data come from the network
         raise PissaError(f"{bench}: the harness failed ({type(error).__name__}: {error})") from error
     figures = {**found.get("results", {}), **found.get("groups", {})}[task]
-    names = {key.partition(",")[0]: key for key in figures if "_stderr" not in key and isinstance(figures[key], float)}
+    names: dict[str, str] = {}  # of several filters the first, as the harness lists them
+    for key in figures:
+        if "_stderr" not in key and isinstance(figures[key], float):
+            names.setdefault(key.partition(",")[0], key)
     main = next((name for name in MAIN if name in names), next(iter(names), None))
     if main is None:
         raise PissaError(f"{bench}: the harness gave no figure ({', '.join(figures)})")
@@ -72,7 +76,7 @@ def score(
     samples = [sample for rows in found.get("samples", {}).values() for sample in rows]
     result = {
         "score": figures[key],
-        "metric": f"{main} (lm_eval {lm_eval.__version__})",
+        "metric": f"{key.removesuffix(',none')} (lm_eval {lm_eval.__version__})",
         "stderr": stderr if isinstance(stderr, float) else None,
         "n": sum(count["effective"] for count in found["n-samples"].values()),
         "figures": {name: value for name, value in figures.items() if isinstance(value, int | float)},

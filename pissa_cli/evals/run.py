@@ -12,7 +12,6 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli.data import question_prompt
-from pissa_cli.errors import UsageError
 from pissa_cli.evals import classify, harness, held_out, mt_bench
 from pissa_cli.evals.bench import Progress as Count
 from pissa_cli.evals.benches import GENERATED, check_benches, load_bench, runs_code
@@ -66,7 +65,7 @@ def evaluate(
     benchmark of programs has no score (None) and nothing is written for it, but its answers are kept.
     Raises UsageError for an unknown bench, missing data, or a run that is not trained.
     """
-    check_benches(recipe)
+    check_benches(recipe, base)
     if allow_code and runs_code(recipe):
         protection()
     if "mt_bench" in recipe.eval.bench:
@@ -74,7 +73,7 @@ def evaluate(
     run, manifest = open_run(recipe)
     base_folder = require_base(run, manifest, recipe)
     tokenizer, context = load_tokenizer(base_folder, recipe.model), context_length(base_folder, recipe.model) or 2**31
-    data = {bench: load_bench(bench, recipe, tokenizer) for bench in recipe.eval.bench}
+    data = {bench: load_bench(bench, recipe, tokenizer, context) for bench in recipe.eval.bench}
     facts = {
         "model": "base" if base else "trained",
         "step": 0 if base else trained_steps(recipe),
@@ -94,9 +93,8 @@ def _writer(recipe: Recipe, base: bool, base_folder: Path, context: int) -> Iter
     if recipe.eval.engine == "transformers":
         yield (load_plain_base if base else load_result)(recipe, best_device())
         return
-    if base and recipe.model.bits == 4:
-        raise UsageError("eval.engine: vllm cannot serve a 4-bit base with its start", "score it without the engine")
-    with serve(base_folder if base else merged_files(recipe), recipe.precision, context) as server:
+    folder = base_folder if base else merged_files(recipe)
+    with serve(folder, recipe.precision, context, recipe.model.trust_remote_code) as server:
         yield server
 
 
@@ -232,12 +230,14 @@ def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]],
         def counted(done: int, _total: int) -> None:
             count(len(prompts) - len(left) + done, len(prompts))
 
-        seed = session.recipe.seed + len(kept.outputs)  # after an interruption not the same numbers again
-        settings = (section.max_new_tokens, section.temperature, seed, section.stop, counted)
+        length, warmth, seed = section.max_new_tokens, section.temperature, session.recipe.seed
         if isinstance(session.writer, Server):
-            answers = session.writer.generate(asked, *settings)
+            seeds = [seed + number for number in left]
+            answers = session.writer.generate(asked, length, warmth, seeds, section.stop, counted)
         else:
-            answers = generate(session.writer, session.tokenizer, asked, section.batch_size, *settings)
+            seed += len(kept.outputs)  # after an interruption not the same numbers again
+            settings = (section.batch_size, length, warmth, seed, section.stop, counted)
+            answers = generate(session.writer, session.tokenizer, asked, *settings)
         with autocast(session.recipe.model.bits, session.recipe.precision, best_device()):
             for index, output in answers:
                 kept.add(left[index], output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import json
 import os
@@ -10,12 +11,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,9 @@ from pissa_cli.evals.generate import TOP_P
 NAME = "tuned"
 STARTUP, ANSWER, TOGETHER = 1800.0, 3600.0, 256
 LOG_LINES = 15
+LONGEST = 2**14  # tokens of a prompt and its answer that the server keeps room for
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -45,20 +50,20 @@ class Server:
         prompts: list[list[int]],
         max_new_tokens: int,
         temperature: float,
-        seed: int,
+        seeds: Sequence[int],
         stop: Sequence[str],
         progress: Callable[[int, int], None],
     ) -> Iterator[tuple[int, str]]:
         """(index of the prompt, answer text) in the order they are done; as `evals.generate.generate`, which see.
 
-        Raises PissaError where the server fails; answers that were given stand.
+        seeds: one for each prompt. Raises PissaError where the server fails, after the answers that it still gave.
         """
 
         def ask(index: int) -> str:
             room = min(max_new_tokens, self.context - len(prompts[index]))
             if room < 1:
                 return ""
-            sampling = {"temperature": temperature, "top_p": TOP_P if temperature else 1.0, "seed": seed + index}
+            sampling = {"temperature": temperature, "top_p": TOP_P if temperature else 1.0, "seed": seeds[index]}
             ending = {"max_tokens": room, "stop": list(stop) or None, "stop_token_ids": self.stop_ids}
             answer = self._post({"model": NAME, "prompt": prompts[index], **sampling, **ending})
             return str(answer["choices"][0]["text"])
@@ -66,9 +71,19 @@ class Server:
         pool = ThreadPoolExecutor(TOGETHER)
         try:
             asked = {pool.submit(ask, index): index for index in range(len(prompts))}
+            failure: PissaError | None = None
             for done, future in enumerate(as_completed(asked), start=1):
-                yield asked[future], future.result()
+                try:
+                    yield asked[future], future.result()
+                except CancelledError:
+                    continue
+                except PissaError as error:
+                    failure = failure or error
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    continue
                 progress(done, len(prompts))
+            if failure is not None:
+                raise failure
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -76,7 +91,7 @@ class Server:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=ANSWER) as answer:
+            with DIRECT.open(request, timeout=ANSWER) as answer:
                 found: dict[str, Any] = json.load(answer)
                 return found
         except urllib.error.HTTPError as error:
@@ -87,7 +102,7 @@ class Server:
 
 
 @contextmanager
-def serve(folder: Path, dtype: str, context: int) -> Iterator[Server]:
+def serve(folder: Path, dtype: str, context: int, trust_remote_code: bool = False) -> Iterator[Server]:
     """Start `vllm serve` on a free port of this machine alone, behind a key, and stop it at the end.
 
     dtype: bf16 or fp32. Raises UsageError where vLLM is not installed, PissaError, with the end of its log, where it
@@ -98,12 +113,19 @@ def serve(folder: Path, dtype: str, context: int) -> Iterator[Server]:
         raise UsageError("eval.engine: vllm is not installed", "pip install 'pissa[vllm]', or leave the engine out")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    context = min(context, LONGEST)
     key, url = secrets.token_hex(16), f"http://127.0.0.1:{port}"
     command = [program, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME]
     command += ["--dtype", {"bf16": "bfloat16", "fp32": "float32"}[dtype], "--generation-config", "vllm"]
+    command += ["--max-model-len", str(context), *(["--trust-remote-code"] if trust_remote_code else [])]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | {"VLLM_API_KEY": key}, start_new_session=True
+            command,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"VLLM_API_KEY": key},
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
         try:
             _wait(process, url, log)
@@ -117,11 +139,17 @@ def serve(folder: Path, dtype: str, context: int) -> Iterator[Server]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _wait(process: subprocess.Popen[bytes], url: str, log: Any) -> None:
     """Until the server is healthy."""
     until = time.monotonic() + STARTUP
     while process.poll() is None and time.monotonic() < until:
-        with suppress(OSError, http.client.HTTPException), urllib.request.urlopen(f"{url}/health", timeout=5):
+        with suppress(OSError, http.client.HTTPException), DIRECT.open(f"{url}/health", timeout=5):
             return
         time.sleep(0.2)
     log.seek(0)
