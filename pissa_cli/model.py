@@ -161,7 +161,7 @@ def disk_name(parameter: str, prefix: str, weights: Weights) -> str:
     for name in (parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"):
         if name in weights.files:
             return name
-    raise UsageError(f"{weights.folder}: no tensor for {parameter}; its names differ from transformers'")
+    raise UsageError(f"{weights.folder}: no tensor for {parameter}: it is missing, or not under transformers' name")
 
 
 def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear]:
