@@ -88,10 +88,10 @@ def page(results: list[dict[str, Any]], majority: dict[str, dict[str, float]], a
     for task, metrics in METRICS.items():
         n = next(r["n"] for r in results if r["task"] == task)
         lines += ["", f"## {task.upper() if task == 'mrpc' else 'CoLA'} ({n} held-out rows)", ""]
-        lines += [f"| method | numbers that train | rate, of the head | {metrics[0]} | {metrics[1]} | seconds |"]
-        lines += ["|---|---|---|---|---|---|"]
+        lines += [f"| method | numbers that train | rate, of the head | {metrics[0]} | {metrics[1]} |"]
+        lines += ["|---|---|---|---|---|"]
         shown = [f"{majority[task][metric]:.2f}" for metric in metrics]
-        lines.append(f"| majority class | 0 | | {' | '.join(shown)} | |")
+        lines.append(f"| majority class | 0 | | {' | '.join(shown)} |")
         for method, options in METHODS.items():
             found = [r for r in results if (r["task"], r["method"]) == (task, method)]
             cells = []
@@ -99,15 +99,13 @@ def page(results: list[dict[str, Any]], majority: dict[str, dict[str, float]], a
                 values = [r[metric] for r in found]
                 cells.append(f"{statistics.mean(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})")
             rates = f"{options['train.lr']:g}, {options['train.head_lr']:g}"
-            seconds = statistics.mean(r["seconds"] for r in found)
             lines.append(
-                f"| {method} r {options['adapter.rank']} | {found[0]['trainable']:,} | {rates} | {' | '.join(cells)} "
-                f"| {seconds:.0f} |"
+                f"| {method} r {options['adapter.rank']} | {found[0]['trainable']:,} | {rates} | {' | '.join(cells)} |"
             )
     seeds = ", ".join(map(str, args.seeds))
     lines += [
         "",
-        f"Seeds {seeds}. Rates were chosen once, not searched: the methods are not to be ranked by this page.",
+        f"Seeds {seeds}. Rates were not searched (SVFit's is the second that was tried): this page ranks no methods.",
     ]
     versions = f"pissa {pissa_cli.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     lines += [
