@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,20 +22,23 @@ PACKING_TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
 LEAK_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
     f"train.{key}"
-    for key in ("steps", "epochs", "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing")
+    for key in (
+        *("steps", "epochs", "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing"),
+        *("spike", "on_fault", "shard"),
+    )
 }
 
 
-def checkpoint_to_resume(run: Run, recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from. Refuses to overwrite a run, and to resume one with another recipe."""
+def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
+    """Whether there are checkpoints to go on from. Refuses to overwrite a run, and to resume it with another recipe."""
     if not run.exists():
         if resume:
             raise UsageError(f"{run.folder}: nothing to resume", "start it without --resume")
-        return None
+        return False
     open_run(recipe)
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
-        return None
+        return False
     if not resume:
         raise UsageError(
             f"{run.folder}: this run has reached {checkpoint.name}", "go on with --resume, or use another --output"
@@ -56,7 +57,7 @@ def checkpoint_to_resume(run: Run, recipe: Recipe, resume: bool) -> Path | None:
                     f"{run.folder}: {name}.{key} was {old[key]!r} so far and is {new[key]!r} now",
                     "resume with the same value, or start a new run with another --output",
                 )
-    return checkpoint
+    return True
 
 
 def schedule_change(run: Run, recipe: Recipe) -> list[str]:

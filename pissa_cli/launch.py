@@ -17,6 +17,7 @@ from pissa_cli.initialize import Progress
 from pissa_cli.prepare import Watch, prepare
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
+from pissa_cli.rundir import Run, locked
 
 
 def launch(
@@ -28,6 +29,8 @@ def launch(
     input, PissaError if a process failed, Interrupted after the checkpoint that follows SIGINT or SIGTERM.
     """
     prepare(recipe, resume, watch, init_progress)
+    with locked(Run(Path(recipe.output)).checkpoints):
+        pass  # a run that another process is training: said here, not by one of many
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment |= {"ACCELERATE_USE_CPU": "true"}

@@ -31,10 +31,7 @@ class ModelSection(Section):
     task: Literal["causal-lm", "sequence-classification"] = Field(
         "causal-lm", description="what the model is trained for; a classifier gets a new head, which trains whole"
     )
-    labels: list[str] = Field(
-        [],
-        description="sequence-classification: classes in the order of their numbers; one: a quantity",
-    )
+    labels: list[str] = Field([], description="classes in the order of their numbers; one name: a quantity")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
@@ -126,16 +123,25 @@ class TrainSection(Section):
         None, description="dtype of the matrix products; default fp32 if model.bits is 32, else bf16"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    eval_every: int | None = Field(
-        None, ge=1, description="steps between losses on data.eval; default: at the end only"
-    )
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at the end only")
+    eval_every: int | None = Field(None, ge=1, description="steps between losses on data.eval; default: at the end")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at the end")
     keep: int = Field(2, ge=1, description="checkpoints kept, the newest")
+    spike: float | None = Field(
+        None, gt=1, description="a loss or gradient norm this many times the median of 50 steps is a fault, too"
+    )
+    on_fault: Literal["stop", "skip", "rollback"] = Field(
+        "stop", description="after infinite numbers: stop, leave the step out, or go back to the last checkpoint"
+    )
+    shard: bool = Field(False, description="spread the model over the processes (FSDP2), instead of a copy in each")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give epochs or steps, not both")
+        if self.on_fault == "rollback" and self.save_every is None:
+            raise ValueError("on_fault: rollback goes back to a checkpoint; set train.save_every")
+        if self.shard and self.optimizer != "adamw":
+            raise ValueError("shard: bitsandbytes' optimizer cannot be spread over processes; set optimizer to adamw")
         return self
 
 

@@ -83,7 +83,18 @@ def test_every_recipe_loads(path: Path) -> None:
     load(str(path), {})
 
 
-@pytest.mark.parametrize("path", sorted(shipped("configs").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+BLOCKS = sorted(path for path in shipped("configs").rglob("*.yaml") if path.parent.name != "accelerate")
+
+
+@pytest.mark.parametrize("path", sorted(shipped("configs").glob("accelerate/*.yaml")), ids=lambda p: p.stem)
+def test_accelerate_reads_its_files(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[path.stem]
+
+
+@pytest.mark.parametrize("path", BLOCKS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_block_loads(path: Path) -> None:
     section = path.parent.name
     flags = {} if section == "model" else {("model", "name"): ("--model", "x")}

@@ -13,7 +13,7 @@ from runs import BASE, events
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from pissa_cli import loss
-from pissa_cli import train as module
+from pissa_cli import trainer as module
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import initialize
 from pissa_cli.optim import learning_rate
@@ -238,7 +238,7 @@ def test_training_in_chunks_is_training(
     results = []
     for chunked in (True, False):
         if not chunked:
-            monkeypatch.setattr("pissa_cli.train.chunks_loss", lambda *_: False)
+            monkeypatch.setattr("pissa_cli.trainer.chunks_loss", lambda *_: False)
         made = recipe(models(architecture), *sets, f"output={rows.parent / str(chunked)}")
         train(made)
         results.append([event["loss"] for event in events(made) if "loss" in event])
