@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from pissa_cli.errors import PissaError, UsageError
 
 PROVENANCE = "pissa.json"
+PICTURE = "loss.png"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise _disk_error(path, error) from None
 
 
@@ -183,6 +185,17 @@ def remove_folder(folder: Path) -> None:
     with suppress(OSError):
         folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_leftovers(run: Run) -> None:
+    """Remove what a killed training left half-written. Only for the process that has the run's lock."""
+    small = (run.recipe.name, run.metrics.name, PICTURE)
+    for path in [*run.checkpoints.glob(".*"), *(p for name in small for p in run.folder.glob(f".{name}.*"))]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def set_aside(path: Path) -> Path:

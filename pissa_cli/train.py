@@ -25,7 +25,7 @@ from pissa_cli.prepare import Watch, prepare
 from pissa_cli.process import keep_freed_memory, peak_memory, process_state, stop_signals
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import Run, locked, write_text
+from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, write_text
 from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, set_up, update
 
 
@@ -47,6 +47,7 @@ def train(
             manifest, tokenizer, examples, held_out = prepare(recipe, resume, watch, init_progress)
             if first:
                 lock.enter_context(locked(run.checkpoints))
+                clear_leftovers(run)
             checkpoint, lines = whole_checkpoint(run)  # set aside by the first process, the others see what is left
             for line in lines:
                 watch({"note": line})
@@ -62,7 +63,7 @@ def train(
         trained = trained_values(trainer.names)
         with state.main_process_first():
             if first:
-                report.loss_picture(run.metrics, run.folder / "loss.png")
+                report.loss_picture(run.metrics, run.folder / PICTURE)
                 result = write_result(recipe, model, trainer.names, trained, trainer.total_steps, facts)
                 figures["result"] = str(result)
     return figures | {"data": facts}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -174,3 +175,16 @@ def test_a_second_process_is_kept_out_and_a_killed_one_holds_nothing(
     with locked(run.checkpoints), pytest.raises(UsageError, match="is writing here"):
         train(made, resume=True)
     assert [p.name for p in run.folder.rglob(".*")] == []
+
+
+@pytest.mark.parametrize(
+    ("way", "lines"), [("kills 10 7", "10 kills"), ("points 23", "killed before change"), ("disk 23", "disk full")]
+)
+def test_trainings_that_are_broken_off_end_with_the_same_bits(way: str, lines: str) -> None:
+    """A few of those that the script tries; their number depends on the numbers of files, ten kills on nothing."""
+    script = Path(__file__).with_name("break_training.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *way.split()]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert lines in done.stdout.splitlines()[-1]
