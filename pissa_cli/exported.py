@@ -37,7 +37,8 @@ def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[s
         with whole_folder(run.merged) as folder:
             copy_side_files(require_base(run, manifest, recipe), folder)
             model.save_pretrained(folder)
-            write_json(folder / PROVENANCE, {"method": "full", "step": step, "data": data})
+            provenance = {"method": "full", "step": step, "data": data}
+            write_json(folder / PROVENANCE, provenance | {"base_fingerprint": manifest["base"]["fingerprint"]})
         return run.merged
     config, start = read_start(run, manifest)
     now = {
