@@ -13,6 +13,8 @@ from pissa_cli.glue import GLUE
 from pissa_cli.recipe import DataSection
 from pissa_cli.rows import Row, text_of
 
+SHOWN = 40
+
 
 def label_columns(section: DataSection, columns: Sequence[str]) -> dict[str, str]:
     """text, text_pair where there is one, and label: the columns of rows that have these `columns`."""
@@ -56,7 +58,7 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
     if len(labels) == 1:
         if math.isfinite(number):
             return number
-        raise ValueError(f"'{column}' is not a number")
+        raise ValueError(f"'{column}' is '{text[:SHOWN]}', not a number")
     if text in labels:
         return float(labels.index(text))
     numbers = [_number(label) for label in labels]
@@ -65,7 +67,7 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
             return float(numbers.index(number))
     elif number.is_integer() and 0 <= number < len(labels):
         return number
-    raise ValueError(f"'{column}' is not one of {', '.join(labels)}")
+    raise ValueError(f"'{column}' is '{text[:SHOWN]}', not one of model.labels ({', '.join(labels)})")
 
 
 def _number(value: object) -> float:

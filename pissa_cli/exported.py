@@ -41,7 +41,8 @@ def write_result(
             parameters = dict(model.named_parameters(remove_duplicate=False))
             state = {n: trained[names[parameters[n]]] if n in parameters else t for n, t in model.state_dict().items()}
             model.save_pretrained(folder, state_dict=state)
-            write_json(folder / PROVENANCE, {"method": "full", "step": step, "data": data})
+            provenance = {"method": "full", "step": step, "data": data}
+            write_json(folder / PROVENANCE, provenance | {"base_fingerprint": manifest["base"]["fingerprint"]})
         return run.merged
     config, start = read_start(run, manifest)
     now = {

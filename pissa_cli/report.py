@@ -7,6 +7,13 @@ from pathlib import Path
 from typing import Any
 
 
+def mean_losses(metrics: Path) -> tuple[float, float, int]:
+    """(loss at the begin, at the end, n): means over n steps each, up to 10 and no more than half of the run's."""
+    losses = [json.loads(line)["loss"] for line in metrics.read_text(encoding="utf-8").splitlines()]
+    few = max(1, min(10, len(losses) // 2))
+    return sum(losses[:few]) / few, sum(losses[-few:]) / few, few
+
+
 def loss_picture(metrics: Path, picture: Path) -> None:
     """The loss curve of one run."""
     compare_losses({metrics.parent.name: metrics}, picture)

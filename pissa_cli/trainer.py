@@ -23,7 +23,7 @@ from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.guards import chunks_loss, packs, probe_loss, require_padding_unseen, require_same_loss
 from pissa_cli.initialize import read_start, require_base
 from pissa_cli.loss import autocast, summed_loss
-from pissa_cli.model import parameter_counts
+from pissa_cli.model import num_parameters
 from pissa_cli.optim import make_optimizer
 from pissa_cli.prepare import Watch
 from pissa_cli.recipe import Recipe
@@ -71,7 +71,7 @@ def set_up(
         watch({"note": "train.shard: a single process has the whole model"})
     if sharded and recipe.train.optimizer != "adamw":
         raise UsageError("bitsandbytes' optimizer cannot be spread over processes", "set train.optimizer to adamw")
-    model = model.to(accelerator.device)
+    num_base, model = num_parameters(model), model.to(accelerator.device)
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
     packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
     if recipe.data.classifies:
@@ -99,11 +99,11 @@ def set_up(
     for name, layer in lowrank_layers(model).items():
         names |= {p: f"{name}.{key}" for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
     total_steps = count_steps(len(examples), recipe)
-    trainable, total = parameter_counts(model)
+    trainable = sum(parameter.numel() for parameter in names)
     steps = f"{total_steps} steps of {recipe.train.batch_size} examples"
     processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     processes += " that share the model" if sharded else ""
-    watch({"note": f"{trainable:,} of {total:,} parameters train; {steps}{processes}"})
+    watch({"note": f"{trainable:,} parameters train, the base has {num_base:,}; {steps}{processes}"})
     optimizer = accelerator.prepare(make_optimizer(names, recipe))
     prepared = model if sharded else accelerator.prepare(model)
     parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
@@ -202,7 +202,7 @@ def _set_up(
     unused = bool(holders_of_3d_weights(model))  # an expert may get no token
     ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ways])
-    model = model.to(accelerator.device)
+    num_base, model = num_parameters(model), model.to(accelerator.device)
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
     packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
     if recipe.data.classifies:
@@ -228,11 +228,11 @@ def _set_up(
     for name, layer in lowrank_layers(model).items():
         names |= {p: f"{name}.{key}" for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
     total_steps = count_steps(len(examples), recipe)
-    trainable, total = parameter_counts(model)
+    trainable = sum(parameter.numel() for parameter in names)
     steps = f"{total_steps} steps of {recipe.train.batch_size} examples"
     if accelerator.is_main_process:
         processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-        watch({"note": f"{trainable:,} of {total:,} parameters train; {steps}{processes}"})
+        watch({"note": f"{trainable:,} parameters train, the base has {num_base:,}; {steps}{processes}"})
     optimizer = make_optimizer(names, recipe)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)

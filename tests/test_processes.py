@@ -102,6 +102,7 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
     models: Callable[[str], Path], rows: Path, tmp_path: Path, pissa: Callable[..., Any]
 ) -> None:
     sets = [*BASE, f"data.train={rows}", "train.epochs=3", "train.batch_size=4", "train.save_every=2"]
+    sets.append("data.max_length=168")  # which cuts the longest
     words = [word for one in sets for word in ("--set", one)]
     whole = ["train", "--model", str(models("llama")), *words, "--output", str(tmp_path / "whole")]
     assert pissa(*whole).code == 0
@@ -118,7 +119,8 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
     victims = _workers(started.pid)
     if victims:
         os.kill(victims[-1], signal.SIGKILL)
-    started.communicate(timeout=120)
+    _, said = started.communicate(timeout=120)
+    assert said.count(b"examples cut at data.max_length") == 1
     outcome = pissa(*command, "--resume", "--json")
     assert outcome.code == 0, outcome.err
     one, two = (adapter(load(str(tmp_path / name), {}).recipe) for name in ("whole", "out"))
