@@ -75,9 +75,9 @@ class ScaledBase(AdapterBase):
     def _patterns(cls, patterns: dict[str, float]) -> dict[str, float]:
         for pattern, value in patterns.items():
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
+                re.compile(_at_the_end(pattern))
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"'{pattern}' is not a regular expression here: {error}") from None
             if value <= 0:
                 raise ValueError(f"'{pattern}': must be above 0, found {value}")
         return patterns
@@ -113,7 +113,11 @@ class ScaledBase(AdapterBase):
 
 def first_match(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches `name` from its start or from after a dot, to its end."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in patterns.items() if re.match(_at_the_end(key), name)), default)
+
+
+def _at_the_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 class LoraOptions(ScaledBase):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from pissa_cli.adapter_options import AdapterOptions
 from pissa_cli.recipe import Recipe
-from pissa_cli.yamlfile import KeyPath, Value
+from pissa_cli.yamlfile import KeyPath, Value, shown
 
 ADAPTER_OPTIONS: dict[str, type[BaseModel]] = {
     options.model_fields["method"].default: options for options in get_args(get_args(AdapterOptions)[0])
@@ -76,7 +76,7 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
         else:
             text = f"{text[0].lower()}{text[1:]}"
             if path in values:
-                text += f" (found {values[path].value!r})"
+                text += f" (found {shown(values[path].value)})"
         by_path.setdefault(path, []).append(text)
     lines = []
     for path, texts in by_path.items():
@@ -113,6 +113,7 @@ def _keys(section: KeyPath, tree: dict[str, Any]) -> list[str]:
     if section == ("adapter",):
         adapter = tree.get("adapter")
         method = adapter.get("method", "pissa") if isinstance(adapter, dict) else "pissa"
-        return list(ADAPTER_OPTIONS[method].model_fields) if method in ADAPTER_OPTIONS else []
+        known = isinstance(method, str) and method in ADAPTER_OPTIONS
+        return list(ADAPTER_OPTIONS[method].model_fields) if known else []
     model = Recipe.model_fields[section[0]].annotation if section[0] in Recipe.model_fields else None
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

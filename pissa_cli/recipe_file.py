@@ -9,20 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from pissa_cli.adapter_options import ScaledBase
 from pissa_cli.errors import UsageError
+from pissa_cli.names import kind_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_errors import SECTIONS, messages
-from pissa_cli.yamlfile import KeyPath, Value, parse_scalar, read_flat
+from pissa_cli.yamlfile import KeyPath, Value, parse_scalar, read_flat, require_plain, shown, write_yaml
 
 PACKAGE = Path(__file__).resolve().parent
 RUN_RECIPE = "recipe.yaml"
 RUN_MANIFEST = "manifest.json"
 PATTERNS = (("adapter", "rank_pattern"), ("adapter", "alpha_pattern"))
 """Mappings by names of layers, which have dots of their own."""
+MOST_ERRORS = 20
+NAMES = (("model", "name"), ("data", "train"), ("data", "eval"), ("output",))
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def load(target: str | None, flags: Mapping[KeyPath, tuple[str, Any]], sets: Seq
     """
     given = {key: Value(value, flag) for key, (flag, value) in flags.items()}
     given = _over(given, dict(_parse_set(text) for text in sets))
+    _require_names(given)
     if target is None:
         folder = Path(str(given[("output",)].value if ("output",) in given else "out"))
         target = str(folder) if holds_run(folder) else None
@@ -54,6 +57,7 @@ def load(target: str | None, flags: Mapping[KeyPath, tuple[str, Any]], sets: Seq
     flat: dict[KeyPath, Value] = dict(read_flat(file)) if file else {}
     if file and file.name == RUN_RECIPE and (file.parent / RUN_MANIFEST).is_file():
         flat[("output",)] = Value(str(file.parent), "the run folder")
+    _require_names(flat)
     flat = _over(flat, given)
     values = _blocks(flat)
     alias = _alias(flat)
@@ -67,34 +71,35 @@ def load(target: str | None, flags: Mapping[KeyPath, tuple[str, Any]], sets: Seq
 
 def holds_run(folder: Path) -> bool:
     """Whether `pissa init` or `pissa train` has made this folder."""
-    return (folder / RUN_RECIPE).is_file() and (folder / RUN_MANIFEST).is_file()
+    return kind_of(folder / RUN_RECIPE) == kind_of(folder / RUN_MANIFEST) == "file"
 
 
 def find_recipe(target: str) -> Path:
     """The YAML file of a target: a run folder, a path, or the name of a recipe, the user's before the shipped ones."""
-    path = Path(target)
-    if path.is_dir() and not (path / RUN_RECIPE).is_file():
+    path, kind = Path(target), kind_of(target)
+    if kind == "folder" and kind_of(path / RUN_RECIPE) != "file":
         named = [folder for folder in (Path("recipes"), shipped("recipes")) if (folder / f"{target}.yaml").is_file()]
         if not named:
             raise UsageError(
                 f"{target}: not a run folder (no {RUN_RECIPE} in it)", "give a recipe, or run `pissa init` first"
             )
         return named[0] / f"{target}.yaml"
-    if path.is_dir():
+    if kind == "folder":
         return path / RUN_RECIPE
     short = target.removeprefix("recipes/").removesuffix(".yaml")
     for candidate in (path, Path("recipes") / f"{short}.yaml", shipped("recipes") / f"{short}.yaml"):
-        if candidate.is_file():
+        if kind_of(candidate) == "file":
             return candidate
     known = _names(shipped("recipes"))
     near = difflib.get_close_matches(short, known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"shipped recipes: {', '.join(known)}"
-    raise UsageError(f"{target}: no such recipe or run folder", hint)
+    what = "neither a file nor a folder" if kind == "other" else "no such recipe or run folder"
+    raise UsageError(f"{target}: {what}", hint)
 
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, with every default written out; enough to run again."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(recipe.model_dump(mode="json"))
 
 
 def listing(loaded: Loaded) -> list[tuple[str, str, str]]:
@@ -116,7 +121,7 @@ def listing(loaded: Loaded) -> list[tuple[str, str, str]]:
             source = loaded.sources.get(path, "default")
             if value is None and path in by_other_keys:
                 value, source = by_other_keys[path], "default, from other keys"
-            text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+            text = write_yaml(value, inline=True)
             if isinstance(value, str) and "\n" in value:
                 text = json.dumps(value, ensure_ascii=False)
             rows.append((".".join(path), text, source))
@@ -131,8 +136,26 @@ def _parse_set(text: str) -> tuple[KeyPath, Value]:
     if path[:2] in PATTERNS and len(path) > 3:
         path = (*path[:2], ".".join(path[2:]))
     if not equals or not all(path):
-        raise UsageError(f"--set {text}: expected key=value, e.g. --set train.lr=2e-5")
-    return path, Value(parse_scalar(value), f"--set {key}")
+        raise UsageError(f"--set {shown(text)}: expected key=value, e.g. --set train.lr=2e-5")
+    return path, Value(parse_scalar(value, f"--set {key}"), f"--set {key}")
+
+
+def _is_name(key: KeyPath) -> bool:
+    """Whether a value is a name that is looked up on the disk."""
+    return key in NAMES or key[:2] == ("eval", "data") or key[0] == "use"
+
+
+def _require_names(values: Mapping[KeyPath, Value]) -> None:
+    """UsageError for text that cannot be written down, and for a name that no file can have."""
+    for key, value in values.items():
+        if isinstance(value.value, str):
+            source = f"{value.source}: {'.'.join(key)}"
+            try:
+                require_plain(value.value)
+            except ValueError as error:
+                raise UsageError(f"{source}: {error}") from None
+            if _is_name(key):
+                kind_of(value.value, source)
 
 
 def _over(lower: Mapping[KeyPath, Value], upper: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:
@@ -161,7 +184,7 @@ def _blocks(flat: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:
 def _alias(flat: Mapping[KeyPath, Value]) -> Value | None:
     """The model's name if it is that of a block (`mistral-7b`); a folder of that name wins."""
     name = flat.get(("model", "name"))
-    if name is None or not isinstance(name.value, str) or Path(name.value).exists():
+    if name is None or not isinstance(name.value, str) or kind_of(name.value):
         return None
     return name if _block_file("model", name.value) else None
 
@@ -172,7 +195,7 @@ def _block_file(section: str, name: str) -> Path | None:
         Path("configs") / section / f"{name}.yaml",
         shipped("configs") / section / f"{name}.yaml",
     ):
-        if candidate.suffix == ".yaml" and candidate.is_file():
+        if candidate.suffix == ".yaml" and kind_of(candidate) == "file":
             return candidate
     return None
 
@@ -184,7 +207,9 @@ def _read_block(section: str, name: Value) -> dict[KeyPath, Value]:
         near = difflib.get_close_matches(name.value, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"blocks of {section}: {', '.join(known) or 'none'}"
         raise UsageError(f"{name.source}: no block '{name.value}' in configs/{section}", hint)
-    return {(section, *key): value for key, value in read_flat(file).items()}
+    values = {(section, *key): value for key, value in read_flat(file).items()}
+    _require_names(values)
+    return values
 
 
 def _names(folder: Path) -> list[str]:
@@ -195,9 +220,8 @@ def _locate_paths(values: dict[KeyPath, Value], file: Path | None) -> None:
     """Make local paths absolute: from the working directory, else from the recipe's folder, else from the package."""
     roots = [Path(), *([file.parent] if file else []), PACKAGE]
     for key, value in values.items():
-        is_path = key in (("model", "name"), ("data", "train"), ("data", "eval")) or key[:2] == ("eval", "data")
-        if is_path and isinstance(value.value, str) and value.value:
-            found = next((root / value.value for root in roots if (root / value.value).exists()), None)
+        if _is_name(key) and key != ("output",) and isinstance(value.value, str) and value.value:
+            found = next((root / value.value for root in roots if kind_of(root / value.value, value.source)), None)
             if found is not None:
                 values[key] = Value(str(found.resolve()), value.source)
 
@@ -212,7 +236,9 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
                 raise UsageError(f"{value.source}: {'.'.join(key)}: '{part}' was given as a single value elsewhere")
             node = child
         if isinstance(node.get(key[-1]), dict) and not isinstance(value.value, dict):
-            raise UsageError(f"{value.source}: {'.'.join(key)}: expected a section with keys, found {value.value!r}")
+            raise UsageError(
+                f"{value.source}: {'.'.join(key)}: expected a section with keys, found {shown(value.value)}"
+            )
         node[key[-1]] = value.value
     if "model" not in tree or not isinstance(tree["model"], dict) or "name" not in tree["model"]:
         known = ", ".join(_names(shipped("configs") / "model"))
@@ -225,4 +251,6 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UsageError("\n".join(messages(error, values, tree))) from None
+        lines = messages(error, values, tree)
+        more = [f"... and {len(lines) - MOST_ERRORS:,} more"] if len(lines) > MOST_ERRORS else []
+        raise UsageError("\n".join([*lines[:MOST_ERRORS], *more])) from None

@@ -1,8 +1,9 @@
-"""Read YAML strictly: duplicate keys and aliases are refused, `3e-4` is a number, every value keeps its line."""
+"""Read YAML strictly: duplicate keys, aliases and tags are refused, `3e-4` is a number, every value keeps its line."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,48 @@ from pissa_cli.errors import UsageError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
+SHOWN = 200
 
 _FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?$|^[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?$")
+_RESOLVERS = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+for _first in "-+.0123456789":
+    _RESOLVERS.setdefault(_first, []).append(("tag:yaml.org,2002:float", _FLOAT))
+
+
+class _Unsupported(yaml.MarkedYAMLError):
+    """YAML that recipes do without."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `3e-4` and `1e5` as numbers (YAML 1.2), which PyYAML leaves as strings."""
+    """SafeLoader that reads `3e-4` and `1e5` as numbers (YAML 1.2), which PyYAML leaves as strings.
+
+    Refuses anchors, aliases and tags, and what is nested too deeply, before it reads on.
+    """
+
+    yaml_implicit_resolvers = _RESOLVERS
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        problem = None
+        if event.anchor is not None:
+            problem = "YAML anchors and aliases (&name, *name) are not supported; write the value out"
+        elif event.tag is not None:
+            problem = "YAML tags (!name) are not supported; write the value alone, in quotes if it is text"
+        elif self._depth == MAX_DEPTH:
+            problem = "nested too deeply"
+        if problem is not None:
+            raise _Unsupported(problem=problem, problem_mark=event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-for _first in "-+.0123456789":
-    _Loader.yaml_implicit_resolvers.setdefault(_first, []).append(("tag:yaml.org,2002:float", _FLOAT))
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the texts that `_Loader` would read as numbers."""
+
+    yaml_implicit_resolvers = _RESOLVERS
 
 
 @dataclass(frozen=True)
@@ -34,43 +66,46 @@ class Value:
     source: str
 
 
-def parse_scalar(text: str) -> Any:
-    """The value of `c` in `--set a.b=c`, read by the rules of the files."""
-    try:
-        value = yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise UsageError(f"cannot read {text!r} as a YAML value: {error}") from None
-    if isinstance(value, dict) and any(v is None and ":" in str(key) for key, v in value.items()):
-        raise UsageError(f"{text}: YAML wants a space after the colon", "as in {q_proj: 8}")
-    return value
-
-
 KeyPath = tuple[str, ...]
+
+
+def parse_scalar(text: str, source: str) -> Any:
+    """The value of `c` in `--set a.b=c`, read by the rules of the files; source: `--set a.b`."""
+    node = _compose(text, source)
+    value = None if node is None else _construct(node, source)
+    if isinstance(value, dict) and any(v is None and ":" in str(key) for key, v in value.items()):
+        raise UsageError(f"{source}={text}: YAML wants a space after the colon", "as in {q_proj: 8}")
+    return value
 
 
 def read_flat(path: Path) -> dict[KeyPath, Value]:
     """Read a YAML mapping as `{("train", "lr"): Value}`; nested mappings are flattened, lists are values.
 
     Raises UsageError naming file and line for a missing, unreadable, too large or malformed file, a duplicate key,
-    a key that is not a string, and anchors or aliases.
+    a key that is not printable text, anchors, aliases and tags.
     """
-    text = _read_text(path)
-    try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise UsageError(f"{path}: YAML aliases (*name) are not supported in recipes", "write the value out")
-        root = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UsageError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise UsageError(f"{path}: nested too deeply") from None
+    root = _compose(_read_text(path), str(path))
     flat: dict[KeyPath, Value] = {}
     if root is not None:
         if not isinstance(root, yaml.MappingNode):
             raise UsageError(f"{path}: expected keys and values, found {_kind(root)}")
-        _flatten(root, (), path, flat)
+        _flatten(root, (), str(path), flat)
     return flat
+
+
+def write_yaml(content: Any, inline: bool = False) -> str:
+    """YAML text that reads back as `content`; inline: in one line, without its end."""
+    options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True}
+    if inline:
+        options |= {"default_flow_style": True, "width": 10**6}
+    text: str = yaml.dump(content, Dumper=_Dumper, **options)
+    return text.removesuffix("\n...\n").strip() if inline else text
+
+
+def shown(value: Any) -> str:
+    """A value for a message: in quotes where it is text, and not too long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters)"
 
 
 def _read_text(path: Path) -> str:
@@ -84,37 +119,71 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"{path}: {error.strerror or error}") from None
 
 
-def _flatten(node: yaml.MappingNode, prefix: KeyPath, path: Path, flat: dict[KeyPath, Value]) -> None:
-    if len(prefix) > MAX_DEPTH:
-        raise UsageError(f"{path}:{node.start_mark.line + 1}: nested too deeply")
+def _compose(text: str, where: str) -> yaml.Node | None:
+    """The one document in a text. where: its source, to which messages add the line."""
+    try:
+        return yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        place = _place(where, getattr(error, "problem_mark", None))
+        kind = "" if isinstance(error, _Unsupported) else "not valid YAML: "
+        raise UsageError(f"{place}: {kind}{getattr(error, 'problem', None) or error}") from None
+
+
+def _flatten(node: yaml.MappingNode, prefix: KeyPath, where: str, flat: dict[KeyPath, Value]) -> None:
+    for key, value_node, place in _entries(node, prefix, where):
+        full = (*prefix, key)
+        if isinstance(value_node, yaml.MappingNode) and value_node.value:
+            _flatten(value_node, full, where, flat)
+        else:
+            flat[full] = Value(_construct(value_node, where, full), place)
+
+
+def _entries(node: yaml.MappingNode, prefix: KeyPath, where: str) -> Iterator[tuple[str, yaml.Node, str]]:
+    """(key, value, where the key is) of a mapping."""
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        if key_node.tag != "tag:yaml.org,2002:str":
-            raise UsageError(f"{path}:{line}: a key must be plain text, found {key_node.value!r}")
+        place, line = _place(where, key_node.start_mark), key_node.start_mark.line + 1
         key = key_node.value
-        full = (*prefix, key)
+        if key_node.tag != "tag:yaml.org,2002:str" or not key.isprintable():
+            found = shown(key) if isinstance(key_node, yaml.ScalarNode) else _kind(key_node)
+            raise UsageError(f"{place}: a key must be plain text, found {found}")
         if key in seen:
-            raise UsageError(
-                f"{path}:{line}: duplicate key '{'.'.join(full)}', first given in line {seen[key]}",
-                "remove one of them",
-            )
+            full = shown(".".join((*prefix, key)))
+            raise UsageError(f"{place}: duplicate key {full}, first given in line {seen[key]}", "remove one of them")
         seen[key] = line
-        if isinstance(value_node, yaml.MappingNode) and value_node.value:
-            _flatten(value_node, full, path, flat)
-        else:
-            flat[full] = Value(_construct(value_node, path), f"{path}:{line}")
+        yield key, value_node, place
 
 
-def _construct(node: yaml.Node, path: Path) -> Any:
+def _construct(node: yaml.Node, where: str, path: KeyPath = ()) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return {key: _construct(value, where, (*path, key)) for key, value, _ in _entries(node, path, where)}
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(child, where, (*path, "")) for child in node.value]
     loader = _Loader("")
     try:
-        return loader.construct_object(node, deep=True)
+        value = loader.construct_object(node)
+        require_plain(value)
     except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{path}:{node.start_mark.line + 1}: cannot read this value: {error}") from None
+        raise UsageError(f"{_place(where, node.start_mark)}: cannot read this value: {error}") from None
     finally:
         loader.dispose()
+    return value
+
+
+def require_plain(value: Any) -> None:
+    """Raise ValueError for a scalar that no file and no message can hold: text with a character that is none, and a
+    whole number of more than 64 bits."""
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
+        raise ValueError("text with a NUL or half a surrogate pair")
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise ValueError("a number of more than 64 bits")
+
+
+def _place(where: str, mark: Any) -> str:
+    return where if mark is None else f"{where}:{mark.line + 1}"
 
 
 def _kind(node: yaml.Node) -> str:
-    return "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+    if isinstance(node, yaml.ScalarNode):
+        return "a single value"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "keys and values"

@@ -36,7 +36,7 @@ LAYERS = [
     "recipe_file",
     "recipe_errors",
     "recipe",
-    "adapter_options yamlfile glue",
+    "adapter_options yamlfile glue names",
     "errors",
 ]
 """From top to bottom. A module imports from lower layers, or from its own without a loop; `__version__` is anyone's."""

@@ -45,7 +45,7 @@ def load_recipe(
     from pissa_cli.yamlfile import parse_scalar
 
     if flags.get("rank") is not None:
-        flags["rank"] = parse_scalar(flags["rank"])
+        flags["rank"] = parse_scalar(flags["rank"], "--rank")
     places = {
         "model": ("model", "name"),
         "method": ("adapter", "method"),

@@ -1,0 +1,31 @@
+"""What a name given by the user stands for on the disk."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Literal
+
+from pissa_cli.errors import UsageError
+
+Kind = Literal["file", "folder", "other"]
+
+
+def kind_of(name: str | Path, source: str = "") -> Kind | None:
+    """What is there under a name, links followed; None for nothing.
+
+    source: where the name was written, for the message. Raises UsageError for a name that no file can have, and for one
+    that may not be looked up.
+    """
+    before = f"{source}: " if source else ""
+    if not str(name).isprintable():
+        raise UsageError(f"{before}{str(name)!r}: a name with a character that cannot be printed")
+    try:
+        mode = Path(name).stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        text = str(name) if len(str(name)) <= 300 else f"{str(name)[:300]} ..."
+        raise UsageError(f"{before}{text}: {reason}") from None
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
