@@ -64,6 +64,20 @@ def test_a_fault_is_left_out_or_taken_back(
     json.dumps(events(found), allow_nan=False)
 
 
+def test_the_command_line_says_what_was_left_out(
+    models: Callable[[str], Path],
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    pissa: Callable[..., Any],
+) -> None:
+    break_steps(monkeypatch, {1: math.nan})
+    words = [word for one in (*STEADY, f"data.train={rows}", "train.on_fault=skip") for word in ("--set", one)]
+    outcome = pissa("train", "--model", models("llama"), *words, "--output", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert "step 1: loss nan" in outcome.err and "step 1/12: left out" in outcome.err
+
+
 def test_faults_stop_a_run_by_default_and_when_there_is_no_way_back(
     models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
