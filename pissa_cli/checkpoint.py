@@ -44,7 +44,10 @@ def restore_checkpoint(folder: Path, names: Names, optimizer: torch.optim.Optimi
         )
     trained = load_tensors(folder / "trained.safetensors")
     if set(trained) != set(names.values()):
-        raise UsageError(f"{folder}: holds other parameters than this recipe trains")
+        raise UsageError(
+            f"{folder}: holds other parameters than this recipe trains",
+            "resume with the recipe that the run was begun with, or start a new run with another --output",
+        )
     for parameter, name in names.items():
         parameter.copy_(trained[name])
     restore_optimizer(optimizer, names, load_tensors(folder / "optimizer.safetensors"))

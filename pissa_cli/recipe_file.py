@@ -131,7 +131,9 @@ def _parse_set(text: str) -> tuple[KeyPath, Value]:
     if path[:2] in PATTERNS and len(path) > 3:
         path = (*path[:2], ".".join(path[2:]))
     if not equals or not all(path):
-        raise UsageError(f"--set {text}: expected key=value, e.g. --set train.lr=2e-5")
+        raise UsageError(
+            f"--set {text}: expected key=value, e.g. --set train.lr=2e-5", "docs/recipes.md lists the keys"
+        )
     return path, Value(parse_scalar(value), f"--set {key}")
 
 
@@ -209,10 +211,16 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
         for part in key[:-1]:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
-                raise UsageError(f"{value.source}: {'.'.join(key)}: '{part}' was given as a single value elsewhere")
+                raise UsageError(
+                    f"{value.source}: {'.'.join(key)}: '{part}' was given as a single value elsewhere",
+                    "give the section as keys with values in both places",
+                )
             node = child
         if isinstance(node.get(key[-1]), dict) and not isinstance(value.value, dict):
-            raise UsageError(f"{value.source}: {'.'.join(key)}: expected a section with keys, found {value.value!r}")
+            raise UsageError(
+                f"{value.source}: {'.'.join(key)}: expected a section with keys, found {value.value!r}",
+                "docs/recipes.md lists the keys of every section",
+            )
         node[key[-1]] = value.value
     if "model" not in tree or not isinstance(tree["model"], dict) or "name" not in tree["model"]:
         known = ", ".join(_names(shipped("configs") / "model"))
@@ -225,4 +233,4 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UsageError("\n".join(messages(error, values, tree))) from None
+        raise UsageError("\n".join(messages(error, values, tree)), None) from None

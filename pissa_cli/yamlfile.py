@@ -39,7 +39,9 @@ def parse_scalar(text: str) -> Any:
     try:
         value = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise UsageError(f"cannot read {text!r} as a YAML value: {error}") from None
+        raise UsageError(
+            f"cannot read {text!r} as a YAML value: {error}", "quote text with special characters"
+        ) from None
     if isinstance(value, dict) and any(v is None and ":" in str(key) for key, v in value.items()):
         raise UsageError(f"{text}: YAML wants a space after the colon", "as in {q_proj: 8}")
     return value
@@ -62,13 +64,19 @@ def read_flat(path: Path) -> dict[KeyPath, Value]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UsageError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise UsageError(
+            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}",
+            "mend this line; text with : or # in it needs quotes",
+        ) from None
     except RecursionError:
-        raise UsageError(f"{path}: nested too deeply") from None
+        raise UsageError(f"{path}: nested too deeply", "a recipe has sections with keys, no deeper") from None
     flat: dict[KeyPath, Value] = {}
     if root is not None:
         if not isinstance(root, yaml.MappingNode):
-            raise UsageError(f"{path}: expected keys and values, found {_kind(root)}")
+            raise UsageError(
+                f"{path}: expected keys and values, found {_kind(root)}",
+                "write sections with keys, e.g. model: {name: ...}",
+            )
         _flatten(root, (), path, flat)
     return flat
 
@@ -76,22 +84,29 @@ def read_flat(path: Path) -> dict[KeyPath, Value]:
 def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UsageError(f"{path}: larger than {MAX_BYTES:,} bytes; is this a recipe?")
+            raise UsageError(
+                f"{path}: larger than {MAX_BYTES:,} bytes; is this a recipe?", "give the recipe file, or a run folder"
+            )
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})", "save it as UTF-8") from None
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from None
+        raise UsageError(f"{path}: {error.strerror or error}", "check the path and the rights to read it") from None
 
 
 def _flatten(node: yaml.MappingNode, prefix: KeyPath, path: Path, flat: dict[KeyPath, Value]) -> None:
     if len(prefix) > MAX_DEPTH:
-        raise UsageError(f"{path}:{node.start_mark.line + 1}: nested too deeply")
+        raise UsageError(
+            f"{path}:{node.start_mark.line + 1}: nested too deeply", "a recipe has sections with keys, no deeper"
+        )
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if key_node.tag != "tag:yaml.org,2002:str":
-            raise UsageError(f"{path}:{line}: a key must be plain text, found {key_node.value!r}")
+            raise UsageError(
+                f"{path}:{line}: a key must be plain text, found {key_node.value!r}",
+                "put the key in quotes, or check the indentation",
+            )
         key = key_node.value
         full = (*prefix, key)
         if key in seen:
@@ -111,7 +126,10 @@ def _construct(node: yaml.Node, path: Path) -> Any:
     try:
         return loader.construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{path}:{node.start_mark.line + 1}: cannot read this value: {error}") from None
+        raise UsageError(
+            f"{path}:{node.start_mark.line + 1}: cannot read this value: {error}",
+            "write a text, number, list or true/false",
+        ) from None
     finally:
         loader.dispose()
 
