@@ -32,9 +32,12 @@ def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool
         expert = experts.get(name)
         base = modules.get(name) if expert is None else part_of(model, expert)
         if base is None:
-            raise UsageError(f"the adapter has a layer {name} that the model lacks", "this is not its base model")
+            raise UsageError(
+                f"the adapter has a layer {name} that the model lacks",
+                "that is not its base model: name that one, --set model.name=FOLDER",
+            )
         if isinstance(base, LowRank):
-            raise PissaError(f"{name} has an adapter already")
+            raise PissaError(f"{name} has an adapter already", "attach to a model that was loaded anew")
         if method.moves_base and plain:
             subtract(base, adapter, name)
         device = cast(Tensor, base.weight).device
@@ -110,7 +113,10 @@ def restore_whole(model: PreTrainedModel, saved: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in saved.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
-            raise UsageError(f"the adapter has a parameter {name} that the model lacks", "this is not its base model")
+            raise UsageError(
+                f"the adapter has a parameter {name} that the model lacks",
+                "that is not its base model: name that one, --set model.name=FOLDER",
+            )
         parameters[name].copy_(tensor)
 
 

@@ -55,7 +55,8 @@ def restore_checkpoint(folder: Path, names: Names, optimizer: torch.optim.Optimi
     trained, moments = (load_tensors(folder / name) for name in _TENSORS)
     if set(trained) != set(names.values()):
         raise UsageError(
-            f"{folder}: holds other parameters than this recipe trains", "resume with the recipe it was begun with"
+            f"{folder}: holds other parameters than this recipe trains",
+            "resume with the recipe that the run was begun with, or start a new run with another --output",
         )
     for parameter, name in names.items():
         parameter.copy_(spread_as(parameter, trained[name]))

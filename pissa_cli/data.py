@@ -75,7 +75,7 @@ def question_prompt(
     """
     if section.format == "chat":
         if tokenizer.chat_template is None:
-            raise UsageError("data.format: chat, but the tokenizer of this model has no chat template")
+            raise UsageError("data.format chat: this tokenizer has no chat template", "use format alpaca or prompt")
         messages = []
         for one, answer in before:
             messages += [{"role": "user", "content": one}, {"role": "assistant", "content": answer}]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class PissaError(Exception):
-    """Something failed while running (exit code 1). `hint` says what to do next."""
+    """Something failed while running (exit code 1). `hint` says what to do next; None where the message does."""
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, hint: str | None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint

@@ -194,7 +194,10 @@ def _dense_tensors(
     linears, device = {layer.tensor: layer for layer in layers}, best_device()
     missing = set(adapter.factors) - {layer.name for layer in layers}
     if missing:
-        raise UsageError(f"the adapter has a layer {min(missing)} that {folder} lacks", "this is not its base model")
+        raise UsageError(
+            f"the adapter has a layer {min(missing)} that {folder} lacks",
+            "that is not its base model: name that one, --set model.name=FOLDER",
+        )
     whole = dict(_on_disk(model, weights, adapter))
     for name in weights.files:
         if name in whole:
@@ -226,7 +229,10 @@ def _on_disk(model: PreTrainedModel, weights: Weights, adapter: Adapter) -> Iter
             yield disk_name(name, model.base_model_prefix, weights), tensor
             continue
         if name in first:
-            raise UsageError(f"{weights.folder}: no tensor for {name}, which trained whole")
+            raise UsageError(
+                f"{weights.folder}: no tensor for {name}, which trained whole",
+                "its files name it in a way of their own; please report it with the model",
+            )
 
 
 def _owners(name: str) -> Iterator[str]:

@@ -139,7 +139,10 @@ def adapter_files(recipe: Recipe) -> tuple[Path, Adapter]:
         )
     expected = provenance["base_fingerprint"]
     if expected not in (manifest["base"]["fingerprint"], manifest["base"].get("stored_fingerprint")):
-        raise UsageError(f"{run.adapter}: this adapter was trained on another base ({expected})")
+        raise UsageError(
+            f"{run.adapter}: this adapter was trained on another base ({expected})",
+            "this folder is not of this run; train again, or bring its own adapter/ back",
+        )
     return folder, adapter
 
 

@@ -138,7 +138,7 @@ def require_padding_unseen(
     if float((alone - beside).abs().max()) > LEAK_TOLERANCE[recipe.precision] * max(1e-2, float(alone.abs().max())):
         raise UsageError(
             f"{type(model).__name__}: its answer to a text changes with the padding on the right of it",
-            "this kind of model cannot be trained in batches here",
+            "models of this kind cannot be trained here, where texts are padded on the right; use another",
         )
 
 

@@ -270,7 +270,10 @@ def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
     if layer.store.bits != 4:
         relative = frobenius_norm(error) / norm
         if relative > START_TOLERANCE[layer.store.dtype]:
-            raise PissaError(f"{layer.name}: the split does not give the weight back (relative error {relative:.1e})")
+            raise PissaError(
+                f"{layer.name}: the split does not give the weight back (relative error {relative:.1e})",
+                "try --svd exact, and please report it with the model",
+            )
         return {"start_error": relative}
     figures = {"start_error": frobenius_norm(error) / norm}
     figures |= {"frobenius": frobenius_norm(error), "nuclear": nuclear_norm(error)}

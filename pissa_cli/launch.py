@@ -42,7 +42,10 @@ def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_
     if stopped:
         raise Interrupted("stopped", "go on with --resume")
     if code:
-        raise PissaError(f"training in {processes} processes failed (exit code {code}); what went wrong is above")
+        raise PissaError(
+            f"training in {processes} processes failed (exit code {code}); what went wrong is above",
+            "go on with --resume if a checkpoint was saved",
+        )
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, bool]:

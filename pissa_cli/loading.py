@@ -49,7 +49,10 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{folder}: transformers cannot load this model ({first_line(error)})") from None
+        raise UsageError(
+            f"{folder}: transformers cannot load this model ({first_line(error)})",
+            "check that the folder is whole and that this version of transformers knows the model",
+        ) from None
     unlike = {name if isinstance(name, str) else name[0] for name in loading["mismatched_keys"]}
     head = [n for n in sorted({*loading["missing_keys"], *unlike}) if n.split(".")[0] in head_names(model)]
     _new_head(model, head, seed)  # of a classifier with other classes as well
@@ -58,7 +61,7 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UsageError(
             f"{folder}: {len(missing)} tensors of the model are not in its files ({names})",
-            "they would be random numbers; the checkpoint is incomplete, or config.json is another model's",
+            "the checkpoint is incomplete, or config.json is another model's: download it again",
         )
     for expert, module in experts.items():
         set_part(model, expert, module)
@@ -108,10 +111,13 @@ def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBa
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        hint = None
+        hint = "the folder needs the tokenizer's files, e.g. tokenizer.json and tokenizer_config.json"
         if any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file():
             hint = "it has a sentencepiece model alone: pip install 'pissa[sentencepiece]'"
         raise UsageError(f"{folder}: no usable tokenizer ({first_line(error)})", hint) from None
     if tokenizer.eos_token_id is None and section.task == "causal-lm":
-        raise UsageError(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
+        raise UsageError(
+            f"{folder}: the tokenizer has no end-of-text token (eos_token)",
+            "name one in the model's tokenizer_config.json: eos_token",
+        )
     return cast(PreTrainedTokenizerBase, tokenizer)

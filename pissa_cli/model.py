@@ -68,10 +68,12 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
     path = Path(section.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UsageError(f"{path}: not a model folder (no config.json)")
+            raise UsageError(
+                f"{path}: not a model folder (no config.json)", "give the folder that holds config.json and safetensors"
+            )
         return path
     if path.is_absolute() or section.name.startswith(".") or section.name.count("/") > 1:
-        raise UsageError(f"{section.name}: no such folder")
+        raise UsageError(f"{section.name}: no such folder", "check the path; a model on the Hub is user/name")
     from huggingface_hub import snapshot_download
 
     try:
@@ -95,7 +97,10 @@ def skeleton(folder: Path, section: ModelSection) -> PreTrainedModel:
         with torch.device("meta"):
             model = AUTO_CLASSES[section.task].from_config(config, trust_remote_code=section.trust_remote_code)
     except ValueError as error:
-        raise UsageError(f"{folder}: transformers has no {section.task} form of it ({first_line(error)})") from None
+        raise UsageError(
+            f"{folder}: transformers has no {section.task} form of it ({first_line(error)})",
+            "set model.task to what the model can do, or use another model",
+        ) from None
     return cast(PreTrainedModel, model)
 
 
@@ -129,7 +134,7 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
                     raise UsageError(
                         f"{weights.files[tensor]}: {tensor} is {weights.shapes[tensor]}, config.json makes it "
                         f"{tuple(shape)}",
-                        "the weights and config.json do not belong together",
+                        "the weights and config.json do not belong together; download the model again",
                     )
             layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding))
     for name, expert, shape in expert_layers(model):
@@ -161,7 +166,10 @@ def disk_name(parameter: str, prefix: str, weights: Weights) -> str:
     for name in (parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"):
         if name in weights.files:
             return name
-    raise UsageError(f"{weights.folder}: no tensor for {parameter}: it is missing, or not under transformers' name")
+    raise UsageError(
+        f"{weights.folder}: no tensor for {parameter}: it is missing, or not under transformers' name",
+        "the files are incomplete, or of another model than config.json; download the model again",
+    )
 
 
 def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear]:
@@ -175,7 +183,10 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
     if targets == "all-linear" and linears:
         return linears
     if not linears:
-        raise UsageError("adapter.targets: this model has no layer of torch's Linear or transformers' Conv1D")
+        raise UsageError(
+            "adapter.targets: this model has no layer of torch's Linear or transformers' Conv1D",
+            "it cannot get adapters; use --method full",
+        )
     chosen: dict[str, Linear] = {}
     for target in targets:
         found = [layer for layer in layers if layer.name == target or layer.name.endswith(f".{target}")]
@@ -246,7 +257,10 @@ def read_config(folder: Path, section: ModelSection) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})") from None
+        raise UsageError(
+            f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})",
+            "check the file; code that comes with a model runs only with model.trust_remote_code",
+        ) from None
     if section.task == "sequence-classification":
         config.num_labels = len(section.labels)
         config.id2label = dict(enumerate(section.labels))
@@ -267,4 +281,6 @@ def first_line(error: Exception) -> str:
 def require_finite(name: str, tensor: Tensor) -> None:
     """Refuse a weight with NaN or infinite values before it spoils everything after it."""
     if not bool(torch.isfinite(tensor).all()):
-        raise PissaError(f"{name}: the weight holds NaN or infinite values", "this checkpoint is damaged")
+        raise PissaError(
+            f"{name}: the weight holds NaN or infinite values", "this checkpoint is damaged; download it again"
+        )

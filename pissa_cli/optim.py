@@ -76,7 +76,10 @@ def restore_optimizer(
     for full, tensor in tensors.items():
         name, _, key = full.rpartition("|")
         if name not in parameters:
-            raise UsageError(f"the checkpoint's optimizer has a state for {name}, which does not train here")
+            raise UsageError(
+                f"the checkpoint's optimizer has a state for {name}, which does not train here",
+                "resume with the recipe that the run was begun with, or start a new run with another --output",
+            )
         parameter = parameters[name]
         if tensor.dtype == torch.float64 and tensor.ndim == 0:
             value: Any = int(tensor) if float(tensor).is_integer() else float(tensor)

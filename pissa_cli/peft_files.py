@@ -87,7 +87,10 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
     """
     config, file = read_json(folder / PEFT_CONFIG), folder / PEFT_WEIGHTS
     if config.get("peft_type") not in FACTOR_NAMES:
-        raise UsageError(f"{folder / PEFT_CONFIG}: peft_type {config.get('peft_type')} is not understood")
+        raise UsageError(
+            f"{folder / PEFT_CONFIG}: peft_type {config.get('peft_type')} is not understood",
+            "the folder is not one that pissa wrote; train or init again",
+        )
     names = FACTOR_NAMES[config["peft_type"]]
     factors: dict[str, Factors] = {}
     saved: dict[str, Tensor] = {}
@@ -102,7 +105,10 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
             saved[name] = tensor
             continue
         if key is None:
-            raise UsageError(f"{file}: unexpected tensor {full}", f"only {', '.join(names.values())} are understood")
+            raise UsageError(
+                f"{file}: unexpected tensor {full}",
+                f"only {', '.join(names.values())} are understood; bring the file back, or train again",
+            )
         layer = name.removesuffix(f".{suffix}")
         if suffix in EMBEDDING_NAMES.values():
             embeddings.add(layer)
@@ -110,7 +116,10 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
     for layer, found in factors.items():
         ranks = {found[key].shape[axis] for key, axis in (("A", 0), ("B", 1), ("d", 0)) if key in found}
         if set(found) != set(names) or len(ranks) != 1:
-            raise UsageError(f"{file}: {', '.join(names)} of {layer} do not belong together")
+            raise UsageError(
+                f"{file}: {', '.join(names)} of {layer} do not belong together",
+                "the file is damaged or incomplete; write it again",
+            )
     scales = {layer: _scale(config, layer, rank_of(found)) for layer, found in factors.items()}
     shared = None
     if config["peft_type"] == "VERA":

@@ -89,7 +89,7 @@ class DataSection(Section):
             raise ValueError("packing: texts that are classified are never packed; remove it")
         if self.template is not None:
             if self.format != "alpaca":
-                raise ValueError(f"template: only format alpaca has one; format {self.format} takes its text as it is")
+                raise ValueError("template: only format alpaca has one; remove it, or set that")
             if "{instruction}" not in self.template or "{output}" not in self.template:
                 raise ValueError("template: needs {instruction} and {output}")
         return self
@@ -164,7 +164,7 @@ class EvalSection(Section):
     @classmethod
     def _no_empty_stop(cls, stop: list[str]) -> list[str]:
         if not all(stop):
-            raise ValueError("an empty text ends every answer before it begins")
+            raise ValueError("an empty text ends every answer before it begins; remove it")
         return stop
 
     @model_validator(mode="after")
@@ -206,7 +206,7 @@ class Recipe(Section):
         model, data = self.model, self.data
         if model.task == "causal-lm":
             if data.classifies:
-                raise ValueError(f"data.format {data.format} needs model.task sequence-classification")
+                raise ValueError(f"data.format {data.format} needs model.task sequence-classification; set it")
             if model.labels:
                 raise ValueError("model.labels are the classes of model.task sequence-classification; remove them")
             return self
@@ -248,14 +248,14 @@ class Recipe(Section):
         if isinstance(adapter, PissaOptions) and not adapter.refit and bits != 4:
             raise ValueError("adapter.refit is about 4-bit error: set model.bits to 4, or remove it")
         if self.model.double_quant and bits != 4:
-            raise ValueError("model.double_quant needs model.bits 4")
+            raise ValueError("model.double_quant needs model.bits 4; set it, or remove the key")
         heads = [self.model.task] if self.model.task != "causal-lm" else []
         if self.train.head_lr is not None and isinstance(adapter, FullOptions):
             raise ValueError("train.head_lr: full fine-tuning has one rate for everything, train.lr; remove it")
         if self.train.head_lr is not None and not getattr(adapter, "modules_to_save", []) + heads:
             raise ValueError("train.head_lr is the rate of adapter.modules_to_save, which is empty; remove it")
         if self.model.absmax == "largest" and bits != 4:
-            raise ValueError("model.absmax needs model.bits 4")
+            raise ValueError("model.absmax needs model.bits 4; set it, or remove the key")
         if self.train.precision == "fp32" and bits == 16:
             raise ValueError("train.precision fp32 over 16-bit weights: set model.bits to 32, or precision to bf16")
         return self

@@ -136,7 +136,9 @@ def _parse_set(text: str) -> tuple[KeyPath, Value]:
     if path[:2] in PATTERNS and len(path) > 3:
         path = (*path[:2], ".".join(path[2:]))
     if not equals or not all(path):
-        raise UsageError(f"--set {shown(text)}: expected key=value, e.g. --set train.lr=2e-5")
+        raise UsageError(
+            f"--set {shown(text)}: expected key=value, e.g. --set train.lr=2e-5", "docs/recipes.md lists the keys"
+        )
     return path, Value(parse_scalar(value, f"--set {key}"), f"--set {key}")
 
 
@@ -233,11 +235,15 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
         for part in key[:-1]:
             child = node.setdefault(part, {})
             if not isinstance(child, dict):
-                raise UsageError(f"{value.source}: {'.'.join(key)}: '{part}' was given as a single value elsewhere")
+                raise UsageError(
+                    f"{value.source}: {'.'.join(key)}: '{part}' was given as a single value elsewhere",
+                    "give the section as keys with values in both places",
+                )
             node = child
         if isinstance(node.get(key[-1]), dict) and not isinstance(value.value, dict):
             raise UsageError(
-                f"{value.source}: {'.'.join(key)}: expected a section with keys, found {shown(value.value)}"
+                f"{value.source}: {'.'.join(key)}: expected a section with keys, found {shown(value.value)}",
+                "docs/recipes.md lists the keys of every section",
             )
         node[key[-1]] = value.value
     if "model" not in tree or not isinstance(tree["model"], dict) or "name" not in tree["model"]:

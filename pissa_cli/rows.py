@@ -54,7 +54,7 @@ def _is_file(source: str) -> bool:
             raise UsageError(f"{source}: unknown kind of data file", f"use one of {', '.join(SUFFIXES)}")
         return True
     if path.is_dir() or path.is_absolute() or path.suffix in SUFFIXES or source.startswith("."):
-        raise UsageError(f"{source}: no such data file")
+        raise UsageError(f"{source}: no such data file", "check the path, which counts from the working directory")
     return False
 
 
@@ -72,9 +72,9 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
                 for number, row in enumerate(csv.DictReader(file, **tabs if path.suffix == ".tsv" else {}), start=1):
                     yield number, row if None not in row and None not in row.values() else "wrong number of columns"
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})", "save it as UTF-8") from None
     except (OSError, csv.Error) as error:
-        raise UsageError(f"{path}: cannot read: {error}") from None
+        raise UsageError(f"{path}: cannot read: {error}", "check the file and the rights to read it") from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
@@ -95,7 +95,9 @@ def _json_list(path: Path) -> Iterator[Row | str]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not valid JSON ({error})", "one object a line belongs into a .jsonl file") from None
     if not isinstance(content, list):
-        raise UsageError(f"{path}: expected a JSON list of rows")
+        raise UsageError(
+            f"{path}: expected a JSON list of rows", "write [{...}, {...}], or one object a line into a .jsonl file"
+        )
     for row in content:
         yield row if isinstance(row, dict) else "not a JSON object"
 
@@ -107,7 +109,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         for batch in parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
     except ArrowInvalid as error:
-        raise UsageError(f"{path}: not a readable parquet file ({error})") from None
+        raise UsageError(f"{path}: not a readable parquet file ({error})", "download or write it again") from None
 
 
 def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
@@ -117,7 +119,7 @@ def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
 def _hub_data(source: str) -> Any:
     name, *rest = source.split(":")
     if len(rest) > 2:
-        raise UsageError(f"{source}: expected id, id:subset or id:subset:split")
+        raise UsageError(f"{source}: expected id, id:subset or id:subset:split", "e.g. openai/gsm8k:main:train")
     import datasets
 
     try:

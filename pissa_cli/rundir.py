@@ -80,9 +80,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: missing or damaged ({error})") from None
+        raise UsageError(
+            f"{path}: missing or damaged ({error})", "bring the file back, or make the folder that holds it again"
+        ) from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected a JSON object")
+        raise UsageError(
+            f"{path}: expected a JSON object", "the file is not one that pissa wrote; make the folder again"
+        )
     return content
 
 
@@ -220,5 +224,6 @@ def _sync(folder: Path) -> None:
 
 def _disk_error(path: Path, error: OSError) -> PissaError:
     return PissaError(
-        f"{path}: cannot write: {error.strerror or error}", "nothing was lost; what was saved before is intact"
+        f"{path}: cannot write: {error.strerror or error}",
+        "check the space and the right to write; what was saved before is intact",
     )

@@ -63,7 +63,10 @@ class Weights:
                         raise OSError("the file ends before the tensor does")
                     done += count
         except OSError as error:
-            raise UsageError(f"{self.files[name]}: cannot read {name}: {error}") from None
+            raise UsageError(
+                f"{self.files[name]}: cannot read {name}: {error}",
+                "the file is cut short or the disk fails; download the model again",
+            ) from None
         if not content:
             return torch.empty(self.shapes[name], dtype=self.dtypes[name])
         return torch.frombuffer(content, dtype=self.dtypes[name]).view(self.shapes[name])
@@ -84,7 +87,7 @@ def open_weights(folder: Path) -> Weights:
         try:
             index = json.loads((folder / INDEX).read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{folder / INDEX}: damaged index ({error!r})") from None
+            raise UsageError(f"{folder / INDEX}: damaged index ({error!r})", "download the model again") from None
         shards = list(dict.fromkeys(index.values()))
     elif (folder / SINGLE).is_file():
         shards = [SINGLE]
@@ -106,7 +109,10 @@ def open_weights(folder: Path) -> Weights:
             raise UsageError(f"{path}: truncated or damaged safetensors file ({error})", "download it again") from None
     missing = [name for name, shard in index.items() if files.get(name) != folder / shard]
     if missing:
-        raise UsageError(f"{folder / index[missing[0]]}: tensor {missing[0]} of the index is not in this shard")
+        raise UsageError(
+            f"{folder / index[missing[0]]}: tensor {missing[0]} of the index is not in this shard",
+            "index and shards do not belong together; download the model again",
+        )
     return weights
 
 
@@ -118,7 +124,10 @@ def _read_header(path: Path, weights: Weights) -> None:
     header.pop("__metadata__", None)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
-            raise UsageError(f"{path}: {name} has dtype {entry['dtype']}, which is not understood")
+            raise UsageError(
+                f"{path}: {name} has dtype {entry['dtype']}, which is not understood",
+                "convert the checkpoint to bf16, fp16 or fp32",
+            )
         begin, end = entry["data_offsets"]
         weights.files[name] = path
         weights.shapes[name] = tuple(entry["shape"])
@@ -163,7 +172,9 @@ def hash_file(path: Path) -> str:
             while chunk := file.read(2**24):
                 whole.update(chunk)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from None
+        raise UsageError(
+            f"{path}: {error.strerror or error}", "bring the file back, or make the folder that holds it again"
+        ) from None
     return f"xxh3:{whole.hexdigest()}"
 
 
@@ -264,7 +275,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return dict(_tensors(file))
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: missing or damaged ({error})") from None
+        raise UsageError(f"{path}: missing or damaged ({error})", "bring the file back, or make it again") from None
 
 
 def read_header(path: Path) -> list[str]:
@@ -273,7 +284,7 @@ def read_header(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: missing or damaged ({error})") from None
+        raise UsageError(f"{path}: missing or damaged ({error})", "bring the file back, or make it again") from None
 
 
 def _tensors(file: safe_open) -> Iterator[tuple[str, Tensor]]:

@@ -88,7 +88,10 @@ def read_flat(path: Path) -> dict[KeyPath, Value]:
     flat: dict[KeyPath, Value] = {}
     if root is not None:
         if not isinstance(root, yaml.MappingNode):
-            raise UsageError(f"{path}: expected keys and values, found {_kind(root)}")
+            raise UsageError(
+                f"{path}: expected keys and values, found {_kind(root)}",
+                "write sections with keys, e.g. model: {name: ...}",
+            )
         _flatten(root, (), str(path), flat)
     return flat
 
@@ -111,12 +114,14 @@ def shown(value: Any) -> str:
 def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UsageError(f"{path}: larger than {MAX_BYTES:,} bytes; is this a recipe?")
+            raise UsageError(
+                f"{path}: larger than {MAX_BYTES:,} bytes; is this a recipe?", "give the recipe file, or a run folder"
+            )
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})", "save it as UTF-8") from None
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from None
+        raise UsageError(f"{path}: {error.strerror or error}", "check the path and the rights to read it") from None
 
 
 def _compose(text: str, where: str) -> yaml.Node | None:
@@ -126,7 +131,10 @@ def _compose(text: str, where: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         place = _place(where, getattr(error, "problem_mark", None))
         kind = "" if isinstance(error, _Unsupported) else "not valid YAML: "
-        raise UsageError(f"{place}: {kind}{getattr(error, 'problem', None) or error}") from None
+        raise UsageError(
+            f"{place}: {kind}{getattr(error, 'problem', None) or error}",
+            "mend this line; text with : or # in it needs quotes",
+        ) from None
 
 
 def _flatten(node: yaml.MappingNode, prefix: KeyPath, where: str, flat: dict[KeyPath, Value]) -> None:
@@ -146,7 +154,10 @@ def _entries(node: yaml.MappingNode, prefix: KeyPath, where: str) -> Iterator[tu
         key = key_node.value
         if key_node.tag != "tag:yaml.org,2002:str" or not key.isprintable():
             found = shown(key) if isinstance(key_node, yaml.ScalarNode) else _kind(key_node)
-            raise UsageError(f"{place}: a key must be plain text, found {found}")
+            raise UsageError(
+                f"{place}: a key must be plain text, found {found}",
+                "put the key in quotes, or check the indentation",
+            )
         if key in seen:
             full = shown(".".join((*prefix, key)))
             raise UsageError(f"{place}: duplicate key {full}, first given in line {seen[key]}", "remove one of them")
@@ -164,7 +175,10 @@ def _construct(node: yaml.Node, where: str, path: KeyPath = ()) -> Any:
         value = loader.construct_object(node)
         require_plain(value)
     except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{_place(where, node.start_mark)}: cannot read this value: {error}") from None
+        raise UsageError(
+            f"{_place(where, node.start_mark)}: cannot read this value: {error}",
+            "write a text, number, list or true/false",
+        ) from None
     finally:
         loader.dispose()
     return value

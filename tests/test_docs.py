@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import make_errors
 import pytest
 
 from pissa_cli.cli import app
@@ -79,6 +81,51 @@ def test_the_schema_is_current() -> None:
     if not path.is_file() or path.read_text() != wanted:
         path.write_text(wanted)
         pytest.fail("docs/recipe.schema.json was out of date and has been written anew; commit it")
+
+
+def test_every_message_is_documented() -> None:
+    path, wanted = ROOT / "docs" / "errors.md", make_errors.page()
+    if not path.is_file() or path.read_text() != wanted:
+        path.write_text(wanted)
+        pytest.fail("docs/errors.md was out of date and has been written anew; commit it")
+
+
+def test_every_message_says_what_to_do() -> None:
+    rows = [one for one in make_errors.messages() if one.code is not None]
+    silent = [one for one in rows if not one.hint and one.module not in ("recipe", "adapter_options", "recipe_errors")]
+    assert len(rows) > 200 and [one.text for one in silent] == ["interrupted"]
+    assert {one.code for one in rows} == {1, 2, 130}
+
+
+def test_messages_are_read_out_of_the_source() -> None:
+    source = """
+ONE, FILES, KINDS = 1, ("a.json", "b.json"), {"x": "say x", "y": "say y"}
+def check(recipe, folder, names, last, error):
+    held = "nothing"
+    if last:
+        held = f"a {last.name}"
+    hint = "wait" if ONE else f"try {', '.join(names)}"
+    raise UsageError(
+        f"{folder / FILES[1]}: {recipe.model.name} holds {held}{', at most' if last else ''} {min(names)!r} "
+        "of " + f"{len(names)} ({error})", hint
+    )
+    raise PissaError("\\n".join(["the end:", *names]), KINDS[last])
+    raise Interrupted(f"{ONE:,} of {last}", None)
+    raise UsageError("no hint")
+"""
+    tree = ast.parse(source)
+    words = make_errors.Words(tree.body[1], make_errors._constants(tree))  # type: ignore[arg-type]
+    calls = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+    found = [[words.text(argument) for argument in call.args] for call in calls if isinstance(call, ast.Call)]
+    assert found == [
+        [
+            "<folder>/b.json: <model.name> holds [nothing / a <last>][, at most] '<names>' of <number> (<reason>)",
+            "[wait / try <names>, ...]",
+        ],
+        ["the end: <names>", "[say x / say y]"],
+        ["1 of <last>", ""],
+        ["no hint"],
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(shipped("recipes").rglob("*.yaml")), ids=lambda p: p.stem)

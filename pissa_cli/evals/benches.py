@@ -118,7 +118,8 @@ def load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, c
     try:
         return _load(bench, recipe, tokenizer, context)
     except Unreachable as error:
-        raise UsageError(error.message, f"check the network, or give a local file: --data {bench}=FILE") from None
+        error.hint = f"check the network, or give a local file: --data {bench}=FILE"
+        raise
 
 
 def _load(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> Any:
@@ -140,17 +141,20 @@ def read_bench(name: str, recipe: Recipe) -> list[Row]:
     bench, source, rows = GENERATED[name], source_of(name, recipe), []
     for number, row in read_rows(source, recipe.eval.limit):
         if isinstance(row, str):
-            raise UsageError(f"{source}: row {number} cannot be used ({row})")
+            raise UsageError(f"{source}: row {number} cannot be used ({row})", "mend or remove that row")
         missing = [field for field in bench.fields if field not in row]
         if missing:
             raise UsageError(
                 f"{source}: row {number} is no row of {name}: it has no {', '.join(missing)}",
-                f"its columns: {', '.join(row)}",
+                f"its columns: {', '.join(row)}; docs/evaluation.md says what rows are scored",
             )
         problem = bench.problem(row)
         if problem is not None:
-            raise UsageError(f"{source}: row {number} is no row of {name}: {problem}")
+            raise UsageError(
+                f"{source}: row {number} is no row of {name}: {problem}",
+                "mend or remove that row; docs/evaluation.md says what rows are scored",
+            )
         rows.append(row)
     if not rows:
-        raise UsageError(f"{source}: no rows")
+        raise UsageError(f"{source}: no rows", "give a file with rows")
     return rows

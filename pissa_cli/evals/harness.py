@@ -62,7 +62,10 @@ def score(
                 wrapped, tasks=[task], limit=limit, task_manager=manager, apply_chat_template=chat, bootstrap_iters=1000
             )
     except Exception as error:  # tasks are anyone's code, and their data come from the network
-        raise PissaError(f"{bench}: the harness failed ({type(error).__name__}: {error})") from error
+        raise PissaError(
+            f"{bench}: the harness failed ({type(error).__name__}: {error})",
+            "without a network the task's data have to be in the cache, or in a folder: --data BENCH=FOLDER",
+        ) from error
     figures = {**found.get("results", {}), **found.get("groups", {})}[task]
     names: dict[str, str] = {}  # of several filters the first, as the harness lists them
     for key in figures:
@@ -70,7 +73,9 @@ def score(
             names.setdefault(key.partition(",")[0], key)
     main = next((name for name in MAIN if name in names), next(iter(names), None))
     if main is None:
-        raise PissaError(f"{bench}: the harness gave no figure ({', '.join(figures)})")
+        raise PissaError(
+            f"{bench}: the harness gave no figure ({', '.join(figures)})", "choose another task of the harness"
+        )
     key = names[main]
     stderr = figures.get(key.replace(main, f"{main}_stderr", 1))
     samples = [sample for rows in found.get("samples", {}).values() for sample in rows]

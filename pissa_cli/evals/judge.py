@@ -84,7 +84,10 @@ def _text(answer: Any, url: str) -> str:
     try:
         return str(answer["choices"][0]["message"].get("content") or "")
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise UsageError(f"{url}: the answer is not that of a chat completion") from None
+        raise UsageError(
+            f"{url}: the answer is not that of a chat completion",
+            "eval.judge_url names a server of OpenAI's chat completions, up to /v1",
+        ) from None
 
 
 def _retry_after(header: str | None, otherwise: float) -> float:

@@ -22,6 +22,7 @@ DATA = "lmsys/mt-bench"
 FOLDER = "data/mt_bench"
 FILES = ("question.jsonl", "judge_prompts.jsonl", "reference_answer/gpt-4.jsonl")
 WITH_REFERENCE = ("math", "reasoning", "coding")
+REMEDY = "get FastChat's own files again, or give their folder: --data mt_bench=FOLDER"
 METRIC = "mean rating, 1 to 10"
 PROTOCOL = "FastChat single-answer grading, two turns, greedy"
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
@@ -44,7 +45,7 @@ def load(source: str, limit: int | None) -> MTBench:
     questions = _rows(folder / FILES[0], ("question_id", "category", "turns"))[:limit]
     for row in questions:
         if not isinstance(row["turns"], list) or len(row["turns"]) != 2:
-            raise UsageError(f"{folder / FILES[0]}: question {row['question_id']} has not two turns")
+            raise UsageError(f"{folder / FILES[0]}: question {row['question_id']} has not two turns", REMEDY)
     prompts = {row["name"]: row for row in _rows(folder / FILES[1], ("name", "system_prompt", "prompt_template"))}
     answers = _rows(folder / FILES[2], ("question_id", "choices"))
     references = {}
@@ -52,13 +53,15 @@ def load(source: str, limit: int | None) -> MTBench:
         try:
             references[row["question_id"]] = [str(row["choices"][0]["turns"][turn]) for turn in (0, 1)]
         except (IndexError, KeyError, TypeError):
-            raise UsageError(f"{folder / FILES[2]}: question {row['question_id']} has not two answers") from None
+            raise UsageError(
+                f"{folder / FILES[2]}: question {row['question_id']} has not two answers", REMEDY
+            ) from None
     for row in questions:
         if row["category"] in WITH_REFERENCE and row["question_id"] not in references:
-            raise UsageError(f"{folder / FILES[2]}: no reference answer for question {row['question_id']}")
+            raise UsageError(f"{folder / FILES[2]}: no reference answer for question {row['question_id']}", REMEDY)
     missing = {_name(category, turn) for category in ("math", "writing") for turn in (0, 1)} - set(prompts)
     if missing:
-        raise UsageError(f"{folder / FILES[1]}: no prompt {min(missing)}")
+        raise UsageError(f"{folder / FILES[1]}: no prompt {min(missing)}", REMEDY)
     return MTBench(questions, prompts, references)
 
 
@@ -79,7 +82,7 @@ def _rows(file: Path, fields: Sequence[str]) -> list[Row]:
     found = []
     for number, row in read_rows(str(file)):
         if isinstance(row, str) or any(field not in row for field in fields):
-            raise UsageError(f"{file}: line {number} has not {', '.join(fields)}")
+            raise UsageError(f"{file}: line {number} has not {', '.join(fields)}", REMEDY)
         found.append(row)
     return found
 

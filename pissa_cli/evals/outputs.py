@@ -80,7 +80,9 @@ def read_samples(source: str, bench: Bench, rows: Sequence[Row]) -> list[str]:
     found: dict[int, str] = {}
     for line, sample in read_rows(source):
         if isinstance(sample, str) or not isinstance(sample.get("output"), str):
-            raise UsageError(f"{source}: line {line} has no text 'output'")
+            raise UsageError(
+                f"{source}: line {line} has no text 'output'", "one JSON object a line, with output and id or task_id"
+            )
         if "task_id" in sample:
             number = numbers.get(str(sample["task_id"]))
         else:

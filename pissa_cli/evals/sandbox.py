@@ -65,7 +65,10 @@ def protection() -> Protection:
         if verdict.passed:
             return Protection(namespaces)
         reasons.append(verdict.detail)
-    raise UsageError(f"generated code cannot be run apart from this process ({'; '.join(reasons)})")
+    raise UsageError(
+        f"generated code cannot be run apart from this process ({'; '.join(reasons)})",
+        "score the answers on another machine: --samples",
+    )
 
 
 def run_programs(programs: Sequence[str], progress: Callable[[int, int], None]) -> list[Verdict]:

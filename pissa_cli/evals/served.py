@@ -154,7 +154,10 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Any) -> None:
         time.sleep(0.2)
     log.seek(0)
     last = log.read().decode(errors="replace").splitlines()[-LOG_LINES:]
-    raise PissaError("\n".join(["vllm did not come up; the end of its log:", *last]))
+    raise PissaError(
+        "\n".join(["vllm did not come up; the end of its log:", *last]),
+        "what vllm says is above; eval.engine: transformers needs no server",
+    )
 
 
 def _stop_ids(folder: Path) -> list[int]:
