@@ -9,6 +9,7 @@ PISSA_FUZZ_SEED=N draws others (default: 0).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -22,7 +23,9 @@ from fuzzing import examples, outside, problem, run, tree, writes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pissa_cli.errors import UsageError
 from pissa_cli.recipe_file import dump, load
+from pissa_cli.steps import count_steps
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,56 @@ def reread(file: Path, flags: list[str]) -> str | None:
     copy.write_text(dump(recipe))
     again = load(str(copy), {}).recipe
     copy.unlink()
+    if count_steps(4, recipe) < 1:
+        return "no steps"
     return None if again == recipe else f"read again: {again}"
+
+
+def changed(before: dict[str, str], after: dict[str, str], output: Path) -> list[str]:
+    """The paths that are not as they were, but for folders on the way to the output folder."""
+    paths = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+    return [path for path in paths if path in before or not output.resolve().is_relative_to(path)]
+
+
+ROW = {"instruction": "Add 1 and 2.", "output": "3", "prompt": "1 + 2 =", "completion": "3", "text": "1 2 3"}
+ROW |= {"label": 0, "sentence1": "a", "sentence2": "b", "input": "", "question": "1 + 1?", "answer": "2 #### 2"}
+
+
+def test_recipes_that_could_be_meant(place: Path, models: Callable[[str], Path]) -> None:
+    """They run: init or a step of training, and what comes after where that went well."""
+    after = [("eval", "--bench", "loss", "--data", "rows.jsonl"), ("merge",), ("quantize",), ("export",)]
+
+    kinds = [models(name) for name in ("llama", "llama", "gpt2", "qwen2", "mixtral")]
+    rows = Path("rows.jsonl")
+    seeds = [fuzz_recipes.small(model, rows, *start) for model in kinds for start in fuzz_recipes.STARTS]
+
+    @examples(300, 5)
+    @given(fuzz_recipes.plausible(seeds), st.sampled_from(after))
+    def check(recipe: fuzz_recipes.Recipe, then: tuple[str, ...]) -> None:
+        with Example(place) as example:
+            (example.work / "recipe.yaml").write_bytes(recipe.content)
+            (example.work / "rows.jsonl").write_text(f"{json.dumps(ROW)}\n" * 5)
+            flags = ["--set", "train.steps=1", "--set", "train.batch_size=2"]
+            try:
+                output = Path(load("recipe.yaml", {}, flags[1::2]).recipe.output)
+            except UsageError:
+                output = Path("nothing")
+            whole, before = tree(example.folder), tree(example.folder, output.resolve())
+            with writes() as written:
+                outcome = run("train", "recipe.yaml", *flags)
+                reason = problem(outcome)
+                if reason is None and outcome.code == 0:
+                    outcome = run(*then[:1], output, *then[1:])
+                    reason = problem(outcome)
+            left = outside(written, output)
+            if reason is None and (left or changed(before, tree(example.folder, output.resolve()), output)):
+                reason = f"written: {left} {changed(before, tree(example.folder, output.resolve()), output)}"
+            if reason is None and outcome.code == 2 and not written and whole != tree(example.folder):
+                reason = "left something behind"
+            if reason is not None:
+                fail(reason, (recipe, then))
+
+    check()
 
 
 DRY = [("train",), ("init",), ("eval", "--bench", "loss"), ("merge",), ("quantize",)]
@@ -70,7 +122,7 @@ def test_mutated_recipes(place: Path, models: Callable[[str], Path]) -> None:
     model = models("llama")
     seeds = [*fuzz_recipes.SHIPPED.values(), *[fuzz_recipes.small(model, Path("rows.jsonl"))] * 60]
 
-    @examples(2000, 60)
+    @examples(1700, 60)
     @given(fuzz_recipes.mutated(seeds), st.sampled_from([*DRY[:1] * 8, *DRY]), st.booleans(), st.booleans())
     def check(recipe: fuzz_recipes.Recipe, command: tuple[str, ...], own: bool, as_json: bool) -> None:
         with Example(place) as example:
@@ -82,7 +134,7 @@ def test_mutated_recipes(place: Path, models: Callable[[str], Path]) -> None:
             with writes() as written:
                 outcome = run(*command, file, "--dry-run", *flags, *(["--json"] if as_json else []))
             reason = problem(outcome, (0, 2))
-            if reason is None and (tree(example.folder) != before or outside(written, [])):
+            if reason is None and (tree(example.folder) != before or outside(written, None)):
                 reason = f"written: {written}"
             if reason is None and outcome.code == 0:
                 reason = reread(file, flags)
