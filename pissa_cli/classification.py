@@ -13,6 +13,9 @@ from pissa_cli.glue import GLUE
 from pissa_cli.recipe import DataSection
 from pissa_cli.rows import Row, text_of
 
+LARGEST = 1e18
+"""Of quantities: their errors are squared and summed in fp32."""
+
 
 def label_columns(section: DataSection, columns: Sequence[str]) -> dict[str, str]:
     """text, text_pair where there is one, and label: the columns of rows that have these `columns`."""
@@ -54,7 +57,7 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
         raise ValueError(f"'{column}' is {'missing' if value is None else 'neither a text nor a number'}")
     text, number = str(value).strip(), _number(value)
     if len(labels) == 1:
-        if math.isfinite(number):
+        if abs(number) <= LARGEST:
             return number
         raise ValueError(f"'{column}' is not a number")
     if text in labels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pissa_cli.evals.bench import Bench
 from pissa_cli.glue import GLUE, SETS
 from pissa_cli.guards import require_context
 from pissa_cli.recipe import Recipe
-from pissa_cli.rows import Row, read_rows
+from pissa_cli.rows import Row, read_rows, text_of
 
 GENERATED: dict[str, Bench] = {
     "gsm8k": gsm8k.BENCH,
@@ -124,10 +125,20 @@ def read_bench(name: str, recipe: Recipe) -> list[Row]:
                 f"{source}: row {number} is no row of {name}: it has no {', '.join(missing)}",
                 f"its columns: {', '.join(row)}",
             )
-        problem = bench.problem(row)
+        problem = _no_text(row, bench.fields) or bench.problem(row)
         if problem is not None:
             raise UsageError(f"{source}: row {number} is no row of {name}: {problem}")
         rows.append(row)
     if not rows:
         raise UsageError(f"{source}: no rows")
     return rows
+
+
+def _no_text(row: Row, fields: Sequence[str]) -> str | None:
+    """What is wrong with the first of the fields that is no text."""
+    try:
+        for field in fields:
+            text_of(row, field)
+    except ValueError as error:
+        return str(error)
+    return None
