@@ -1,37 +1,47 @@
-"""Checkpoints: what training needs to go on bit for bit, written whole or not at all."""
+"""Checkpoints: the trained values and the optimizer's state, whole or not there."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pissa_cli.errors import UsageError
 from pissa_cli.optim import optimizer_tensors, restore_optimizer
-from pissa_cli.rundir import Run, read_json, whole_folder, write_json
-from pissa_cli.weights import load_tensors, save_tensors
+from pissa_cli.rundir import Run, read_json, remove_folder, set_aside, whole_folder, write_json
+from pissa_cli.sharding import spread_as, whole
+from pissa_cli.weights import hash_file, load_tensors, save_tensors
 
 Names = dict[nn.Parameter, str]
 """The parameters that train, by name."""
+_TENSORS = ("trained.safetensors", "optimizer.safetensors")
 
 
-def save_checkpoint(run: Run, step: int, names: Names, optimizer: torch.optim.Optimizer, data: str, keep: int) -> Path:
+def trained_values(names: Names) -> dict[str, Tensor]:
+    """What trains, by name, on the CPU and in whole; all processes must ask."""
+    return {name: whole(parameter.detach()).cpu() for parameter, name in names.items()}
+
+
+def save_checkpoint(
+    run: Run, step: int, names: Names, optimizer: torch.optim.Optimizer, data: str, keep: int, first: bool
+) -> None:
     """Write checkpoints/step-N: trained values, optimizer state, and `data`, the hash of the examples.
 
-    Only the newest `keep` remain.
+    All processes take part, the `first` writes. Only the newest `keep` remain.
 
     Raises PissaError for a disk that fails; older checkpoints are intact then.
     """
-    final = run.checkpoints / f"step-{step}"
-    with whole_folder(final) as folder:
-        save_tensors(folder / "trained.safetensors", {name: p.detach().cpu() for p, name in names.items()})
-        save_tensors(folder / "optimizer.safetensors", optimizer_tensors(optimizer, names))
-        write_json(folder / "state.json", {"step": step, "data": data})
+    tensors = trained_values(names), optimizer_tensors(optimizer, names)
+    if not first:
+        return
+    with whole_folder(run.checkpoints / f"step-{step}") as folder:
+        for name, content in zip(_TENSORS, tensors, strict=True):
+            save_tensors(folder / name, content)
+        hashes = {name: hash_file(folder / name) for name in _TENSORS}
+        write_json(folder / "state.json", {"step": step, "data": data, "hashes": hashes})
     for old in _folders(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+        remove_folder(old)
 
 
 @torch.no_grad()
@@ -42,19 +52,51 @@ def restore_checkpoint(folder: Path, names: Names, optimizer: torch.optim.Optimi
         raise UsageError(
             f"{folder}: trained on other data than data.train holds now", "bring the old rows back to resume"
         )
-    trained = load_tensors(folder / "trained.safetensors")
+    trained, moments = (load_tensors(folder / name) for name in _TENSORS)
     if set(trained) != set(names.values()):
-        raise UsageError(f"{folder}: holds other parameters than this recipe trains")
+        raise UsageError(
+            f"{folder}: holds other parameters than this recipe trains", "resume with the recipe it was begun with"
+        )
     for parameter, name in names.items():
-        parameter.copy_(trained[name])
-    restore_optimizer(optimizer, names, load_tensors(folder / "optimizer.safetensors"))
+        parameter.copy_(spread_as(parameter, trained[name]))
+    restore_optimizer(optimizer, names, moments)
     return int(state["step"])
 
 
 def latest_checkpoint(run: Run) -> Path | None:
-    """The newest checkpoint; what lies under its final name is whole."""
+    """The newest checkpoint, be it damaged or not."""
     folders = _folders(run)
     return folders[-1] if folders else None
+
+
+def whole_checkpoint(run: Run) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written, and a line for each newer one, which is set aside."""
+    lines: list[str] = []
+    for folder in reversed(_folders(run)):
+        fault = damage(folder)
+        if fault is None:
+            return folder, lines
+        lines.append(f"{folder} is damaged ({fault}); it is kept as {set_aside(folder).name}")
+    return None, lines
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if they are as they were written."""
+    try:
+        hashes = read_json(folder / "state.json")["hashes"]
+        return next((f"{name} has changed" for name in _TENSORS if hash_file(folder / name) != hashes[name]), None)
+    except UsageError as error:
+        return error.message
+    except (KeyError, TypeError):
+        return "state.json is not what was written"
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
+    """The trained values in a checkpoint. UsageError if it is damaged."""
+    fault = damage(folder)
+    if fault is not None:
+        raise UsageError(f"{folder}: damaged ({fault})", "use another checkpoint, or train again with --resume")
+    return load_tensors(folder / _TENSORS[0])
 
 
 def step_of(folder: Path) -> int:
@@ -64,4 +106,4 @@ def step_of(folder: Path) -> int:
 
 def _folders(run: Run) -> list[Path]:
     numbered = [(path.name.removeprefix("step-"), path) for path in run.checkpoints.glob("step-*")]
-    return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdigit())]
+    return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdecimal())]

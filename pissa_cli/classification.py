@@ -13,6 +13,7 @@ from pissa_cli.glue import GLUE
 from pissa_cli.recipe import DataSection
 from pissa_cli.rows import Row, text_of
 
+SHOWN = 40
 LARGEST = 1e18
 """Of quantities: their errors are squared and summed in fp32."""
 
@@ -59,7 +60,7 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
     if len(labels) == 1:
         if abs(number) <= LARGEST:
             return number
-        raise ValueError(f"'{column}' is not a number")
+        raise ValueError(f"'{column}' is '{text[:SHOWN]}', not a number")
     if text in labels:
         return float(labels.index(text))
     numbers = [_number(label) for label in labels]
@@ -68,7 +69,7 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
             return float(numbers.index(number))
     elif number.is_integer() and 0 <= number < len(labels):
         return number
-    raise ValueError(f"'{column}' is not one of {', '.join(labels)}")
+    raise ValueError(f"'{column}' is '{text[:SHOWN]}', not one of model.labels ({', '.join(labels)})")
 
 
 def _number(value: object) -> float:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli.classification import encode_classified, label_columns
 from pissa_cli.errors import UsageError
-from pissa_cli.examples import Encoded, Examples, cache_key, read_cache, write_cache
+from pissa_cli.examples import CUT, Encoded, Examples, cache_key, no_usable_row, read_cache, refuse, write_cache
 from pissa_cli.loss import IGNORED, summed_loss
 from pissa_cli.recipe import FIELDS, DataSection
 from pissa_cli.rows import Row, content_hash, read_rows, text_of
@@ -25,7 +25,6 @@ INTRO_INPUT = (
 TEMPLATE = INTRO + "### Instruction:\n{instruction}\n\n### Response:{output}\n"
 """PiSSA's template (its train.py): nothing between 'Response:' and the answer, a newline before end-of-text."""
 TEMPLATE_INPUT = INTRO_INPUT + "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:{output}\n"
-CUT = "answer cut off entirely by data.max_length"
 BATCH = 1000
 
 
@@ -171,14 +170,14 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
         encoded = _encode([row for _, row in batch], section, tokenizer, labels)
         for (number, _), result in zip(batch, encoded, strict=True):
             if isinstance(result, str):
-                unusable.setdefault(result, []).append(number)
+                refuse(unusable, result, number)
                 continue
             tokens, mask, label, cut = result
             cut_tokens, cut_mask = tokens[: section.max_length], mask[: section.max_length]
             if label is not None:
                 classes.append(label)
             elif not any(cut_mask[1:]):
-                unusable.setdefault(CUT if any(mask[1:]) else "no answer to learn from", []).append(number)
+                refuse(unusable, CUT if any(mask[1:]) else "no answer to learn from", number)
                 continue
             num_cut += cut or len(cut_tokens) < len(tokens)
             ids.append(cut_tokens)
@@ -188,7 +187,7 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
     columns: dict[str, None] = {}
     for number, row in read_rows(source, section.limit):
         if isinstance(row, str):
-            unusable.setdefault(row, []).append(number)
+            refuse(unusable, row, number)
             continue
         if len(columns) < 100:
             columns |= dict.fromkeys(row)
@@ -199,8 +198,7 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
     _require_columns(source, section, columns)
     flush()
     if not ids:
-        detail = "; ".join(f"{reason}: {len(rows)}" for reason, rows in unusable.items()) or "it is empty"
-        raise UsageError(f"{source}: no usable row ({detail})")
+        raise no_usable_row(source, section, unusable)
     lengths = torch.tensor([0, *(len(tokens) for tokens in ids)])
     flat = torch.tensor([token for tokens in ids for token in tokens], dtype=torch.int32)
     mask = torch.tensor([target for flags in targets for target in flags], dtype=torch.bool)
@@ -215,9 +213,12 @@ def _require_columns(source: str, section: DataSection, columns: dict[str, None]
     for name, column in wanted.items():
         if columns and column not in columns:
             form = "" if section.glue is None else "format: classification, "
+            hint = f"map it in the recipe: data: {{{form}columns: {{{name}: <one of these>}}}}"
+            if name in section.columns:
+                hint = f"data.columns maps '{name}' to it; map '{name}' to one of these"
             raise UsageError(
                 f"{source}: no column '{column}' ('{name}' of format {section.format}); it has: {', '.join(columns)}",
-                f"map it in the recipe: data: {{{form}columns: {{{name}: <one of these>}}}}",
+                hint,
             )
 
 

@@ -20,6 +20,10 @@ class UsageError(PissaError):
     exit_code = 2
 
 
+class Unreachable(UsageError):
+    """Data on the Hub that it does not give, for whatever reason."""
+
+
 class Interrupted(PissaError):
     """The run was stopped by a signal after a checkpoint was written (exit code 130)."""
 

@@ -14,9 +14,12 @@ import xxhash
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pissa_cli.errors import PissaError
+from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.recipe import DataSection
 from pissa_cli.weights import load_tensors, save_tensors
+
+CUT = "answer cut off entirely by data.max_length"
+REASONS = 10
 
 
 class Encoded(NamedTuple):
@@ -75,11 +78,32 @@ class Examples:
         """What happened to rows on the way, for the person watching."""
         lines = []
         for reason, rows in self.unusable.items():
-            shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            lines.append(f"{name}: rows not used: {len(rows)}, {reason} (row {shown})")
+            lines.append(f"{name}: rows not used: {len(rows)}, {reason} (row {_first(rows)})")
         if self.num_cut:
             lines.append(f"{name}: examples cut at data.max_length: {self.num_cut}")
         return lines
+
+
+def refuse(unusable: dict[str, list[int]], reason: str, number: int) -> None:
+    """Add a row that cannot be used; what is beyond REASONS different reasons, as of values, is counted together."""
+    known = reason in unusable or len(unusable) < REASONS
+    unusable.setdefault(reason if known else "for other reasons", []).append(number)
+
+
+def no_usable_row(source: str, section: DataSection, unusable: dict[str, list[int]]) -> UsageError:
+    """For a set whose every row was refused, with the reasons and the first rows."""
+    reasons = "; ".join(f"{reason}: {len(rows)} (row {_first(rows)})" for reason, rows in unusable.items())
+    if CUT in unusable:
+        hint = f"raise data.max_length (now {section.max_length})"
+    elif section.classifies:
+        hint = "model.labels has to hold the labels as the rows have them; data.columns says in which column they are"
+    else:
+        hint = f"docs/recipes.md says what a row of format {section.format} is; data.columns takes other columns"
+    return UsageError(f"{source}: no usable row ({reasons or 'it is empty'})", hint)
+
+
+def _first(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 
 
 def cache_key(content: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> str:

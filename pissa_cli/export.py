@@ -58,7 +58,7 @@ def merge(
     After full fine-tuning `merged/` is there already and only gets its model card; the differences are None then.
     Raises PissaError, leaving no `merged/`, if the logits differ by more than rounding.
     """
-    run, _ = open_run(recipe)
+    run, manifest = open_run(recipe)
     if isinstance(recipe.adapter, FullOptions):
         if step is not None or output not in (None, run.merged):
             raise UsageError("full fine-tuning has one model and no other form", f"copy {run.merged}")
@@ -83,7 +83,9 @@ def merge(
         write_json(target / "config.json", model_config)
         write_text(target / "README.md", model_card(recipe, "merged into one model", step=step))
         at_step = trained_steps(recipe) if step is None else step
-        write_json(target / PROVENANCE, {"method": recipe.adapter.method, "step": at_step})
+        provenance = {"method": recipe.adapter.method, "step": at_step}
+        provenance |= {"base_fingerprint": manifest["base"]["fingerprint"]}
+        write_json(target / PROVENANCE, provenance)
         tolerance = max(MERGE_TOLERANCE[dtype] for dtype in dtypes)
         difference = _compare(recipe, load_with(recipe, folder, adapter, best_device()), target, tolerance)
     return {"path": str(target_folder), "bytes": writer.total_bytes, **difference}

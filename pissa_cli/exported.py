@@ -13,7 +13,7 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, as_lora
 from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_modules
-from pissa_cli.checkpoint import latest_checkpoint, step_of
+from pissa_cli.checkpoint import Names, checkpoint_tensors, latest_checkpoint, step_of
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import open_run, read_start, require_base
 from pissa_cli.loading import load_model
@@ -22,31 +22,36 @@ from pissa_cli.peft_files import peft_config, rank_of, read_peft, write_peft
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json
 from pissa_cli.side_files import copy_side_files
-from pissa_cli.weights import load_tensors
 
 
-def write_result(recipe: Recipe, model: PreTrainedModel, step: int, data: dict[str, Any]) -> Path:
+def write_result(
+    recipe: Recipe, model: PreTrainedModel, names: Names, trained: dict[str, Tensor], step: int, data: dict[str, Any]
+) -> Path:
     """Write `adapter/` in PEFT files (or, for full fine-tuning, the model in `merged/`) and return its path.
 
-    What it came from (method, step, `data`, base) goes into pissa.json beside it.
-    Over a dense base the adapter is made valid on the plain base, for PiSSA at rank 2r; over NF4 on `base/`.
+    names, trained: the parameters of `model` that train, and their values in whole. What it came from (method, step,
+    `data`, base) goes into pissa.json beside it. Over a dense base the adapter is made valid on the plain base, for
+    PiSSA at rank 2r; over NF4 on `base/`.
     """
     run, manifest = open_run(recipe)
     adapter = recipe.adapter
     if isinstance(adapter, FullOptions):
         with whole_folder(run.merged) as folder:
             copy_side_files(require_base(run, manifest, recipe), folder)
-            model.save_pretrained(folder)
-            write_json(folder / PROVENANCE, {"method": "full", "step": step, "data": data})
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            state = {n: trained[names[parameters[n]]] if n in parameters else t for n, t in model.state_dict().items()}
+            model.save_pretrained(folder, state_dict=state)
+            provenance = {"method": "full", "step": step, "data": data}
+            write_json(folder / PROVENANCE, provenance | {"base_fingerprint": manifest["base"]["fingerprint"]})
         return run.merged
     config, start = read_start(run, manifest)
     now = {
-        name: {key: factor.detach().cpu() for key, factor in layer.factors().items()}
+        name: {key: trained.get(f"{name}.{key}", factor).cpu() for key, factor in layer.factors().items()}
         for name, layer in lowrank_layers(model).items()
     }
     whole = whole_modules(model, adapter.modules_to_save)
-    parameters = {f"{name}.{key}": p for name, m in whole.items() for key, p in m.named_parameters(recurse=False)}
-    result = _result(recipe, start, now, {name: p.detach().cpu() for name, p in parameters.items()})
+    saved = {f"{n}.{key}": trained[names[p]] for n, m in whole.items() for key, p in m.named_parameters(recurse=False)}
+    result = _result(recipe, start, now, saved)
     config = peft_config(
         peft_type="VERA" if result.projections else "LORA",
         base=config["base_model_name_or_path"],
@@ -146,7 +151,7 @@ def checkpoint_files(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
         known = ", ".join(sorted((path.name for path in run.checkpoints.glob("step-*")), key=lambda n: int(n[5:])))
         raise UsageError(f"{folder}: no such checkpoint", f"there are: {known or 'none'}")
     _, start = read_start(run, manifest)
-    trained = load_tensors(folder / "trained.safetensors")
+    trained = checkpoint_tensors(folder)
     trains = METHODS[recipe.adapter.method].trains
     now = {
         name: {key: trained[f"{name}.{key}"] if key in trains else factor for key, factor in factors.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import inspect
 
 import torch
 from torch import nn
@@ -21,23 +21,27 @@ from pissa_cli.rundir import Run
 
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 PACKING_TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
+EDGE = 64  # tokens
 LEAK_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
     f"train.{key}"
-    for key in ("steps", "epochs", "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing")
+    for key in (
+        *("steps", "epochs", "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing"),
+        *("spike", "on_fault", "shard"),
+    )
 }
 
 
-def checkpoint_to_resume(run: Run, recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from. Refuses to overwrite a run, and to resume one with another recipe."""
+def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
+    """Whether there are checkpoints to go on from. Refuses to overwrite a run, and to resume it with another recipe."""
     if not run.exists():
         if resume:
             raise UsageError(f"{run.folder}: nothing to resume", "start it without --resume")
-        return None
+        return False
     open_run(recipe)
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
-        return None
+        return False
     if not resume:
         raise UsageError(
             f"{run.folder}: this run has reached {checkpoint.name}", "go on with --resume, or use another --output"
@@ -56,7 +60,7 @@ def checkpoint_to_resume(run: Run, recipe: Recipe, resume: bool) -> Path | None:
                     f"{run.folder}: {name}.{key} was {old[key]!r} so far and is {new[key]!r} now",
                     "resume with the same value, or start a new run with another --output",
                 )
-    return checkpoint
+    return True
 
 
 def schedule_change(run: Run, recipe: Recipe) -> list[str]:
@@ -88,11 +92,12 @@ def probe_loss(
     device: torch.device,
     packing: bool = False,
 ) -> float:
-    """The loss on the first few examples, without dropout."""
-    few = list(range(min(4, len(examples))))
+    """The loss on the first few examples, without dropout; in no more memory than a step of training takes."""
+    few = list(range(min(4, max(2, recipe.train.micro_batch_size), len(examples))))
     batch = collate(examples, few, pad_id, packing)
+    chunked = not recipe.data.classifies and chunks_loss(model, examples)
     with autocast(recipe.model.bits, recipe.precision, device):
-        total = summed_loss(model.eval(), {key: tensor.to(device) for key, tensor in batch.items()})
+        total = summed_loss(model.eval(), {key: tensor.to(device) for key, tensor in batch.items()}, chunked)
     return float(total) / sum(examples.num_targets(i) for i in few)
 
 
@@ -173,14 +178,25 @@ def _packs_soundly(
         other, begin = ids.clone(), examples.length(0)
         other[:, :begin] = other[:, :begin].flip(1).roll(1)
         with autocast(recipe.model.bits, recipe.precision, device):
-            logits, changed = (
-                model(input_ids=given, position_ids=positions, use_cache=False).logits[:, begin:].float()
-                for given in (ids, other)
-            )
-            summed_loss(model, {k: t.to(device) for k, t in collate(examples, longest, pad_id, packing=True).items()})
+            logits, changed = (_logits_from(model, begin, given, positions) for given in (ids, other))
+            batch = collate(examples, longest, pad_id, packing=True)
+            summed_loss(model, {key: tensor.to(device) for key, tensor in batch.items()}, chunks_loss(model, examples))
     except (RuntimeError, IndexError, TypeError, ValueError):  # a model that takes its mask or its positions otherwise
         return False
     return float((logits - changed).abs().max()) <= LEAK_TOLERANCE[recipe.precision] * float(logits.abs().max())
+
+
+def _logits_from(model: PreTrainedModel, begin: int, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits in fp32 of the first and the last `EDGE` positions from `begin` on, where the model can leave others out.
+
+    What leaks from one example into the next is seen where that begins, where it ends, or both.
+    """
+    places = torch.arange(begin, ids.shape[1], device=ids.device)
+    places = torch.cat([places[:EDGE], places[EDGE:][-EDGE:]])
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        output = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=places)
+        return output.logits.float()  # type: ignore[no-any-return]
+    return model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, places].float()  # type: ignore[no-any-return]
 
 
 def require_same_loss(before: float, after: float, precision: str) -> None:

@@ -14,20 +14,21 @@ import torch
 
 from pissa_cli.errors import Interrupted, PissaError
 from pissa_cli.initialize import Progress
-from pissa_cli.prepare import Watch, prepare
+from pissa_cli.prepare import prepare
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
+from pissa_cli.rundir import Run, locked
 
 
-def launch(
-    recipe: Recipe, resume: bool, processes: int, flags: list[str], watch: Watch, init_progress: Progress
-) -> None:
-    """Prepare the run here, where errors are plain, and train it in `processes` processes; the first one prints.
+def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_progress: Progress) -> None:
+    """Prepare the run here, where errors are plain, and train it in `processes` processes; the first one says the rest.
 
     flags: of `pissa train`, handed on. On GPUs each process has one, on CPUs they speak gloo. Raises UsageError for bad
     input, PissaError if a process failed, Interrupted after the checkpoint that follows SIGINT or SIGTERM.
     """
-    prepare(recipe, resume, watch, init_progress)
+    prepare(recipe, resume, init_progress=init_progress)
+    with locked(Run(Path(recipe.output)).checkpoints):
+        pass  # a run that another process is training: said here, not by one of many
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment |= {"ACCELERATE_USE_CPU": "true"}

@@ -34,19 +34,36 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor], chunked: bool = Fals
         return functional.cross_entropy(logits, labels.long(), reduction="sum")
     labels = labels[:, 1:]
     wanted = labels != IGNORED
+    keep = wanted.any(0).nonzero().flatten()
+    return loss_at(model, batch, keep, wanted[:, keep].nonzero(as_tuple=True), labels[wanted], chunked)
+
+
+def loss_at(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    keep: Tensor,
+    places: tuple[Tensor, ...],
+    targets: Tensor,
+    chunked: bool,
+) -> Tensor:
+    """The cross entropy of `summed_loss`, at known places: columns `keep` (k,) of the input, of these the rows and
+    columns in `places` (n,), (n,), where the next tokens are `targets` (n,)."""
     inner: Any = getattr(model, "module", model)
     head = inner.get_output_embeddings() if chunked else None
     with _without_head(head):
         if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-            keep = wanted.any(0).nonzero().flatten()
-            outputs = model(**batch, use_cache=False, logits_to_keep=keep).logits[wanted[:, keep]]
+            outputs = model(**batch, use_cache=False, logits_to_keep=keep).logits[places]
         else:
-            outputs = model(**batch, use_cache=False).logits[:, :-1][wanted]
+            rows, columns = places
+            outputs = model(**batch, use_cache=False).logits[rows, keep[columns]]
     if head is None:
-        return functional.cross_entropy(outputs.float(), labels[wanted], reduction="sum")
+        return functional.cross_entropy(outputs.float(), targets, reduction="sum")
     if torch.is_autocast_enabled(outputs.device.type):
         outputs = outputs.to(torch.get_autocast_dtype(outputs.device.type))
-    total: Tensor = HeadCrossEntropy.apply(outputs, head.weight, getattr(head, "bias", None), labels[wanted])
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if not torch.is_grad_enabled():  # it would form gradients of what requires them all the same
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    total: Tensor = HeadCrossEntropy.apply(outputs, weight, bias, targets)
     return total
 
 

@@ -215,14 +215,13 @@ def peft_targets(
     return found | ({"target_parameters": sorted(parameters)} if parameters else {})
 
 
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(parameters that train, all parameters), counting an NF4 weight by the numbers it stands for."""
-    train = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def num_parameters(model: nn.Module) -> int:
+    """All parameters, counting an NF4 weight by the numbers it stands for."""
     total = 0
     for p in model.parameters():
         state = getattr(p, "quant_state", None)
         total += state.shape.numel() if state is not None else p.numel()
-    return train, total
+    return total
 
 
 def context_length(folder: Path, section: ModelSection) -> int | None:

@@ -12,6 +12,7 @@ from pissa_cli.adapter_options import LoraOptions
 from pissa_cli.adapters.lowrank import FACTOR_NAMES
 from pissa_cli.errors import UsageError
 from pissa_cli.recipe import Recipe, TrainSection
+from pissa_cli.sharding import spread_as, whole
 
 
 def make_optimizer(names: dict[nn.Parameter, str], recipe: Recipe) -> torch.optim.Optimizer:
@@ -54,12 +55,15 @@ def learning_rate(step: int, total: int, section: TrainSection, peak: float) -> 
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
-    """The state as `{"parameter|key": tensor}`; Python numbers become 0-dimensional fp64 tensors."""
+    """The state as `{"parameter|key": tensor}`, in whole; Python numbers become 0-dimensional fp64 tensors.
+
+    All processes must ask.
+    """
     tensors = {}
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             kept = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-            tensors[f"{name}|{key}"] = kept.detach().cpu().clone()
+            tensors[f"{name}|{key}"] = whole(kept.detach()).cpu().clone()
     return tensors
 
 
@@ -77,7 +81,7 @@ def restore_optimizer(
         if tensor.dtype == torch.float64 and tensor.ndim == 0:
             value: Any = int(tensor) if float(tensor).is_integer() else float(tensor)
         else:  # AdamW keeps its step count on the CPU
-            value = tensor if tensor.ndim == 0 else tensor.to(parameter.device)
+            value = tensor if tensor.ndim == 0 else spread_as(parameter, tensor)
         states.setdefault(parameter, {})[key] = value
     for parameter, state in states.items():
         optimizer.state[parameter] = state

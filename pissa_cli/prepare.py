@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from pissa_cli.data import load_examples
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
-from pissa_cli.guards import checkpoint_to_resume, require_context, schedule_change
+from pissa_cli.guards import require_context, resumes, schedule_change
 from pissa_cli.initialize import Progress, initialize, open_run, require_base
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import context_length, resolve_base
@@ -21,8 +21,8 @@ from pissa_cli.rundir import Run
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with what goes to metrics.jsonl, and with {"note": text}."""
-Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | None, Path | None]
-"""The manifest, the tokenizer, examples to train and to hold out, and the checkpoint to go on from."""
+Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | None]
+"""The manifest, the tokenizer, examples to train and to hold out."""
 
 
 def prepare(
@@ -33,8 +33,7 @@ def prepare(
     watch: called with {"note": text} for what the person watching should know.
     """
     run = Run(Path(recipe.output))
-    checkpoint = checkpoint_to_resume(run, recipe, resume)
-    for line in schedule_change(run, recipe) if checkpoint else []:
+    for line in schedule_change(run, recipe) if resumes(run, recipe, resume) else []:
         watch({"note": line})
     if recipe.data.train is None:
         raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
@@ -52,4 +51,4 @@ def prepare(
             for line in loaded.notes(name):
                 watch({"note": line})
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
-    return manifest, tokenizer, examples, held_out, checkpoint
+    return manifest, tokenizer, examples, held_out

@@ -232,7 +232,18 @@ def packed_weight(module: nn.Module) -> Packed | None:
 
     if not isinstance(module, bitsandbytes.nn.Linear4bit):
         return None
-    return Packed(module.weight.data, module.weight.quant_state)
+    state = getattr(module.weight, "quant_state", None) or module.quant_state  # where it is sharded, the layer's own
+    return Packed(module.weight.data, state)
+
+
+def keeps_own_state(module: nn.Module) -> bool:
+    """Whether it is a bitsandbytes layer. Its scales are kept at the layer too then, where sharding leaves them."""
+    import bitsandbytes
+
+    if not isinstance(module, bitsandbytes.nn.Linear4bit):
+        return False
+    module.quant_state = module.weight.quant_state
+    return True
 
 
 def linear(packed: Packed) -> nn.Module:

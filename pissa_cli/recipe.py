@@ -31,10 +31,7 @@ class ModelSection(Section):
     task: Literal["causal-lm", "sequence-classification"] = Field(
         "causal-lm", description="what the model is trained for; a classifier gets a new head, which trains whole"
     )
-    labels: list[str] = Field(
-        [],
-        description="sequence-classification: classes in the order of their numbers; one: a quantity",
-    )
+    labels: list[str] = Field([], description="classes in the order of their numbers; one name: a quantity")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
@@ -47,21 +44,8 @@ FIELDS = {
 }
 """The fields a row needs, by `data.format`; those of GLUE's formats are in `pissa_cli.glue`."""
 OPTIONAL_FIELDS = {"alpaca": ("input",), "classification": ("text_pair",)}
-Format = Literal[
-    "alpaca",
-    "prompt",
-    "chat",
-    "text",
-    "classification",
-    "glue/cola",
-    "glue/sst2",
-    "glue/mrpc",
-    "glue/stsb",
-    "glue/qqp",
-    "glue/mnli",
-    "glue/qnli",
-    "glue/rte",
-]
+_Glue = Literal["glue/cola", "glue/sst2", "glue/mrpc", "glue/stsb", "glue/qqp", "glue/mnli", "glue/qnli", "glue/rte"]
+Format = Literal["alpaca", "prompt", "chat", "text", "classification", _Glue]
 
 
 class DataSection(Section):
@@ -129,16 +113,25 @@ class TrainSection(Section):
         None, description="dtype of the matrix products; default fp32 if model.bits is 32, else bf16"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    eval_every: int | None = Field(
-        None, ge=1, description="steps between losses on data.eval; default: at the end only"
-    )
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at the end only")
+    eval_every: int | None = Field(None, ge=1, description="steps between losses on data.eval; default: at the end")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at the end")
     keep: int = Field(2, ge=1, description="checkpoints kept, the newest")
+    spike: float | None = Field(
+        None, gt=1, description="a loss or gradient norm this many times the median of 50 steps is a fault, too"
+    )
+    on_fault: Literal["stop", "skip", "rollback"] = Field(
+        "stop", description="after infinite numbers: stop, leave the step out, or go back to the last checkpoint"
+    )
+    shard: bool = Field(False, description="spread the model over the processes (FSDP2), instead of a copy in each")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give epochs or steps, not both")
+        if self.on_fault == "rollback" and self.save_every is None:
+            raise ValueError("on_fault: rollback goes back to a checkpoint; set train.save_every")
+        if self.shard and self.optimizer != "adamw":
+            raise ValueError("shard: bitsandbytes' optimizer cannot be spread over processes; set optimizer to adamw")
         return self
 
 
@@ -164,15 +157,10 @@ class EvalSection(Section):
             raise ValueError("an empty text ends every answer before it begins")
         return stop
 
-    @field_validator("temperature")
-    @classmethod
-    def _warm_enough(cls, temperature: float) -> float:
-        if 0 < temperature < 0.01:
-            raise ValueError("0 for the likeliest tokens, else at least 0.01")
-        return temperature
-
     @model_validator(mode="after")
     def _sampled(self) -> EvalSection:
+        if 0 < self.temperature < 0.01:
+            raise ValueError("temperature: 0 for the likeliest tokens, else at least 0.01")
         if self.samples > 1 and not self.temperature:
             raise ValueError("samples: more than one answer to a question needs eval.temperature, e.g. 0.8")
         return self

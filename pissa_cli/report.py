@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
+
+
+def mean_losses(metrics: Path) -> tuple[float, float, int]:
+    """(loss at the begin, at the end, n): means over n steps each, up to 10 and no more than half of the run's."""
+    found = [json.loads(line)["loss"] for line in metrics.read_text(encoding="utf-8").splitlines()]
+    losses = [loss for loss in found if loss is not None]  # of steps that were left out there is none
+    few = max(1, min(10, len(losses) // 2))
+    return sum(losses[:few]) / few, sum(losses[-few:]) / few, few
 
 
 def loss_picture(metrics: Path, picture: Path) -> None:
@@ -23,7 +32,7 @@ def compare_losses(runs: dict[str, Path], picture: Path) -> None:
     for number, (label, metrics) in enumerate(runs.items()):
         events = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         steps = [event["step"] for event in events]
-        losses = [event["loss"] for event in events]
+        losses = [math.nan if event["loss"] is None else event["loss"] for event in events]
         axes.plot(steps, losses, color=f"C{number}", linewidth=1, label=f"{label}: training")
         held_out = [(event["step"], event["eval_loss"]) for event in events if "eval_loss" in event]
         if held_out:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pissa_cli.errors import UsageError
+from pissa_cli.errors import Unreachable, UsageError
 from pissa_cli.names import kind_of
 from pissa_cli.weights import hash_file
 
@@ -148,7 +148,7 @@ def _hub_data(source: str) -> Any:
         return datasets.load_dataset(name, subset, split=rest[1] if len(rest) == 2 else "train")
     except Exception as error:  # the Hub, the network and the data set's own files each raise their own kinds
         reason = next(iter(str(error).strip().splitlines()), "")
-        raise UsageError(
+        raise Unreachable(
             f"{name}: cannot get this data set from the Hub ({type(error).__name__}: {reason})",
             "check the id and the network, or give a local jsonl, json, csv, tsv or parquet file",
         ) from None

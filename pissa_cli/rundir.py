@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from pissa_cli.errors import PissaError, UsageError
 
 PROVENANCE = "pissa.json"
+PICTURE = "loss.png"
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise _disk_error(path, error) from None
 
 
@@ -104,15 +110,49 @@ def require_free(output: Path, own: Path) -> None:
 
 
 @contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing `folder` in this block; the system lifts the lock of one that was killed.
+
+    Raises UsageError, naming the process, if another has it.
+    """
+    path = folder.parent / f".{folder.name}.lock"
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        holder = ""
+        with suppress(OSError):
+            holder = path.read_text(encoding="utf-8").strip()
+        raise UsageError(
+            f"{folder}: {holder or 'another process'} is writing here", "wait for it, or use another --output"
+        ) from None
+    except OSError as error:
+        raise _disk_error(folder, error) from None
+    try:
+        with suppress(OSError):
+            path.write_text(f"process {os.getpid()} on {platform.node()} (since {time.ctime()})", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # whoever waits for this very file sees that it has no name any more
+        lock.release()
+
+
+@contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends well, and vanishes otherwise.
 
     `final` is replaced if it is there. What a killed process left is cleared first: half-made folders are removed, and
-    a `final` that was set aside but not yet replaced is put back.
+    a `final` that was set aside but not yet replaced is put back. UsageError if another process is at it.
     """
+    with locked(final):
+        yield from _whole_folder(final)
+
+
+def _whole_folder(final: Path) -> Iterator[Path]:
     aside = final.parent / f".{final.name}.aside"
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
         if aside.is_dir() and not final.exists():
             aside.rename(final)
         for leftover in (aside, *final.parent.glob(f".{final.name}.tmp-*")):
@@ -137,6 +177,35 @@ def _put_in_place(temporary: Path, final: Path, aside: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise _disk_error(final, error) from None
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no part of it is ever seen under its name."""
+    doomed = folder.parent / f".{folder.name}.tmp-{secrets.token_hex(4)}"
+    with suppress(OSError):
+        folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_leftovers(run: Run) -> None:
+    """Remove what a killed training left half-written. Only for the process that has the run's lock."""
+    small = (run.recipe.name, run.metrics.name, PICTURE)
+    for path in [*run.checkpoints.glob(".*"), *(p for name in small for p in run.folder.glob(f".{name}.*"))]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged to `damaged-<name>`, in place of an older one, and return that."""
+    aside = path.with_name(f"damaged-{path.name}")
+    remove_folder(aside)
+    try:
+        return path.rename(aside)
+    except OSError as error:
+        raise _disk_error(aside, error) from None
 
 
 def _sync(folder: Path) -> None:

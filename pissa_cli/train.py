@@ -4,65 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from accelerate import Accelerator
 
 from pissa_cli import report
-from pissa_cli.adapter_options import FullOptions
-from pissa_cli.adapters.methods import METHODS
-from pissa_cli.attach import attach, lowrank_layers, train_whole
-from pissa_cli.checkpoint import Names, restore_checkpoint, save_checkpoint
-from pissa_cli.data import collate, micro_batches, padding
-from pissa_cli.errors import Interrupted, PissaError
+from pissa_cli.checkpoint import restore_checkpoint, save_checkpoint, trained_values, whole_checkpoint
+from pissa_cli.data import padding
+from pissa_cli.errors import Interrupted
 from pissa_cli.examples import Examples
-from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.exported import write_result
-from pissa_cli.guards import (
-    chunks_loss,
-    packs,
-    probe_loss,
-    require_padding_unseen,
-    require_same_loss,
-)
-from pissa_cli.initialize import Progress, read_start, require_base
+from pissa_cli.faults import Faults
+from pissa_cli.initialize import Progress, require_base
 from pissa_cli.loading import load_model
-from pissa_cli.loss import autocast, summed_loss
-from pissa_cli.model import parameter_counts
-from pissa_cli.optim import learning_rate, make_optimizer
+from pissa_cli.optim import learning_rate
 from pissa_cli.prepare import Watch, prepare
 from pissa_cli.process import keep_freed_memory, peak_memory, process_state, stop_signals
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import Run, write_text
-from pissa_cli.steps import count_steps, seed_step, step_examples
-from pissa_cli.weights import open_weights
-
-
-@dataclass
-class Trainer:
-    """What a training step needs. `micro_batch_size` is the recipe's, or what memory has room for."""
-
-    recipe: Recipe
-    accelerator: Accelerator
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    names: Names
-    examples: Examples
-    pad_id: int
-    total_steps: int
-    packed: bool
-    chunked: bool
-    watch: Watch
-    micro_batch_size: int
+from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, write_text
+from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, set_up, update
 
 
 def train(
@@ -75,34 +39,41 @@ def train(
     """
     state = process_state()
     keep_freed_memory()
-    with state.main_process_first():
-        start = prepare(recipe, resume, *((watch, init_progress) if state.is_main_process else ()))
-    manifest, tokenizer, examples, held_out, checkpoint = start
+    first = state.is_main_process
+    watch = watch if first else lambda _: None
     run = Run(Path(recipe.output))
-    if state.is_main_process:
-        write_text(run.recipe, dump(recipe))
-    model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed)
-    pad_id = padding(model, tokenizer)
-    trainer = _set_up(run, manifest, recipe, model, examples, pad_id, checkpoint is None, watch)
-    first_step = 0
-    if checkpoint:
-        first_step = restore_checkpoint(checkpoint, trainer.names, _plain(trainer.optimizer), examples.digest())
-    if state.is_main_process:
-        _trim_metrics(run, first_step)
-    figures = _loop(run, trainer, held_out, first_step, watch)
-    facts = {name: loaded.facts() for name, loaded in (("train", examples), ("eval", held_out)) if loaded is not None}
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    with state.main_process_first():
-        if state.is_main_process:
-            report.loss_picture(run.metrics, run.folder / "loss.png")
-            figures["result"] = str(write_result(recipe, trained, trainer.total_steps, facts))
+    with contextlib.ExitStack() as lock:
+        with state.main_process_first():
+            manifest, tokenizer, examples, held_out = prepare(recipe, resume, watch, init_progress)
+            if first:
+                lock.enter_context(locked(run.checkpoints))
+                clear_leftovers(run)
+            checkpoint, lines = whole_checkpoint(run)  # set aside by the first process, the others see what is left
+            for line in lines:
+                watch({"note": line})
+            if first:
+                write_text(run.recipe, dump(recipe))
+        model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed)
+        trainer = set_up(run, manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, watch)
+        first_step = _restore(trainer, checkpoint) if checkpoint else 0
+        with state.main_process_first():
+            seen = _trim_metrics(run, first_step, first)
+        figures = _loop(run, trainer, held_out, first_step, Faults(recipe, seen), watch)
+        facts = {name: part.facts() for name, part in (("train", examples), ("eval", held_out)) if part is not None}
+        trained = trained_values(trainer.names)
+        with state.main_process_first():
+            if first:
+                report.loss_picture(run.metrics, run.folder / PICTURE)
+                result = write_result(recipe, model, trainer.names, trained, trainer.total_steps, facts)
+                figures["result"] = str(result)
     return figures | {"data": facts}
 
 
-def _loop(run: Run, trainer: Trainer, held_out: Examples | None, first_step: int, watch: Watch) -> dict[str, Any]:
-    section, accelerator, began, tokens = trainer.recipe.train, trainer.accelerator, time.time(), 0
-    last_saved, losses, held_out_loss = first_step, [], None
-    digest = trainer.examples.digest()
+def _loop(
+    run: Run, trainer: Trainer, held_out: Examples | None, first_step: int, faults: Faults, watch: Watch
+) -> dict[str, Any]:
+    section, accelerator, began, tokens = trainer.recipe.train, trainer.accelerator, time.monotonic(), 0
+    saved, losses, held_out_loss = first_step, [], None
     with stop_signals() as asked, run.metrics.open("a", encoding="utf-8") as metrics:
 
         def note(event: dict[str, Any]) -> None:
@@ -112,29 +83,29 @@ def _loop(run: Run, trainer: Trainer, held_out: Examples | None, first_step: int
                 watch(event)
 
         for step in range(first_step, trainer.total_steps):
-            step_began = time.time()
+            step_began = time.monotonic()
             lr = learning_rate(step, trainer.total_steps, section, trainer.recipe.lr)
-            loss, grad_norm, step_tokens = train_step(trainer, step, lr)
-            if not math.isfinite(loss) or not math.isfinite(grad_norm):
-                kept = f"step {last_saved} is saved" if last_saved else "no checkpoint was saved yet"
-                raise PissaError(
-                    f"step {step + 1}: training has diverged (loss {loss}, gradient norm {grad_norm}); {kept}",
-                    f"lower train.lr (now {trainer.recipe.lr:g}) or train.max_grad_norm, and check the data",
-                )
-            losses.append(loss)
-            tokens += step_tokens
-            seconds = time.time() - step_began
+            loss, grad_norm, step_tokens = form_gradients(trainer, step)
             event = {"step": step + 1, "steps": trainer.total_steps, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+            fault = faults.judge(step + 1, loss, grad_norm, saved)
+            if fault is None:
+                update(trainer, lr)
+                losses.append(loss)
+            else:
+                event |= _leave_out(run, trainer, step + 1, fault, saved, watch)
+            trainer.optimizer.zero_grad()
+            tokens += step_tokens
+            seconds = time.monotonic() - step_began
             done = step + 1 == trainer.total_steps
             if held_out and (done or (section.eval_every and (step + 1) % section.eval_every == 0)):
                 event["eval_loss"] = held_out_loss = evaluate_loss(trainer, held_out)
             note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
             stopped = _any(accelerator, asked())
             if done or stopped or (section.save_every and (step + 1) % section.save_every == 0):
-                if accelerator.is_main_process:
-                    save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), digest, section.keep)
+                digest, first = trainer.examples.digest(), accelerator.is_main_process
+                save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), digest, section.keep, first)
                 accelerator.wait_for_everyone()
-                last_saved = step + 1
+                saved = step + 1
             if stopped and not done:
                 raise Interrupted(f"stopped at step {step + 1} of {trainer.total_steps}", "go on with --resume")
     return {
@@ -142,128 +113,27 @@ def _loop(run: Run, trainer: Trainer, held_out: Examples | None, first_step: int
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "eval_loss": held_out_loss,
-        "seconds": round(time.time() - began, 3),
+        "seconds": round(time.monotonic() - began, 3),
         "tokens": tokens,
         "peak_memory_bytes": peak_memory(),
     }
 
 
-def train_step(trainer: Trainer, step: int, lr: float) -> tuple[float, float, int]:
-    """One optimizer step over `batch_size` examples: (loss averaged over target tokens, gradient norm, tokens).
+def _leave_out(run: Run, trainer: Trainer, step: int, fault: str, saved: int, watch: Watch) -> dict[str, Any]:
+    """Take a step with a fault back, and with `rollback` those since the last checkpoint, too. What metrics say of it.
 
-    Micro-batches that do not fit into memory are halved from here on; the step stays the same.
+    Infinite numbers are no JSON; they stand in the fault's text.
     """
-    accelerator, examples, section = trainer.accelerator, trainer.examples, trainer.recipe.train
-    indices = step_examples(step, len(examples), trainer.recipe)
-    while True:
-        try:
-            total = _accumulate(trainer, step, indices)
-            break
-        except torch.OutOfMemoryError:
-            trainer.optimizer.zero_grad()
-            if trainer.micro_batch_size == 1 or accelerator.num_processes > 1:  # others wait in the middle of a step
-                raise
-            trainer.micro_batch_size //= 2
-            trainer.watch({"note": f"out of memory: micro-batches of {trainer.micro_batch_size} examples from here on"})
-        torch.cuda.empty_cache()
-    grad_norm = accelerator.clip_grad_norm_(trainer.model.parameters(), section.max_grad_norm)
-    loss_value, norm_value = float(accelerator.reduce(total, "sum")), float(grad_norm)
-    if math.isfinite(loss_value) and math.isfinite(norm_value):
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = lr * group["ratio"]
-        trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
-    return loss_value, norm_value, sum(examples.length(i) for i in indices)
+    done = "left out"
+    if trainer.recipe.train.on_fault == "rollback":
+        _restore(trainer, run.checkpoints / f"step-{saved}")
+        done = f"back to step {saved}, and on with step {step + 1}"
+    watch({"note": f"step {step}: {fault}; {done}"})
+    return {"loss": None, "grad_norm": None, "fault": fault, "done": done}
 
 
-def _accumulate(trainer: Trainer, step: int, indices: list[int]) -> Tensor:
-    """Gradients of a step's loss, by micro-batches over this process's share; returns its part of the loss."""
-    accelerator, examples = trainer.accelerator, trainer.examples
-    num_targets = sum(examples.num_targets(i) for i in indices)
-    share = indices[accelerator.process_index :: accelerator.num_processes]
-    chunks = micro_batches(examples, share or indices[:1], trainer.micro_batch_size, trainer.packed)
-    counts = float(bool(share))  # a process without an example takes part with a loss of zero
-    seed_step(trainer.recipe.seed, step, accelerator.process_index)
-    trainer.model.train()
-    total = torch.zeros((), device=accelerator.device)
-    for number, chunk in enumerate(chunks):
-        last = number + 1 == len(chunks)
-        with contextlib.nullcontext() if last else accelerator.no_sync(trainer.model):
-            loss = _summed_loss(trainer, examples, chunk) * counts / num_targets
-            accelerator.backward(loss * accelerator.num_processes)
-            total += loss.detach()
-    return total
-
-
-@torch.no_grad()
-def evaluate_loss(trainer: Trainer, examples: Examples) -> float:
-    """The loss averaged over all target tokens of `examples`, without dropout."""
-    trainer.model.eval()
-    chunks = micro_batches(examples, list(range(len(examples))), trainer.micro_batch_size, trainer.packed)
-    mine = chunks[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
-    total = torch.zeros((), device=trainer.accelerator.device, dtype=torch.float64)
-    for chunk in mine:
-        total += _summed_loss(trainer, examples, chunk)
-    total = trainer.accelerator.reduce(total, "sum")
-    return float(total) / sum(examples.num_targets(i) for i in range(len(examples)))
-
-
-def _summed_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tensor:
-    batch = collate(examples, chunk, trainer.pad_id, trainer.packed)
-    device = trainer.accelerator.device
-    with autocast(trainer.recipe.model.bits, trainer.recipe.precision, device):
-        return summed_loss(trainer.model, {key: tensor.to(device) for key, tensor in batch.items()}, trainer.chunked)
-
-
-def _set_up(
-    run: Run,
-    manifest: dict[str, Any],
-    recipe: Recipe,
-    model: PreTrainedModel,
-    examples: Examples,
-    pad_id: int,
-    fresh: bool,
-    watch: Watch,
-) -> Trainer:
-    """Put the model on its device, make it train what the method trains, and give that an optimizer."""
-    unused = bool(holders_of_3d_weights(model))  # an expert may get no token
-    ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    accelerator = Accelerator(kwargs_handlers=[ways])
-    model = model.to(accelerator.device)
-    probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
-    packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
-    if recipe.data.classifies:
-        require_padding_unseen(recipe, model, examples, pad_id, accelerator.device)
-    if recipe.data.packing == "auto" and not packed and not recipe.data.classifies:
-        watch({"note": "examples are padded: packed ones would see each other, or cost more, in this model"})
-    if isinstance(recipe.adapter, FullOptions):
-        model.requires_grad_(True)
-    else:
-        before = probe(packed) if fresh and recipe.model.bits != 4 else None
-        _, start = read_start(run, manifest)
-        plain, dropout = recipe.model.bits != 4, getattr(recipe.adapter, "dropout", 0.0)
-        attach(model, start, METHODS[recipe.adapter.method], plain, dropout)
-        train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
-        if before is not None:
-            require_same_loss(before, probe(packed), recipe.precision)
-    chunked = chunks_loss(model, examples)
-    if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for layer in lowrank_layers(model).values():
-            layer.keeps_weight = True
-    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, layer in lowrank_layers(model).items():
-        names |= {p: f"{name}.{key}" for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
-    total_steps = count_steps(len(examples), recipe)
-    trainable, total = parameter_counts(model)
-    steps = f"{total_steps} steps of {recipe.train.batch_size} examples"
-    if accelerator.is_main_process:
-        processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-        watch({"note": f"{trainable:,} of {total:,} parameters train; {steps}{processes}"})
-    optimizer = make_optimizer(names, recipe)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
-    return Trainer(*parts, watch, recipe.train.micro_batch_size)
+def _restore(trainer: Trainer, checkpoint: Path) -> int:
+    return restore_checkpoint(checkpoint, trainer.names, _plain(trainer.optimizer), trainer.examples.digest())
 
 
 def _any(accelerator: Accelerator, flag: bool) -> bool:
@@ -279,13 +149,20 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _trim_metrics(run: Run, first_step: int) -> None:
-    """Drop the lines of steps that are about to be taken again, and a line that a killed process left half-written."""
-    if not run.metrics.is_file():
-        return
-    kept = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+def _trim_metrics(run: Run, first_step: int, first: bool) -> list[tuple[float, float]]:
+    """Drop the lines of steps that are about to be taken again, and a line that a killed process left half-written.
+
+    Returns (loss, gradient norm) of the sound steps that remain. Only the `first` process writes.
+    """
+    kept, seen = [], []
+    text = run.metrics.read_text(encoding="utf-8", errors="replace") if run.metrics.is_file() else ""
+    for line in text.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= first_step:
+            event = json.loads(line)
+            if event["step"] <= first_step:
                 kept.append(line)
-    write_text(run.metrics, "".join(f"{line}\n" for line in kept))
+                if event["loss"] is not None:
+                    seen.append((float(event["loss"]), float(event["grad_norm"])))
+    if first and text:
+        write_text(run.metrics, "".join(f"{line}\n" for line in kept))
+    return seen

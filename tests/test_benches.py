@@ -252,7 +252,7 @@ def test_samples_of_one_question_count_together(made: Callable[..., Any], rows: 
 
 
 def test_no_code_runs_unasked_and_the_answers_are_kept(
-    made: Callable[..., Any], rows: Path, monkeypatch: pytest.MonkeyPatch
+    made: Callable[..., Any], rows: Path, pissa: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = made("model.bits=32", "adapter.rank=4", f"data.train={rows}", "train.steps=1", "eval.max_new_tokens=4")
     train(recipe)
@@ -261,7 +261,10 @@ def test_no_code_runs_unasked_and_the_answers_are_kept(
         with pytest.raises(UsageError, match="programs that a model wrote"):
             score_samples(recipe, "nowhere.jsonl")
         result = evaluate(recipe)["humaneval"]
-    assert result["score"] is None and "--allow-code-execution" in result["metric"]
+    assert result["score"] is None and "--allow-code-execution" in result["note"]
+    shown = pissa("eval", recipe.output)
+    assert "humaneval: --allow-code-execution scores the answers" in shown.err and "not run" in shown.out
+    assert max(map(len, shown.out.splitlines())) <= 80 and "…" not in shown.out
     assert not (Path(recipe.output) / "eval" / "humaneval").exists()
     monkeypatch.setattr(module, "generate", lambda model, tokenizer, prompts, *rest: iter([]) if not prompts else None)
     scored = evaluate(recipe, allow_code=True)["humaneval"]

@@ -34,6 +34,7 @@ from pissa_cli.exported import load_result
 from pissa_cli.loading import load_model
 from pissa_cli.loss import summed_loss
 from pissa_cli.plan import make_plan
+from pissa_cli.recipe import DataSection
 from pissa_cli.rows import read_rows
 from pissa_cli.rundir import read_json
 from pissa_cli.train import train
@@ -308,17 +309,17 @@ def test_eval_scores_what_was_trained(
         (1, ["1", "2", "3"], 0),
         (1.0, ["1", "2", "3"], 0),
         ("3.0", ["1", "2", "3"], 2),
-        (0, ["1", "2", "3"], "not one of 1, 2, 3"),
+        (0, ["1", "2", "3"], r"'label' is '0', not one of model.labels \(1, 2, 3\)"),
         (float("inf"), ["no", "yes"], "not one of"),
         ("3", ["1", "2", "3"], 2),
         ("4.750", ["score"], 4.75),
-        (-1, ["no", "yes"], "not one of no, yes"),
+        (-1, ["no", "yes"], "'-1', not one of"),
         (2, ["no", "yes"], "not one of"),
         (0.5, ["no", "yes"], "not one of"),
         (None, ["no", "yes"], "missing"),
         (True, ["no", "yes"], "neither"),
         ("nan", ["score"], "not a number"),
-        ("high", ["score"], "not a number"),
+        ("high", ["score"], "'label' is 'high', not a number"),
     ],
 )
 def test_labels(value: Any, labels: list[str], wanted: Any) -> None:
@@ -352,6 +353,19 @@ def test_tokens_are_the_tokenizers(
     assert examples.ids[: examples.length(0)].tolist() == wanted
     short = tokenizer("word " * 200, "short", truncation=True, max_length=32)["input_ids"]
     assert examples.ids[examples.length(0) :].tolist() == short
+
+
+def test_labels_that_are_not_there_are_quoted_with_their_rows(tokenizer: Any, tmp_path: Path) -> None:
+    section, path = DataSection(format="classification"), tmp_path / "rows.csv"
+    path.write_text("text,label\na,postive\nb,no\nc,postive\n")
+    with pytest.raises(UsageError, match=r"'label' is 'postive', not one of model.labels \(no, yes\): 1 \(row 1\)"):
+        load_examples(str(path), section.model_copy(update={"limit": 1}), tokenizer, None, ["no", "yes"])
+    assert load_examples(str(path), section, tokenizer, None, ["no", "yes"]).unusable == {
+        "'label' is 'postive', not one of model.labels (no, yes)": [1, 3]
+    }
+    path.write_text("text,label\n" + "".join(f"a,{number / 100}\n" for number in range(300)) + "b,no\n")
+    unusable = load_examples(str(path), section, tokenizer, None, ["no", "yes"]).unusable
+    assert len(unusable) == 11 and sum(map(len, unusable.values())) == 298  # 0.0 and 1.0 are classes
 
 
 def test_tab_separated_files_know_no_quotes(texts: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -11,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 
 from pissa_cli.cli import app
+from pissa_cli.evals import gsm8k
 from pissa_cli.recipe import AdapterOptions, Recipe, json_schema
 from pissa_cli.recipe_file import load, shipped
 
@@ -83,7 +86,18 @@ def test_every_recipe_loads(path: Path) -> None:
     load(str(path), {})
 
 
-@pytest.mark.parametrize("path", sorted(shipped("configs").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+BLOCKS = sorted(path for path in shipped("configs").rglob("*.yaml") if path.parent.name != "accelerate")
+
+
+@pytest.mark.parametrize("path", sorted(shipped("configs").glob("accelerate/*.yaml")), ids=lambda p: p.stem)
+def test_accelerate_reads_its_files(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[path.stem]
+
+
+@pytest.mark.parametrize("path", BLOCKS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_block_loads(path: Path) -> None:
     section = path.parent.name
     flags = {} if section == "model" else {("model", "name"): ("--model", "x")}
@@ -96,6 +110,17 @@ def test_the_commands_of_the_readme_exist() -> None:
     known = {command.name for command in app.registered_commands}
     used = set(re.findall(r"^pissa (\w+)", (ROOT / "README.md").read_text(), re.M))
     assert used == known == {"init", "train", "eval", "merge", "quantize", "export"}
+
+
+def test_the_documented_conversion_makes_rows_that_score(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", page.partition("## Rows for GSM8K")[2], re.S)[:1]
+    own = {"question": "12 a day for 100 days?", "answer": "12 * 100 = <<12*100=1200>>1,200 in all.\n#### 1,200"}
+    command, given = [sys.executable, "-c", script], json.dumps(own) + "\n"
+    row = json.loads(subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout)
+    assert row["query"] == own["question"]
+    assert row["response"] == "12 * 100 = 1,200 in all.\n#### 1,200\nThe answer is: 1,200"
+    assert gsm8k.score(row["response"], gsm8k.gold(own))
 
 
 def test_links_in_the_documentation_lead_somewhere() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import Outcome, make_model, save_model
 
+from pissa_cli.initialize import initialize
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
 from pissa_cli.weights import load_tensors
@@ -113,6 +114,10 @@ def test_data(refused: Callable[..., str], models: Callable[[str], Path], tmp_pa
     file = write(tmp_path / "rows.jsonl", '{"question": "a", "answer": "b"}\n')
     message = refused("train", "--model", models("llama"), "--set", f"data.train={file}")
     assert "no column 'instruction'" in message and "it has: question, answer" in message
+    assert "map it in the recipe: data: {columns: {instruction: <one of these>}}" in message
+    mapped = ["--set", "data.columns={instruction: query, output: answer}"]
+    message = refused("train", "--model", models("llama"), "--set", f"data.train={file}", *mapped)
+    assert "no column 'query'" in message and "data.columns maps 'instruction' to it; map 'instruction'" in message
     empty = write(tmp_path / "empty.jsonl", "")
     assert "no usable row (it is empty)" in refused("train", "--model", models("llama"), "--set", f"data.train={empty}")
     long = write(tmp_path / "long.jsonl", json.dumps({"instruction": "1" * 300, "output": "b"}) + "\n")
@@ -199,19 +204,29 @@ def test_resume_with_another_recipe(
     assert "go on with --resume" in refused("train", made.output)
 
 
-def test_unreachable_hub(refused: Callable[..., str], models: Callable[[str], Path]) -> None:
+def test_unreachable_hub(
+    refused: Callable[..., str], models: Callable[[str], Path], recipe: Callable[..., Any]
+) -> None:
     message = refused("init", "--model", "mistral-7b", "--rank", 128, "--svd", "fast")
     assert "mistralai/Mistral-7B-v0.1: cannot get this model from the Hub" in message
     assert "give a local folder" in message
     message = refused("train", "--model", models("llama"), "--set", "data.train=some/data")
     assert "some/data: cannot get this data set from the Hub" in message and "local" in message
+    made = recipe(models("llama"), "adapter.rank=4")
+    initialize(made)
+    message = refused("eval", made.output, "--bench", "gsm8k")
+    assert "openai/gsm8k: cannot get this data set" in message and "local file: --data gsm8k=FILE" in message
 
 
 def test_benchmarks(refused: Callable[..., str]) -> None:
-    assert (
-        "unknown benchmark 'gsm9k' next: known: gsm8k, math, humaneval, mbpp, mt_bench, glue/cola, glue/sst2"
-        in refused("eval", "demo/pissa", "--bench", "gsm9k")
-    )
+    message = refused("eval", "demo/pissa", "--bench", "nothing")
+    assert "--bench: eval.bench: unknown benchmark 'nothing' next: known: gsm8k, math, humaneval, mbpp" in message
+    for typed, meant in (("gsm9k", "gsm8k"), ("cola", "glue/cola"), ("glue/colla", "glue/cola"), ("qnl", "glue/qnli")):
+        assert f"unknown benchmark '{typed}' next: did you mean '{meant}'?" in refused(
+            "eval", "gsm8k", "--bench", typed
+        )
+    message = refused("eval", "gsm8k", "--data", "glue/col=rows.tsv")
+    assert "--data: eval.data: unknown benchmark 'glue/col' next: did you mean 'glue/cola'?" in message
     assert "glue/mrpc scores texts with labels" in refused("eval", "gsm8k", "--bench", "gsm8k,glue/mrpc")
     assert "not a run folder" in refused("eval", "demo/pissa", "--bench", "gsm8k")
 

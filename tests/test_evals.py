@@ -66,6 +66,18 @@ def test_gold_and_score() -> None:
     assert not gsm8k.score("The answer is: 125", "1,250") and not gsm8k.score("no marker 1250", "1,250")
 
 
+def test_answers_in_the_form_of_gsm8ks_own_rows_are_noted(pissa: Any, tmp_path: Path) -> None:
+    assert gsm8k.other_form(["#### 4"] * 5 + ["4"] * 5) and gsm8k.other_form(["#### 4"] * 9 + ["The answer is: 4"])
+    for outputs in (["#### 4\nThe answer is: 4"] * 9, ["The answer is: 4"] * 2 + ["#### 4"] * 8, ["4"] * 9):
+        assert gsm8k.other_form(outputs) is None
+    (tmp_path / "rows.jsonl").write_text('{"question": "2 + 2?", "answer": "4\\n#### 4"}\n')
+    (tmp_path / "outputs.jsonl").write_text('{"id": 0, "output": "It is 4.\\n#### 4"}\n')
+    words = ["--data", tmp_path / "rows.jsonl", "--samples", tmp_path / "outputs.jsonl", "--output", tmp_path]
+    outcome = pissa("eval", "--bench", "gsm8k", "--set", "model.name=x", *words)
+    assert outcome.code == 0 and "gsm8k: 1 of 1 answers end in '#### ...'" in outcome.err
+    assert "docs/evaluation.md, Rows for GSM8K" in outcome.err
+
+
 @pytest.fixture(scope="module")
 def demo_base() -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32).eval()

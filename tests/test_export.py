@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ import pytest
 import torch
 import yaml
 from conftest import Outcome, make_model, save_model
-from hub import TOKEN, serve
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -144,13 +140,6 @@ def test_quantize_a_dense_folder(pissa: Callable[..., Outcome], models: Callable
     assert again.code == 2 and "quantized already" in again.err
 
 
-def push(made: Any, url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_ENDPOINT": url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    environment.pop("HF_HUB_OFFLINE")
-    command = [sys.executable, "-m", "pissa_cli", "merge", made.output, "--push", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
 def test_full_fine_tuning_needs_no_merge_and_quantizes(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
     made = recipe(models("llama"), "model.bits=32", "adapter.method=full", f"data.train={rows}", "train.steps=1")
     train(made)
@@ -173,28 +162,3 @@ def test_the_model_card_keeps_folders_to_itself(models: Callable[[str], Path], r
     assert front == {"library_name": "transformers", "tags": ["pissa"], "license": "apache-2.0"}
     assert "| steps | 2 |" in card and "training loss, first and last step" in card
     assert "train: rows.jsonl" in card and "name: llama" in card and str(rows.parent) not in card
-
-
-def test_push_over_http(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
-    made = trained(recipe, models("llama"), rows, "model.bits=32", "hub.private=true")
-    with serve() as hub:
-        done = push(made, hub.url)
-        assert done.returncode == 0, done.stderr
-        assert hub.repos == {"tester/llama-pissa-r4": True}
-        merged = Run(Path(made.output)).merged
-        assert hub.commits == 1 and set(hub.files) >= {
-            "model.safetensors",
-            "config.json",
-            "tokenizer.json",
-            "README.md",
-        }
-        for name, content in hub.files.items():
-            if name != ".gitattributes":
-                assert content == (merged / name).read_bytes(), name
-        assert TOKEN not in done.stdout + done.stderr
-        assert push(made, hub.url, "--repo", "team/other", "--json").returncode == 0
-        assert hub.repos["team/other"] is True
-        hub.fail_commit = 403
-        failed = push(made, hub.url)
-        assert failed.returncode == 1 and "upload to the Hub failed" in failed.stderr
-        assert TOKEN not in failed.stdout + failed.stderr and "Traceback" not in failed.stderr

@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 from runs import BASE, adapter, events
 
-from pissa_cli.recipe_file import dump, load
+from pissa_cli.errors import UsageError
+from pissa_cli.recipe_file import dump, load, shipped
 from pissa_cli.rundir import Run
+from pissa_cli.sharding import asked_by_accelerate
 from pissa_cli.train import train
+from pissa_cli.weights import load_tensors
 
 LOOP = """
 import sys
@@ -27,6 +30,7 @@ for name in sys.argv[1:]:
     train(load(name, {}).recipe)
 """
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+WAYS = ("one", "two")
 STEPS = int(os.environ.get("PISSA_TEST_STEPS", "12"))
 RUNS = {
     "lora": ["adapter={method: lora, rank: 4}"],
@@ -35,6 +39,14 @@ RUNS = {
     "svfit": ["adapter={method: svfit, rank: 8}"],
     "qpissa": ["model.bits=4", "train.precision=fp32"],
 }
+
+SHARDED = {
+    "checkpointing": ["train.gradient_checkpointing=true", "data.eval={rows}", "train.eval_every=5"],
+    "some-layers": ["model.bits=4", "train.precision=fp32", "adapter={method: lora, rank: 4, targets: [q_proj]}"],
+    "head": ["adapter={method: pissa, rank: 4, modules_to_save: [lm_head]}"],
+    "full": ["adapter={method: full}", "train.lr=0.0003"],
+}
+"""Runs that differ where parameters are spread."""
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +58,25 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_two_processes_are_one(models: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
+def result(recipe: Any) -> dict[str, Any]:
+    """The tensors of `adapter/`, or of `merged/` after full fine-tuning."""
+    merged = Run(Path(recipe.output)).merged / "model.safetensors"
+    return load_tensors(merged) if merged.is_file() else adapter(recipe)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_are_one(models: Callable[[str], Path], rows: Path, tmp_path: Path, shard: bool) -> None:
+    """Each with the model in whole (DDP), or with a part of it (FSDP2), in memory."""
     made, files = {}, []
-    for name, sets in RUNS.items():
-        for way in ("one", "two"):
+    for name, sets in (RUNS | SHARDED if shard else RUNS).items():
+        sets = [*sets, f"train.shard={str(shard).lower()}"]
+        for way in WAYS:
             common = [f"data.train={rows}", f"train.steps={STEPS}", "train.batch_size=5", "train.micro_batch_size=2"]
+            sets = [one.replace("{rows}", str(rows)) for one in sets]
+            base = [one for one in BASE if "rank" not in one or "adapter={method: full}" not in sets]
             flags = {("model", "name"): ("--model", str(models("llama")))}
             output = f"output={tmp_path / f'{name}-{way}'}"
-            made[name, way] = load(None, flags, [*BASE, *common, "train.lr=0.003", *sets, output]).recipe
+            made[name, way] = load(None, flags, [*base, *common, "train.lr=0.003", *sets, output]).recipe
         file = tmp_path / f"{name}.yaml"
         file.write_text(dump(made[name, "two"]))
         files.append(str(file))
@@ -65,8 +88,10 @@ def test_two_processes_are_one(models: Callable[[str], Path], rows: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     for name in RUNS:
         train(made[name, "one"])
-        one, two = (adapter(made[name, way]) for way in ("one", "two"))
-        losses = [[event["loss"] for event in events(made[name, way])] for way in ("one", "two")]
+        one, two = (result(made[name, way]) for way in WAYS)
+        losses = [[event["loss"] for event in events(made[name, way])] for way in WAYS]
+        held_out = [[event["eval_loss"] for event in events(made[name, w]) if "eval_loss" in event] for w in WAYS]
+        assert held_out[1] == pytest.approx(held_out[0], rel=1e-5)
         assert len(losses[0]) == len(losses[1]) == STEPS
         assert losses[1] == pytest.approx(losses[0], rel=1e-5), name
         for key, wanted in one.items():
@@ -77,6 +102,7 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
     models: Callable[[str], Path], rows: Path, tmp_path: Path, pissa: Callable[..., Any]
 ) -> None:
     sets = [*BASE, f"data.train={rows}", "train.epochs=3", "train.batch_size=4", "train.save_every=2"]
+    sets.append("data.max_length=168")  # which cuts the longest
     words = [word for one in sets for word in ("--set", one)]
     whole = ["train", "--model", str(models("llama")), *words, "--output", str(tmp_path / "whole")]
     assert pissa(*whole).code == 0
@@ -93,7 +119,8 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
     victims = _workers(started.pid)
     if victims:
         os.kill(victims[-1], signal.SIGKILL)
-    started.communicate(timeout=120)
+    _, said = started.communicate(timeout=120)
+    assert said.count(b"examples cut at data.max_length") == 1
     outcome = pissa(*command, "--resume", "--json")
     assert outcome.code == 0, outcome.err
     one, two = (adapter(load(str(tmp_path / name), {}).recipe) for name in ("whole", "out"))
@@ -117,3 +144,42 @@ def test_usage_errors_are_plain(models: Callable[[str], Path], pissa: Callable[.
     words = ["--processes", "2", "--set", "data.train=none.jsonl", "--output", tmp_path / "out"]
     outcome = pissa("train", "--model", models("llama"), *words)
     assert outcome.code == 2 and "none.jsonl: no such data file" in outcome.err
+
+
+def test_accelerate_launches_sharded_training_and_one_process_goes_on(
+    models: Callable[[str], Path], rows: Path, tmp_path: Path, pissa: Callable[..., Any]
+) -> None:
+    sets = [f"model.name={models('llama')}", *BASE, f"data.train={rows}", "train.schedule=constant"]
+    whole, made = (load(None, {}, [*sets, "train.steps=6", f"output={tmp_path / name}"]).recipe for name in ("a", "b"))
+    train(whole)
+    half = tmp_path / "half.yaml"
+    half.write_text(dump(made.model_copy(update={"train": made.train.model_copy(update={"steps": 3})})))
+    config = shipped("configs") / "accelerate" / "fsdp2.yaml"
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
+    words = ["--num_processes", "2", "-m", "pissa_cli", "train", str(half)]
+    done = subprocess.run([*command, *words], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "in 2 processes that share the model" in done.stderr
+    train(made, resume=True)
+    for key, wanted in adapter(whole).items():
+        assert float((adapter(made)[key] - wanted).norm() / wanted.norm()) < 1e-5, key
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1 is not supported"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "offloading parameters to the CPU is not supported",
+        ),
+    ],
+)
+def test_what_accelerate_asks_for_in_vain_is_refused(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        asked_by_accelerate()

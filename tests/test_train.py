@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from runs import BASE, events
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from pissa_cli import loss
-from pissa_cli import train as module
+from pissa_cli import trainer as module
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import initialize
 from pissa_cli.optim import learning_rate
 from pissa_cli.recipe import TrainSection
+from pissa_cli.report import mean_losses
 from pissa_cli.rundir import Run
 from pissa_cli.steps import count_steps, step_examples
 from pissa_cli.train import train
@@ -39,6 +41,31 @@ def test_the_loss_falls_and_everything_is_recorded(models: Callable[[str], Path]
     assert [e["step"] for e in lines if "eval_loss" in e] == [6, 12] and lines[-1]["eval_loss"] == figures["eval_loss"]
     assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert figures["result"] == str(run.adapter) and not list(run.folder.rglob("*.tmp*"))
+
+
+@pytest.mark.parametrize("sets", [[], ["adapter.method=vera"], ["model.bits=4"], ["adapter.method=full"]])
+def test_dry_run_and_training_count_the_same(
+    sets: list[str], models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Any]
+) -> None:
+    words = [f"data.train={rows}", "train.steps=3", "train.batch_size=2", "adapter.rank=4", "model.bits=32", *sets]
+    words = [word for word in words if "full" not in str(sets) or "rank" not in word]
+    arguments = ["--model", models("qwen2"), *(part for word in words for part in ("--set", word))]
+    planned = pissa("train", *arguments, "--dry-run").out
+    (counts,) = re.findall(r"[\d,]+ parameters train, the base has [\d,]+", planned)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(rows.parent)
+        done = pissa("train", *arguments)
+    assert done.code == 0 and counts in done.err
+    assert "(first and last step)" in done.out
+    base = AutoModelForCausalLM.from_pretrained(models("qwen2"))
+    assert counts.endswith(f" {sum(p.numel() for p in base.parameters()):,}")
+
+
+def test_the_shown_losses_are_means_over_several_steps(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    for losses, wanted in (([4.0], (4, 4, 1)), ([4, 3, 9, 2, 1], (3.5, 1.5, 2)), (list(range(100)), (4.5, 94.5, 10))):
+        metrics.write_text("".join(json.dumps({"step": n, "loss": loss}) + "\n" for n, loss in enumerate(losses)))
+        assert mean_losses(metrics) == wanted
 
 
 def test_loss_and_gradient_against_a_plain_computation(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
@@ -238,7 +265,7 @@ def test_training_in_chunks_is_training(
     results = []
     for chunked in (True, False):
         if not chunked:
-            monkeypatch.setattr("pissa_cli.train.chunks_loss", lambda *_: False)
+            monkeypatch.setattr("pissa_cli.trainer.chunks_loss", lambda *_: False)
         made = recipe(models(architecture), *sets, f"output={rows.parent / str(chunked)}")
         train(made)
         results.append([event["loss"] for event in events(made) if "loss" in event])

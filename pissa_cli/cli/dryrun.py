@@ -37,8 +37,8 @@ def dry_run(loaded: Loaded, as_json: bool) -> None:
             for key, value, source in rows
         ),
         "",
-        f"base {planned.folder}: {result['parameters']:,} parameters, {result['trainable']:,} train ({share:.2%}), "
-        f"in {result['layers']} layers",
+        f"{result['trainable']:,} parameters train, the base has {result['parameters']:,} ({share:.2%}); adapters in "
+        f"{result['layers']} layers of {planned.folder}",
         *([f"3-D weights that get no adapter: {', '.join(planned.left_out)}"] if planned.left_out else []),
         *(["ranks are chosen at init from the spectra; counted here: rank 1"] if auto else []),
         "memory of training, estimated: " + ", ".join(f"{key} {_size(value)}" for key, value in estimate.items()),

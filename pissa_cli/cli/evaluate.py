@@ -64,7 +64,7 @@ def evaluate_command(
 
     if samples is not None and compare_base:
         raise UsageError("--samples: there is no model to compare", "leave --compare-base out")
-    check_benches(loaded.recipe, compare_base)
+    check_benches(loaded.recipe, compare_base, loaded.sources)
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
@@ -87,6 +87,8 @@ def evaluate_command(
                 show.say(
                     f"{name}: {r['prompts_without_room']} prompts fill the model's context; their answers are empty"
                 )
+            if "note" in r:
+                show.say(f"{name}: {r['note']}")
     from rich.table import Table
 
     table = Table()

@@ -16,13 +16,16 @@ def merge_command(
     repo: Annotated[
         str | None, typer.Option("--repo", help="user/name; default <user>/<base>-<method>-r<rank>.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --push: replace what another base or tool has put there.")
+    ] = False,
     output: Output = None,
     set_: Set = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write one dense model, checked against the adapter; with --push, upload it."""
+    """Write one dense model, checked against the adapter; with --push, upload it in one commit, retried for 15 min."""
     loaded = load_recipe(target, set_, output=output)
     from pissa_cli.cli import dryrun, show
 
@@ -31,10 +34,13 @@ def merge_command(
         dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli import export, hub
+    from pissa_cli.errors import UsageError
 
     recipe = loaded.recipe
+    if not push and (force or repo is not None):
+        raise UsageError("--repo and --force are about an upload, and there is none", "add --push, or leave them out")
     if push:
-        hub.require_pushable(recipe, repo)
+        hub.require_pushable(recipe, repo, force)
     with show.counting("merge") as progress:
         result = export.merge(recipe, progress)
     lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
@@ -47,6 +53,6 @@ def merge_command(
         )
     if push:
         show.say("uploading ...")
-        result["url"] = hub.push(recipe, Path(result["path"]), repo)
+        result["url"] = hub.push(recipe, Path(result["path"]), repo, force, show.say)
         lines.append(result["url"])
     show.print_result(result, as_json, lines)

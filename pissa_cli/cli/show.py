@@ -127,4 +127,5 @@ def _training_line(event: dict[str, Any]) -> None:
 
 def _status(event: dict[str, Any]) -> str:
     rate = event["tokens"] / max(event["seconds"], 1e-9)
-    return f"loss {event['loss']:.4f}, {rate:,.0f} tokens/s, {event['memory_bytes'] / 2**30:.1f} GiB"
+    loss = "left out" if event["loss"] is None else f"loss {event['loss']:.4f}"
+    return f"{loss}, {rate:,.0f} tokens/s, {event['memory_bytes'] / 2**30:.1f} GiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,10 +57,11 @@ def train_command(
         from pissa_cli.launch import launch
 
         flags = [*(["--json"] if as_json else []), *(["--debug"] if debug else [])]
-        with show.training() as watch, show.counting("init") as progress:
-            launch(recipe, resume, processes, flags, watch, progress)
+        with show.counting("init") as progress:
+            launch(recipe, resume, processes, flags, progress)
         return
     from pissa_cli.process import process_state
+    from pissa_cli.report import mean_losses
     from pissa_cli.train import train
 
     first = process_state().is_main_process
@@ -74,7 +76,9 @@ def train_command(
     held_out = f", held-out loss {figures['eval_loss']:.4f}" if figures["eval_loss"] is not None else ""
     lines = []
     if figures["loss_first"] is not None:
-        lines.append(f"loss {figures['loss_first']:.4f} -> {figures['loss_last']:.4f}{held_out}")
+        begin, end, few = mean_losses(Path(recipe.output) / "metrics.jsonl")
+        steps = "first and last step" if few == 1 else f"means of the first and last {few} steps"
+        lines.append(f"loss {begin:.4f} -> {end:.4f} ({steps}){held_out}")
     lines.append(
         f"{figures['steps']} steps, {figures['tokens']:,} tokens in {figures['seconds']:.1f} s; {figures['result']}"
     )

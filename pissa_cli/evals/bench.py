@@ -29,7 +29,7 @@ class Bench:
     fields: the texts that a row needs.
     problem: (row) -> why it is no row of this benchmark, or None. identity: a row's own id, where it has one.
     grade: (rows, outputs, progress) -> a grade each. runs_code: whether grading runs what the model wrote.
-    beside: (rows, outputs) -> figures that stand beside the score.
+    beside: (rows, outputs) -> figures that stand beside the score. note: (outputs) -> what makes the score misleading.
     """
 
     data: str
@@ -43,6 +43,7 @@ class Bench:
     problem: Callable[[Row], str | None] = lambda _row: None
     identity: Callable[[Row], str | None] = lambda _row: None
     beside: Callable[[Sequence[Row], Sequence[str]], dict[str, float]] = lambda _rows, _outputs: {}
+    note: Callable[[Sequence[str]], str | None] = lambda _outputs: None
     runs_code: bool = False
 
 

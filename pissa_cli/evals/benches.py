@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.data import load_examples
-from pissa_cli.errors import UsageError
+from pissa_cli.errors import Unreachable, UsageError
 from pissa_cli.evals import competition_math, gsm8k, harness, humaneval, mbpp, mt_bench
 from pissa_cli.evals.bench import Bench
 from pissa_cli.glue import GLUE, SETS
 from pissa_cli.guards import require_context
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, read_rows, text_of
+from pissa_cli.yamlfile import KeyPath
 
 GENERATED: dict[str, Bench] = {
     "gsm8k": gsm8k.BENCH,
@@ -32,8 +34,12 @@ def runs_code(recipe: Recipe) -> bool:
     return any(GENERATED[bench].runs_code for bench in recipe.eval.bench if bench in GENERATED)
 
 
-def check_benches(recipe: Recipe, base: bool = False) -> None:
-    """Refuse an unknown or missing benchmark, before anything is loaded. base: the model before training, too."""
+def check_benches(recipe: Recipe, base: bool = False, sources: Mapping[KeyPath, str] | None = None) -> None:
+    """Refuse an unknown or missing benchmark, before anything is loaded. base: the model before training, too.
+
+    sources: where each value of the recipe was written.
+    """
+    written = sources or {}
     if base and recipe.eval.engine != "transformers" and recipe.model.bits == 4:
         raise UsageError("eval.engine: vllm cannot serve a 4-bit base with its start", "score it without the engine")
     if not recipe.eval.bench:
@@ -42,17 +48,26 @@ def check_benches(recipe: Recipe, base: bool = False) -> None:
         if bench.startswith(harness.PREFIX):
             harness.require_harness(bench)
         elif bench not in BENCHES:
-            raise UsageError(f"eval.bench: unknown benchmark '{bench}'", f"known: {', '.join(BENCHES)}")
+            raise _unknown(bench, written.get(("eval", "bench")), "eval.bench")
         _check_task(bench, recipe)
         _check_engine(bench, recipe)
     unknown = {bench for bench in recipe.eval.data if not bench.startswith(harness.PREFIX)} - set(BENCHES)
     if unknown:
-        raise UsageError(f"eval.data: unknown benchmark '{min(unknown)}'", f"known: {', '.join(BENCHES)}")
+        raise _unknown(min(unknown), written.get(("eval", "data", min(unknown))), "eval.data")
     if "mt_bench" in recipe.eval.bench and not (recipe.eval.judge_url and recipe.eval.judge_model):
         raise UsageError(
             "mt_bench: a judge has to grade the answers",
             "name one: --judge-url https://api.openai.com/v1 --judge-model gpt-4, its key in PISSA_JUDGE_KEY",
         )
+
+
+def _unknown(bench: str, source: str | None, key: str) -> UsageError:
+    """For a benchmark that is not there, with the nearest one; of those in a group the second part is enough."""
+    names = {name.rpartition("/")[2]: name for name in BENCHES} | {name: name for name in BENCHES}
+    near = difflib.get_close_matches(bench, names, n=1)
+    hint = f"did you mean '{names[near[0]]}'? " if near else ""
+    place = f"{source}: {key}" if source else key
+    return UsageError(f"{place}: unknown benchmark '{bench}'", f"{hint}known: {', '.join(BENCHES)}")
 
 
 def _check_task(bench: str, recipe: Recipe) -> None:
@@ -100,6 +115,13 @@ def source_of(bench: str, recipe: Recipe) -> str:
 
 def load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> Any:
     """What a benchmark is scored on: rows, tokenized examples, or MT-Bench's questions. Raises as `read_bench`."""
+    try:
+        return _load(bench, recipe, tokenizer, context)
+    except Unreachable as error:
+        raise UsageError(error.message, f"check the network, or give a local file: --data {bench}=FILE") from None
+
+
+def _load(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> Any:
     if bench.startswith(harness.PREFIX):
         return harness.load_task(bench, recipe.eval.data.get(bench))
     if bench == "mt_bench":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 from pissa_cli.evals.bench import Bench, Grade, one_by_one
@@ -51,6 +52,18 @@ def score(output: str, reference: str) -> bool:
     return answer is not None and float(answer) == float(reference.replace(",", ""))
 
 
+def other_form(outputs: Sequence[str]) -> str | None:
+    """A note if most answers end as GSM8K's own rows do, and hardly any as the protocol asks."""
+    marked = sum(MARKER in output for output in outputs)
+    own = sum("####" in output and MARKER not in output for output in outputs)
+    if 10 * marked > len(outputs) or 2 * own < len(outputs):
+        return None
+    return (
+        f"{own} of {len(outputs)} answers end in '#### ...' as GSM8K's own rows do, {marked} in '{MARKER}...', "
+        "which alone counts; train on rows that end so: docs/evaluation.md, Rows for GSM8K"
+    )
+
+
 BENCH = Bench(
     data="openai/gsm8k:main:test",
     published={1319: "the test set", 7473: "the training set"},
@@ -60,5 +73,6 @@ BENCH = Bench(
     problem=lambda row: None if is_number(gold(row)) else "its answer does not end in '#### number'",
     grade=one_by_one(lambda row, output: Grade(extract(output), score(output, gold(row)))),
     metric="exact match, %",
+    note=other_form,
     protocol="PiSSA repository: first number after the last 'The answer is: ', rounded to an integer",
 )

@@ -75,6 +75,8 @@ def grade_outputs(
         ks = [k for k in PASS_AT if k <= each]
         result["pass_at"] = {str(k): 100 * sum(pass_at(k, each, hits) for hits in right) / n for k in ks}
     result |= bench.beside(rows, outputs)
+    if (note := bench.note(outputs)) is not None:
+        result["note"] = note
     return result | ({"protection": protection().text()} if bench.runs_code else {}), samples
 
 

@@ -32,7 +32,7 @@ from pissa_cli.model import best_device, context_length
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row
 
-UNSCORED = "not run; --allow-code-execution scores the answers, which are kept"
+UNSCORED = {"metric": "not run", "note": "--allow-code-execution scores the answers, which are kept"}
 CLASSIFIED = 32
 
 
@@ -108,8 +108,7 @@ def _score_all(session: _Session, data: dict[str, Any], progress: Progress) -> d
 
         scored = _SCORERS.get(bench.partition(":")[0], _score_generated)(session, bench, loaded, count)
         if scored is None:
-            results[bench] = {"score": None, "stderr": None, "n": len(loaded), "metric": UNSCORED}
-            results[bench] |= session.facts
+            results[bench] = {"score": None, "stderr": None, "n": len(loaded)} | UNSCORED | session.facts
             continue
         result, samples, kept = scored
         results[bench] = write_result(

@@ -1,0 +1,239 @@
+"""A model made ready to train, and what one step of it is."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pissa_cli.adapter_options import FullOptions
+from pissa_cli.adapters.methods import METHODS
+from pissa_cli.attach import attach, lowrank_layers, train_whole
+from pissa_cli.checkpoint import Names
+from pissa_cli.data import collate, micro_batches
+from pissa_cli.errors import UsageError
+from pissa_cli.examples import Examples
+from pissa_cli.experts import holders_of_3d_weights
+from pissa_cli.guards import chunks_loss, packs, probe_loss, require_padding_unseen, require_same_loss
+from pissa_cli.initialize import read_start, require_base
+from pissa_cli.loss import autocast, summed_loss
+from pissa_cli.model import num_parameters
+from pissa_cli.optim import make_optimizer
+from pissa_cli.prepare import Watch
+from pissa_cli.recipe import Recipe
+from pissa_cli.rundir import Run
+from pissa_cli.sharding import asked_by_accelerate, shard, whole
+from pissa_cli.steps import count_steps, seed_step, step_examples
+from pissa_cli.weights import open_weights
+
+
+@dataclass
+class Trainer:
+    """What a training step needs. `micro_batch_size` is the recipe's, or what memory has room for."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    names: Names
+    examples: Examples
+    pad_id: int
+    total_steps: int
+    packed: bool
+    chunked: bool
+    watch: Watch
+    micro_batch_size: int
+
+
+def set_up(
+    run: Run,
+    manifest: dict[str, Any],
+    recipe: Recipe,
+    model: PreTrainedModel,
+    examples: Examples,
+    pad_id: int,
+    fresh: bool,
+    watch: Watch,
+) -> Trainer:
+    """Put the model on its device, make it train what the method trains, and give that an optimizer."""
+    unused = bool(holders_of_3d_weights(model))  # an expert may get no token
+    ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
+    asked = asked_by_accelerate() or recipe.train.shard
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ways])
+    sharded = asked and accelerator.num_processes > 1
+    if asked and not sharded:
+        watch({"note": "train.shard: a single process has the whole model"})
+    if sharded and recipe.train.optimizer != "adamw":
+        raise UsageError("bitsandbytes' optimizer cannot be spread over processes", "set train.optimizer to adamw")
+    num_base, model = num_parameters(model), model.to(accelerator.device)
+    probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
+    packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
+    if recipe.data.classifies:
+        require_padding_unseen(recipe, model, examples, pad_id, accelerator.device)
+    if recipe.data.packing == "auto" and not packed and not recipe.data.classifies:
+        watch({"note": "examples are padded: packed ones would see each other, or cost more, in this model"})
+    if isinstance(recipe.adapter, FullOptions):
+        model.requires_grad_(True)
+    else:
+        before = probe(packed) if fresh and recipe.model.bits != 4 else None
+        _, start = read_start(run, manifest)
+        plain, dropout = recipe.model.bits != 4, getattr(recipe.adapter, "dropout", 0.0)
+        attach(model, start, METHODS[recipe.adapter.method], plain, dropout)
+        train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
+        if before is not None:
+            require_same_loss(before, probe(packed), recipe.precision)
+    chunked = chunks_loss(model, examples)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in lowrank_layers(model).values():
+            layer.keeps_weight = True
+    if sharded:
+        shard(model, accelerator.device, accelerator.num_processes)
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, layer in lowrank_layers(model).items():
+        names |= {p: f"{name}.{key}" for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
+    total_steps = count_steps(len(examples), recipe)
+    trainable = sum(parameter.numel() for parameter in names)
+    steps = f"{total_steps} steps of {recipe.train.batch_size} examples"
+    processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    processes += " that share the model" if sharded else ""
+    watch({"note": f"{trainable:,} parameters train, the base has {num_base:,}; {steps}{processes}"})
+    optimizer = accelerator.prepare(make_optimizer(names, recipe))
+    prepared = model if sharded else accelerator.prepare(model)
+    parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
+    return Trainer(*parts, watch, recipe.train.micro_batch_size)
+
+
+def form_gradients(trainer: Trainer, step: int) -> tuple[float, float, int]:
+    """The gradients of a step over `batch_size` examples, clipped: (loss averaged over target tokens, gradient norm
+    before, tokens).
+
+    Micro-batches that do not fit into memory are halved from here on; the step stays the same.
+    """
+    accelerator, examples, section = trainer.accelerator, trainer.examples, trainer.recipe.train
+    indices = step_examples(step, len(examples), trainer.recipe)
+    while True:
+        try:
+            total = _accumulate(trainer, step, indices)
+            break
+        except torch.OutOfMemoryError:
+            trainer.optimizer.zero_grad()
+            if trainer.micro_batch_size == 1 or accelerator.num_processes > 1:  # others wait in the middle of a step
+                raise
+            trainer.micro_batch_size //= 2
+            trainer.watch({"note": f"out of memory: micro-batches of {trainer.micro_batch_size} examples from here on"})
+        torch.cuda.empty_cache()
+    grad_norm = whole(accelerator.clip_grad_norm_(trainer.model.parameters(), section.max_grad_norm))
+    return float(accelerator.reduce(total, "sum")), float(grad_norm), sum(examples.length(i) for i in indices)
+
+
+def update(trainer: Trainer, lr: float) -> None:
+    """Move the parameters by the gradients that were formed."""
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = lr * group["ratio"]
+    trainer.optimizer.step()
+
+
+def _accumulate(trainer: Trainer, step: int, indices: list[int]) -> Tensor:
+    """Gradients of a step's loss, by micro-batches over this process's share; returns its part of the loss."""
+    accelerator, examples = trainer.accelerator, trainer.examples
+    num_targets = sum(examples.num_targets(i) for i in indices)
+    chunks = _own_chunks(trainer, examples, indices)
+    seed_step(trainer.recipe.seed, step, accelerator.process_index)
+    trainer.model.train()
+    total = torch.zeros((), device=accelerator.device)
+    for number, (chunk, counts) in enumerate(chunks):
+        last = number + 1 == len(chunks)
+        with contextlib.nullcontext() if last else accelerator.no_sync(trainer.model):
+            loss = _summed_loss(trainer, examples, chunk) * float(counts) / num_targets
+            accelerator.backward(loss * accelerator.num_processes)
+            total += loss.detach()
+    return total
+
+
+@torch.no_grad()
+def evaluate_loss(trainer: Trainer, examples: Examples) -> float:
+    """The loss averaged over all target tokens of `examples`, without dropout."""
+    trainer.model.eval()
+    total = torch.zeros((), device=trainer.accelerator.device, dtype=torch.float64)
+    for chunk, counts in _own_chunks(trainer, examples, list(range(len(examples)))):
+        total += _summed_loss(trainer, examples, chunk) * float(counts)
+    total = trainer.accelerator.reduce(total, "sum")
+    return float(total) / sum(examples.num_targets(i) for i in range(len(examples)))
+
+
+def _own_chunks(trainer: Trainer, examples: Examples, indices: list[int]) -> list[tuple[list[int], bool]]:
+    """The micro-batches of this process's share, and whether each counts.
+
+    Every process has as many, since they meet in each one; a process with fewer repeats one that does not count.
+    """
+    processes, size = trainer.accelerator.num_processes, trainer.micro_batch_size
+    shares = [indices[process::processes] for process in range(processes)]
+    chunks = [micro_batches(examples, share, size, trainer.packed) if share else [] for share in shares]
+    mine = chunks[trainer.accelerator.process_index]
+    idle = mine[0] if mine else indices[:1]
+    return [(chunk, True) for chunk in mine] + [(idle, False)] * (max(map(len, chunks)) - len(mine))
+
+
+def _summed_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tensor:
+    batch = collate(examples, chunk, trainer.pad_id, trainer.packed)
+    device = trainer.accelerator.device
+    with autocast(trainer.recipe.model.bits, trainer.recipe.precision, device):
+        return summed_loss(trainer.model, {key: tensor.to(device) for key, tensor in batch.items()}, trainer.chunked)
+
+
+def _set_up(
+    run: Run,
+    manifest: dict[str, Any],
+    recipe: Recipe,
+    model: PreTrainedModel,
+    examples: Examples,
+    pad_id: int,
+    fresh: bool,
+    watch: Watch,
+) -> Trainer:
+    """Put the model on its device, make it train what the method trains, and give that an optimizer."""
+    unused = bool(holders_of_3d_weights(model))  # an expert may get no token
+    ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ways])
+    num_base, model = num_parameters(model), model.to(accelerator.device)
+    probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
+    packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
+    if recipe.data.classifies:
+        require_padding_unseen(recipe, model, examples, pad_id, accelerator.device)
+    if recipe.data.packing == "auto" and not packed and not recipe.data.classifies:
+        watch({"note": "examples are padded: packed ones would see each other, or cost more, in this model"})
+    if isinstance(recipe.adapter, FullOptions):
+        model.requires_grad_(True)
+    else:
+        before = probe(packed) if fresh and recipe.model.bits != 4 else None
+        _, start = read_start(run, manifest)
+        plain, dropout = recipe.model.bits != 4, getattr(recipe.adapter, "dropout", 0.0)
+        attach(model, start, METHODS[recipe.adapter.method], plain, dropout)
+        train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
+        if before is not None:
+            require_same_loss(before, probe(packed), recipe.precision)
+    chunked = chunks_loss(model, examples)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for layer in lowrank_layers(model).values():
+            layer.keeps_weight = True
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, layer in lowrank_layers(model).items():
+        names |= {p: f"{name}.{key}" for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
+    total_steps = count_steps(len(examples), recipe)
+    trainable = sum(parameter.numel() for parameter in names)
+    steps = f"{total_steps} steps of {recipe.train.batch_size} examples"
+    if accelerator.is_main_process:
+        processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+        watch({"note": f"{trainable:,} parameters train, the base has {num_base:,}; {steps}{processes}"})
+    optimizer = make_optimizer(names, recipe)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
+    return Trainer(*parts, watch, recipe.train.micro_batch_size)

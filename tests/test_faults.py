@@ -1,0 +1,204 @@
+"""Steps that go wrong, damaged checkpoints, and two processes in one folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import BASE, adapter, events, same
+
+from pissa_cli import train as module
+from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.exported import checkpoint_files
+from pissa_cli.faults import IN_A_ROW, Faults
+from pissa_cli.rundir import Run, locked, whole_folder
+from pissa_cli.train import train
+
+Make = Callable[..., Any]
+STEADY = (*BASE, "train.schedule=constant", "train.warmup=0", "train.steps=12", "train.save_every=5")
+
+
+def break_steps(monkeypatch: pytest.MonkeyPatch, wrong: dict[int, float]) -> None:
+    """Make steps (from 1) report another loss."""
+    original = module.form_gradients
+
+    def broken(trainer: Any, step: int) -> tuple[float, float, int]:
+        loss, norm, tokens = original(trainer, step)
+        return wrong.get(step + 1, loss), norm, tokens
+
+    monkeypatch.setattr(module, "form_gradients", broken)
+
+
+def without_updates(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    original, count = module.update, iter(range(1, 100))
+    monkeypatch.setattr(module, "update", lambda *args: None if next(count) in steps else original(*args))
+
+
+@pytest.mark.parametrize(("policy", "lost"), [("skip", {7}), ("rollback", {6, 7})])
+def test_a_fault_is_left_out_or_taken_back(
+    policy: str, lost: set[int], models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    """As if the steps that are lost had formed no update; those after it are as they would have been."""
+    sets = (*STEADY, f"data.train={rows}")
+    wanted = recipe(models("llama"), *sets, f"output={tmp_path / 'wanted'}")
+    with pytest.MonkeyPatch.context() as patch:
+        without_updates(patch, lost)
+        train(wanted)
+    found = recipe(models("llama"), *sets, f"train.on_fault={policy}")
+    notes: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        break_steps(patch, {7: math.nan})
+        train(found, watch=notes.append)
+    assert same(adapter(wanted), adapter(found))
+    seventh = events(found)[6]
+    assert seventh["loss"] is None and seventh["fault"].startswith("loss nan")
+    assert any("step 7: loss nan" in event.get("note", "") for event in notes)
+    assert [e["step"] for e in events(found)] == list(range(1, 13))
+    json.dumps(events(found), allow_nan=False)
+
+
+def test_the_command_line_says_what_was_left_out(
+    models: Callable[[str], Path],
+    rows: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    pissa: Callable[..., Any],
+) -> None:
+    break_steps(monkeypatch, {1: math.nan})
+    words = [word for one in (*STEADY, f"data.train={rows}", "train.on_fault=skip") for word in ("--set", one)]
+    outcome = pissa("train", "--model", models("llama"), *words, "--output", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert "step 1: loss nan" in outcome.err and "step 1/12: left out" in outcome.err
+
+
+def test_faults_stop_a_run_by_default_and_when_there_is_no_way_back(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    break_steps(monkeypatch, {3: math.inf})
+    for number, policy in enumerate(("stop", "rollback")):
+        made = recipe(
+            models("llama"),
+            *STEADY,
+            f"data.train={rows}",
+            f"train.on_fault={policy}",
+            f"output={tmp_path / str(number)}",
+        )
+        with pytest.raises(PissaError, match=r"step 3: training has diverged \(loss inf.*no checkpoint was saved yet"):
+            train(made)
+
+
+def test_what_counts_as_a_fault(models: Callable[[str], Path], recipe: Make) -> None:
+    made = recipe(models("llama"), "train.spike=3", "train.on_fault=skip")
+    faults = Faults(made, [(1.0, 0.5)] * 9)
+    assert faults.judge(10, 100.0, 0.5, 0) is None  # too few to say what is usual
+    assert faults.judge(11, 2.9, 1.4, 0) is None
+    assert faults.judge(12, 3.1, 0.5, 0) == "loss 3.1 is 3.1 times the usual 1"
+    assert faults.judge(13, 1.0, 1.6, 0) == "gradient norm 1.6 is 3.2 times the usual 0.5"
+    assert faults.judge(14, 1.0, 0.5, 0) is None
+    for step in range(1, IN_A_ROW):
+        assert faults.judge(step, math.nan, 0.5, 0)
+    with pytest.raises(PissaError, match="10 times in a row"):
+        faults.judge(10, math.nan, 0.5, 0)
+
+
+def damage_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: damage_byte(folder / "trained.safetensors"),
+        lambda folder: damage_byte(folder / "optimizer.safetensors"),
+        lambda folder: (folder / "optimizer.safetensors").unlink(),
+        lambda folder: (folder / "state.json").write_text("{"),
+        lambda folder: (folder / "state.json").write_text('{"hashes": []}'),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
+    harm: Callable[[Path], Any], models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    sets = (*STEADY, f"data.train={rows}")
+    whole = recipe(models("llama"), *sets, f"output={tmp_path / 'whole'}")
+    train(whole)
+    made = recipe(models("llama"), *sets)
+    train(made)
+    run, notes = Run(Path(made.output)), []
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-10", "step-12"]
+    harm(run.checkpoints / "step-12")
+    with pytest.raises(UsageError, match="step-12: damaged"):
+        checkpoint_files(made, 12)
+    train(made, resume=True, watch=notes.append)
+    assert any("step-12 is damaged" in e.get("note", "") and "damaged-step-12" in e["note"] for e in notes)
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["damaged-step-12", "step-10", "step-12"]
+    assert same(adapter(whole), adapter(made))
+    assert [e["step"] for e in events(made)] == list(range(1, 13))
+
+
+def test_with_no_whole_checkpoint_left_it_begins_again(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made = recipe(models("llama"), *STEADY, f"data.train={rows}")
+    train(made)
+    before, run = adapter(made), Run(Path(made.output))
+    for folder in run.checkpoints.iterdir():
+        damage_byte(folder / "trained.safetensors")
+    run.metrics.write_bytes(b"\xff\x00 no json\n" + run.metrics.read_bytes())
+    train(made, resume=True)
+    assert same(before, adapter(made)) and len(events(made)) == 12
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pissa_cli.rundir import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_kept_out_and_a_killed_one_holds_nothing(
+    models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    made = recipe(models("llama"), *STEADY, f"data.train={rows}")
+    run = Run(Path(made.output))
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run.checkpoints)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(UsageError, match=f"process {holder.pid} on .* is writing here"), locked(run.checkpoints):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    assert (run.folder / ".checkpoints.lock").exists()
+    with locked(run.checkpoints):
+        pass
+    assert not (run.folder / ".checkpoints.lock").exists()
+    run.folder.rmdir()
+    with whole_folder(run.folder), pytest.raises(UsageError, match="is writing here"):
+        train(made)
+    train(made)
+    with locked(run.checkpoints), pytest.raises(UsageError, match="is writing here"):
+        train(made, resume=True)
+    assert [p.name for p in run.folder.rglob(".*")] == []
+
+
+@pytest.mark.parametrize(
+    ("way", "lines"), [("kills 10 7", "10 kills"), ("points 23", "killed before change"), ("disk 23", "disk full")]
+)
+def test_trainings_that_are_broken_off_end_with_the_same_bits(way: str, lines: str) -> None:
+    """A few of those that the script tries; their number depends on the numbers of files, ten kills on nothing."""
+    script = Path(__file__).with_name("break_training.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *way.split()]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert lines in done.stdout.splitlines()[-1]
