@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+LEAST_ALPHA, MOST_ALPHA = 1e-6, 1e6
+
 
 class Section(BaseModel):
     """A part of the recipe. Unknown keys and wrong types are errors; values never change after loading."""
@@ -64,7 +66,10 @@ class ScaledBase(AdapterBase):
         description="budget of rank auto, pissa in 4 bits: error of the start, a share of plain NF4's",
     )
     alpha: float | None = Field(
-        None, gt=0, description="scale s = alpha / rank (rslora: alpha / sqrt rank); default: s = 1"
+        None,
+        ge=LEAST_ALPHA,
+        le=MOST_ALPHA,
+        description="scale s = alpha / rank (rslora: alpha / sqrt rank); default: s = 1",
     )
     rslora: bool = Field(False, description="rank-stabilized scale s = alpha / sqrt rank")
     rank_pattern: dict[str, int] = Field({}, description="regex on the end of a layer's name: its rank")
@@ -80,6 +85,14 @@ class ScaledBase(AdapterBase):
                 raise ValueError(f"'{pattern}' is not a regular expression here: {error}") from None
             if value <= 0:
                 raise ValueError(f"'{pattern}': must be above 0, found {value}")
+        return patterns
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _alphas(cls, patterns: dict[str, float]) -> dict[str, float]:
+        for pattern, value in patterns.items():
+            if not LEAST_ALPHA <= value <= MOST_ALPHA:
+                raise ValueError(f"'{pattern}': must be from {LEAST_ALPHA:g} to {MOST_ALPHA:g}, found {value}")
         return patterns
 
     @model_validator(mode="after")
@@ -124,7 +137,7 @@ class LoraOptions(ScaledBase):
     method: Literal["lora"] = "lora"
     init: Literal["A", "B"] = Field("A", description="the factor that starts random; the other starts at zero")
     distribution: Literal["kaiming", "gaussian"] = Field("kaiming", description="of the random factor's entries")
-    lr_ratio: float = Field(1.0, gt=0, description="LoRA+: learning rate of B over that of A (train.lr)")
+    lr_ratio: float = Field(1.0, ge=1e-6, le=1e6, description="LoRA+: learning rate of B over that of A (train.lr)")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
 
 
@@ -144,7 +157,7 @@ Accuracy = Annotated[
 class PissaOptions(ScaledBase):
     method: Literal["pissa"] = "pissa"
     svd: Accuracy = Field("fast", description="exact, or how far above the best residual: fast is 0.1%, or e.g. 1%")
-    passes: int | None = Field(None, ge=1, description="T of QPiSSA (4 bits only); default 5")
+    passes: int | None = Field(None, ge=1, le=1000, description="T of QPiSSA (4 bits only); default 5")
     refit: bool = Field(
         True,
         description="4 bits: over-relaxed passes that end on an SVD, with less error; false: the paper's passes "
@@ -163,14 +176,14 @@ class PissaOptions(ScaledBase):
 class LoftqOptions(ScaledBase):
     method: Literal["loftq"] = "loftq"
     svd: Accuracy = Field("fast", description="as for pissa")
-    passes: int | None = Field(None, ge=1, description="T; default 5")
+    passes: int | None = Field(None, ge=1, le=1000, description="T; default 5")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
 
 
 class VeraOptions(AdapterBase):
     method: Literal["vera"] = "vera"
-    rank: int = Field(256, ge=1, description="r: rows of the shared A, columns of the shared B")
-    d_initial: float = Field(0.1, description="every entry of d at the start")
+    rank: int = Field(256, ge=1, le=2**16, description="r: rows of the shared A, columns of the shared B")
+    d_initial: float = Field(0.1, ge=-1e6, le=1e6, description="every entry of d at the start")
     save_projection: bool = Field(False, description="store A and B beside the seed that makes them again")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
 

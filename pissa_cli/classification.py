@@ -14,6 +14,8 @@ from pissa_cli.recipe import DataSection
 from pissa_cli.rows import Row, text_of
 
 SHOWN = 40
+LARGEST = 1e18
+"""Of quantities: their errors are squared and summed in fp32."""
 
 
 def label_columns(section: DataSection, columns: Sequence[str]) -> dict[str, str]:
@@ -56,7 +58,7 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
         raise ValueError(f"'{column}' is {'missing' if value is None else 'neither a text nor a number'}")
     text, number = str(value).strip(), _number(value)
     if len(labels) == 1:
-        if math.isfinite(number):
+        if abs(number) <= LARGEST:
             return number
         raise ValueError(f"'{column}' is '{text[:SHOWN]}', not a number")
     if text in labels:

@@ -19,7 +19,7 @@ def kind_of(name: str | Path, source: str = "") -> Kind | None:
     """
     before = f"{source}: " if source else ""
     if not str(name).isprintable():
-        raise UsageError(f"{before}{str(name)!r}: a name with a character that cannot be printed")
+        raise UsageError(f"{before}{str(name)!r}: a name with a character that cannot be printed", "rename it")
     try:
         mode = Path(name).stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -27,5 +27,5 @@ def kind_of(name: str | Path, source: str = "") -> Kind | None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         text = str(name) if len(str(name)) <= 300 else f"{str(name)[:300]} ..."
-        raise UsageError(f"{before}{text}: {reason}") from None
+        raise UsageError(f"{before}{text}: {reason}", "check the name, and the rights to what it names") from None
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"

@@ -44,21 +44,8 @@ FIELDS = {
 }
 """The fields a row needs, by `data.format`; those of GLUE's formats are in `pissa_cli.glue`."""
 OPTIONAL_FIELDS = {"alpaca": ("input",), "classification": ("text_pair",)}
-Format = Literal[
-    "alpaca",
-    "prompt",
-    "chat",
-    "text",
-    "classification",
-    "glue/cola",
-    "glue/sst2",
-    "glue/mrpc",
-    "glue/stsb",
-    "glue/qqp",
-    "glue/mnli",
-    "glue/qnli",
-    "glue/rte",
-]
+_Glue = Literal["glue/cola", "glue/sst2", "glue/mrpc", "glue/stsb", "glue/qqp", "glue/mnli", "glue/qnli", "glue/rte"]
+Format = Literal["alpaca", "prompt", "chat", "text", "classification", _Glue]
 
 
 class DataSection(Section):
@@ -106,17 +93,20 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    lr: float | None = Field(None, gt=0, description=f"peak learning rate; default by method: {_RATES}")
+    lr: float | None = Field(None, ge=1e-12, le=100, description=f"peak learning rate; default by method: {_RATES}")
     head_lr: float | None = Field(
-        None, gt=0, description="peak learning rate of a classifier's head and adapter.modules_to_save; default: lr"
+        None,
+        ge=1e-12,
+        le=100,
+        description="peak learning rate of a classifier's head and adapter.modules_to_save; default: lr",
     )
-    epochs: float | None = Field(None, gt=0, description="passes over the data; default 1")
+    epochs: float | None = Field(None, gt=0, le=1e6, description="passes over the data; default 1")
     steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     batch_size: int = Field(32, ge=1, description="examples in one optimizer step, over all processes")
     micro_batch_size: int = Field(8, ge=1, description="examples in one forward pass on one device")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     warmup: float = Field(0.03, ge=0, description="share of all steps if below 1, else a number of steps")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW, on what trains")
+    weight_decay: float = Field(0.0, ge=0, le=1000, description="of AdamW, on what trains")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     optimizer: Literal["adamw", "paged-adamw-8bit"] = Field("adamw", description="the latter from bitsandbytes")
     precision: Literal["bf16", "fp32"] | None = Field(
@@ -155,7 +145,7 @@ class EvalSection(Section):
     batch_size: int | None = Field(None, ge=1, description="prompts generated together; default: as many as fit")
     max_new_tokens: int = Field(1024, ge=1, description="longest answer")
     samples: int = Field(1, ge=1, description="answers to each question, for pass@k; needs a temperature")
-    temperature: float = Field(0.0, ge=0, description="0: the likeliest tokens; else sampled, top_p 0.95")
+    temperature: float = Field(0.0, ge=0, le=100, description="0: the likeliest tokens; else sampled, top_p 0.95")
     stop: list[str] = Field([], description="texts that end an answer, beside end-of-text")
     judge_url: str | None = Field(None, description="mt_bench: a server of OpenAI's chat completions, up to /v1")
     judge_model: str | None = Field(None, description="mt_bench: the model that judges; its key in PISSA_JUDGE_KEY")
@@ -169,6 +159,8 @@ class EvalSection(Section):
 
     @model_validator(mode="after")
     def _sampled(self) -> EvalSection:
+        if 0 < self.temperature < 0.01:
+            raise ValueError("temperature: 0 for the likeliest tokens, else at least 0.01")
         if self.samples > 1 and not self.temperature:
             raise ValueError("samples: more than one answer to a question needs eval.temperature, e.g. 0.8")
         return self

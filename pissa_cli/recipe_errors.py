@@ -66,7 +66,7 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
         path = tuple(str(part) for part in item["loc"])
         if path[:1] == ("adapter",) and len(path) > 1 and path[1] in ADAPTER_OPTIONS:
             path = ("adapter", *path[2:])
-        while path and path not in values and path[:-1] in values:
+        while path and not any(key[: len(path)] == path for key in values):  # pydantic's names for parts of a union
             path = path[:-1]
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":

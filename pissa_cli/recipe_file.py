@@ -155,7 +155,7 @@ def _require_names(values: Mapping[KeyPath, Value]) -> None:
             try:
                 require_plain(value.value)
             except ValueError as error:
-                raise UsageError(f"{source}: {error}") from None
+                raise UsageError(f"{source}: {error}", "write it without") from None
             if _is_name(key):
                 kind_of(value.value, source)
 
@@ -259,4 +259,4 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
     except ValidationError as error:
         lines = messages(error, values, tree)
         more = [f"... and {len(lines) - MOST_ERRORS:,} more"] if len(lines) > MOST_ERRORS else []
-        raise UsageError("\n".join([*lines[:MOST_ERRORS], *more])) from None
+        raise UsageError("\n".join([*lines[:MOST_ERRORS], *more]), None) from None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pissa_cli.errors import Unreachable, UsageError
+from pissa_cli.names import kind_of
 from pissa_cli.weights import hash_file
 
 Row = dict[str, Any]
@@ -48,12 +50,14 @@ def text_of(row: Row, column: str) -> str:
 
 
 def _is_file(source: str) -> bool:
-    path = Path(source)
-    if path.is_file():
+    path, kind = Path(source), kind_of(source)
+    if kind == "file":
         if path.suffix not in SUFFIXES:
             raise UsageError(f"{source}: unknown kind of data file", f"use one of {', '.join(SUFFIXES)}")
         return True
-    if path.is_dir() or path.is_absolute() or path.suffix in SUFFIXES or source.startswith("."):
+    if kind == "other":
+        raise UsageError(f"{source}: not a file of data, but a pipe or device", "write its rows into a file first")
+    if kind == "folder" or path.is_absolute() or path.suffix in SUFFIXES or source.startswith("."):
         raise UsageError(f"{source}: no such data file", "check the path, which counts from the working directory")
     return False
 
@@ -67,14 +71,29 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
         elif path.suffix == ".json":
             yield from enumerate(_json_list(path), start=1)
         else:
-            tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # a quotation mark is only that
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                for number, row in enumerate(csv.DictReader(file, **tabs if path.suffix == ".tsv" else {}), start=1):
-                    yield number, row if None not in row and None not in row.values() else "wrong number of columns"
+            yield from _table_rows(path)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})", "save it as UTF-8") from None
     except (OSError, csv.Error) as error:
         raise UsageError(f"{path}: cannot read: {error}", "check the file and the rights to read it") from None
+
+
+def _table_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
+    tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # a quotation mark is only that
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, **tabs if path.suffix == ".tsv" else {})
+        columns = list(reader.fieldnames or [])
+        if any("\0" in column for column in columns):
+            raise UsageError(f"{path}: NUL characters in its first line", "is it UTF-16? save it as UTF-8")
+        _require_unlike(path, columns)
+        for number, row in enumerate(reader, start=1):
+            yield number, row if None not in row and None not in row.values() else "wrong number of columns"
+
+
+def _require_unlike(path: Path, columns: Sequence[str]) -> None:
+    twice = [name for name, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise UsageError(f"{path}: two columns are called '{twice[0]}'", "rename or remove one of them")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
@@ -103,12 +122,16 @@ def _json_list(path: Path) -> Iterator[Row | str]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     try:
-        for batch in parquet.ParquetFile(path).iter_batches():
+        file = parquet.ParquetFile(path)
+        _require_unlike(path, file.schema_arrow.names)
+        for batch in file.iter_batches():
             yield from batch.to_pylist()
-    except ArrowInvalid as error:
+    except UnicodeDecodeError:
+        raise
+    except (ArrowException, OverflowError, ValueError) as error:  # the latter two of dates that Python cannot hold
         raise UsageError(f"{path}: not a readable parquet file ({error})", "download or write it again") from None
 
 

@@ -195,11 +195,15 @@ SHIPPED = {str(path): read(path) for path in sorted(shipped("recipes").rglob("*.
 FIELDS = {name: list(ADAPTER_OPTIONS["pissa"].model_fields) for name in SECTIONS}
 
 
-def small(model: Path, rows: Path) -> Pairs:
+STARTS = [(m, b) for m in ADAPTER_OPTIONS for b in ("32", "16", "4") if (m, b != "4") != ("loftq", True)]
+STARTS = [(method, bits) for method, bits in STARTS if method != "full" or bits == "32"]
+
+
+def small(model: Path, rows: Path, method: str = "lora", bits: str = "32") -> Pairs:
     """A recipe that runs in a moment."""
     return [
-        ("model", [("name", json.dumps(str(model))), ("bits", "32")]),
-        ("adapter", [("method", "lora"), ("rank", "2")]),
+        ("model", [("name", json.dumps(str(model))), ("bits", bits)]),
+        ("adapter", [("method", method), *([("rank", "2")] if method != "full" else [])]),
         ("data", [("train", json.dumps(str(rows))), ("limit", "4"), ("max_length", "128")]),
         ("train", [("lr", "1e-3"), ("steps", "1"), ("batch_size", "2"), ("micro_batch_size", "2")]),
         ("eval", [("max_new_tokens", "2")]),
@@ -233,8 +237,8 @@ def _keys() -> dict[str, list[str]]:
 
 
 KNOWN = _keys()
-_COUNTS = ["1", "2", "3", "64", "65", str(2**31), str(2**62)]
-_RATES = ["1e-3", "0.5", "1", "1e-300", "1e300", "1.7e308", "5e-324"]
+_COUNTS = ("1", "2", "3", "64", "65", str(2**31), str(2**62))
+_RATES = ("1e-3", "0.5", "1", "1e-9", "100", "1e6", "1e-300", "1e300", "1.7e308", "5e-324")
 PLAUSIBLE = {
     **dict.fromkeys(["rank", "steps", "batch_size", "micro_batch_size", "limit", "keep", "eval_every"], _COUNTS),
     **dict.fromkeys(["save_every", "max_new_tokens", "samples", "max_parameters", "passes", "max_length"], _COUNTS),
@@ -249,8 +253,12 @@ PLAUSIBLE = {
     "schedule": ["linear", "constant"],
     "optimizer": ["paged-adamw-8bit"],
     "precision": ["bf16", "fp32", "~"],
-    "rslora": ["true"],
-    "gradient_checkpointing": ["true"],
+    **dict.fromkeys(["rslora", "gradient_checkpointing", "double_quant", "refit", "private"], ("true", "false")),
+    **dict.fromkeys(["trust_remote_code", "save_projection"], ("true", "false")),
+    **dict.fromkeys(["train", "eval"], ("rows.jsonl", "./rows.jsonl", "nothing.jsonl", "some/data", "a:b:c")),
+    "init": ["A", "B"],
+    "distribution": ["gaussian"],
+    "absmax": ["largest"],
     "packing": ["true", "false", "auto"],
     "format": ["prompt", "chat", "text", "classification", "glue/mrpc", "glue/stsb"],
     "columns": [
@@ -296,9 +304,9 @@ def mutated(draw: st.DrawFn, seeds: list[Pairs]) -> Recipe:
 
 
 @st.composite
-def plausible(draw: st.DrawFn, start: Pairs) -> Recipe:
+def plausible(draw: st.DrawFn, seeds: list[Pairs]) -> Recipe:
     """A recipe whose every value could be meant."""
-    pairs = _copy(start)
+    pairs = _copy(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 4))):
         _value(draw, pairs, True)
     return Recipe(write(pairs).encode(), [])
@@ -307,8 +315,14 @@ def plausible(draw: st.DrawFn, start: Pairs) -> Recipe:
 def _value(draw: st.DrawFn, pairs: Pairs, gentle: bool) -> None:
     """Set a key that there is, or could be."""
     section = draw(st.sampled_from([*SECTIONS, "train", "adapter", "data", "model", ""]))
-    key = draw(st.sampled_from(KNOWN[section]))
-    values = PLAUSIBLE.get(key, ["true"]) if gentle and draw(st.integers(0, 9)) else VALUES
+    known = KNOWN[section]
+    if gentle and section == "adapter":
+        method = next(
+            (v for n, pair in pairs if n == section and isinstance(pair, list) for k, v in pair if k == "method"), ""
+        )
+        known = list(ADAPTER_OPTIONS.get(method, ADAPTER_OPTIONS["lora"]).model_fields)
+    key = draw(st.sampled_from(known))
+    values = PLAUSIBLE.get(key, ["~"]) if gentle and draw(st.integers(0, 9)) else VALUES
     inside = pairs
     if section:
         inside = next((value for name, value in pairs if name == section and isinstance(value, list)), [])

@@ -132,6 +132,8 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         if not writing and not (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             return
         paths = [path]
+    elif event == "os.mkdir" and Path(arguments[0]).is_dir():  # as with exist_ok
+        return
     elif event in _WRITES:
         paths = list(arguments[: _WRITES[event]])
     else:
@@ -141,9 +143,15 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
             _written.append(os.path.realpath(os.fsdecode(path)))
 
 
-def outside(paths: list[str], allowed: list[Path]) -> list[str]:
-    """Those of the written paths that are in none of the allowed folders, nor nothing at all."""
-    roots = [str(root.resolve()) for root in allowed]
-    return [
-        path for path in paths if path != os.devnull and not any(path == r or path.startswith(f"{r}/") for r in roots)
-    ]
+def outside(paths: list[str], output: Path | None) -> list[str]:
+    """Those of the written paths that are not the output folder, in it, on the way to it, or staged beside it as a
+    temporary folder that takes its name in the end; the cache of tokens is nobody's loss either."""
+    import pissa_cli.prepare
+
+    roots = [os.devnull, pissa_cli.prepare.HF_HOME]
+    if output is not None:
+        whole = output.resolve()
+        roots += [str(whole), f"{whole.parent}/.{whole.name}.aside"]
+        temporary = f"{whole.parent}/.{whole.name}.tmp-"
+        paths = [path for path in paths if not path.startswith(temporary) and not whole.is_relative_to(path)]
+    return [path for path in paths if not any(path == root or path.startswith(f"{root}/") for root in roots)]

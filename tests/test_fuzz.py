@@ -9,20 +9,29 @@ PISSA_FUZZ_SEED=N draws others (default: 0).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fuzz_recipes
+import fuzz_rows
 import pytest
-from fuzzing import examples, outside, problem, run, tree, writes
+from fuzzing import examples, outside, patience, problem, run, tree, writes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pissa_cli.data import load_examples
+from pissa_cli.errors import UsageError
+from pissa_cli.evals.benches import GENERATED, read_bench
+from pissa_cli.examples import Examples
+from pissa_cli.recipe import DataSection, EvalSection
 from pissa_cli.recipe_file import dump, load
+from pissa_cli.steps import count_steps
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +69,56 @@ def reread(file: Path, flags: list[str]) -> str | None:
     copy.write_text(dump(recipe))
     again = load(str(copy), {}).recipe
     copy.unlink()
+    if count_steps(4, recipe) < 1:
+        return "no steps"
     return None if again == recipe else f"read again: {again}"
+
+
+def changed(before: dict[str, str], after: dict[str, str], output: Path) -> list[str]:
+    """The paths that are not as they were, but for folders on the way to the output folder."""
+    paths = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+    return [path for path in paths if path in before or not output.resolve().is_relative_to(path)]
+
+
+ROW = {"instruction": "Add 1 and 2.", "output": "3", "prompt": "1 + 2 =", "completion": "3", "text": "1 2 3"}
+ROW |= {"label": 0, "sentence1": "a", "sentence2": "b", "input": "", "question": "1 + 1?", "answer": "2 #### 2"}
+
+
+def test_recipes_that_could_be_meant(place: Path, models: Callable[[str], Path]) -> None:
+    """They run: init or a step of training, and what comes after where that went well."""
+    after = [("eval", "--bench", "loss", "--data", "rows.jsonl"), ("merge",), ("quantize",), ("export",)]
+
+    kinds = [models(name) for name in ("llama", "llama", "gpt2", "qwen2", "mixtral")]
+    rows = Path("rows.jsonl")
+    seeds = [fuzz_recipes.small(model, rows, *start) for model in kinds for start in fuzz_recipes.STARTS]
+
+    @examples(300, 5)
+    @given(fuzz_recipes.plausible(seeds), st.sampled_from(after))
+    def check(recipe: fuzz_recipes.Recipe, then: tuple[str, ...]) -> None:
+        with Example(place) as example:
+            (example.work / "recipe.yaml").write_bytes(recipe.content)
+            (example.work / "rows.jsonl").write_text(f"{json.dumps(ROW)}\n" * 5)
+            flags = ["--set", "train.steps=1", "--set", "train.batch_size=2"]
+            try:
+                output = Path(load("recipe.yaml", {}, flags[1::2]).recipe.output)
+            except UsageError:
+                output = Path("nothing")
+            whole, before = tree(example.folder), tree(example.folder, output.resolve())
+            with writes() as written:
+                outcome = run("train", "recipe.yaml", *flags)
+                reason = problem(outcome)
+                if reason is None and outcome.code == 0:
+                    outcome = run(*then[:1], output, *then[1:])
+                    reason = problem(outcome)
+            left = outside(written, output)
+            if reason is None and (left or changed(before, tree(example.folder, output.resolve()), output)):
+                reason = f"written: {left} {changed(before, tree(example.folder, output.resolve()), output)}"
+            if reason is None and outcome.code == 2 and not written and whole != tree(example.folder):
+                reason = "left something behind"
+            if reason is not None:
+                fail(reason, (recipe, then))
+
+    check()
 
 
 DRY = [("train",), ("init",), ("eval", "--bench", "loss"), ("merge",), ("quantize",)]
@@ -70,7 +128,7 @@ def test_mutated_recipes(place: Path, models: Callable[[str], Path]) -> None:
     model = models("llama")
     seeds = [*fuzz_recipes.SHIPPED.values(), *[fuzz_recipes.small(model, Path("rows.jsonl"))] * 60]
 
-    @examples(2000, 60)
+    @examples(1700, 60)
     @given(fuzz_recipes.mutated(seeds), st.sampled_from([*DRY[:1] * 8, *DRY]), st.booleans(), st.booleans())
     def check(recipe: fuzz_recipes.Recipe, command: tuple[str, ...], own: bool, as_json: bool) -> None:
         with Example(place) as example:
@@ -82,11 +140,135 @@ def test_mutated_recipes(place: Path, models: Callable[[str], Path]) -> None:
             with writes() as written:
                 outcome = run(*command, file, "--dry-run", *flags, *(["--json"] if as_json else []))
             reason = problem(outcome, (0, 2))
-            if reason is None and (tree(example.folder) != before or outside(written, [])):
+            if reason is None and (tree(example.folder) != before or outside(written, None)):
                 reason = f"written: {written}"
             if reason is None and outcome.code == 0:
                 reason = reread(file, flags)
             if reason is not None:
                 fail(reason, (recipe, command, own))
+
+    check()
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+STRICT = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m['role'] + m['content'] | trim }}]{% endfor %}"
+    "{{ '[' if add_generation_prompt else '' }}"
+)
+
+
+def test_mutated_rows(place: Path, tokenizer: Any) -> None:
+    """Read and tokenized: a UsageError, or examples of which each has something to learn."""
+
+    @examples(1600, 60)
+    @given(
+        fuzz_rows.mutated(fuzz_rows.FORMATS),
+        st.sampled_from([CHAT, STRICT]),
+        st.sampled_from([512, 512, 8]),
+        st.sampled_from([None, None, 1, 2]),
+        st.booleans(),
+    )
+    def check(data: fuzz_rows.Data, chat: str, max_length: int, limit: int | None, cached: bool) -> None:
+        tokenizer.chat_template = chat
+        section = DataSection(format=data.format, max_length=max_length, limit=limit)
+        labels = fuzz_rows.LABELS.get(data.format, [])
+        with Example(place) as example:
+            file = fuzz_rows.place(data, example.work)
+            cache = example.folder / "cache" if cached else None
+            before = tree(example.work)
+            reason = None
+            try:
+                with patience():
+                    found = load_examples(str(file), section, tokenizer, cache, labels)
+                    reason = unsound(found, tokenizer, max_length)
+                    again = load_examples(str(file), section, tokenizer, cache, labels)
+                    if reason is None and again.facts() != found.facts():
+                        reason = f"the second time otherwise: {found.facts()} {again.facts()}"
+                    found.notes("x")
+            except UsageError as error:
+                reason = None if "rows." in error.message else f"does not name the file: {error.message}"
+            except Exception:
+                reason = traceback.format_exc()
+            if reason is None and tree(example.work) != before:
+                reason = "changed something"
+            if reason is not None:
+                fail(reason, (data, max_length, limit))
+
+    check()
+
+
+def unsound(examples: Examples, tokenizer: Any, max_length: int) -> str | None:
+    """What is wrong with tokenized examples."""
+    lengths = examples.offsets.diff()
+    if len(examples) < 1 or int(lengths.min()) < 1 or int(lengths.max()) > max_length:
+        return f"lengths {lengths}"
+    if int(examples.offsets[-1]) != len(examples.ids) or len(examples.ids) != len(examples.targets):
+        return "offsets that do not fit"
+    if not bool(((examples.ids >= 0) & (examples.ids < len(tokenizer))).all()):
+        return "tokens that there are not"
+    if any(examples.num_targets(i) < 1 for i in range(len(examples))):
+        return "an example without a target"
+    if examples.labels is not None and not bool(examples.labels.isfinite().all()):
+        return f"labels {examples.labels}"
+    return None
+
+
+def test_mutated_rows_of_benchmarks(place: Path) -> None:
+    @examples(250, 20)
+    @given(fuzz_rows.mutated(fuzz_rows.BENCHES))
+    def check(data: fuzz_rows.Data) -> None:
+        with Example(place) as example:
+            file = fuzz_rows.place(data, example.work)
+            reason = None
+            try:
+                with patience():
+                    recipe = load(None, {("model", "name"): ("--model", "x")}).recipe
+                    recipe = recipe.model_copy(update={"eval": EvalSection(data={data.format: str(file)})})
+                    bench = GENERATED[data.format]
+                    for row in read_bench(data.format, recipe):
+                        bench.question(row).encode()
+                        bench.reference(row)
+                        bench.identity(row)
+                        if not bench.runs_code:
+                            bench.grade([row], ["The answer is: 2"], lambda *_: None)
+                            bench.beside([row], ["The answer is: 2"])
+            except UsageError as error:
+                reason = None if "rows." in error.message else f"does not name the file: {error.message}"
+            except Exception:
+                reason = traceback.format_exc()
+            if reason is not None:
+                fail(reason, data)
+
+    check()
+
+
+def test_training_on_mutated_rows(place: Path, models: Callable[[str], Path]) -> None:
+    @examples(150, 4)
+    @given(fuzz_rows.mutated(fuzz_rows.FORMATS), st.booleans())
+    def check(data: fuzz_rows.Data, held_out: bool) -> None:
+        with Example(place) as example:
+            file = fuzz_rows.place(data, example.work)
+            good = example.work / "good.jsonl"
+            good.write_text(json.dumps(fuzz_rows.FORMATS[data.format]) + "\n")
+            before = tree(example.folder)
+            sets = [f"data.format={data.format}", "train.steps=1", "train.batch_size=2", "adapter.rank=2"]
+            sets += [f"data.train={good if held_out else file}", *([f"data.eval={file}"] if held_out else [])]
+            if data.format in fuzz_rows.LABELS:
+                sets += [
+                    "model.task=sequence-classification",
+                    f"model.labels={json.dumps(fuzz_rows.LABELS[data.format])}",
+                ]
+            with writes() as written:
+                outcome = run("train", "--model", models("llama"), *[word for text in sets for word in ("--set", text)])
+            reason = problem(outcome)
+            output = example.work / "out"
+            if reason is None and (outside(written, output) or changed(before, tree(example.folder, output), output)):
+                reason = f"written: {outside(written, output)}"
+            if reason is not None:
+                fail(reason, data)
 
     check()

@@ -43,7 +43,7 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
             return 2
         if debug:
             Console(stderr=True).print_exception()
-        if type(error).__name__ == "OutOfMemoryError":
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
             _show("out of memory", "lower train.micro_batch_size or set train.gradient_checkpointing", 1, as_json)
             return 1
         hint = "run again with --debug for the traceback, and please report it"

@@ -26,6 +26,7 @@ class Bench:
     """One benchmark.
 
     data: id[:subset[:split]] on the Hub. published: number of rows -> the set that has so many.
+    fields: the texts that a row needs.
     problem: (row) -> why it is no row of this benchmark, or None. identity: a row's own id, where it has one.
     grade: (rows, outputs, progress) -> a grade each. runs_code: whether grading runs what the model wrote.
     beside: (rows, outputs) -> figures that stand beside the score. note: (outputs) -> what makes the score misleading.

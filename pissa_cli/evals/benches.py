@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pissa_cli.evals.bench import Bench
 from pissa_cli.glue import GLUE, SETS
 from pissa_cli.guards import require_context
 from pissa_cli.recipe import Recipe
-from pissa_cli.rows import Row, read_rows
+from pissa_cli.rows import Row, read_rows, text_of
 from pissa_cli.yamlfile import KeyPath
 
 GENERATED: dict[str, Bench] = {
@@ -148,7 +148,7 @@ def read_bench(name: str, recipe: Recipe) -> list[Row]:
                 f"{source}: row {number} is no row of {name}: it has no {', '.join(missing)}",
                 f"its columns: {', '.join(row)}; docs/evaluation.md says what rows are scored",
             )
-        problem = bench.problem(row)
+        problem = _no_text(row, bench.fields) or bench.problem(row)
         if problem is not None:
             raise UsageError(
                 f"{source}: row {number} is no row of {name}: {problem}",
@@ -158,3 +158,13 @@ def read_bench(name: str, recipe: Recipe) -> list[Row]:
     if not rows:
         raise UsageError(f"{source}: no rows", "give a file with rows")
     return rows
+
+
+def _no_text(row: Row, fields: Sequence[str]) -> str | None:
+    """What is wrong with the first of the fields that is no text."""
+    try:
+        for field in fields:
+            text_of(row, field)
+    except ValueError as error:
+        return str(error)
+    return None

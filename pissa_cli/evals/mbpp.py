@@ -19,14 +19,14 @@ def program(row: Row, output: str) -> str:
 
 
 def _problem(row: Row) -> str | None:
-    if "text" not in row and "prompt" not in row:
+    if not isinstance(row.get("text", row.get("prompt")), str):
         return "it has neither text nor prompt"
-    lines = [row["test_list"], row.get("test_imports") or []]
+    lines = [row.get("test_list"), row.get("test_imports") or [], [row.get("test_setup_code") or ""]]
     if (
         not all(isinstance(part, list) and all(isinstance(line, str) for line in part) for part in lines)
         or not lines[0]
     ):
-        return "its test_list or test_imports is no list of lines"
+        return "its test_list or test_imports is no list of lines, or its test_setup_code no text"
     return None
 
 
@@ -39,7 +39,7 @@ BENCH = Bench(
         427: "all of the sanitized set",
         257: "the sanitized test set",
     },
-    fields=("test_list",),
+    fields=(),
     question=lambda row: ask(f'"""\n{text(row)}\n{row["test_list"][0]}\n"""'),
     reference=lambda row: str(row.get("code", "")),
     identity=lambda row: str(row["task_id"]) if "task_id" in row else None,

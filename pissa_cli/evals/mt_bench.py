@@ -16,7 +16,7 @@ from typing import Any
 from pissa_cli.errors import UsageError
 from pissa_cli.evals.bench import Progress
 from pissa_cli.evals.judge import Judge
-from pissa_cli.rows import Row, read_rows
+from pissa_cli.rows import Row, read_rows, text_of
 
 DATA = "lmsys/mt-bench"
 FOLDER = "data/mt_bench"
@@ -44,7 +44,8 @@ def load(source: str, limit: int | None) -> MTBench:
         folder = _from_hub(source)
     questions = _rows(folder / FILES[0], ("question_id", "category", "turns"))[:limit]
     for row in questions:
-        if not isinstance(row["turns"], list) or len(row["turns"]) != 2:
+        turns = row["turns"]
+        if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(turn, str) for turn in turns):
             raise UsageError(f"{folder / FILES[0]}: question {row['question_id']} has not two turns", REMEDY)
     prompts = {row["name"]: row for row in _rows(folder / FILES[1], ("name", "system_prompt", "prompt_template"))}
     answers = _rows(folder / FILES[2], ("question_id", "choices"))
@@ -83,6 +84,11 @@ def _rows(file: Path, fields: Sequence[str]) -> list[Row]:
     for number, row in read_rows(str(file)):
         if isinstance(row, str) or any(field not in row for field in fields):
             raise UsageError(f"{file}: line {number} has not {', '.join(fields)}", REMEDY)
+        try:
+            for field in set(fields) - {"turns", "choices"}:
+                text_of(row, field)
+        except ValueError as error:
+            raise UsageError(f"{file}: line {number}: {error}", REMEDY) from None
         found.append(row)
     return found
 
