@@ -40,6 +40,11 @@ def save_checkpoint(
             save_tensors(folder / name, content)
         hashes = {name: hash_file(folder / name) for name in _TENSORS}
         write_json(folder / "state.json", {"step": step, "data": data, "hashes": hashes})
+    remove_old(run, keep)
+
+
+def remove_old(run: Run, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`."""
     for old in _folders(run)[:-keep]:
         remove_folder(old)
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from pissa_cli import report
-from pissa_cli.checkpoint import restore_checkpoint, save_checkpoint, trained_values, whole_checkpoint
+from pissa_cli.checkpoint import remove_old, restore_checkpoint, save_checkpoint, trained_values, whole_checkpoint
 from pissa_cli.data import padding
 from pissa_cli.errors import Interrupted
 from pissa_cli.examples import Examples
@@ -52,6 +52,7 @@ def train(
             for line in lines:
                 watch({"note": line})
             if first:
+                remove_old(run, recipe.train.keep)  # as a training killed just before it would have done
                 write_text(run.recipe, dump(recipe))
         model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed)
         trainer = set_up(run, manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, watch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from rich.markup import escape
 
 from pissa_cli.errors import PissaError
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 ClickException = typer.BadParameter.__mro__[2]
 """The root of the parser's errors, wherever typer keeps its click."""
 
@@ -36,6 +38,12 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
         sys.stdout = None
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            if debug:
+                Console(stderr=True).print_exception()
+            hint = "check the space and the right to write; what was saved before is intact"
+            _show(f"{error.filename or 'the disk'}: cannot write: {error.strerror}", hint, 1, as_json)
+            return 1
         if isinstance(error, ClickException):
             error.show()  # type: ignore[attr-defined]
             if as_json:
