@@ -1,0 +1,60 @@
+"""What pissa is made of, and what it never does with files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from bill import BILL, ROOT, bill, licence, packages
+
+PACKAGE = ROOT / "pissa_cli"
+FREE = r"MIT|BSD|Apache|PSF|Python Software Foundation|ISC|0BSD|Zlib|CC0|BSL-1\.0|CNRI-Python"
+BESIDE = {"tqdm": "MPL-2.0 AND MIT"}
+"""Used as it is, with its files left alone."""
+UNSAFE = {("torch", "load"), ("torch", "save"), ("yaml", "unsafe_load"), ("yaml", "full_load"), ("numpy", "load")}
+
+
+def test_every_licence_is_a_permissive_one() -> None:
+    named = {name: licence(package) for name, package in packages().items()}
+    assert len(named) > 20
+    for name, text in named.items():
+        parts = [part for part in re.split(r" AND | and | OR | WITH [\w-]+", text) if part]
+        assert all(re.search(FREE, part) for part in parts) or BESIDE.get(name) == text, f"{name}: {text}"
+
+
+def test_the_software_bill_is_current() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    here = {name: package.version.split("+")[0] for name, package in packages().items()}
+    if sys.version_info[:2] != (3, 11) or any(
+        pins.get(name, version).split("+")[0] != version for name, version in here.items()
+    ):
+        pytest.skip("another Python, or other versions than those of constraints.txt")
+    fresh = bill()
+    if not BILL.is_file() or BILL.read_text(encoding="utf-8") != fresh:
+        BILL.write_text(fresh, encoding="utf-8")
+        pytest.fail("docs/bill.md was stale and has been written anew")
+
+
+def calls(tree: ast.AST) -> set[tuple[str, str]]:
+    return {
+        (node.func.value.id, node.func.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
+    }
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_can_bring_code_along(path: Path) -> None:
+    """No pickle in any guise, and YAML by safe loaders only."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {
+        name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+    } | {str(node.module).split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not imported & {"pickle", "cPickle", "dill", "shelve", "marshal", "joblib", "cloudpickle"}
+    assert not calls(tree) & UNSAFE
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec") or path.name == "sandbox_child.py", f"line {node.lineno}"
