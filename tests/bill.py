@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BILL = ROOT / "docs" / "bill.md"
 HEAD = """# Software bill
 
-What `pip install pissa` brings, extras left out, in the versions of `constraints.txt`, under Python 3.11; made by `tests/bill.py` and
-checked by `tests/test_supply.py`. Packages that torch brings on other machines (NVIDIA's libraries, triton) are not listed.
+What `pip install pissa` brings, extras left out, under Python 3.11 and in the versions of `constraints.txt`; made by
+`tests/bill.py`, checked by `tests/test_supply.py`. What torch brings on other machines (NVIDIA's libraries, triton) is
+not listed.
 
 | package | version | licence |
 |---|---|---|
