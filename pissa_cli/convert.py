@@ -17,7 +17,8 @@ from pissa_cli.adapters.start import Adapter, Factors, balanced
 from pissa_cli.card import model_card
 from pissa_cli.errors import UsageError
 from pissa_cli.exported import load_with, result_files
-from pissa_cli.initialize import open_run, require_fingerprint
+from pissa_cli.initialize import open_run
+from pissa_cli.integrity import require_model
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import (
     Linear,
@@ -63,7 +64,7 @@ def export_lora(
     run, manifest = open_run(recipe)
     require_free(output, run.folder / "exported")
     stored, adapter = result_files(recipe, step)
-    plain = require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
+    plain = require_model(resolve_base(recipe.model), manifest["base"])
     model = skeleton(plain, recipe.model)
     every = linear_layers(model, open_weights(plain))
     layers = [layer for layer in every if layer.name in adapter.factors]

@@ -20,8 +20,9 @@ from pissa_cli.card import model_card
 from pissa_cli.data import batch_losses, load_examples, padding
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
-from pissa_cli.exported import load_with, result_files, trained_steps
+from pissa_cli.exported import full_model, load_with, result_files, trained_steps
 from pissa_cli.initialize import open_run
+from pissa_cli.integrity import model_facts, sealed
 from pissa_cli.loading import load_model, load_tokenizer
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import (
@@ -62,7 +63,7 @@ def merge(
     if isinstance(recipe.adapter, FullOptions):
         if step is not None or output not in (None, run.merged):
             raise UsageError("full fine-tuning has one model and no other form", f"copy {run.merged}")
-        return _finish_full(recipe, run)
+        return _finish_full(recipe)
     target_folder = output or run.merged
     require_free(target_folder, run.merged)
     folder, adapter = result_files(recipe, step)
@@ -83,9 +84,9 @@ def merge(
         write_json(target / "config.json", model_config)
         write_text(target / "README.md", model_card(recipe, "merged into one model", step=step))
         at_step = trained_steps(recipe) if step is None else step
-        provenance = {"method": recipe.adapter.method, "step": at_step}
-        provenance |= {"base_fingerprint": manifest["base"]["fingerprint"]}
-        write_json(target / PROVENANCE, provenance)
+        provenance: dict[str, Any] = {"method": recipe.adapter.method, "step": at_step}
+        provenance |= {"base_fingerprint": manifest["base"]["fingerprint"], **model_facts(target)}
+        write_json(target / PROVENANCE, sealed(provenance))
         tolerance = max(MERGE_TOLERANCE[dtype] for dtype in dtypes)
         difference = _compare(recipe, load_with(recipe, folder, adapter, best_device()), target, tolerance)
     return {"path": str(target_folder), "bytes": writer.total_bytes, **difference}
@@ -111,7 +112,7 @@ def quantize(
     if model_folder is None and isinstance(recipe.adapter, FullOptions):
         if step is not None:
             raise UsageError("full fine-tuning keeps one model, no checkpoints to export", "leave out --checkpoint")
-        model_folder = open_run(recipe)[0].merged
+        model_folder = full_model(recipe)
     if model_folder is None:
         folder, adapter = result_files(recipe, step)
     else:
@@ -169,13 +170,12 @@ def quantize(
     }
 
 
-def _finish_full(recipe: Recipe, run: Run) -> dict[str, Any]:
-    if not (run.merged / "config.json").is_file():
-        raise UsageError(f"{run.folder}: no trained model yet", "run `pissa train` to its end first")
-    write_text(run.merged / "README.md", model_card(recipe, "merged into one model"))
-    size = open_weights(run.merged).num_bytes()
+def _finish_full(recipe: Recipe) -> dict[str, Any]:
+    folder = full_model(recipe)
+    write_text(folder / "README.md", model_card(recipe, "merged into one model"))
+    size = open_weights(folder).num_bytes()
     return {
-        "path": str(run.merged),
+        "path": str(folder),
         "bytes": size,
         "max_logit_difference": None,
         "relative_logit_difference": None,

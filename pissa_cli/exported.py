@@ -14,14 +14,16 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, as_lora
 from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_modules
 from pissa_cli.checkpoint import Names, checkpoint_tensors, latest_checkpoint, step_of
-from pissa_cli.errors import UsageError
+from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import open_run, read_start, require_base
+from pissa_cli.integrity import DISTRUST, hashes, model_facts, require_files, require_sealed, sealed
 from pissa_cli.loading import load_model
 from pissa_cli.model import head_names, skeleton
-from pissa_cli.peft_files import peft_config, rank_of, read_peft, write_peft
+from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_config, rank_of, read_peft, write_peft
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json
 from pissa_cli.side_files import copy_side_files
+from pissa_cli.weights import not_finite
 
 
 def write_result(
@@ -35,6 +37,12 @@ def write_result(
     """
     run, manifest = open_run(recipe)
     adapter = recipe.adapter
+    spoilt = next((name for name, tensor in trained.items() if not_finite(tensor)), None)
+    if spoilt is not None:
+        raise PissaError(
+            f"training has diverged at its end: {spoilt} holds NaN or infinite values",
+            f"lower train.lr (now {recipe.lr:g})",
+        )
     if isinstance(adapter, FullOptions):
         with whole_folder(run.merged) as folder:
             copy_side_files(require_base(run, manifest, recipe), folder)
@@ -42,7 +50,8 @@ def write_result(
             state = {n: trained[names[parameters[n]]] if n in parameters else t for n, t in model.state_dict().items()}
             model.save_pretrained(folder, state_dict=state)
             provenance = {"method": "full", "step": step, "data": data}
-            write_json(folder / PROVENANCE, provenance | {"base_fingerprint": manifest["base"]["fingerprint"]})
+            provenance |= {"base_fingerprint": manifest["base"]["fingerprint"], **model_facts(folder)}
+            write_json(folder / PROVENANCE, sealed(provenance))
         return run.merged
     config, start = read_start(run, manifest)
     now = {
@@ -75,7 +84,8 @@ def write_result(
     }
     with whole_folder(run.adapter) as folder:
         write_peft(folder, result, config)
-        write_json(folder / PROVENANCE, provenance)
+        provenance["hashes"] = hashes(folder, (PEFT_CONFIG, PEFT_WEIGHTS))
+        write_json(folder / PROVENANCE, sealed(provenance))
     return run.adapter
 
 
@@ -85,11 +95,16 @@ def load_result(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     Raises UsageError if training has not finished, and if the base is not the one the adapter was made on.
     """
     if isinstance(recipe.adapter, FullOptions):
-        run, _ = open_run(recipe)
-        if not (run.merged / "config.json").is_file():
-            raise UsageError(f"{run.folder}: no trained model yet", "run `pissa train` to its end first")
-        return load_model(run.merged, recipe.model, recipe.precision, recipe.seed).to(device).eval()
+        return load_model(full_model(recipe), recipe.model, recipe.precision, recipe.seed).to(device).eval()
     return load_with(recipe, *adapter_files(recipe), device)
+
+
+def full_model(recipe: Recipe) -> Path:
+    """`merged/` of a full fine-tuning. Raises UsageError if it is not there yet, or not as training wrote it."""
+    run, _ = open_run(recipe)
+    if not run.merged.is_dir():
+        raise UsageError(f"{run.folder}: no trained model yet", "run `pissa train` to its end first")
+    return _require_whole(run.merged, DISTRUST)
 
 
 def load_with(recipe: Recipe, folder: Path, adapter: Adapter, device: torch.device) -> PreTrainedModel:
@@ -104,7 +119,19 @@ def trained_steps(recipe: Recipe) -> int:
     """Steps behind the result of a run that was trained to its end."""
     run = Run(Path(recipe.output))
     folder = run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter
-    return int(read_json(folder / PROVENANCE)["step"])
+    return int(_provenance(folder)["step"])
+
+
+def _require_whole(folder: Path, hint: str) -> Path:
+    """A model folder of ours, if it is as it was written; else UsageError."""
+    facts = require_sealed(read_json(folder / PROVENANCE), folder / PROVENANCE, hint)
+    if any(facts.get(key) != value for key, value in model_facts(folder).items()):
+        raise UsageError(f"{folder}: its weights, config.json or vocabulary are not what was written", hint)
+    return folder
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    return require_sealed(read_json(folder / PROVENANCE), folder / PROVENANCE)
 
 
 def merged_files(recipe: Recipe) -> Path:
@@ -112,10 +139,10 @@ def merged_files(recipe: Recipe) -> Path:
     run = Run(Path(recipe.output))
     if not (run.merged / PROVENANCE).is_file():
         raise UsageError(f"{run.merged}: not there", "run `pissa merge` first")
-    step, wanted = read_json(run.merged / PROVENANCE)["step"], trained_steps(recipe)
+    step, wanted = read_json(run.merged / PROVENANCE).get("step"), trained_steps(recipe)
     if step != wanted:
         raise UsageError(f"{run.merged}: is of step {step}, the result of step {wanted}", "run `pissa merge` again")
-    return run.merged
+    return _require_whole(run.merged, "run `pissa merge` again")
 
 
 def result_files(recipe: Recipe, step: int | None = None) -> tuple[Path, Adapter]:
@@ -128,9 +155,10 @@ def adapter_files(recipe: Recipe) -> tuple[Path, Adapter]:
     run, manifest = open_run(recipe)
     if not run.adapter.is_dir():
         raise UsageError(f"{run.folder}: no trained adapter yet", "run `pissa train` to its end first")
+    provenance = _provenance(run.adapter)
+    require_files(run.adapter, provenance["hashes"])
     _, adapter = read_peft(run.adapter, manifest["widest"])
     folder = require_base(run, manifest, recipe)
-    provenance = read_json(run.adapter / PROVENANCE)
     newest = latest_checkpoint(run)
     if newest is not None and step_of(newest) > provenance["step"]:
         raise UsageError(
@@ -156,6 +184,16 @@ def checkpoint_files(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
     _, start = read_start(run, manifest)
     trained = checkpoint_tensors(folder)
     trains = METHODS[recipe.adapter.method].trains
+    for name, factors in start.factors.items():
+        for key in trains & factors.keys():
+            found = trained.get(f"{name}.{key}")
+            if found is None or found.shape != factors[key].shape:
+                raise UsageError(
+                    f"{folder}: is of another run: {name}.{key} is missing or of another shape",
+                    "use a checkpoint of this run",
+                )
+            if not_finite(found):
+                raise UsageError(f"{folder}: {name}.{key} holds NaN or infinite values", "use another checkpoint")
     now = {
         name: {key: trained[f"{name}.{key}"] if key in trains else factor for key, factor in factors.items()}
         for name, factors in start.factors.items()

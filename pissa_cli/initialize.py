@@ -20,8 +20,17 @@ from pissa_cli.adapter_options import FullOptions, ScaledBase
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Layer, Method, Start
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.integrity import (
+    hashes,
+    require_closed,
+    require_files,
+    require_model,
+    require_sealed,
+    sealed,
+    settings_hash,
+)
 from pissa_cli.model import Linear, best_device, require_finite, resolve_base
-from pissa_cli.peft_files import PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
+from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
 from pissa_cli.plan import Plan, make_plan
 from pissa_cli.process import keep_freed_memory
 from pissa_cli.ranks import with_auto_ranks
@@ -30,7 +39,7 @@ from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, whole_folder, write_json, write_text
 from pissa_cli.side_files import write_nf4_config
 from pissa_cli.svd import frobenius_norm, nuclear_norm
-from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, hash_file, open_weights
+from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, open_weights
 
 IN_FLIGHT_BYTES = 2**29  # five fp32 copies of a tensor may be alive while it is split
 START_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
@@ -64,6 +73,8 @@ def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
     """
     run = Run(Path(recipe.output))
     manifest = run.read_manifest()
+    require_closed(run.folder)
+    require_sealed(manifest, run.manifest)
     wanted = _start_of(recipe)
     for key, value in manifest["start"].items():
         if wanted.get(key) != value:
@@ -72,33 +83,21 @@ def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
                 "name another folder with --output, or remove this one",
             )
     if [recipe.model.name, recipe.model.revision] != [manifest["base"]["name"], manifest["base"]["revision"]]:
-        require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
+        require_model(resolve_base(recipe.model), manifest["base"])
     return run, manifest
 
 
 def require_base(run: Run, manifest: dict[str, Any], recipe: Recipe) -> Path:
     """The folder of the weights that this run computes with (`base/`, or the dense base), checked by fingerprint."""
-    if run.base.is_dir():
-        return require_fingerprint(run.base, manifest["base"]["stored_fingerprint"])
-    return require_fingerprint(resolve_base(recipe.model), manifest["base"]["fingerprint"])
+    if "stored_fingerprint" in manifest["base"]:
+        return require_model(run.base, manifest["base"], "stored_")
+    return require_model(resolve_base(recipe.model), manifest["base"])
 
 
 def read_start(run: Run, manifest: dict[str, Any]) -> tuple[dict[str, Any], Adapter]:
     """The configuration and adapter of `init/`, refused if they are not those that init wrote."""
-    if hash_file(run.init / PEFT_WEIGHTS) != manifest["init_hash"]:
-        raise UsageError(f"{run.init}: not what init wrote", "the run cannot be trusted; start again in a new folder")
+    require_files(run.init, manifest["init_hashes"])
     return read_peft(run.init, manifest["widest"])
-
-
-def require_fingerprint(folder: Path, expected: str) -> Path:
-    """The folder, if its weights are those that the fingerprint stands for; else UsageError."""
-    found = fingerprint(open_weights(folder))
-    if found != expected:
-        raise UsageError(
-            f"{folder}: not the model this run was made on (fingerprint {found}, expected {expected})",
-            "the adapter is only valid on its own base; use that, or start a new run with another --output",
-        )
-    return folder
 
 
 def _start_of(recipe: Recipe) -> dict[str, Any]:
@@ -116,9 +115,10 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
         "name": recipe.model.name,
         "revision": recipe.model.revision,
         "folder": str(plan.folder.resolve()),
+        "settings": settings_hash(plan.folder),
     }
     manifest: dict[str, Any] = {
-        "format": 1,
+        "format": 2,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
         "versions": _versions(),
         "start": _start_of(recipe),
@@ -134,6 +134,7 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
             base |= manifest.pop("stored")
         manifest["seconds"] = round(time.time() - began, 3)
         write_text(staged.recipe, dump(recipe))
+        manifest = sealed(manifest)
         write_json(staged.manifest, manifest)
     return manifest
 
@@ -172,8 +173,9 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, 
         store.close()
         facts |= {"stored_fingerprint": stored.digest(), "stored_bytes": store.total_bytes}
         write_nf4_config(plan.folder, staged.base, recipe, plan.linears, recipe.model.double_quant)
+        facts["stored_settings"] = settings_hash(staged.base)
     return {
-        "init_hash": hash_file(staged.init / PEFT_WEIGHTS),
+        "init_hashes": hashes(staged.init, (PEFT_CONFIG, PEFT_WEIGHTS)),
         "passes": recipe.passes,
         "widest": plan.widest,
         "trainable": plan.num_trainable(recipe),

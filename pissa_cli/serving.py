@@ -9,7 +9,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.experts import EXPERT_PARAMETERS
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from pissa_cli.rundir import read_json
-from pissa_cli.weights import read_header
+from pissa_cli.weights import load_tensors
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -72,7 +72,7 @@ def check_served(folder: Path, server: str) -> str:
             f"{rules.name} serves ranks up to {largest}, this adapter has {rank}",
             f"export with --rank {largest} (recompressed, its error printed), or with --as merged",
         )
-    _require_plain_keys(read_header(folder / PEFT_WEIGHTS), rules.name)
+    _require_plain_keys(list(load_tensors(folder / PEFT_WEIGHTS)), rules.name)
     allowed = min((r for r in rules.ranks if r >= rank), default=rank)
     if server == "llama.cpp" and not Path(config["base_model_name_or_path"]).is_dir():
         return f"python convert_lora_to_gguf.py {folder}"  # it finds a base of the Hub by itself

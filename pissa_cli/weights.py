@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.names import kind_of
 
 SHARD_BYTES = 256 * 2**20
 INDEX = "model.safetensors.index.json"
@@ -164,8 +165,14 @@ def _fingerprint(folder: Path, _files: tuple[tuple[str, int, int], ...]) -> str:
     return whole.digest()
 
 
+def not_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds NaN or infinite values."""
+    return tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all())
+
+
 def hash_file(path: Path) -> str:
-    """A hash of a file's bytes; UsageError if it is missing."""
+    """A hash of a file's bytes; UsageError if it is missing, or no file but something that would be waited for."""
+    _require_file(path)
     whole = xxhash.xxh3_128()
     try:
         with path.open("rb") as file:
@@ -271,6 +278,7 @@ def _cannot_write(path: Path, error: Exception) -> PissaError:
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read one safetensors file whole; a missing or damaged file is a UsageError that names it."""
+    _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             return dict(_tensors(file))
@@ -278,13 +286,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path}: missing or damaged ({error})", "bring the file back, or make it again") from None
 
 
-def read_header(path: Path) -> list[str]:
-    """The names in one safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: missing or damaged ({error})", "bring the file back, or make it again") from None
+def _require_file(path: Path) -> None:
+    if kind_of(path) != "file":
+        raise UsageError(f"{path}: missing, or not a file", "bring the file back, or make it again")
 
 
 def _tensors(file: safe_open) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,101 @@
+"""That the files of a run are those that were written, and that none of them leads out of its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from pissa_cli.errors import UsageError
+from pissa_cli.weights import fingerprint, hash_file, load_tensors, not_finite, open_weights
+
+COSMETIC = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Keys of config.json that change nothing here."""
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+SEAL = "seal"
+DISTRUST = "the run cannot be trusted; start again in a new folder"
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """Content for a JSON file, with a hash over itself."""
+    return content | {SEAL: _hash(content)}
+
+
+def require_sealed(content: dict[str, Any], path: Path, hint: str = DISTRUST) -> dict[str, Any]:
+    """The content of a JSON file, if it is as `sealed` made it; else UsageError."""
+    if content.get(SEAL) != _hash({key: value for key, value in content.items() if key != SEAL}):
+        raise UsageError(f"{path}: not what was written (changed, damaged, or of another version of pissa)", hint)
+    return content
+
+
+def hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Hashes of files by name."""
+    return {name: hash_file(folder / name) for name in names}
+
+
+def require_files(folder: Path, expected: Mapping[str, str]) -> None:
+    """UsageError if a file has changed since `hashes`; it names the file, and the first tensor with NaN in it."""
+    for name, known in expected.items():
+        path = folder / name
+        if hash_file(path) != known:
+            tensors = load_tensors(path) if path.suffix == ".safetensors" else {}
+            spoilt = next((f"; {key} holds NaN or infinite values" for key, t in tensors.items() if not_finite(t)), "")
+            raise UsageError(f"{path}: not what was written{spoilt}", DISTRUST)
+
+
+def model_facts(folder: Path) -> dict[str, str]:
+    """What `require_model` compares of a model folder: `fingerprint` of its weights, and `settings`."""
+    return {"fingerprint": fingerprint(open_weights(folder)), "settings": settings_hash(folder)}
+
+
+def settings_hash(folder: Path) -> str:
+    """A hash over what config.json says and over the files of the vocabulary. UsageError for a config.json that cannot
+    be read."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: missing or damaged ({error})", "bring the model's own file back") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{path}: expected a JSON object", "bring the model's own file back")
+    there = [name for name in VOCABULARIES if (folder / name).is_file()]
+    return _hash([{key: value for key, value in config.items() if key not in COSMETIC}, hashes(folder, there)])
+
+
+def require_model(folder: Path, facts: Mapping[str, Any], prefix: str = "") -> Path:
+    """The folder, if its weights, configuration and vocabulary are those of `facts`; else UsageError."""
+    found, expected = fingerprint(open_weights(folder)), facts[f"{prefix}fingerprint"]
+    if found != expected:
+        raise UsageError(
+            f"{folder}: not the model this run was made on (fingerprint {found}, expected {expected})",
+            "the adapter is only valid on its own base; use that, or start a new run with another --output",
+        )
+    if settings_hash(folder) != facts[f"{prefix}settings"]:
+        raise UsageError(
+            f"{folder}: config.json or the tokenizer's vocabulary has changed since this run was made",
+            "bring the old files back (of a model on the Hub: set model.revision), or start a new run",
+        )
+    return folder
+
+
+def require_closed(folder: Path) -> None:
+    """UsageError for a link that leads out of a run folder, which would be written through, and for a pipe or device,
+    which would be waited for."""
+    root = folder.resolve()
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                if not Path(os.path.realpath(path)).is_relative_to(root):
+                    raise UsageError(f"{path}: a link that leads out of the run folder", "put what it stands for here")
+            elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise UsageError(f"{path}: neither a file nor a folder", "remove it")
+
+
+def _hash(content: Any) -> str:
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())}"
