@@ -137,8 +137,8 @@ def _push_once(recipe: Recipe, operations: list[Any], repo: str | None, base: st
 
 
 def _name(api: Any, recipe: Recipe, repo: str | None) -> str:
-    user = api.whoami()["name"]
-    return repo or recipe.hub.repo or f"{user}/{default_repo(recipe)}"
+    user, name = api.whoami()["name"], repo or recipe.hub.repo or default_repo(recipe)
+    return name if "/" in name else f"{user}/{name}"
 
 
 def _require_ours(api: Any, name: str, info: Any, base: str) -> None:

@@ -100,8 +100,10 @@ def test_a_fault_that_passes_costs_a_wait(
     assert 0 < len(waits) == len(said) <= len(kinds) and sum(waits) <= 15  # faults of several blobs cost one wait
     for line, wait in zip(said, waits, strict=True):
         assert line.endswith(f"; next try in {wait:.0f} s")
-    statuses = [f"the Hub answers {kind}" for kind in kinds if isinstance(kind, int)]
-    assert any(line.startswith(tuple(statuses) or "the connection to the Hub failed (") for line in said)
+    reasons = {
+        f"the Hub answers {kind};" if isinstance(kind, int) else "the connection to the Hub failed (" for kind in kinds
+    }
+    assert all(line.startswith(tuple(reasons)) for line in said)
     assert TOKEN not in "".join(said)
 
 
@@ -124,7 +126,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_again(
     module.push(made, folder, None)  # nor when there is nothing new
     assert hub.commits == 1 and hub.asked.count("commit") == 1
     (folder / "README.md").write_text("# another\n")
-    module.push(made, folder, None)
+    module.push(made, folder, NAME.partition("/")[2])
     assert hub.commits == 2 and arrived(hub) == content(folder) and len(hub.arrived) == 3
 
 
