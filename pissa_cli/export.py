@@ -22,7 +22,7 @@ from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.exported import full_model, load_with, result_files, trained_steps
 from pissa_cli.initialize import open_run
-from pissa_cli.integrity import model_facts, sealed
+from pissa_cli.integrity import model_facts, require_finite, sealed
 from pissa_cli.loading import load_model, load_tokenizer
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import (
@@ -33,7 +33,6 @@ from pissa_cli.model import (
     head_names,
     linear_layers,
     read_weight,
-    require_finite,
     skeleton,
 )
 from pissa_cli.probes import PROBES, logit_difference, probe_logits, typical_difference
@@ -67,7 +66,7 @@ def merge(
     target_folder = output or run.merged
     require_free(target_folder, run.merged)
     folder, adapter = result_files(recipe, step)
-    weights = open_weights(folder)
+    weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe.model)
     with whole_folder(target_folder) as target:
         writer = ShardWriter(target)
         dtypes = {DTYPES[recipe.precision]}
@@ -88,7 +87,8 @@ def merge(
         provenance |= {"base_fingerprint": manifest["base"]["fingerprint"], **model_facts(target)}
         write_json(target / PROVENANCE, sealed(provenance))
         tolerance = max(MERGE_TOLERANCE[dtype] for dtype in dtypes)
-        difference = _compare(recipe, load_with(recipe, folder, adapter, best_device()), target, tolerance)
+        model = load_with(recipe, folder, adapter, best_device())
+        difference = _compare(recipe, model, tokenizer, target, tolerance)
     return {"path": str(target_folder), "bytes": writer.total_bytes, **difference}
 
 
@@ -122,7 +122,7 @@ def quantize(
             raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=task_of(settings))})
     require_free(output, Run(Path(recipe.output)).quantized)
-    weights = open_weights(folder)
+    weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe.model)
     model = skeleton(folder, recipe.model)
     linears = linear_layers(model, weights)
     if form == "compressed-tensors":
@@ -134,12 +134,13 @@ def quantize(
         dense_bytes = 0
         dense = _dense_tensors(recipe, folder, weights, adapter)
         for number, (name, linear, tensor) in enumerate(dense):
+            if name in weights.files:
+                require_finite(name, tensor, weights)
             dense_bytes += tensor.numel() * tensor.element_size()
             parts = {name: tensor}
             packed = linear is not None and (linear.packable if form == "nf4" else int4.takes(linear, group))
             if linear is not None and packed:
                 W = (tensor.T if linear.transposed else tensor).float().contiguous()
-                require_finite(name, W)
                 if form == "nf4":
                     store = quant.Store(4, tensor.dtype, double_quant, absmax)
                     parts, back = quant.pack_tensors(name, store, W)
@@ -159,7 +160,7 @@ def quantize(
             settings["quantization_config"] = int4.config(int4.dense_modules(model, linears, group), group)
             write_json(target / "config.json", settings)
         write_text(target / "README.md", model_card(recipe, f"quantized to 4 bits ({form})", step=step))
-        compared = _before_and_after(recipe, folder, adapter, target)
+        compared = _before_and_after(recipe, tokenizer, folder, adapter, target)
     return {
         "path": str(output),
         "bytes": writer.total_bytes,
@@ -235,10 +236,11 @@ def _owners(name: str) -> Iterator[str]:
         yield name
 
 
-def _compare(recipe: Recipe, model: PreTrainedModel, merged: Path, tolerance: float) -> dict[str, float]:
+def _compare(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, merged: Path, tolerance: float
+) -> dict[str, float]:
     """Logits of the adapter on its base, `model`, against those of the merged model."""
     device = best_device()
-    tokenizer = load_tokenizer(merged, recipe.model)
     apart = probe_logits(model, tokenizer, recipe)
     del model
     gc.collect()
@@ -256,9 +258,11 @@ def _compare(recipe: Recipe, model: PreTrainedModel, merged: Path, tolerance: fl
     return difference
 
 
-def _before_and_after(recipe: Recipe, folder: Path, adapter: Adapter, quantized: Path) -> dict[str, Any]:
+def _before_and_after(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, adapter: Adapter, quantized: Path
+) -> dict[str, Any]:
     """Perplexity before and after quantization, on what, and the difference of logits."""
-    device, tokenizer = best_device(), load_tokenizer(quantized, recipe.model)
+    device = best_device()
     if adapter.factors:
         model = load_with(recipe, folder, adapter, device)
     else:

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pissa_cli.errors import PissaError
 from pissa_cli.loss import autocast
 from pissa_cli.recipe import Recipe
 from pissa_cli.svd import frobenius_norm
+from pissa_cli.weights import not_finite
 
+TINY = 1e-30
 PROBES = (
     "The capital of the country lies on a river, and most of its people work",
     "Below is an instruction that describes a task.",
@@ -28,6 +31,11 @@ def probe_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rec
         for probe in PROBES:
             ids = torch.tensor([tokenizer(probe)["input_ids"]], device=model.device)
             logits.append(model(input_ids=ids).logits.float().cpu())
+            if not_finite(logits[-1]):
+                raise PissaError(
+                    "the model's logits are NaN or infinite",
+                    "its weights are damaged, or too large for the products' dtype (train.precision)",
+                )
     return logits
 
 
@@ -37,11 +45,11 @@ def logit_difference(before: list[Tensor], after: list[Tensor]) -> dict[str, flo
     squares = sum(frobenius_norm(a - b) ** 2 for a, b in pairs)
     return {
         "max_logit_difference": max(float((a - b).abs().max()) for a, b in pairs),
-        "relative_logit_difference": math.sqrt(squares / sum(frobenius_norm(a) ** 2 for a, _ in pairs)),
+        "relative_logit_difference": math.sqrt(squares / max(TINY, sum(frobenius_norm(a) ** 2 for a, _ in pairs))),
     }
 
 
 def typical_difference(before: list[Tensor], after: list[Tensor]) -> float:
     """||difference|| / ||before|| of the median token."""
     pairs = [(a.flatten(0, -2), b.flatten(0, -2)) for a, b in zip(before, after, strict=True)]
-    return float(torch.cat([(a - b).norm(dim=1) / a.norm(dim=1) for a, b in pairs]).median())
+    return float(torch.cat([(a - b).norm(dim=1) / a.norm(dim=1).clamp_min(TINY) for a, b in pairs]).median())
