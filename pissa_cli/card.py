@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.model import SMALL_FILES, resolve_base
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import load
+from pissa_cli.report import read_metrics
 from pissa_cli.rundir import Run, read_json
 
 
@@ -67,11 +67,11 @@ def _figures(run: Run, step: int | None) -> list[tuple[str, str]]:
     """Loss of training and on held-out data, and what `eval` found; up to a step, without what was scored later."""
     rows: list[tuple[str, str]] = []
     if run.metrics.is_file():
-        events = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-        events = [event for event in events if step is None or event["step"] <= step]
-        if events:
+        events = [event for event in read_metrics(run.metrics) if step is None or event["step"] <= step]
+        losses = [event["loss"] for event in events if event["loss"] is not None]
+        if losses:
             rows.append(("steps", str(events[-1]["step"])))
-            rows.append(("training loss, first and last step", f"{events[0]['loss']:.4f}, {events[-1]['loss']:.4f}"))
+            rows.append(("training loss, first and last step", f"{losses[0]:.4f}, {losses[-1]:.4f}"))
         held_out = [event["eval_loss"] for event in events if "eval_loss" in event]
         if held_out:
             rows.append(("held-out loss", f"{held_out[-1]:.4f}"))
@@ -80,8 +80,11 @@ def _figures(run: Run, step: int | None) -> list[tuple[str, str]]:
         if path.relative_to(scored).parts[0] in ("base", "samples"):
             continue
         result = read_json(path)
-        spread = f" ± {result['stderr']:.2f}" if result["stderr"] is not None else ""
-        rows.append((f"{path.parent.relative_to(scored)}, {result['metric']}", f"{result['score']:.2f}{spread}"))
+        try:
+            spread = f" ± {result['stderr']:.2f}" if result["stderr"] is not None else ""
+            rows.append((f"{path.parent.relative_to(scored)}, {result['metric']}", f"{result['score']:.2f}{spread}"))
+        except (KeyError, TypeError, ValueError):
+            raise UsageError(f"{path}: damaged", "remove it, or run `pissa eval` again") from None
     return rows
 
 

@@ -17,14 +17,12 @@ from pissa_cli import int4, quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import model_card
-from pissa_cli.data import batch_losses, load_examples, padding
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.exported import full_model, load_with, result_files, trained_steps
 from pissa_cli.initialize import open_run
-from pissa_cli.integrity import model_facts, sealed
+from pissa_cli.integrity import model_facts, require_finite, sealed
 from pissa_cli.loading import load_model, load_tokenizer
-from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import (
     DTYPES,
     Linear,
@@ -33,10 +31,9 @@ from pissa_cli.model import (
     head_names,
     linear_layers,
     read_weight,
-    require_finite,
     skeleton,
 )
-from pissa_cli.probes import PROBES, logit_difference, probe_logits, typical_difference
+from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, require_free, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, task_of, task_settings, write_nf4_config
@@ -44,7 +41,6 @@ from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
 Progress = Callable[[int, int, str], None]
-PERPLEXITY_ROWS = 200
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest ||difference of logits|| / ||logits|| that merged weights, or products, of this dtype explain."""
 
@@ -67,7 +63,7 @@ def merge(
     target_folder = output or run.merged
     require_free(target_folder, run.merged)
     folder, adapter = result_files(recipe, step)
-    weights = open_weights(folder)
+    weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe.model)
     with whole_folder(target_folder) as target:
         writer = ShardWriter(target)
         dtypes = {DTYPES[recipe.precision]}
@@ -88,7 +84,8 @@ def merge(
         provenance |= {"base_fingerprint": manifest["base"]["fingerprint"], **model_facts(target)}
         write_json(target / PROVENANCE, sealed(provenance))
         tolerance = max(MERGE_TOLERANCE[dtype] for dtype in dtypes)
-        difference = _compare(recipe, load_with(recipe, folder, adapter, best_device()), target, tolerance)
+        model = load_with(recipe, folder, adapter, best_device())
+        difference = _compare(recipe, model, tokenizer, target, tolerance)
     return {"path": str(target_folder), "bytes": writer.total_bytes, **difference}
 
 
@@ -122,7 +119,7 @@ def quantize(
             raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=task_of(settings))})
     require_free(output, Run(Path(recipe.output)).quantized)
-    weights = open_weights(folder)
+    weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe.model)
     model = skeleton(folder, recipe.model)
     linears = linear_layers(model, weights)
     if form == "compressed-tensors":
@@ -134,12 +131,13 @@ def quantize(
         dense_bytes = 0
         dense = _dense_tensors(recipe, folder, weights, adapter)
         for number, (name, linear, tensor) in enumerate(dense):
+            if name in weights.files:
+                require_finite(name, tensor, weights)
             dense_bytes += tensor.numel() * tensor.element_size()
             parts = {name: tensor}
             packed = linear is not None and (linear.packable if form == "nf4" else int4.takes(linear, group))
             if linear is not None and packed:
                 W = (tensor.T if linear.transposed else tensor).float().contiguous()
-                require_finite(name, W)
                 if form == "nf4":
                     store = quant.Store(4, tensor.dtype, double_quant, absmax)
                     parts, back = quant.pack_tensors(name, store, W)
@@ -159,7 +157,7 @@ def quantize(
             settings["quantization_config"] = int4.config(int4.dense_modules(model, linears, group), group)
             write_json(target / "config.json", settings)
         write_text(target / "README.md", model_card(recipe, f"quantized to 4 bits ({form})", step=step))
-        compared = _before_and_after(recipe, folder, adapter, target)
+        compared = _before_and_after(recipe, tokenizer, folder, adapter, target)
     return {
         "path": str(output),
         "bytes": writer.total_bytes,
@@ -241,10 +239,11 @@ def _owners(name: str) -> Iterator[str]:
         yield name
 
 
-def _compare(recipe: Recipe, model: PreTrainedModel, merged: Path, tolerance: float) -> dict[str, float]:
+def _compare(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, merged: Path, tolerance: float
+) -> dict[str, float]:
     """Logits of the adapter on its base, `model`, against those of the merged model."""
     device = best_device()
-    tokenizer = load_tokenizer(merged, recipe.model)
     apart = probe_logits(model, tokenizer, recipe)
     del model
     gc.collect()
@@ -262,38 +261,21 @@ def _compare(recipe: Recipe, model: PreTrainedModel, merged: Path, tolerance: fl
     return difference
 
 
-def _before_and_after(recipe: Recipe, folder: Path, adapter: Adapter, quantized: Path) -> dict[str, Any]:
+def _before_and_after(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, adapter: Adapter, quantized: Path
+) -> dict[str, Any]:
     """Perplexity before and after quantization, on what, and the difference of logits."""
-    device, tokenizer = best_device(), load_tokenizer(quantized, recipe.model)
+    device = best_device()
     if adapter.factors:
         model = load_with(recipe, folder, adapter, device)
     else:
         model = load_model(folder, recipe.dense_model, recipe.precision, recipe.seed).to(device).eval()
-    before, data = _perplexity(model, tokenizer, recipe)
+    before, data = perplexity(model, tokenizer, recipe)
     logits = probe_logits(model, tokenizer, recipe)
     del model
     gc.collect()
     four = recipe.model.model_copy(update={"bits": 4})
     model = load_model(quantized, four, recipe.precision, recipe.seed).to(device).eval()
-    after, _ = _perplexity(model, tokenizer, recipe)
+    after, _ = perplexity(model, tokenizer, recipe)
     figures = {"perplexity_before": before, "perplexity_after": after, "perplexity_data": data}
     return figures | logit_difference(logits, probe_logits(model, tokenizer, recipe))
-
-
-def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[float | None, str]:
-    """(perplexity, on what); a classifier has none."""
-    if head_names(model):
-        return None, ""
-    with autocast(recipe.model.bits, recipe.precision, model.device), torch.no_grad():
-        if recipe.data.eval is None:
-            rows = [torch.tensor([tokenizer(probe)["input_ids"]], device=model.device) for probe in PROBES]
-            total = sum(float(summed_loss(model, {"input_ids": ids, "labels": ids})) for ids in rows)
-            count, data = sum(ids.shape[1] - 1 for ids in rows), f"{len(PROBES)} built-in prompts"
-        else:
-            section = recipe.data.model_copy(update={"limit": PERPLEXITY_ROWS})
-            examples = load_examples(recipe.data.eval, section, tokenizer, None)
-            losses = batch_losses(model, examples, padding(model, tokenizer), recipe.train.micro_batch_size)
-            total = sum(loss for _, loss in losses)
-            count = sum(examples.num_targets(i) for i in range(len(examples)))
-            data = f"{recipe.data.eval} ({len(examples)} examples)"
-    return math.exp(min(total / count, 700)), data

@@ -24,12 +24,13 @@ from pissa_cli.integrity import (
     hashes,
     require_closed,
     require_files,
+    require_finite,
     require_model,
     require_sealed,
     sealed,
     settings_hash,
 )
-from pissa_cli.model import Linear, best_device, require_finite, resolve_base
+from pissa_cli.model import Linear, best_device, resolve_base
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
 from pissa_cli.plan import Plan, make_plan
 from pissa_cli.process import keep_freed_memory
@@ -242,12 +243,12 @@ def _one_tensor(
     device: torch.device,
 ) -> _Item:
     original = weights.read(tensor)
+    require_finite(tensor, original, weights)
     four = recipe.model.bits == 4 and linear is not None and linear.packable
     if linear is None or (method is None and not four):
         return _Item(tensor, tensor, original, original, None, {})
     W = original.to(device).float()
     W = W.T.contiguous() if linear.transposed else W
-    require_finite(tensor, W)
     dtype = {4: original.dtype, 16: torch.bfloat16, 32: torch.float32}[recipe.model.bits]
     store = quant.Store(4 if four else 16, dtype, recipe.model.double_quant, recipe.model.absmax)
     if method is None:

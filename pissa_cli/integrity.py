@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -10,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from torch import Tensor
 
 from pissa_cli.errors import UsageError
-from pissa_cli.weights import fingerprint, hash_file, load_tensors, not_finite, open_weights
+from pissa_cli.weights import Weights, fingerprint, hash_file, load_tensors, not_finite, open_weights
 
 COSMETIC = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Keys of config.json that change nothing here."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+FILES = ("metrics.jsonl", "loss.png", "report.json", "report.png")
+FOLDERS = ("init", "base", "checkpoints", "adapter", "merged", "quantized", "exported", "eval")
 SEAL = "seal"
+LARGEST = 1e15
+"""Of weights: sums of their squares have to fit into fp32."""
 DISTRUST = "the run cannot be trusted; start again in a new folder"
 
 
@@ -84,8 +90,8 @@ def require_model(folder: Path, facts: Mapping[str, Any], prefix: str = "") -> P
 
 
 def require_closed(folder: Path) -> None:
-    """UsageError for a link that leads out of a run folder, which would be written through, and for a pipe or device,
-    which would be waited for."""
+    """UsageError for a link that leads out of a run folder, which would be written through, for a pipe or device, which
+    would be waited for, and for a file in the place of a folder or the other way round."""
     root = folder.resolve()
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *files)):
@@ -95,6 +101,22 @@ def require_closed(folder: Path) -> None:
                     raise UsageError(f"{path}: a link that leads out of the run folder", "put what it stands for here")
             elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise UsageError(f"{path}: neither a file nor a folder", "remove it")
+    for names, is_kind, kind in ((FILES, Path.is_file, "file"), (FOLDERS, Path.is_dir, "folder")):
+        for path in (folder / name for name in names):
+            if path.exists() and not is_kind(path):
+                raise UsageError(f"{path}: not a {kind}", "remove it")
+
+
+def require_finite(name: str, tensor: Tensor, weights: Weights) -> None:
+    """Refuse a tensor that spoils everything after it; UsageError names it and its file."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    largest = float(tensor.float().abs().amax())
+    if not largest <= LARGEST:
+        found = f"values up to {largest:.1e}" if math.isfinite(largest) else "NaN or infinite values"
+        raise UsageError(
+            f"{weights.files[name]}: {name} holds {found}", "this checkpoint is damaged; download it again"
+        )
 
 
 def _hash(content: Any) -> str:

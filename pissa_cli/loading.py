@@ -45,10 +45,10 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
             dtype=dtype,
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
-            ignore_mismatched_sizes=section.task == "sequence-classification",
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # transformers' readers raise what they like
         raise UsageError(
             f"{folder}: transformers cannot load this model ({first_line(error)})",
             "check that the folder is whole and that this version of transformers knows the model",
@@ -60,7 +60,7 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UsageError(
-            f"{folder}: {len(missing)} tensors of the model are not in its files ({names})",
+            f"{folder}: {len(missing)} tensors of the model are not in its files, or of another shape ({names})",
             "the checkpoint is incomplete, or config.json is another model's: download it again",
         )
     for expert, module in experts.items():
@@ -110,7 +110,7 @@ def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBa
     """The tokenizer of the base, padding on the right."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # transformers' and tokenizers' readers raise what they like
         hint = "the folder needs the tokenizer's files, e.g. tokenizer.json and tokenizer_config.json"
         if any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file():
             hint = "it has a sentencepiece model alone: pip install 'pissa[sentencepiece]'"

@@ -14,13 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
-from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.errors import UsageError
 from pissa_cli.experts import (
     EXPERT_PARAMETERS,
     Expert,
     expert_layers,
     peft_remaps,
 )
+from pissa_cli.names import kind_of
 from pissa_cli.recipe import ModelSection
 from pissa_cli.weights import Weights
 
@@ -30,6 +31,7 @@ AUTO_CLASSES: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
 }
 """By `model.task`."""
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SMALL_FILES = ["*.json", "*.py"]
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*"]
 
@@ -68,9 +70,10 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
     path = Path(section.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UsageError(
-                f"{path}: not a model folder (no config.json)", "give the folder that holds config.json and safetensors"
-            )
+            raise UsageError(f"{path}: not a model folder (no config.json)", "give the folder that holds it")
+        odd = next((inside for inside in sorted(path.iterdir()) if kind_of(inside) == "other"), None)
+        if odd is not None:
+            raise UsageError(f"{odd}: neither a file nor a folder, and would be waited for", "remove it")
         return path
     if path.is_absolute() or section.name.startswith(".") or section.name.count("/") > 1:
         raise UsageError(f"{section.name}: no such folder", "check the path; a model on the Hub is user/name")
@@ -96,9 +99,10 @@ def skeleton(folder: Path, section: ModelSection) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = AUTO_CLASSES[section.task].from_config(config, trust_remote_code=section.trust_remote_code)
-    except ValueError as error:
+    except Exception as error:  # as above
+        reason = first_line(error)
         raise UsageError(
-            f"{folder}: transformers has no {section.task} form of it ({first_line(error)})",
+            f"{folder}: transformers makes no {section.task} model of its config.json ({reason})",
             "set model.task to what the model can do, or use another model",
         ) from None
     return cast(PreTrainedModel, model)
@@ -120,6 +124,8 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
     """
     output, head = model.get_output_embeddings(), head_names(model)
     layers = []
+    if weights is not None:
+        _require_numbers(model, weights)
     for name, module in model.named_modules():
         embedding = type(module) is nn.Embedding
         transposed = embedding or isinstance(module, Conv1D)
@@ -144,6 +150,18 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
     return layers
 
 
+def _require_numbers(model: PreTrainedModel, weights: Weights) -> None:
+    """UsageError for a parameter whose tensor is of a dtype that has to be decoded first, and is not NF4."""
+    for parameter, _ in model.named_parameters():
+        for name in _disk_names(parameter, model.base_model_prefix):
+            dtype = weights.dtypes.get(name)
+            if dtype not in (None, *WEIGHT_DTYPES) and f"{name}.absmax" not in weights.files:
+                raise UsageError(
+                    f"{weights.files[name]}: {name} is {str(dtype).removeprefix('torch.')}",
+                    "weights have to be floating-point numbers of 16, 32 or 64 bits",
+                )
+
+
 def read_stored(weights: Weights, layer: Linear, device: torch.device) -> quant.Packed | Tensor:
     """The weight of a layer as it is on disk: NF4, or dense (transposed, where the layer is)."""
     parts = [name for name in quant.member_names(layer.tensor) if name in weights.files]
@@ -163,13 +181,17 @@ def read_weight(weights: Weights, layer: Linear, device: torch.device) -> tuple[
 
 def disk_name(parameter: str, prefix: str, weights: Weights) -> str:
     """The tensor of a parameter: by its own name, or without the base model's prefix (GPT-2's `transformer.`)."""
-    for name in (parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"):
+    for name in _disk_names(parameter, prefix):
         if name in weights.files:
             return name
     raise UsageError(
         f"{weights.folder}: no tensor for {parameter}: it is missing, or not under transformers' name",
         "the files are incomplete, or of another model than config.json; download the model again",
     )
+
+
+def _disk_names(parameter: str, prefix: str) -> tuple[str, ...]:
+    return parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"
 
 
 def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear]:
@@ -256,7 +278,7 @@ def read_config(folder: Path, section: ModelSection) -> Any:
     """The configuration, with the classes of a classifier; one that pools the last token has to know the padding."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers' classes raise what they like at values they did not expect
         raise UsageError(
             f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})",
             "check the file; code that comes with a model runs only with model.trust_remote_code",
@@ -276,11 +298,3 @@ def read_config(folder: Path, section: ModelSection) -> Any:
 def first_line(error: Exception) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip()
     return text[:300] or type(error).__name__
-
-
-def require_finite(name: str, tensor: Tensor) -> None:
-    """Refuse a weight with NaN or infinite values before it spoils everything after it."""
-    if not bool(torch.isfinite(tensor).all()):
-        raise PissaError(
-            f"{name}: the weight holds NaN or infinite values", "this checkpoint is damaged; download it again"
-        )

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli.loss import autocast
+from pissa_cli.data import batch_losses, load_examples, padding
+from pissa_cli.errors import PissaError
+from pissa_cli.loss import autocast, summed_loss
+from pissa_cli.model import head_names
 from pissa_cli.recipe import Recipe
 from pissa_cli.svd import frobenius_norm
+from pissa_cli.weights import not_finite
 
+TINY = 1e-30
+PERPLEXITY_ROWS = 200
 PROBES = (
     "The capital of the country lies on a river, and most of its people work",
     "Below is an instruction that describes a task.",
@@ -28,6 +34,11 @@ def probe_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rec
         for probe in PROBES:
             ids = torch.tensor([tokenizer(probe)["input_ids"]], device=model.device)
             logits.append(model(input_ids=ids).logits.float().cpu())
+            if not_finite(logits[-1]):
+                raise PissaError(
+                    "the model's logits are NaN or infinite",
+                    "its weights are damaged, or too large for the products' dtype (train.precision)",
+                )
     return logits
 
 
@@ -37,11 +48,30 @@ def logit_difference(before: list[Tensor], after: list[Tensor]) -> dict[str, flo
     squares = sum(frobenius_norm(a - b) ** 2 for a, b in pairs)
     return {
         "max_logit_difference": max(float((a - b).abs().max()) for a, b in pairs),
-        "relative_logit_difference": math.sqrt(squares / sum(frobenius_norm(a) ** 2 for a, _ in pairs)),
+        "relative_logit_difference": math.sqrt(squares / max(TINY, sum(frobenius_norm(a) ** 2 for a, _ in pairs))),
     }
 
 
 def typical_difference(before: list[Tensor], after: list[Tensor]) -> float:
     """||difference|| / ||before|| of the median token."""
     pairs = [(a.flatten(0, -2), b.flatten(0, -2)) for a, b in zip(before, after, strict=True)]
-    return float(torch.cat([(a - b).norm(dim=1) / a.norm(dim=1) for a, b in pairs]).median())
+    return float(torch.cat([(a - b).norm(dim=1) / a.norm(dim=1).clamp_min(TINY) for a, b in pairs]).median())
+
+
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[float | None, str]:
+    """(perplexity, on what); a classifier has none."""
+    if head_names(model):
+        return None, ""
+    with autocast(recipe.model.bits, recipe.precision, model.device), torch.no_grad():
+        if recipe.data.eval is None:
+            rows = [torch.tensor([tokenizer(probe)["input_ids"]], device=model.device) for probe in PROBES]
+            total = sum(float(summed_loss(model, {"input_ids": ids, "labels": ids})) for ids in rows)
+            count, data = sum(ids.shape[1] - 1 for ids in rows), f"{len(PROBES)} built-in prompts"
+        else:
+            section = recipe.data.model_copy(update={"limit": PERPLEXITY_ROWS})
+            examples = load_examples(recipe.data.eval, section, tokenizer, None)
+            losses = batch_losses(model, examples, padding(model, tokenizer), recipe.train.micro_batch_size)
+            total = sum(loss for _, loss in losses)
+            count = sum(examples.num_targets(i) for i in range(len(examples)))
+            data = f"{recipe.data.eval} ({len(examples)} examples)"
+    return math.exp(min(total / count, 700)), data

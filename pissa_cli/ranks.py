@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pissa_cli.adapter_options import ScaledBase
 from pissa_cli.errors import UsageError
-from pissa_cli.model import best_device, read_weight, require_finite
+from pissa_cli.integrity import require_finite
+from pissa_cli.model import best_device, read_weight
 from pissa_cli.plan import Plan
 from pissa_cli.svd import energies
 from pissa_cli.weights import Weights
@@ -34,7 +35,7 @@ def with_auto_ranks(adapter: ScaledBase, plan: Plan, weights: Weights, progress:
     spectra: dict[str, Tensor] = {}
     for number, layer in enumerate(plan.targets):
         W, _ = read_weight(weights, layer, best_device())
-        require_finite(layer.name, W)
+        require_finite(layer.tensor, W, weights)
         spectra[layer.name] = energies(W).cpu()
         progress(number + 1, len(plan.targets), layer.name)
     ranks = allot(spectra, costs, budget, adapter.max_error)

@@ -7,13 +7,30 @@ import math
 from pathlib import Path
 from typing import Any
 
+LARGEST = 1e30
+"""Numbers that can be drawn."""
+
 
 def mean_losses(metrics: Path) -> tuple[float, float, int]:
     """(loss at the begin, at the end, n): means over n steps each, up to 10 and no more than half of the run's."""
-    found = [json.loads(line)["loss"] for line in metrics.read_text(encoding="utf-8").splitlines()]
-    losses = [loss for loss in found if loss is not None]  # of steps that were left out there is none
+    losses = [event["loss"] for event in read_metrics(metrics) if event["loss"] is not None]
     few = max(1, min(10, len(losses) // 2))
     return sum(losses[:few]) / few, sum(losses[-few:]) / few, few
+
+
+def read_metrics(metrics: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl with a step and a loss (None for a step that was left out). Damaged ones are no loss
+    to the model, and are left out."""
+    events = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+            numbers = [event["step"], event["loss"] or 0.0, event.get("eval_loss", 0.0)]
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            continue
+        if all(isinstance(number, int | float) and abs(number) < LARGEST for number in numbers):
+            events.append(event)
+    return events
 
 
 def loss_picture(metrics: Path, picture: Path) -> None:
@@ -30,7 +47,7 @@ def compare_losses(runs: dict[str, Path], picture: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     for number, (label, metrics) in enumerate(runs.items()):
-        events = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        events = read_metrics(metrics)
         steps = [event["step"] for event in events]
         losses = [math.nan if event["loss"] is None else event["loss"] for event in events]
         axes.plot(steps, losses, color=f"C{number}", linewidth=1, label=f"{label}: training")

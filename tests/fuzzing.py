@@ -19,8 +19,10 @@ FULL = os.environ.get("PISSA_FUZZ") == "1"
 SEED = int(os.environ.get("PISSA_FUZZ_SEED", "0"))
 PATIENCE = 120
 """Seconds after which a command hangs."""
-_WRITES = {"os.mkdir": 1, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.truncate": 1, "os.chmod": 1}
-_WRITES |= {"os.link": 2, "os.symlink": 2, "os.mkfifo": 1}
+_WRITES = {"os.mkdir": (0,), "os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.truncate": (0,)}
+_WRITES |= {"os.chmod": (0,), "os.link": (1,), "os.symlink": (1,)}
+_FOLDERS = {"os.mkdir": 2, "os.remove": 1, "os.rmdir": 1}
+"""Where an event says which open folder a relative path is in."""
 _written: list[str] | None = None
 
 
@@ -135,12 +137,18 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     elif event == "os.mkdir" and Path(arguments[0]).is_dir():  # as with exist_ok
         return
     elif event in _WRITES:
-        paths = list(arguments[: _WRITES[event]])
+        paths = [arguments[number] for number in _WRITES[event]]
+        inside = arguments[_FOLDERS[event]] if event in _FOLDERS else -1
+        if inside >= 0:
+            paths = [str(Path(f"/proc/self/fd/{inside}").readlink() / os.fsdecode(path)) for path in paths]
     else:
         return
     for path in paths:
         if isinstance(path, bytes | str):
-            _written.append(os.path.realpath(os.fsdecode(path)))
+            whole = Path(os.fsdecode(path))
+            _written.append(
+                str(Path(os.path.realpath(whole.parent)) / whole.name) if event != "open" else os.path.realpath(whole)
+            )
 
 
 def outside(paths: list[str], output: Path | None) -> list[str]:
@@ -151,7 +159,7 @@ def outside(paths: list[str], output: Path | None) -> list[str]:
     roots = [os.devnull, pissa_cli.prepare.HF_HOME]
     if output is not None:
         whole = output.resolve()
-        roots += [str(whole), f"{whole.parent}/.{whole.name}.aside"]
+        roots += [str(whole), f"{whole.parent}/.{whole.name}.aside", f"{whole.parent}/.{whole.name}.lock"]
         temporary = f"{whole.parent}/.{whole.name}.tmp-"
         paths = [path for path in paths if not path.startswith(temporary) and not whole.is_relative_to(path)]
     return [path for path in paths if not any(path == root or path.startswith(f"{root}/") for root in roots)]

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzz_folders
 import fuzz_recipes
 import fuzz_rows
 import pytest
@@ -270,5 +271,79 @@ def test_training_on_mutated_rows(place: Path, models: Callable[[str], Path]) ->
                 reason = f"written: {outside(written, output)}"
             if reason is not None:
                 fail(reason, data)
+
+    check()
+
+
+RUNS = {
+    "pissa": ["adapter.method=pissa", "model.bits=32"],
+    "qpissa": ["adapter.method=pissa", "model.bits=4", "adapter.passes=1"],
+    "vera": ["adapter.method=vera", "model.bits=32", "adapter.modules_to_save=[norm]"],
+    "full": ["adapter.method=full", "model.bits=32"],
+}
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "resume": ("train", "out", "--resume", "--set", "train.steps=3"),
+    "loss": ("eval", "out", "--bench", "loss", "--data", "loss=rows.jsonl"),
+    "gsm8k": ("eval", "out", "--bench", "gsm8k", "--data", "gsm8k=rows.jsonl"),
+    "merge": ("merge", "out"),
+    "quantize": ("quantize", "out"),
+    "export": ("export", "out", "--check"),
+    "checkpoint": ("export", "out", "--checkpoint", "1"),
+    "dry": ("init", "--model", "base", "--dry-run"),
+    "init": ("init", "--model", "base", "--rank", "2", "--output", "new"),
+    "train": ("train", "--model", "base", "--rank", "2", "--output", "new", "--set", "data.train=rows.jsonl"),
+    "model": ("quantize", "base", "--output", "new"),
+}
+COMMANDS["train"] += ("--set", "train.steps=1", "--set", "train.batch_size=2")
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, models: Callable[[str], Path]) -> dict[str, Path]:
+    """Folders by method: `base`, a model; `out`, a run on it of two steps; `rows.jsonl`."""
+    made = {}
+    for name, sets in RUNS.items():
+        folder = place / "whole" / name
+        folder.mkdir(parents=True)
+        shutil.copytree(models("llama"), folder / "base")
+        (folder / "rows.jsonl").write_text(f"{json.dumps(ROW)}\n" * 4)
+        with Example(place):
+            os.chdir(folder)
+            sets = [*sets, "data.train=rows.jsonl", "train.steps=2", "train.save_every=1", "train.batch_size=2"]
+            sets += ["eval.max_new_tokens=2", *([] if name == "full" else ["adapter.rank=2"])]
+            flags = [word for text in sets for word in ("--set", text)]
+            assert run("train", "--model", "base", "--output", "out", *flags).code == 0
+        made[name] = folder
+    return made
+
+
+def moved(folder: Path, old: Path) -> None:
+    """Let a copied run know where its base is now: what `--set model.name=` would say."""
+    recipe = folder / "out" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(old), str(folder)))
+
+
+def test_mutated_folders(place: Path, whole: dict[str, Path]) -> None:
+    kinds = [(name, command) for name in RUNS for command in COMMANDS]
+
+    @examples(500, 12)
+    @given(st.sampled_from(kinds), st.booleans(), fuzz_folders.damages())
+    def check(kind: tuple[str, str], of_run: bool, damages: list[fuzz_folders.Damage]) -> None:
+        method, command = kind
+        with Example(place) as example:
+            shutil.copytree(whole[method], example.work, dirs_exist_ok=True)
+            moved(example.work, whole[method])
+            (example.folder / "outside").mkdir()
+            target = "out" if of_run and not {"new", "--dry-run"} & set(COMMANDS[command]) else "base"
+            done = [fuzz_folders.damage(example.work / target, one, example.folder / "outside") for one in damages]
+            output = example.work / ("new" if "new" in COMMANDS[command] else "out")
+            before = tree(example.folder, output)
+            with writes() as written:
+                outcome = run(*COMMANDS[command])
+            reason = problem(outcome)
+            left = [*outside(written, output), *changed(before, tree(example.folder, output), output)]
+            if reason is None and left:
+                reason = f"written: {left}"
+            if reason is not None:
+                fail(reason, (method, command, done, damages))
 
     check()
