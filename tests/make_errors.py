@@ -19,7 +19,7 @@ AREAS = {
     "Run folder": "rundir names integrity initialize checkpoint exported peft_files optim",
     "Training": "train trainer prepare guards launch faults sharding",
     "Evaluation": "evals",
-    "Merge, quantize, export": "export convert serving int4",
+    "Merge, quantize, export": "export convert serving int4 probes card",
     "Upload": "hub",
 }
 """By the modules that say them."""
