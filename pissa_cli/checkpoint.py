@@ -18,9 +18,10 @@ Names = dict[nn.Parameter, str]
 _TENSORS = ("trained.safetensors", "optimizer.safetensors")
 
 
-def trained_values(names: Names) -> dict[str, Tensor]:
-    """What trains, by name, on the CPU and in whole; all processes must ask."""
-    return {name: whole(parameter.detach()).cpu() for parameter, name in names.items()}
+def trained_values(names: Names, first: bool) -> dict[str, Tensor]:
+    """What trains, by name, on the CPU and in whole; all processes must ask, the `first` gets it."""
+    values = ((name, whole(parameter.detach())) for parameter, name in names.items())
+    return {name: value.cpu() for name, value in values if first}
 
 
 def save_checkpoint(
@@ -32,7 +33,7 @@ def save_checkpoint(
 
     Raises PissaError for a disk that fails; older checkpoints are intact then.
     """
-    tensors = trained_values(names), optimizer_tensors(optimizer, names)
+    tensors = trained_values(names, first), optimizer_tensors(optimizer, names, first)
     if not first:
         return
     with whole_folder(run.checkpoints / f"step-{step}") as folder:
@@ -87,7 +88,13 @@ def whole_checkpoint(run: Run) -> tuple[Path | None, list[str]]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None if they are as they were written."""
+    """What is wrong with the files of a checkpoint; None if they are as they were written.
+
+    UsageError for files that are there and cannot be read now: that is no damage.
+    """
+    unreadable = [name for name in ("state.json", *_TENSORS) if (folder / name).is_file() and not _opens(folder / name)]
+    if unreadable:
+        raise UsageError(f"{folder / unreadable[0]}: cannot be read", "check the rights to read it, and the disk")
     try:
         hashes = read_json(folder / "state.json")["hashes"]
         return next((f"{name} has changed" for name in _TENSORS if hash_file(folder / name) != hashes[name]), None)
@@ -95,6 +102,15 @@ def damage(folder: Path) -> str | None:
         return error.message
     except (KeyError, TypeError):
         return "state.json is not what was written"
+
+
+def _opens(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError:
+        return False
+    return True
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.exported import full_model, load_with, result_files, trained_steps
 from pissa_cli.initialize import open_run
-from pissa_cli.integrity import model_facts, require_finite, sealed
+from pissa_cli.integrity import model_facts, read_settings, require_finite, sealed
 from pissa_cli.loading import load_model, load_tokenizer
 from pissa_cli.model import (
     DTYPES,
@@ -35,7 +35,7 @@ from pissa_cli.model import (
 )
 from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import PROVENANCE, Run, read_json, require_free, whole_folder, write_json, write_text
+from pissa_cli.rundir import PROVENANCE, Run, require_free, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, task_of, task_settings, write_nf4_config
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
@@ -75,7 +75,7 @@ def merge(
             progress(number + 1, len(weights.files), name)
         writer.close()
         copy_side_files(folder, target)
-        model_config = read_json(target / "config.json") | task_settings(skeleton(folder, recipe.model))
+        model_config = read_settings(target) | task_settings(skeleton(folder, recipe.model))
         model_config.pop("quantization_config", None)
         write_json(target / "config.json", model_config)
         write_text(target / "README.md", model_card(recipe, "merged into one model", step=step))
@@ -114,7 +114,7 @@ def quantize(
         folder, adapter = result_files(recipe, step)
     else:
         folder, adapter = model_folder, Adapter({}, {})
-        settings = read_json(folder / "config.json")
+        settings = read_settings(folder)
         if "quantization_config" in settings:
             raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=task_of(settings))})
@@ -153,7 +153,7 @@ def quantize(
             write_nf4_config(folder, target, recipe, linears, double_quant)
         else:
             copy_side_files(folder, target)
-            settings = read_json(folder / "config.json") | task_settings(model)
+            settings = read_settings(folder) | task_settings(model)
             settings["quantization_config"] = int4.config(int4.dense_modules(model, linears, group), group)
             write_json(target / "config.json", settings)
         write_text(target / "README.md", model_card(recipe, f"quantized to 4 bits ({form})", step=step))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import torch
 from torch import nn
@@ -200,7 +201,12 @@ def _logits_from(model: PreTrainedModel, begin: int, ids: torch.Tensor, position
 
 
 def require_same_loss(before: float, after: float, precision: str) -> None:
-    """Raise PissaError if the adapter at step 0 changes the loss of the base."""
+    """Raise PissaError if the adapter at step 0 changes the loss of the base, or that is no number itself."""
+    if not math.isfinite(before):
+        raise PissaError(
+            f"the loss of the base is {before} before training has begun",
+            "its weights or its config.json are damaged, or too large for the products' dtype (train.precision)",
+        )
     if not abs(after - before) <= START_TOLERANCE[precision] * max(1.0, abs(before)):
         raise PissaError(
             f"the loss with the adapter at step 0 is {after:.4f}, that of the base {before:.4f}; they must agree",

@@ -60,17 +60,23 @@ def model_facts(folder: Path) -> dict[str, str]:
 
 
 def settings_hash(folder: Path) -> str:
-    """A hash over what config.json says and over the files of the vocabulary. UsageError for a config.json that cannot
-    be read."""
+    """A hash over what config.json says and over the files of the vocabulary."""
+    there = [name for name in VOCABULARIES if (folder / name).is_file()]
+    said = {key: value for key, value in read_settings(folder).items() if key not in COSMETIC}
+    return _hash([said, hashes(folder, there)])
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What config.json says; UsageError if it is missing, damaged, or cannot be written down again."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        settings = json.loads(path.read_bytes())
+        json.dumps(settings, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: missing or damaged ({error})", "bring the model's own file back") from None
-    if not isinstance(config, dict):
+    if not isinstance(settings, dict):
         raise UsageError(f"{path}: expected a JSON object", "bring the model's own file back")
-    there = [name for name in VOCABULARIES if (folder / name).is_file()]
-    return _hash([{key: value for key, value in config.items() if key not in COSMETIC}, hashes(folder, there)])
+    return settings
 
 
 def require_model(folder: Path, facts: Mapping[str, Any], prefix: str = "") -> Path:
@@ -95,7 +101,10 @@ def require_closed(folder: Path) -> None:
     root = folder.resolve()
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *files)):
-            mode = path.lstat().st_mode
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # a training removes its old checkpoints
+                continue
             if stat.S_ISLNK(mode):
                 if not Path(os.path.realpath(path)).is_relative_to(root):
                     raise UsageError(f"{path}: a link that leads out of the run folder", "put what it stands for here")

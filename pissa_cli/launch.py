@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -12,12 +13,15 @@ from typing import Any
 
 import torch
 
-from pissa_cli.errors import Interrupted, PissaError
+from pissa_cli.errors import Interrupted, PissaError, UsageError
 from pissa_cli.initialize import Progress
 from pissa_cli.prepare import prepare
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, locked
+
+SHUTDOWN_SECONDS = "3600"
+"""What torchrun grants a process that was asked to stop: the step it is in and a checkpoint."""
 
 
 def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_progress: Progress) -> None:
@@ -26,10 +30,17 @@ def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_
     flags: of `pissa train`, handed on. On GPUs each process has one, on CPUs they speak gloo. Raises UsageError for bad
     input, PissaError if a process failed, Interrupted after the checkpoint that follows SIGINT or SIGTERM.
     """
+    if 0 < torch.cuda.device_count() < processes:
+        raise UsageError(
+            f"--processes {processes}: this machine has {torch.cuda.device_count()} GPUs", "each process needs its own"
+        )
     prepare(recipe, resume, init_progress=init_progress)
     with locked(Run(Path(recipe.output)).checkpoints):
         pass  # a run that another process is training: said here, not by one of many
+    gc.collect()
+    torch.cuda.empty_cache()  # what init took of the first GPU
     environment = dict(os.environ)
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     if not torch.cuda.is_available():
         environment |= {"ACCELERATE_USE_CPU": "true"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))

@@ -10,15 +10,14 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli import quant
+from pissa_cli.configuration import first_line, read_config
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import Expert, set_part, without_expert_weights
 from pissa_cli.model import (
     AUTO_CLASSES,
     DTYPES,
-    first_line,
     head_names,
     linear_layers,
-    read_config,
     read_stored,
     skeleton,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
+from pissa_cli.configuration import first_line, read_config
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import (
     EXPERT_PARAMETERS,
@@ -272,29 +272,3 @@ def context_length(folder: Path, section: ModelSection) -> int | None:
 def best_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def read_config(folder: Path, section: ModelSection) -> Any:
-    """The configuration, with the classes of a classifier; one that pools the last token has to know the padding."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except Exception as error:  # transformers' classes raise what they like at values they did not expect
-        raise UsageError(
-            f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})",
-            "check the file; code that comes with a model runs only with model.trust_remote_code",
-        ) from None
-    if section.task == "sequence-classification":
-        config.num_labels = len(section.labels)
-        config.id2label = dict(enumerate(section.labels))
-        config.label2id = {label: number for number, label in enumerate(section.labels)}
-        config.problem_type = "regression" if len(section.labels) == 1 else "single_label_classification"
-        pad = getattr(config, "pad_token_id", None)
-        if pad is None or not 0 <= pad < config.get_text_config().vocab_size:
-            eos = config.eos_token_id
-            config.pad_token_id = eos[0] if isinstance(eos, list) else eos
-    return config
-
-
-def first_line(error: Exception) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return text[:300] or type(error).__name__

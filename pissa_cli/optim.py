@@ -54,16 +54,20 @@ def learning_rate(step: int, total: int, section: TrainSection, peak: float) -> 
     return peak * max(0.0, 1 - progress) if section.schedule == "linear" else peak
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], first: bool
+) -> dict[str, Tensor]:
     """The state as `{"parameter|key": tensor}`, in whole; Python numbers become 0-dimensional fp64 tensors.
 
-    All processes must ask.
+    All processes must ask, the `first` gets it.
     """
     tensors = {}
     for parameter, name in names.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             kept = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-            tensors[f"{name}|{key}"] = whole(kept.detach()).cpu().clone()
+            kept = whole(kept.detach())
+            if first:
+                tensors[f"{name}|{key}"] = kept.cpu().clone()
     return tensors
 
 
@@ -86,5 +90,6 @@ def restore_optimizer(
         else:  # AdamW keeps its step count on the CPU
             value = tensor if tensor.ndim == 0 else spread_as(parameter, tensor)
         states.setdefault(parameter, {})[key] = value
+    optimizer.state.clear()  # what a checkpoint does not hold was not there when it was written
     for parameter, state in states.items():
         optimizer.state[parameter] = state

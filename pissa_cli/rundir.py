@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from pissa_cli.errors import PissaError, UsageError
 
 PROVENANCE = "pissa.json"
 PICTURE = "loss.png"
+UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,10 @@ def require_free(output: Path, own: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from writing `folder` in this block; the system lifts the lock of one that was killed.
 
-    Raises UsageError, naming the process, if another has it.
+    On a file system without locks it keeps nobody out. Raises UsageError, naming the process, if another has it.
     """
     path = folder.parent / f".{folder.name}.lock"
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
@@ -132,7 +134,10 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder}: {holder or 'another process'} is writing here", "wait for it, or use another --output"
         ) from None
     except OSError as error:
-        raise _disk_error(folder, error) from None
+        if error.errno not in UNLOCKABLE:
+            raise _disk_error(folder, error) from None
+        yield
+        return
     try:
         with suppress(OSError):
             path.write_text(f"process {os.getpid()} on {platform.node()} (since {time.ctime()})", encoding="utf-8")

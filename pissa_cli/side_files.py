@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
+from pissa_cli.integrity import read_settings
 from pissa_cli.model import DTYPES, Linear, head_names, skeleton
 from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import read_json, write_json
+from pissa_cli.rundir import write_json
 
 
 def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[Linear], double_quant: bool) -> None:
@@ -23,7 +24,7 @@ def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[L
     model = skeleton(source, recipe.model)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     dense = [name for name in linear if name not in names]
-    content = read_json(source / "config.json") | task_settings(model)
+    content = read_settings(source) | task_settings(model)
     compute_dtype = str(DTYPES[recipe.precision]).removeprefix("torch.")
     content["quantization_config"] = quant.config(double_quant, compute_dtype, dense)
     write_json(target / "config.json", content)

@@ -26,6 +26,7 @@ from pissa_cli.process import keep_freed_memory, peak_memory, process_state, sto
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, write_text
+from pissa_cli.sharding import asked_by_accelerate
 from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, set_up, update
 
 
@@ -40,6 +41,7 @@ def train(
     state = process_state()
     keep_freed_memory()
     first = state.is_main_process
+    shards = asked_by_accelerate() or recipe.train.shard  # before transformers reads what Accelerate has set
     watch = watch if first else lambda _: None
     run = Run(Path(recipe.output))
     with contextlib.ExitStack() as lock:
@@ -55,18 +57,20 @@ def train(
                 remove_old(run, recipe.train.keep)  # as a training killed just before it would have done
                 write_text(run.recipe, dump(recipe))
         model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed)
-        trainer = set_up(run, manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, watch)
+        trainer = set_up(
+            run, manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, shards, watch
+        )
         first_step = _restore(trainer, checkpoint) if checkpoint else 0
         with state.main_process_first():
             seen = _trim_metrics(run, first_step, first)
         figures = _loop(run, trainer, held_out, first_step, Faults(recipe, seen), watch)
         facts = {name: part.facts() for name, part in (("train", examples), ("eval", held_out)) if part is not None}
-        trained = trained_values(trainer.names)
+        trained = trained_values(trainer.names, first)
         with state.main_process_first():
             if first:
-                report.loss_picture(run.metrics, run.folder / PICTURE)
                 result = write_result(recipe, model, trainer.names, trained, trainer.total_steps, facts)
                 figures["result"] = str(result)
+                report.loss_picture(run.metrics, run.folder / PICTURE)
     return figures | {"data": facts}
 
 

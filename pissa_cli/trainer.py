@@ -28,7 +28,7 @@ from pissa_cli.optim import make_optimizer
 from pissa_cli.prepare import Watch
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import Run
-from pissa_cli.sharding import asked_by_accelerate, shard, whole
+from pissa_cli.sharding import FSDPModule, shard, whole
 from pissa_cli.steps import count_steps, seed_step, step_examples
 from pissa_cli.weights import open_weights
 
@@ -59,18 +59,26 @@ def set_up(
     examples: Examples,
     pad_id: int,
     fresh: bool,
+    shards: bool,
     watch: Watch,
 ) -> Trainer:
-    """Put the model on its device, make it train what the method trains, and give that an optimizer."""
+    """Put the model on its device, make it train what the method trains, and give that an optimizer.
+
+    shards: whether the processes share it, if there are several.
+    """
     unused = bool(holders_of_3d_weights(model))  # an expert may get no token
     ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    asked = asked_by_accelerate() or recipe.train.shard
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ways])
-    sharded = asked and accelerator.num_processes > 1
-    if asked and not sharded:
+    sharded = shards and accelerator.num_processes > 1
+    if shards and not sharded:
         watch({"note": "train.shard: a single process has the whole model"})
     if sharded and recipe.train.optimizer != "adamw":
         raise UsageError("bitsandbytes' optimizer cannot be spread over processes", "set train.optimizer to adamw")
+    if sharded and unused:
+        raise UsageError(
+            "the experts of this model cannot be spread over processes: one process may use some that another does not",
+            "train without sharding: each process then has the whole model",
+        )
     num_base, model = num_parameters(model), model.to(accelerator.device)
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
     packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
@@ -88,7 +96,9 @@ def set_up(
         train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
         if before is not None:
             require_same_loss(before, probe(packed), recipe.precision)
-    chunked = chunks_loss(model, examples)
+    head = model.get_output_embeddings()
+    aside = unused and accelerator.num_processes > 1 and head is not None and head.weight.requires_grad
+    chunked = chunks_loss(model, examples) and not aside  # DDP takes what is used outside of the model for unused
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for layer in lowrank_layers(model).values():
@@ -165,6 +175,8 @@ def evaluate_loss(trainer: Trainer, examples: Examples) -> float:
     for chunk, counts in _own_chunks(trainer, examples, list(range(len(examples)))):
         total += _summed_loss(trainer, examples, chunk) * float(counts)
     total = trainer.accelerator.reduce(total, "sum")
+    if isinstance(trainer.model, FSDPModule):
+        trainer.model.reshard()  # which only a backward pass does by itself
     return float(total) / sum(examples.num_targets(i) for i in range(len(examples)))
 
 
@@ -186,54 +198,3 @@ def _summed_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tens
     device = trainer.accelerator.device
     with autocast(trainer.recipe.model.bits, trainer.recipe.precision, device):
         return summed_loss(trainer.model, {key: tensor.to(device) for key, tensor in batch.items()}, trainer.chunked)
-
-
-def _set_up(
-    run: Run,
-    manifest: dict[str, Any],
-    recipe: Recipe,
-    model: PreTrainedModel,
-    examples: Examples,
-    pad_id: int,
-    fresh: bool,
-    watch: Watch,
-) -> Trainer:
-    """Put the model on its device, make it train what the method trains, and give that an optimizer."""
-    unused = bool(holders_of_3d_weights(model))  # an expert may get no token
-    ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ways])
-    num_base, model = num_parameters(model), model.to(accelerator.device)
-    probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
-    packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
-    if recipe.data.classifies:
-        require_padding_unseen(recipe, model, examples, pad_id, accelerator.device)
-    if recipe.data.packing == "auto" and not packed and not recipe.data.classifies:
-        watch({"note": "examples are padded: packed ones would see each other, or cost more, in this model"})
-    if isinstance(recipe.adapter, FullOptions):
-        model.requires_grad_(True)
-    else:
-        before = probe(packed) if fresh and recipe.model.bits != 4 else None
-        _, start = read_start(run, manifest)
-        plain, dropout = recipe.model.bits != 4, getattr(recipe.adapter, "dropout", 0.0)
-        attach(model, start, METHODS[recipe.adapter.method], plain, dropout)
-        train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
-        if before is not None:
-            require_same_loss(before, probe(packed), recipe.precision)
-    chunked = chunks_loss(model, examples)
-    if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for layer in lowrank_layers(model).values():
-            layer.keeps_weight = True
-    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, layer in lowrank_layers(model).items():
-        names |= {p: f"{name}.{key}" for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
-    total_steps = count_steps(len(examples), recipe)
-    trainable = sum(parameter.numel() for parameter in names)
-    steps = f"{total_steps} steps of {recipe.train.batch_size} examples"
-    if accelerator.is_main_process:
-        processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-        watch({"note": f"{trainable:,} parameters train, the base has {num_base:,}; {steps}{processes}"})
-    optimizer = make_optimizer(names, recipe)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
-    return Trainer(*parts, watch, recipe.train.micro_batch_size)

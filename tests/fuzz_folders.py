@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,31 +144,33 @@ def _json(path: Path, change: Damage) -> None:
         )
         return
     else:
-        holders = list(_holders(content))
-        holder = holders[change.number % len(holders)]
-        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
-        if change.kind == "key new" and isinstance(holder, dict):
+        places = [(holder, key) for holder in _holders(content) for key in _keys(holder)]
+        if not places:
+            return
+        holder, key = places[change.number % len(places)]
+        if change.kind == "key gone":
+            del holder[key]
+        elif change.kind == "key new" and isinstance(holder, dict):
             holder[NAMES[change.file % len(NAMES)]] = change.junk
-        elif keys:
-            key = keys[change.number // 7 % len(keys)]
-            if change.kind == "key gone":
-                del holder[key]
-            else:
-                holder[key] = change.junk
+        else:
+            holder[key] = change.junk
     path.write_text(json.dumps(content))
 
 
-def _holders(content: Any) -> Any:
-    """Every mapping and list in a JSON document, at most 200: those of a tokenizer's vocabulary tell nothing new."""
+def _keys(holder: Any) -> list[Any]:
+    """At most 20: those of a tokenizer's vocabulary tell nothing new."""
+    return (list(holder) if isinstance(holder, dict) else list(range(len(holder))))[:20]
+
+
+def _holders(content: Any) -> Iterator[Any]:
+    """Every mapping and list in a JSON document, at most 30, the outermost first."""
     left, count = [content], 0
-    while left and count < 200:
+    while left and count < 30:
         one = left.pop(0)
         if isinstance(one, dict | list):
             count += 1
             yield one
-            left += list(one.values() if isinstance(one, dict) else one)[:50]
-    if not isinstance(content, dict | list):
-        yield []
+            left += [one[key] for key in _keys(one)]
 
 
 def _safetensors(path: Path, change: Damage) -> None:

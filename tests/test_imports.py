@@ -26,7 +26,7 @@ LAYERS = [
     "loading side_files steps",
     "model peft_files report optim process",
     "sharding",
-    "rundir experts integrity",
+    "rundir experts integrity configuration",
     "rows loss weights packing",
     "adapters.lowrank",
     "adapters.methods",

@@ -43,8 +43,8 @@ RUNS = {
 SHARDED = {
     "checkpointing": ["train.gradient_checkpointing=true", "data.eval={rows}", "train.eval_every=5"],
     "some-layers": ["model.bits=4", "train.precision=fp32", "adapter={method: lora, rank: 4, targets: [q_proj]}"],
-    "head": ["adapter={method: pissa, rank: 4, modules_to_save: [lm_head]}"],
-    "full": ["adapter={method: full}", "train.lr=0.0003"],
+    "head": ["adapter={method: pissa, rank: 4, modules_to_save: [lm_head]}", "data.eval={rows}"],
+    "full": ["adapter={method: full}", "train.lr=0.0003", "data.eval={rows}"],
 }
 """Runs that differ where parameters are spread."""
 
@@ -86,7 +86,7 @@ def test_two_processes_are_one(models: Callable[[str], Path], rows: Path, tmp_pa
         [*command, str(tmp_path / "loop.py"), *files], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    for name in RUNS:
+    for name in RUNS | SHARDED if shard else RUNS:
         train(made[name, "one"])
         one, two = (result(made[name, way]) for way in WAYS)
         losses = [[event["loss"] for event in events(made[name, way])] for way in WAYS]

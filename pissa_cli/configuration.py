@@ -1,0 +1,57 @@
+"""What config.json says of a model, as transformers reads it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from pissa_cli.errors import UsageError
+from pissa_cli.recipe import ModelSection
+
+MOST_PARTS = 10_000
+"""Layers, or experts in one: making the modules of absurdly many would take forever."""
+
+
+def read_config(folder: Path, section: ModelSection) -> Any:
+    """The configuration, with the classes of a classifier; one that pools the last token has to know the padding."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+        values = config.get_text_config().to_dict()
+    except Exception as error:  # transformers' classes raise what they like at values they did not expect
+        raise UsageError(
+            f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})",
+            "check the file; code that comes with a model runs only with model.trust_remote_code",
+        ) from None
+    for key, value in values.items():
+        fault = _fault(key, value)
+        if fault is not None:
+            raise UsageError(f"{folder / 'config.json'}: {key} is {value}, {fault}", "this file is damaged")
+    if section.task == "sequence-classification":
+        config.num_labels = len(section.labels)
+        config.id2label = dict(enumerate(section.labels))
+        config.label2id = {label: number for number, label in enumerate(section.labels)}
+        config.problem_type = "regression" if len(section.labels) == 1 else "single_label_classification"
+        pad = getattr(config, "pad_token_id", None)
+        if pad is None or not 0 <= pad < config.get_text_config().vocab_size:
+            eos = config.eos_token_id
+            config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    return config
+
+
+def _fault(key: str, value: Any) -> str | None:
+    """What is wrong with a value that transformers takes, and that a model cannot be made or run with."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if re.search(r"layers$|^n_layer$|experts$", key) and not 0 <= value <= MOST_PARTS:
+        return f"which is not from 0 to {MOST_PARTS:,}"
+    if re.search(r"dropout|pdrop", key) and not 0 <= value < 1:
+        return "which is no probability below 1"
+    return None
+
+
+def first_line(error: Exception) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return text[:300] or type(error).__name__
