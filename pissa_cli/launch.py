@@ -20,7 +20,7 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, locked
 
-SHUTDOWN_SECONDS = "3600"
+SHUTDOWN_SECONDS = "600"
 """What torchrun grants a process that was asked to stop: the step it is in and a checkpoint."""
 
 

@@ -16,6 +16,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from pissa_cli.errors import Interrupted
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES = 2**30
 WAIT_SECONDS = 6 * 3600
@@ -25,6 +27,21 @@ def process_state() -> PartialState:
     """Which process of how many this is; they wait long for the first, which does what all of them need."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     return PartialState(cpu=cpu, timeout=timedelta(seconds=WAIT_SECONDS))
+
+
+@contextlib.contextmanager
+def one_of_several() -> Iterator[PartialState]:
+    """process_state(), and the end of its group: threads of gloo that live on at exit may abort the interpreter.
+
+    After an error the group is left as it is: NCCL would wait for processes that are elsewhere.
+    """
+    state = process_state()
+    try:
+        yield state
+    except Interrupted:  # all of them
+        state.destroy_process_group()
+        raise
+    state.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -26,8 +26,10 @@ LOOP = """
 import sys
 from pissa_cli.recipe_file import load
 from pissa_cli.train import train
+from pissa_cli.process import process_state
 for name in sys.argv[1:]:
     train(load(name, {}).recipe)
+process_state().destroy_process_group()
 """
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 WAYS = ("one", "two")

@@ -146,7 +146,8 @@ def test_only_the_newest_checkpoints_are_kept(models: Callable[[str], Path], rec
 
 
 def test_a_diverging_run_stops_with_a_reason(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
-    made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=9", "train.save_every=1", "train.lr=1e30")
+    grows = ("train.lr=100", "train.weight_decay=1000")  # 100,000 times as large at each step
+    made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=9", "train.save_every=1", *grows)
     with pytest.raises(PissaError, match="diverged"):
         train(made)
     run = Run(Path(made.output))
@@ -163,7 +164,7 @@ def test_a_changed_start_is_refused(bits: int, models: Callable[[str], Path], re
     initialize(made)
     path = Run(Path(made.output)).init / "adapter_model.safetensors"
     save_file({name: tensor * 1.5 for name, tensor in load_tensors(path).items()}, path)
-    with pytest.raises(UsageError, match="not what init wrote"):
+    with pytest.raises(UsageError, match="not what was written"):
         train(made)
 
 
@@ -191,7 +192,7 @@ def test_missing_tensors_are_refused(models: Callable[[str], Path], recipe: Make
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
-    with pytest.raises(UsageError, match=r"1 tensors of the model are not in its files \(model\.norm\.weight\)"):
+    with pytest.raises(UsageError, match=r"1 tensors of the model are not in its files.* \(model\.norm\.weight\)"):
         train(recipe(folder, *BASE, f"data.train={rows}", "train.steps=1"))
 
 

@@ -60,16 +60,15 @@ def train_command(
         with show.counting("init") as progress:
             launch(recipe, resume, processes, flags, progress)
         return
-    from pissa_cli.process import process_state
+    from pissa_cli.process import one_of_several
     from pissa_cli.report import mean_losses
     from pissa_cli.train import train
 
-    first = process_state().is_main_process
-    if first:
-        show.say(
-            f"train: {recipe.adapter.method} over {recipe.model.name}, {recipe.model.bits} bits, into {recipe.output}"
-        )
-    with show.training() as watch, show.counting("init") as progress:
+    with one_of_several() as state, show.training() as watch, show.counting("init") as progress:
+        first = state.is_main_process
+        if first:
+            method, base = recipe.adapter.method, f"{recipe.model.name}, {recipe.model.bits} bits"
+            show.say(f"train: {method} over {base}, into {recipe.output}")
         figures = train(recipe, resume, watch, progress)
     if not first:
         return
