@@ -49,6 +49,6 @@ def _fault(key: str, value: Any) -> str | None:
     return None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip()
     return text[:300] or type(error).__name__

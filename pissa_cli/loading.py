@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -102,10 +104,25 @@ def _packed_experts(folder: Path, section: ModelSection) -> dict[Expert, nn.Modu
     return modules
 
 
+@contextmanager
+def no_panic(source: object) -> Iterator[None]:
+    """Where a tokenizer runs: UsageError if the library in Rust breaks down, which is no Exception in Python."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UsageError(f"{source}: the tokenizer breaks down ({first_line(error)})", "is its file damaged?") from None
+
+
 def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of the base, padding on the right."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+        with no_panic(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+            tokenizer("A text, ein Wörtchen and 12.")
+    except UsageError:
+        raise
     except Exception as error:  # transformers' and tokenizers' readers raise what they like
         hint = None
         if any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file():

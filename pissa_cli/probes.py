@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli.errors import PissaError
+from pissa_cli.integrity import not_finite
 from pissa_cli.loss import autocast
 from pissa_cli.recipe import Recipe
 from pissa_cli.svd import frobenius_norm
-from pissa_cli.weights import not_finite
 
 TINY = 1e-30
 PROBES = (
