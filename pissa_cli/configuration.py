@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ def read_config(folder: Path, section: ModelSection) -> Any:
             eos = config.eos_token_id
             config.pad_token_id = eos[0] if isinstance(eos, list) else eos
     return config
+
+
+def require_tokens(name: str, tokens: Iterable[int], config: Any) -> None:
+    """UsageError for a token above those that the model has embeddings of."""
+    known, highest = config.get_text_config().vocab_size, max(tokens, default=0)
+    if highest >= known:
+        raise UsageError(
+            f"{name}: token {highest} is beyond the model's vocabulary of {known}",
+            "the tokenizer and the model do not belong together",
+        )
 
 
 def _fault(key: str, value: Any) -> str | None:

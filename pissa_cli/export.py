@@ -17,6 +17,7 @@ from pissa_cli import int4, quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import model_card
+from pissa_cli.configuration import require_tokens
 from pissa_cli.data import batch_losses, load_examples, padding
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
@@ -267,8 +268,8 @@ def _before_and_after(
         model = load_with(recipe, folder, adapter, device)
     else:
         model = load_model(folder, recipe.dense_model, recipe.precision, recipe.seed).to(device).eval()
-    before, data = _perplexity(model, tokenizer, recipe)
     logits = probe_logits(model, tokenizer, recipe)
+    before, data = _perplexity(model, tokenizer, recipe)
     del model
     gc.collect()
     four = recipe.model.model_copy(update={"bits": 4})
@@ -290,6 +291,7 @@ def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reci
         else:
             section = recipe.data.model_copy(update={"limit": PERPLEXITY_ROWS})
             examples = load_examples(recipe.data.eval, section, tokenizer, None)
+            require_tokens("data.eval", [int(examples.ids.max())], model.config)
             losses = batch_losses(model, examples, padding(model, tokenizer), recipe.train.micro_batch_size)
             total = sum(loss for _, loss in losses)
             count = sum(examples.num_targets(i) for i in range(len(examples)))

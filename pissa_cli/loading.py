@@ -56,9 +56,10 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
     _new_head(model, head, seed)  # of a classifier with other classes as well
     missing = sorted({*loading["missing_keys"], *unlike} - set(head))
     if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        shown = [f"{name}, of another shape" if name in unlike else name for name in missing[:3]]
+        names = ", ".join(shown) + (", ..." if len(missing) > 3 else "")
         raise UsageError(
-            f"{folder}: {len(missing)} tensors of the model are not in its files, or of another shape ({names})",
+            f"{folder}: {len(missing)} tensors of the model are not in its files ({names})",
             "they would be random numbers; the checkpoint is incomplete, or config.json is another model's",
         )
     for expert, module in experts.items():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pissa_cli.configuration import require_tokens
 from pissa_cli.errors import PissaError
 from pissa_cli.integrity import not_finite
 from pissa_cli.loss import autocast
@@ -29,7 +30,9 @@ def probe_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rec
     logits = []
     with autocast(recipe.model.bits, recipe.precision, model.device):
         for probe in PROBES:
-            ids = torch.tensor([tokenizer(probe)["input_ids"]], device=model.device)
+            tokens = tokenizer(probe)["input_ids"]
+            require_tokens("the tokenizer", tokens, model.config)
+            ids = torch.tensor([tokens], device=model.device)
             logits.append(model(input_ids=ids).logits.float().cpu())
             if not_finite(logits[-1]):
                 raise PissaError(

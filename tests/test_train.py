@@ -163,7 +163,7 @@ def test_a_changed_start_is_refused(bits: int, models: Callable[[str], Path], re
     initialize(made)
     path = Run(Path(made.output)).init / "adapter_model.safetensors"
     save_file({name: tensor * 1.5 for name, tensor in load_tensors(path).items()}, path)
-    with pytest.raises(UsageError, match="not what init wrote"):
+    with pytest.raises(UsageError, match="not what was written"):
         train(made)
 
 
