@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,20 @@ def read_config(folder: Path, section: ModelSection) -> Any:
     return config
 
 
+def require_tokens(name: str, tokens: Iterable[int], config: Any) -> None:
+    """UsageError for a token above those that the model has embeddings of."""
+    known, highest = config.get_text_config().vocab_size, max(tokens, default=0)
+    if highest >= known:
+        raise UsageError(
+            f"{name}: token {highest} is beyond the model's vocabulary of {known}",
+            "the tokenizer and the model do not belong together",
+        )
+
+
 def _fault(key: str, value: Any) -> str | None:
     """What is wrong with a value that transformers takes, and that a model cannot be made or run with."""
+    if value is None and re.search(r"^(attention|hidden).*dropout|pdrop", key):
+        return "which is no probability"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if re.search(r"layers$|^n_layer$|experts$", key) and not 0 <= value <= MOST_PARTS:
@@ -52,6 +65,6 @@ def _fault(key: str, value: Any) -> str | None:
     return None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip()
     return text[:300] or type(error).__name__

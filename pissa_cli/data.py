@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pissa_cli.classification import encode_classified, label_columns
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import CUT, Encoded, Examples, cache_key, no_usable_row, read_cache, refuse, write_cache
+from pissa_cli.loading import no_panic
 from pissa_cli.loss import IGNORED, summed_loss
 from pissa_cli.recipe import FIELDS, DataSection
 from pissa_cli.rows import Row, content_hash, read_rows, text_of
@@ -46,7 +47,8 @@ def load_examples(
         path = cache / f"{cache_key(content_hash(source), section, tokenizer, labels)}.safetensors"
     if path is not None and path.is_file() and (cached := read_cache(path)) is not None:
         return cached
-    examples = _tokenize(source, section, tokenizer, labels)
+    with no_panic(source):
+        examples = _tokenize(source, section, tokenizer, labels)
     if path is not None:
         write_cache(path, examples)
     return examples

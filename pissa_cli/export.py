@@ -270,8 +270,8 @@ def _before_and_after(
         model = load_with(recipe, folder, adapter, device)
     else:
         model = load_model(folder, recipe.dense_model, recipe.precision, recipe.seed).to(device).eval()
-    before, data = perplexity(model, tokenizer, recipe)
     logits = probe_logits(model, tokenizer, recipe)
+    before, data = perplexity(model, tokenizer, recipe)
     del model
     gc.collect()
     four = recipe.model.model_copy(update={"bits": 4})

@@ -16,14 +16,13 @@ from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_module
 from pissa_cli.checkpoint import Names, checkpoint_tensors, latest_checkpoint, step_of
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import open_run, read_start, require_base
-from pissa_cli.integrity import DISTRUST, hashes, model_facts, require_files, require_sealed, sealed
+from pissa_cli.integrity import DISTRUST, hashes, model_facts, not_finite, require_files, require_sealed, sealed
 from pissa_cli.loading import load_model
 from pissa_cli.model import head_names, skeleton
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_config, rank_of, read_peft, write_peft
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json
 from pissa_cli.side_files import copy_side_files
-from pissa_cli.weights import not_finite
 
 
 def write_result(

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from torch import Tensor
 
 from pissa_cli.errors import UsageError
-from pissa_cli.weights import Weights, fingerprint, hash_file, load_tensors, not_finite, open_weights
+from pissa_cli.weights import Weights, fingerprint, hash_file, load_tensors, open_weights
 
 COSMETIC = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Keys of config.json that change nothing here."""
@@ -114,6 +115,11 @@ def require_closed(folder: Path) -> None:
         for path in (folder / name for name in names):
             if path.exists() and not is_kind(path):
                 raise UsageError(f"{path}: not a {kind}", "remove it")
+
+
+def not_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds NaN or infinite values."""
+    return tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all())
 
 
 def require_finite(name: str, tensor: Tensor, weights: Weights) -> None:

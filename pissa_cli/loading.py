@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -57,9 +59,10 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
     _new_head(model, head, seed)  # of a classifier with other classes as well
     missing = sorted({*loading["missing_keys"], *unlike} - set(head))
     if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        shown = [f"{name}, of another shape" if name in unlike else name for name in missing[:3]]
+        names = ", ".join(shown) + (", ..." if len(missing) > 3 else "")
         raise UsageError(
-            f"{folder}: {len(missing)} tensors of the model are not in its files, or of another shape ({names})",
+            f"{folder}: {len(missing)} tensors of the model are not in its files ({names})",
             "the checkpoint is incomplete, or config.json is another model's: download it again",
         )
     for expert, module in experts.items():
@@ -105,10 +108,25 @@ def _packed_experts(folder: Path, section: ModelSection) -> dict[Expert, nn.Modu
     return modules
 
 
+@contextmanager
+def no_panic(source: object) -> Iterator[None]:
+    """Where a tokenizer runs: UsageError if the library in Rust breaks down, which is no Exception in Python."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UsageError(f"{source}: the tokenizer breaks down ({first_line(error)})", "is its file damaged?") from None
+
+
 def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of the base, padding on the right."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+        with no_panic(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+            tokenizer("A text, ein Wörtchen and 12.")
+    except UsageError:
+        raise
     except Exception as error:  # transformers' and tokenizers' readers raise what they like
         hint = "the folder needs the tokenizer's files, e.g. tokenizer.json and tokenizer_config.json"
         if any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file():

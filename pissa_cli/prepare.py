@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
+from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data import load_examples
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
@@ -48,6 +49,7 @@ def prepare(
     for name, loaded in (("data.train", examples), ("data.eval", held_out)):
         if loaded is not None:
             require_context(name, loaded, context_length(folder, recipe.model))
+            require_tokens(name, [int(loaded.ids.max())], read_config(folder, recipe.model))
             for line in loaded.notes(name):
                 watch({"note": line})
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pissa_cli.configuration import require_tokens
 from pissa_cli.data import batch_losses, load_examples, padding
 from pissa_cli.errors import PissaError
+from pissa_cli.integrity import not_finite
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import head_names
 from pissa_cli.recipe import Recipe
 from pissa_cli.svd import frobenius_norm
-from pissa_cli.weights import not_finite
 
 TINY = 1e-30
 PERPLEXITY_ROWS = 200
@@ -32,7 +33,9 @@ def probe_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rec
     logits = []
     with autocast(recipe.model.bits, recipe.precision, model.device):
         for probe in PROBES:
-            ids = torch.tensor([tokenizer(probe)["input_ids"]], device=model.device)
+            tokens = tokenizer(probe)["input_ids"]
+            require_tokens("the tokenizer", tokens, model.config)
+            ids = torch.tensor([tokens], device=model.device)
             logits.append(model(input_ids=ids).logits.float().cpu())
             if not_finite(logits[-1]):
                 raise PissaError(
@@ -70,6 +73,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recip
         else:
             section = recipe.data.model_copy(update={"limit": PERPLEXITY_ROWS})
             examples = load_examples(recipe.data.eval, section, tokenizer, None)
+            require_tokens("data.eval", [int(examples.ids.max())], model.config)
             losses = batch_losses(model, examples, padding(model, tokenizer), recipe.train.micro_batch_size)
             total = sum(loss for _, loss in losses)
             count = sum(examples.num_targets(i) for i in range(len(examples)))

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
+from pissa_cli.errors import UsageError
 from pissa_cli.integrity import read_settings
 from pissa_cli.model import DTYPES, Linear, head_names, skeleton
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import write_json
+from pissa_cli.yamlfile import shown
 
 
 def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[Linear], double_quant: bool) -> None:
@@ -40,10 +42,16 @@ def task_settings(model: PreTrainedModel) -> dict[str, Any]:
 
 def task_of(settings: dict[str, Any]) -> dict[str, Any]:
     """`task` and `labels` of a recipe's model from a config.json; nothing for a language model."""
-    if not str(next(iter(settings.get("architectures") or []), "")).endswith("ForSequenceClassification"):
+    names = settings.get("architectures")
+    if not isinstance(names, list) or not names or not str(names[0]).endswith("ForSequenceClassification"):
         return {}
     labels = settings.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    return {"task": "sequence-classification", "labels": [labels[key] for key in sorted(labels, key=int)]}
+    try:
+        return {"task": "sequence-classification", "labels": [str(labels[key]) for key in sorted(labels, key=int)]}
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"config.json: id2label is {shown(labels)}, not a name for each number", "download the model again"
+        ) from None
 
 
 def copy_side_files(source: Path, target: Path) -> None:

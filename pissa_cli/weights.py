@@ -85,10 +85,7 @@ def open_weights(folder: Path) -> Weights:
     """
     index: dict[str, str] = {}
     if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{folder / INDEX}: damaged index ({error!r})", "download the model again") from None
+        index = _read_index(folder / INDEX)
         shards = list(dict.fromkeys(index.values()))
     elif (folder / SINGLE).is_file():
         shards = [SINGLE]
@@ -101,7 +98,7 @@ def open_weights(folder: Path) -> Weights:
     weights = Weights(folder, files, {}, {}, {})
     for shard in shards:
         path = folder / shard
-        if path.parent != folder or not path.is_file():
+        if path.parent != folder or kind_of(path) != "file":
             raise UsageError(f"{path}: this shard of the index is missing", "download the model again")
         try:
             with safe_open(path, framework="pt"):
@@ -115,6 +112,17 @@ def open_weights(folder: Path) -> Weights:
             "index and shards do not belong together; download the model again",
         )
     return weights
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_bytes())["weight_map"]
+        if isinstance(index, dict) and all(isinstance(shard, str) and shard.isprintable() for shard in index.values()):
+            return index
+        reason = "weight_map has to name the file of every tensor"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = repr(error)
+    raise UsageError(f"{path}: damaged index ({reason})", "download the model again")
 
 
 def _read_header(path: Path, weights: Weights) -> None:
@@ -163,11 +171,6 @@ def _fingerprint(folder: Path, _files: tuple[tuple[str, int, int], ...]) -> str:
     for name in weights.files:
         whole.add(name, weights.read(name))
     return whole.digest()
-
-
-def not_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds NaN or infinite values."""
-    return tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all())
 
 
 def hash_file(path: Path) -> str:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 AREAS = {
     "Any command": "cli.edge",
     "Recipe and flags": "yamlfile recipe_file recipe_errors recipe adapter_options cli",
-    "Base model": "model configuration loading weights plan attach ranks experts",
+    "Base model": "model configuration loading weights plan attach ranks experts side_files",
     "Data": "data rows examples classification",
     "Run folder": "rundir names integrity initialize checkpoint exported peft_files optim",
     "Training": "train trainer prepare guards launch faults sharding",

@@ -14,6 +14,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from pissa_cli.configuration import require_tokens
+
 TOP_P = 0.95
 MOST = 256
 ON_CPU = 32
@@ -41,6 +43,7 @@ def generate(
     a batch. batch_size: None for as many as should fit (`fitting`); batches that do not are halved. The answer
     to a prompt that leaves no room for one is empty.
     """
+    require_tokens("the questions", (token for prompt in prompts for token in prompt), model.config)
     eos = tokenizer.eos_token_id
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     stops = sorted({eos, *(own if isinstance(own, list) else [own] if own is not None else [])})

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data import question_prompt
 from pissa_cli.evals import classify, harness, held_out, mt_bench
 from pissa_cli.evals.bench import Progress as Count
@@ -74,6 +75,9 @@ def evaluate(
     base_folder = require_base(run, manifest, recipe)
     tokenizer, context = load_tokenizer(base_folder, recipe.model), context_length(base_folder, recipe.model) or 2**31
     data = {bench: load_bench(bench, recipe, tokenizer, context) for bench in recipe.eval.bench}
+    for bench, loaded in data.items():
+        if isinstance(loaded, Examples):
+            require_tokens(bench, [int(loaded.ids.max())], read_config(base_folder, recipe.model))
     facts = {
         "model": "base" if base else "trained",
         "step": 0 if base else trained_steps(recipe),
