@@ -85,6 +85,19 @@ def train_whole(model: PreTrainedModel, names: list[str], weights: Weights) -> N
 
     A classifier's head that is not on disk, or has other classes there, keeps the values it has.
     """
+    chosen = make_trainable(model, names)
+    own = {f"{name}.{key}" for name, module in chosen.items() for key, _ in module.named_parameters(recurse=False)}
+    for name in own & {name for name, _ in model.named_parameters()}:  # of tied ones, the first
+        parameter = model.get_parameter(name)
+        if weights.shapes.get(name) == tuple(parameter.shape) or name.split(".")[0] not in head_names(model):
+            parameter.data.copy_(weights.read(disk_name(name, model.base_model_prefix, weights)))
+
+
+def make_trainable(model: PreTrainedModel, names: list[str]) -> dict[str, nn.Module]:
+    """Make modules train in fp32, from the values they have; they compute and give their output in the dtype they had.
+
+    Returns them by name.
+    """
     chosen = whole_modules(model, names)
     modules = list(chosen.values())
     dtypes = [next(module.parameters()).dtype for module in modules]  # a tied parameter changes with the first
@@ -92,11 +105,7 @@ def train_whole(model: PreTrainedModel, names: list[str], weights: Weights) -> N
         module.float().requires_grad_(True)
         if dtype != torch.float32:
             module.forward = partial(_compute_in, dtype, module.forward)
-    own = {f"{name}.{key}" for name, module in chosen.items() for key, _ in module.named_parameters(recurse=False)}
-    for name in own & {name for name, _ in model.named_parameters()}:  # of tied ones, the first
-        parameter = model.get_parameter(name)
-        if weights.shapes.get(name) == tuple(parameter.shape) or name.split(".")[0] not in head_names(model):
-            parameter.data.copy_(weights.read(disk_name(name, model.base_model_prefix, weights)))
+    return chosen
 
 
 def _compute_in(dtype: torch.dtype, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -33,7 +33,7 @@ from pissa_cli.integrity import (
 from pissa_cli.model import Linear, best_device, resolve_base
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
 from pissa_cli.plan import Plan, make_plan
-from pissa_cli.process import keep_freed_memory
+from pissa_cli.process import keep_freed_memory, release_freed_memory
 from pissa_cli.ranks import with_auto_ranks
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
@@ -63,7 +63,9 @@ def initialize(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str
     plan = make_plan(recipe, folder, weights)
     if isinstance(recipe.adapter, ScaledBase) and recipe.adapter.rank == "auto":
         plan = with_auto_ranks(recipe.adapter, plan, weights, progress)
-    return _write_run(recipe, plan, weights, run, progress)
+    manifest = _write_run(recipe, plan, weights, run, progress)
+    release_freed_memory()
+    return manifest
 
 
 def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:

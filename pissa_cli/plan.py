@@ -190,7 +190,7 @@ def _ranks(adapter: AdapterBase, targets: list[Linear]) -> dict[str, int]:
     return ranks
 
 
-def memory_estimate(recipe: Recipe, plan: Plan) -> dict[str, int]:
+def rough_memory(recipe: Recipe, plan: Plan) -> dict[str, int]:
     """Bytes that training takes, by what takes them; activations are a rough figure for full-length examples."""
     compute = DTYPES[recipe.precision].itemsize
     dense = {4: compute, 16: 2, 32: 4}[recipe.model.bits]
@@ -205,7 +205,7 @@ def memory_estimate(recipe: Recipe, plan: Plan) -> dict[str, int]:
     if recipe.train.gradient_checkpointing:
         per_token = 2 * per_token // max(1, layers // 2)
     full = isinstance(recipe.adapter, FullOptions)
-    estimate = {
+    return {
         "weights": int(in_linears * packed + (plan.num_total - in_linears) * dense),
         "factors": 0 if full else plan.factor_bytes(recipe),
         "gradients": trainable * (dense if full else 4),
@@ -213,4 +213,3 @@ def memory_estimate(recipe: Recipe, plan: Plan) -> dict[str, int]:
         "activations": tokens * per_token,
         "logits": tokens * plan.vocabulary * (compute + 8),
     }
-    return estimate | {"total": sum(estimate.values())}

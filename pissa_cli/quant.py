@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -228,22 +229,26 @@ def unpack(name: str, tensors: dict[str, Tensor]) -> Packed:
 
 def packed_weight(module: nn.Module) -> Packed | None:
     """The NF4 weight of a bitsandbytes layer; None for any other layer."""
-    import bitsandbytes
-
-    if not isinstance(module, bitsandbytes.nn.Linear4bit):
+    if not _is_packed(module):
         return None
-    state = getattr(module.weight, "quant_state", None) or module.quant_state  # where it is sharded, the layer's own
-    return Packed(module.weight.data, state)
+    weight: Any = module.weight
+    state = getattr(weight, "quant_state", None) or module.quant_state  # where it is sharded, the layer's own
+    return Packed(weight.data, state)
 
 
 def keeps_own_state(module: nn.Module) -> bool:
     """Whether it is a bitsandbytes layer. Its scales are kept at the layer too then, where sharding leaves them."""
-    import bitsandbytes
-
-    if not isinstance(module, bitsandbytes.nn.Linear4bit):
+    if not _is_packed(module):
         return False
-    module.quant_state = module.weight.quant_state
+    weight: Any = module.weight
+    module.quant_state = weight.quant_state
     return True
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Importing bitsandbytes takes seconds; where nobody has, there is no layer of it."""
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    return bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit)
 
 
 def linear(packed: Packed) -> nn.Module:
@@ -273,13 +278,11 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     On CPUs with AVX512-BF16 bitsandbytes repacks a layer in place at its first inference, rounds its scales to bf16,
     and fails on shapes that are no multiples of 32 x 64; that is turned off.
     """
-    import bitsandbytes
-
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.compute_dtype = dtype
-            module.compute_type_is_set = True
-            module.support_avx512bf16_for_cpu = False
+        if _is_packed(module):
+            module.compute_dtype = dtype  # type: ignore[assignment]
+            module.compute_type_is_set = True  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def config(double_quant: bool, compute_dtype: str, dense_modules: list[str]) -> dict[str, Any]:

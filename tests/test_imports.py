@@ -18,6 +18,7 @@ LAYERS = [
     "exported guards card serving probes layer_report int4",
     "initialize",
     "ranks",
+    "memory",
     "plan checkpoint faults",
     "attach",
     "data",

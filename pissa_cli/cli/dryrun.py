@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pissa_cli.cli.show import print_result
 from pissa_cli.recipe_file import Loaded, listing
 
+if TYPE_CHECKING:
+    from pissa_cli.memory import Forecast
 
-def dry_run(loaded: Loaded, as_json: bool) -> None:
-    """Print the plan; reads the configuration of the base, writes nothing."""
+
+def dry_run(loaded: Loaded, as_json: bool, processes: int = 1) -> None:
+    """Print the plan; reads the configuration of the base, writes nothing. processes: that would train."""
+    from pissa_cli.memory import forecast
     from pissa_cli.model import SMALL_FILES, resolve_base
-    from pissa_cli.plan import make_plan, memory_estimate
+    from pissa_cli.plan import make_plan
 
     recipe, rows = loaded.recipe, listing(loaded)
     planned = make_plan(recipe, resolve_base(recipe.model, SMALL_FILES))
-    estimate = memory_estimate(recipe, planned)
+    memory = forecast(recipe, planned, processes)
     result: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "sources": {key: source for key, _, source in rows},
@@ -26,7 +30,8 @@ def dry_run(loaded: Loaded, as_json: bool) -> None:
         "trainable": planned.num_trainable(recipe),
         "ranks": "chosen at init; counted as 1" if getattr(recipe.adapter, "rank", None) == "auto" else "final",
         "parameters": planned.num_total,
-        "memory_bytes": estimate,
+        "memory_bytes": memory.bytes,
+        "memory": {"exact": memory.exact, "device": memory.device, "processes": processes},
     }
     auto = getattr(recipe.adapter, "rank", None) == "auto"
     share = result["trainable"] / result["parameters"]
@@ -41,10 +46,25 @@ def dry_run(loaded: Loaded, as_json: bool) -> None:
         f"{result['layers']} layers of {planned.folder}",
         *([f"3-D weights that get no adapter: {', '.join(planned.left_out)}"] if planned.left_out else []),
         *(["ranks are chosen at init from the spectra; counted here: rank 1"] if auto else []),
-        "memory of training, estimated: " + ", ".join(f"{key} {_size(value)}" for key, value in estimate.items()),
+        _memory_line(memory, processes),
         "dry run: nothing was written",
     ]
     print_result(result, as_json, lines)
+
+
+def _memory_line(memory: Forecast, processes: int) -> str:
+    parts = {key: _size(value) for key, value in memory.bytes.items() if value >= 2**16}
+    total = parts.pop("total")
+    whose = "the GPU" if memory.device == "cuda" else "the process (no GPU here)"
+    if processes > 1:
+        whose = (
+            f"each of {processes} GPUs" if memory.device == "cuda" else f"each of {processes} processes (no GPU here)"
+        )
+    about = "" if memory.exact else "roughly "
+    return (
+        f"memory of training, the most that {whose} holds at once: {about}{total} "
+        f"({', '.join(f'{key} {size}' for key, size in parts.items())})"
+    )
 
 
 def _short(source: str) -> str:

@@ -50,7 +50,7 @@ def train_command(
 
     show.quiet_libraries(debug)
     if dry_run:
-        dryrun.dry_run(loaded, as_json)
+        dryrun.dry_run(loaded, as_json, processes or 1)
         return
     recipe = loaded.recipe
     if processes is not None and processes > 1:

@@ -1,0 +1,297 @@
+"""The memory that training takes, forecast: one step over tensors without content, of which every block is counted."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionMaskInterface, PreTrainedModel
+
+from pissa_cli import quant
+from pissa_cli.adapter_options import FullOptions
+from pissa_cli.adapters.methods import METHODS
+from pissa_cli.adapters.start import Adapter, Method, Projections
+from pissa_cli.attach import attach, lowrank_layers, make_trainable
+from pissa_cli.loss import autocast, loss_at, summed_loss
+from pissa_cli.model import DTYPES, Linear, best_device, skeleton
+from pissa_cli.optim import make_optimizer
+from pissa_cli.packing import BY_SEQUENCE, attend_by_sequence, takes_positions, without_mask
+from pissa_cli.peft_files import FACTOR_NAMES
+from pissa_cli.plan import Plan, rough_memory
+from pissa_cli.process import Heap, peak_memory
+from pissa_cli.recipe import Recipe
+
+KINDS = ("weights", "factors", "gradients", "optimizer", "activations", "logits")
+PASSES = 2  # over a micro-batch on a CPU: what the first leaves behind makes the heap grow in the second
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of every storage that an operation makes, until it is freed, under the `kind` of the moment.
+
+    now: bytes by kind; peak: the same at the moment when they were most. heap: where it asks for as much.
+    """
+
+    def __init__(self, heap: Heap | None = None) -> None:
+        super().__init__()
+        self.kind = "activations"
+        self.now: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._heap = heap
+        self._storages: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it would import the compiler
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # more than half of all calls
+            return args[0].fake_device
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, list | tuple) else (output,):
+            if isinstance(tensor, Tensor):
+                self._count(tensor, self.kind)
+        return output
+
+    def name(self, tensor: Tensor, kind: str) -> None:
+        """Count a tensor under this kind, whatever it was counted under before."""
+        key = self._count(tensor, kind)
+        ref, before, size = self._storages[key]
+        self._storages[key] = (ref, kind, size)
+        self.now[before] -= size
+        self.now[kind] += size
+
+    def _count(self, tensor: Tensor, kind: str) -> int:
+        storage = tensor.untyped_storage()
+        key: int = storage._cdata
+        if key not in self._storages:
+            size = storage.nbytes()
+            self._storages[key] = (weakref.ref(storage, lambda _: self._forget(key)), kind, size)
+            self.now[kind] += size
+            if self.now.total() > self.peak.total():
+                self.peak = self.now.copy()
+            if self._heap is not None:
+                self._heap.take(key, size)
+        return key
+
+    def _forget(self, key: int) -> None:
+        _, kind, size = self._storages.pop(key)
+        self.now[kind] -= size
+        if self._heap is not None:
+            self._heap.give_back(key)
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes by what takes them, and their sum as `total`; whether they were counted, not guessed; cuda or cpu."""
+
+    bytes: dict[str, int]
+    exact: bool
+    device: str
+
+
+def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
+    """What one of `processes` processes that train holds at its highest moment, with micro-batches of full length: on
+    the GPU where there is one, else in all.
+
+    Where the model cannot be run without content, a guess.
+    """
+    device = best_device()
+    libraries = {"libraries": peak_memory()} if device.type == "cpu" else {}
+    try:
+        found, exact = _step(recipe, plan, processes, device), True
+    except Exception:  # a model raises what it likes where it looks at the numbers
+        found, exact = rough_memory(recipe, plan), False
+    found |= libraries
+    return Forecast(found | {"total": sum(found.values())}, exact, device.type)
+
+
+def _step(recipe: Recipe, plan: Plan, processes: int, device: torch.device) -> dict[str, int]:
+    """The very code of a step runs, in FakeTensorMode. Raises what torch and the model do where they need content."""
+    heap, section = Heap() if device.type == "cpu" else None, recipe.train
+    ledger = Ledger(heap)
+    share = math.ceil(section.batch_size / processes)
+    size = min(section.micro_batch_size, share)
+    if recipe.model.bits == 4:  # fills the caches of bitsandbytes with content
+        quant.pack(quant.Store(4, torch.float32, double_quant=True), torch.zeros(1, quant.BLOCK_SIZE))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), ledger:
+        model, loading = _model(recipe, plan, ledger)
+        chunked = not recipe.data.classifies and _chunks(model)
+        packed = _packs(recipe, model)
+        names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        ledger.kind = "gradients"
+        buckets = [torch.empty_like(parameter) for parameter in names if processes > 1]
+        for parameter in names:
+            parameter.grad = torch.empty_like(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.name(cast(Tensor, p.grad), "gradients"))
+        ledger.kind = "optimizer"
+        step = _optimizer_step(names, recipe, device)
+        step()
+        ledger.peak = ledger.now.copy()
+        for _ in range(PASSES if heap else 1):
+            if share <= size:
+                model.zero_grad()
+            ledger.kind = "activations"
+            with autocast(recipe.model.bits, recipe.precision, device):
+                loss = _loss(recipe, model.train(), size, packed, chunked, ledger)
+            ledger.kind = "activations"
+            loss.backward()
+            ledger.kind = "optimizer"
+            step()
+        del buckets
+    found = {kind: ledger.peak[kind] for kind in KINDS}
+    if heap is not None:
+        found["heap"] = max(0, heap.growth() - ledger.peak.total())
+        found["loading"] = max(0, loading - sum(found.values()))
+    return found
+
+
+def _model(recipe: Recipe, plan: Plan, ledger: Ledger) -> tuple[PreTrainedModel, int]:
+    """The model as `train` sets it up, without content; and the bytes it takes on the CPU while it is loaded: its own,
+    and those of its files where they have another dtype.
+    """
+    ledger.kind = "weights"
+    model = skeleton(plan.folder, recipe.model)
+    stored = model.config.dtype or torch.float32
+    dtype = {16: torch.bfloat16, 32: torch.float32, 4: DTYPES[recipe.precision]}[recipe.model.bits]
+    _give_storage(model, dtype)
+    files = plan.num_total * stored.itemsize if recipe.model.bits != 4 and stored != dtype else 0
+    loading = files + ledger.now["weights"]
+    if recipe.model.bits == 4:
+        store = quant.Store(4, stored, recipe.model.double_quant)
+        for layer in plan.linears:
+            if layer.packable and layer.expert is None:
+                _pack(model, layer, store)
+        quant.set_compute_dtype(model, DTYPES[recipe.precision])
+    if isinstance(recipe.adapter, FullOptions):
+        model.requires_grad_(True)
+    else:
+        ledger.kind = "factors"
+        method = METHODS[recipe.adapter.method]
+        adapter = _adapter(plan, method)
+        attach(model, adapter, method, False, getattr(recipe.adapter, "dropout", 0.0))
+        ledger.kind = "weights"
+        make_trainable(model, recipe.adapter.modules_to_save)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for lowrank in lowrank_layers(model).values():
+            lowrank.keeps_weight = True
+    return model, loading
+
+
+def _give_storage(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Replace parameters and buffers on meta; tied ones stay tied. Parameters are floating-point, of this dtype."""
+    strict = model._keep_in_fp32_modules_strict or ()
+    made: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in made:
+                own = torch.float32 if any(part in f"{prefix}.{key}" for part in strict) else dtype
+                made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=own), requires_grad=False)
+            if parameter is not None:
+                module._parameters[key] = made[id(parameter)]
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _pack(model: PreTrainedModel, layer: Linear, store: quant.Store) -> None:
+    dense = model.get_submodule(layer.name)
+    packed = quant.pack(store, torch.empty(layer.num_out, layer.num_in))
+    assert isinstance(packed, quant.Packed)
+    parent, _, child = layer.name.rpartition(".")
+    with unset_fake_temporarily():  # bitsandbytes' parameters cannot be without content
+        linear = quant.linear(quant.Packed(torch.empty(0, 1, dtype=torch.uint8, device="cpu"), packed.state))
+    weight: Any = nn.Parameter(packed.data, requires_grad=False)
+    weight.quant_state = packed.state
+    linear.weight, linear.bias = weight, dense.bias
+    setattr(model.get_submodule(parent), child, linear)
+
+
+def _adapter(plan: Plan, method: Method) -> Adapter:
+    kept = FACTOR_NAMES[method.peft_type]
+    factors = {
+        name: {key: torch.empty(shape) for key, shape in shapes.items() if key in kept}
+        for name, shapes in plan.factor_shapes().items()
+    }
+    projections = None
+    if method.share is not None:
+        rank, (num_out, num_in) = max(plan.ranks.values()), plan.widest
+        projections = Projections(torch.empty(rank, num_in), torch.empty(num_out, rank))
+    return Adapter(factors, plan.scales, projections)
+
+
+def _optimizer_step(names: dict[nn.Parameter, str], recipe: Recipe, device: torch.device) -> Callable[[], Any]:
+    """What takes a step of the optimizer; bitsandbytes', whose state has 2 bytes a number, takes none."""
+    if recipe.train.optimizer != "adamw":
+        states = [torch.empty(2 * parameter.numel(), dtype=torch.uint8) for parameter in names]
+        return lambda: states
+    optimizer = make_optimizer(names, recipe)
+    for group in optimizer.param_groups:
+        group["foreach"] = device.type == "cuda"  # as torch decides for tensors with content
+    return optimizer.step
+
+
+def _packs(recipe: Recipe, model: PreTrainedModel) -> bool:
+    """As `guards.packs`, of models that are sound."""
+    if not recipe.data.packing or recipe.data.classifies or not takes_positions(model):
+        return False
+    attend_by_sequence(model)
+    return recipe.data.packing is True or without_mask(model)
+
+
+@torch.no_grad()
+def _chunks(model: PreTrainedModel) -> bool:
+    """As `guards.chunks_loss`: whether nothing but a factor follows the head."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    after = Operations()
+    hook = head.register_forward_hook(lambda *_: after.names.clear())
+    with after:
+        model.eval()(input_ids=torch.empty(1, 16, dtype=torch.long), use_cache=False)
+    hook.remove()
+    return after.names <= {"mul", "div", "_to_copy"}
+
+
+def _loss(recipe: Recipe, model: PreTrainedModel, size: int, packed: bool, chunked: bool, ledger: Ledger) -> Tensor:
+    """The loss of a micro-batch of `size` examples of full length, every token a target."""
+    length = recipe.data.max_length
+    shape = (1, size * length) if packed else (size, length)
+    batch = {"input_ids": torch.empty(shape, dtype=torch.long)}
+    if recipe.data.classifies:
+        return summed_loss(
+            model, {**batch, "attention_mask": torch.empty_like(batch["input_ids"]), "labels": torch.empty(size)}
+        )
+    if packed:
+        with unset_fake_temporarily():
+            lengths = torch.full((size,), length, device="cpu")
+        AttentionMaskInterface.register(BY_SEQUENCE, lambda **_: lengths)
+        batch["position_ids"] = torch.empty_like(batch["input_ids"])
+    elif size > 1:
+        batch["attention_mask"] = torch.empty_like(batch["input_ids"])
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda *_: setattr(ledger, "kind", "logits"))
+    targets = torch.empty(size * (length - 1), dtype=torch.long)
+    keep = targets if packed else targets[: length - 1]
+    return loss_at(model, batch, keep, (targets, targets), targets, chunked)

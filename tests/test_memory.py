@@ -1,0 +1,103 @@
+"""The forecast of memory beside what torch's profiler sees a training allocate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import BASE
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from pissa_cli.memory import Ledger, forecast
+from pissa_cli.model import resolve_base
+from pissa_cli.plan import make_plan
+from pissa_cli.train import train
+
+Make = Callable[..., Any]
+LENGTH = 96
+LONG = ("train.steps=2", "train.batch_size=8", f"data.max_length={LENGTH}", "data.format=text")
+
+
+@pytest.fixture
+def long_rows(tmp_path: Path) -> Path:
+    """Rows that all fill the length."""
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{n} and " * LENGTH}) + "\n" for n in range(16)))
+    return path
+
+
+def most_allocated(work: Callable[[], Any]) -> int:
+    """Bytes that torch's profiler counts at the highest moment."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    now, most = 0, 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("name", "sets"),
+    [
+        ("llama", ["adapter.rank=4"]),
+        ("llama", ["adapter.rank=4", "data.packing=false", "train.gradient_checkpointing=true"]),
+        ("llama", ["adapter.rank=4", "model.bits=16"]),
+        ("llama", ["adapter.rank=4", "model.bits=4", "train.precision=fp32"]),
+        ("llama", ["adapter.method=vera", "adapter.rank=8"]),
+        ("llama", ["adapter.method=full"]),
+        ("gpt2", ["adapter.method=lora", "adapter.rank=8"]),
+    ],
+)
+def test_a_forecast_is_what_training_allocates(
+    name: str, sets: list[str], models: Callable[[str], Path], recipe: Make, long_rows: Path
+) -> None:
+    made = recipe(models(name), "model.bits=32", "train.micro_batch_size=4", *LONG, f"data.train={long_rows}", *sets)
+    found = forecast(made, make_plan(made, resolve_base(made.model)), 1)
+    assert found.exact and found.device == "cpu"
+    wanted = most_allocated(lambda: train(made))
+    held = found.bytes["total"] - sum(found.bytes[part] for part in ("libraries", "heap", "loading"))
+    assert held == pytest.approx(wanted, rel=0.08)
+
+
+def test_the_ledger_counts_storages_until_they_are_freed() -> None:
+    with Ledger() as ledger:
+        one = torch.empty(1000)
+        view, two = one[10:], torch.empty(500)
+        del one
+        ledger.kind = "logits"
+        three = torch.empty(250)
+        del view, three
+        ledger.name(two, "weights")
+    assert ledger.peak == {"activations": 6000, "logits": 1000}
+    assert ledger.now == {"activations": 0, "logits": 0, "weights": 2000}
+
+
+def test_processes_hold_gradients_twice_and_share_the_batch(models: Callable[[str], Path], recipe: Make) -> None:
+    """DDP's buckets are a second copy; of 16 examples in micro-batches of four each of eight has two."""
+    sets = (*BASE, f"data.max_length={LENGTH}", "train.batch_size=16")
+    made = recipe(models("llama"), *sets)
+    plan = make_plan(made, resolve_base(made.model))
+    one, two, eight = (forecast(made, plan, processes).bytes for processes in (1, 2, 8))
+    assert one["gradients"] == 4 * plan.num_trainable(made)
+    assert two["gradients"] == 2 * one["gradients"]
+    assert one["activations"] / eight["activations"] == pytest.approx(2, rel=0.1)
+
+
+def test_where_a_model_looks_at_its_numbers_the_forecast_is_rough(
+    models: Callable[[str], Path], pissa: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = LlamaModel.forward
+
+    def looks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert float(self.norm.weight.sum()) > 0
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", looks)
+    outcome = pissa("train", "--model", models("llama"), "--dry-run", *(w for one in BASE for w in ("--set", one)))
+    assert outcome.code == 0 and "roughly" in outcome.out + outcome.err
