@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionMaskInterface, PreTrainedModel
 
 from pissa_cli import quant
@@ -20,84 +17,18 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Method, Projections
 from pissa_cli.attach import attach, lowrank_layers, make_trainable
+from pissa_cli.ledger import Heap, Ledger, Operations
 from pissa_cli.loss import autocast, loss_at, summed_loss
-from pissa_cli.model import DTYPES, Linear, best_device, skeleton
+from pissa_cli.model import DTYPES, Linear, best_device, num_parameters, skeleton
 from pissa_cli.optim import make_optimizer
 from pissa_cli.packing import BY_SEQUENCE, attend_by_sequence, takes_positions, without_mask
 from pissa_cli.peft_files import FACTOR_NAMES
 from pissa_cli.plan import Plan, rough_memory
-from pissa_cli.process import Heap, peak_memory
+from pissa_cli.process import peak_memory
 from pissa_cli.recipe import Recipe
 
 KINDS = ("weights", "factors", "gradients", "optimizer", "activations", "logits")
 PASSES = 2  # over a micro-batch on a CPU: what the first leaves behind makes the heap grow in the second
-
-
-class Ledger(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation makes, until it is freed, under the `kind` of the moment.
-
-    now: bytes by kind; peak: the same at the moment when they were most. heap: where it asks for as much.
-    """
-
-    def __init__(self, heap: Heap | None = None) -> None:
-        super().__init__()
-        self.kind = "activations"
-        self.now: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
-        self._heap = heap
-        self._storages: dict[int, tuple[weakref.ref[Any], str, int]] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # it would import the compiler
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # more than half of all calls
-            return args[0].fake_device
-        output = func(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, list | tuple) else (output,):
-            if isinstance(tensor, Tensor):
-                self._count(tensor, self.kind)
-        return output
-
-    def name(self, tensor: Tensor, kind: str) -> None:
-        """Count a tensor under this kind, whatever it was counted under before."""
-        key = self._count(tensor, kind)
-        ref, before, size = self._storages[key]
-        self._storages[key] = (ref, kind, size)
-        self.now[before] -= size
-        self.now[kind] += size
-
-    def _count(self, tensor: Tensor, kind: str) -> int:
-        storage = tensor.untyped_storage()
-        key: int = storage._cdata
-        if key not in self._storages:
-            size = storage.nbytes()
-            self._storages[key] = (weakref.ref(storage, lambda _: self._forget(key)), kind, size)
-            self.now[kind] += size
-            if self.now.total() > self.peak.total():
-                self.peak = self.now.copy()
-            if self._heap is not None:
-                self._heap.take(key, size)
-        return key
-
-    def _forget(self, key: int) -> None:
-        _, kind, size = self._storages.pop(key)
-        self.now[kind] -= size
-        if self._heap is not None:
-            self._heap.give_back(key)
-
-
-class Operations(TorchDispatchMode):
-    """The names of the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -113,16 +44,32 @@ def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
     """What one of `processes` processes that train holds at its highest moment, with micro-batches of full length: on
     the GPU where there is one, else in all.
 
-    Where the model cannot be run without content, a guess.
+    Where the model cannot be run without content, or is spread over the processes, a guess.
     """
-    device = best_device()
+    device, sharded = best_device(), recipe.train.shard and processes > 1
     libraries = {"libraries": peak_memory()} if device.type == "cpu" else {}
     try:
-        found, exact = _step(recipe, plan, processes, device), True
+        found, exact = _step(recipe, plan, 1 if sharded else processes, device), not sharded
     except Exception:  # a model raises what it likes where it looks at the numbers
         found, exact = rough_memory(recipe, plan), False
+    if sharded:
+        found |= _spread(recipe, plan, found, processes)
     found |= libraries
     return Forecast(found | {"total": sum(found.values())}, exact, device.type)
+
+
+def _spread(recipe: Recipe, plan: Plan, found: dict[str, int], processes: int) -> dict[str, int]:
+    """What changes if every process has its share of all that lasts, and in whole what is in no block and two blocks:
+    the one that computes, and the next. At first, when it has been loaded, the model is whole.
+    """
+    model = skeleton(plan.folder, recipe.model)
+    kinds = set(model._no_split_modules or ())
+    blocks = [num_parameters(module) for module in model.modules() if type(module).__name__ in kinds]
+    alone = (plan.num_total - sum(blocks) + 2 * max(blocks, default=0)) / plan.num_total
+    changed = {kind: found[kind] // processes for kind in ("weights", "factors", "gradients", "optimizer")}
+    changed["gathered"] = int(alone * (found["weights"] + found["factors"]))
+    changed["loading"] = max(0, found["weights"] - sum((found | changed).values()))
+    return changed
 
 
 def _step(recipe: Recipe, plan: Plan, processes: int, device: torch.device) -> dict[str, int]:

@@ -20,7 +20,6 @@ from pissa_cli.errors import Interrupted
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES = 2**30
-ALIGNMENT = 64  # of torch's tensors on a CPU
 WAIT_SECONDS = 6 * 3600
 
 
@@ -92,48 +91,3 @@ def release_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-class _Mallinfo(ctypes.Structure):
-    """glibc's struct mallinfo2."""
-
-    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
-
-
-class Heap:
-    """What glibc's heap grows to over the blocks of tensors: they are taken and given back, and never touched.
-
-    A freed block serves a later one of the same size only if nothing small has settled beside it; so the heap comes to
-    hold far more than what is alive. Counts nothing without glibc 2.33, or where an address space is limited.
-    """
-
-    def __init__(self) -> None:
-        keep_freed_memory()
-        self._libc = ctypes.CDLL(None)
-        self._works = hasattr(self._libc, "mallinfo2") and hasattr(self._libc, "posix_memalign")
-        self._blocks: dict[int, ctypes.c_void_p] = {}
-        if self._works:
-            self._libc.mallinfo2.restype = _Mallinfo
-            self._libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
-            self._libc.free.argtypes = [ctypes.c_void_p]
-            self._begin = self._most = self._size()
-
-    def take(self, key: int, num_bytes: int) -> None:
-        block = ctypes.c_void_p()
-        if self._works and self._libc.posix_memalign(ctypes.byref(block), ALIGNMENT, num_bytes) == 0:
-            self._blocks[key] = block
-            if len(self._blocks) % 16 == 0:
-                self._most = max(self._most, self._size())
-
-    def give_back(self, key: int) -> None:
-        if key in self._blocks:
-            self._libc.free(self._blocks.pop(key))
-
-    def growth(self) -> int:
-        """Bytes by which the heap was larger than at first, at most; 0 where it cannot be known."""
-        return max(self._most, self._size()) - self._begin if self._works else 0
-
-    def _size(self) -> int:
-        info = self._libc.mallinfo2()
-        return int(info.arena + info.hblkhd)

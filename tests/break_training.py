@@ -140,8 +140,8 @@ def kills(root: Path, number: int, seed: int) -> Iterator[str]:
         made, ended = recipe(folder), False
         while done < number and not ended:
             process = child(made, folder)
-            await_steps(Run(Path(made.output)).metrics, numbers.randrange(3), 10 * seconds)
-            time.sleep(numbers.uniform(0, seconds / 8))
+            left = await_steps(Run(Path(made.output)).metrics, numbers.randrange(3), 10 * seconds)
+            time.sleep(numbers.uniform(0, seconds / 8 if left else seconds))
             os.kill(process, signal.SIGKILL)
             code = wait(process)
             ended = code == 0
@@ -152,15 +152,16 @@ def kills(root: Path, number: int, seed: int) -> Iterator[str]:
         yield f"{done} kills (seed {seed}), {trainings} trainings: all ended with the same bits"
 
 
-def await_steps(metrics: Path, number: int, seconds: float) -> None:
-    """Wait until so many more steps are written down, or for so long."""
-    until, wanted = time.monotonic() + seconds, None
+def await_steps(metrics: Path, number: int, seconds: float) -> bool:
+    """Wait until so many more steps are written down, or for so long. Returns whether more are to come."""
+    until, wanted, steps = time.monotonic() + seconds, None, 0
     while time.monotonic() < until:
         steps = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
         wanted = min(8, steps + number) if wanted is None else wanted
         if steps >= wanted:
-            return
+            break
         time.sleep(0.001)
+    return steps < 8
 
 
 def points(root: Path, every: int) -> Iterator[str]:

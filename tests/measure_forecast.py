@@ -53,6 +53,12 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "svfit, fp32": {"model.bits": 32, "adapter.method": "svfit"},
     "full, fp32": {"model.bits": 32, "adapter.method": "full"},
     "lora, fp32, 2 processes": {"model.bits": 32, "adapter.method": "lora", "processes": 2},
+    "full, fp32, 2 processes that share it": {
+        "model.bits": 32,
+        "adapter.method": "full",
+        "processes": 2,
+        "train.shard": "true",
+    },
     "full, fp32, 2 processes": {"model.bits": 32, "adapter.method": "full", "processes": 2},
 }
 STEPS = 3

@@ -12,7 +12,8 @@ import torch
 from runs import BASE
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from pissa_cli.memory import Ledger, forecast
+from pissa_cli.ledger import Ledger
+from pissa_cli.memory import forecast
 from pissa_cli.model import resolve_base
 from pissa_cli.plan import make_plan
 from pissa_cli.train import train
@@ -87,6 +88,18 @@ def test_processes_hold_gradients_twice_and_share_the_batch(models: Callable[[st
     assert one["gradients"] == 4 * plan.num_trainable(made)
     assert two["gradients"] == 2 * one["gradients"]
     assert one["activations"] / eight["activations"] == pytest.approx(2, rel=0.1)
+
+
+def test_processes_that_share_a_model_hold_their_part_of_what_lasts(models: Callable[[str], Path], recipe: Make) -> None:
+    made = [
+        recipe(models("llama"), "model.bits=32", "adapter.method=full", f"train.shard={flag}") for flag in ("no", "yes")
+    ]
+    plan = make_plan(made[0], resolve_base(made[0].model))
+    alone, spread = (forecast(one, plan, 4) for one in made)
+    assert alone.exact and not spread.exact
+    assert spread.bytes["weights"] == alone.bytes["weights"] // 4
+    assert spread.bytes["optimizer"] == alone.bytes["optimizer"] // 4
+    assert 0 < spread.bytes["gathered"] < 2 * alone.bytes["weights"]
 
 
 def test_where_a_model_looks_at_its_numbers_the_forecast_is_rough(
