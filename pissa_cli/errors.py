@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+LAUNCHED = "PISSA_LAUNCHED"
+"""Set in the processes that `pissa train --processes` starts: it reports their failure as JSON, they do not."""
+
 
 class PissaError(Exception):
     """Something failed while running (exit code 1). `hint` says what to do next; None where the message does."""

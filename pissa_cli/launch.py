@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pissa_cli.errors import Interrupted, PissaError, UsageError
+from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError
 from pissa_cli.initialize import Progress
 from pissa_cli.prepare import prepare
 from pissa_cli.recipe import Recipe
@@ -39,7 +39,7 @@ def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_
         pass  # a run that another process is training: said here, not by one of many
     gc.collect()
     torch.cuda.empty_cache()  # what init took of the first GPU
-    environment = dict(os.environ)
+    environment = os.environ | {LAUNCHED: "1"}
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     if not torch.cuda.is_available():
         environment |= {"ACCELERATE_USE_CPU": "true"}

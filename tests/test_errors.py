@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import Outcome, make_model, save_model
 
+from pissa_cli.errors import LAUNCHED
 from pissa_cli.initialize import initialize
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
@@ -46,6 +47,19 @@ def refused(pissa: Pissa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": "0", LAUNCHED: "1"}])
+def test_one_of_several_processes_says_a_failure_as_json(
+    environment: dict[str, str], pissa: Pissa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("train", "--model", "none", "--set", "data.train=x.jsonl", "--json")
+    alone = pissa(*words)
+    assert alone.code == 2 and alone.json["exit_code"] == 2
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    silent = pissa(*words)
+    assert silent.code == 2 and silent.out == "" and silent.err == alone.err
 
 
 def test_unknown_key(refused: Callable[..., str], tmp_path: Path) -> None:

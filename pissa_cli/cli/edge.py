@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pissa_cli.errors import PissaError
+from pissa_cli.errors import LAUNCHED, PissaError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 ClickException = typer.BadParameter.__mro__[2]
@@ -22,7 +23,8 @@ ClickException = typer.BadParameter.__mro__[2]
 def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
     """Run a command and return its exit code. With --debug among the arguments, exceptions show their traceback."""
     debug = any(argument in ("-v", "--debug") for argument in arguments)
-    as_json = "--json" in arguments
+    speaks = os.environ.get("RANK", "0") == "0" and LAUNCHED not in os.environ
+    as_json = "--json" in arguments and speaks
     try:
         code = run()
         return code if isinstance(code, int) else 0
