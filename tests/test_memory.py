@@ -90,9 +90,7 @@ def test_processes_hold_gradients_twice_and_share_the_batch(models: Callable[[st
     assert one["activations"] / eight["activations"] == pytest.approx(2, rel=0.1)
 
 
-def test_processes_that_share_a_model_hold_their_part_of_what_lasts(
-    models: Callable[[str], Path], recipe: Make
-) -> None:
+def test_processes_that_share_a_model_hold_their_part(models: Callable[[str], Path], recipe: Make) -> None:
     made = [
         recipe(models("llama"), "model.bits=32", "adapter.method=full", f"train.shard={flag}") for flag in ("no", "yes")
     ]
