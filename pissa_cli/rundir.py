@@ -205,6 +205,11 @@ def clear_leftovers(run: Run) -> None:
         else:
             with suppress(OSError):
                 path.unlink()
+    for path in (run.folder.with_name(f".{run.folder.name}.lock"), *run.folder.glob(".*.lock")):
+        folder = path.with_name(path.name[1 : -len(".lock")])
+        if path.exists() and folder != run.checkpoints:
+            with suppress(UsageError), locked(folder):
+                pass  # nobody has it, and its release removes it
 
 
 def set_aside(path: Path) -> Path:

@@ -191,6 +191,21 @@ def test_a_second_process_is_kept_out_and_a_killed_one_holds_nothing(
     assert [p.name for p in run.folder.rglob(".*")] == []
 
 
+def test_locks_that_a_killed_process_left_are_cleared_and_held_ones_stay(
+    models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    made = recipe(models("llama"), *BASE, "train.steps=1", f"data.train={rows}")
+    run = Run(Path(made.output))
+    train(made)
+    left = [run.folder.with_name(f".{run.folder.name}.lock"), run.folder / ".init.lock", run.folder / ".merged.lock"]
+    for path in left:
+        path.touch()
+    with locked(run.merged):
+        train(made)
+        assert [path for path in left if path.exists()] == left[2:]
+    assert not left[2].exists()
+
+
 @pytest.mark.parametrize(
     ("way", "lines"), [("kills 10 7", "10 kills"), ("points 23", "killed before change"), ("disk 23", "disk full")]
 )
