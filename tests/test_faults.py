@@ -201,7 +201,7 @@ def test_locks_that_a_killed_process_left_are_cleared_and_held_ones_stay(
     for path in left:
         path.touch()
     with locked(run.merged):
-        train(made)
+        train(made, resume=True)
         assert [path for path in left if path.exists()] == left[2:]
     assert not left[2].exists()
 
