@@ -4,12 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test bench bench-gpu lint clean demo-base
+.PHONY: demo test test-lowest bench bench-gpu lint clean demo-base
 demo: $(STAMP)
 	$(BIN)/python -m pissa_cli.demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+# The same tests with the lowest version of every package that pyproject.toml allows.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2
 
 # Ratios against PEFT and the reference algorithm, written to docs/results; give matrices, rows and models of your own.
 BENCH_MATRICES ?= pissa_cli/demo/base/model.safetensors
@@ -41,4 +47,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build demo-out out
+	rm -rf $(VENV) .venv-lowest build demo-out out

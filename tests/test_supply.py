@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from bill import BILL, ROOT, bill, licence, packages
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 PACKAGE = ROOT / "pissa_cli"
 FREE = r"MIT|BSD|Apache|PSF|Python Software Foundation|ISC|0BSD|Zlib|CC0|BSL-1\.0|CNRI-Python"
@@ -36,6 +38,18 @@ def test_the_software_bill_is_current() -> None:
     if not BILL.is_file() or BILL.read_text(encoding="utf-8") != fresh:
         BILL.write_text(fresh, encoding="utf-8")
         pytest.fail("docs/bill.md was stale and has been written anew")
+
+
+def test_the_lowest_versions_are_those_of_the_bounds() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pins = {name.lower(): Version(version) for name, version in (line.split("==") for line in lines)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [Requirement(line) for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
+    for one in wanted:
+        for bound in one.specifier:
+            least = Version(bound.version)
+            assert bound.operator == ">=" and pins[one.name.lower()].release[: len(least.release)] == least.release, one
 
 
 def calls(tree: ast.AST) -> set[tuple[str, str]]:
