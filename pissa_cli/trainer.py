@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from pissa_cli.adapter_options import FullOptions
@@ -79,7 +80,9 @@ def set_up(
             "the experts of this model cannot be spread over processes: one process may use some that another does not",
             "train without sharding: each process then has the whole model",
         )
-    num_base, model = num_parameters(model), model.to(accelerator.device)
+    num_base = num_parameters(model)
+    if accelerator.device.type != "cpu":  # which Accelerate calls cpu:0, and to() would copy every weight
+        model.to(accelerator.device)
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
     packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
     if recipe.data.classifies:
@@ -114,8 +117,10 @@ def set_up(
     processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     processes += " that share the model" if sharded else ""
     watch({"note": f"{trainable:,} parameters train, the base has {num_base:,}; {steps}{processes}"})
+    frozen = [*(name for name, p in model.named_parameters() if not p.requires_grad), *dict(model.named_buffers())]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # each process has read its own
     optimizer = accelerator.prepare(make_optimizer(names, recipe))
-    prepared = model if sharded else accelerator.prepare(model)
+    prepared = model if sharded else accelerator.prepare_model(model, device_placement=False)
     parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
     return Trainer(*parts, watch, recipe.train.micro_batch_size)
 
