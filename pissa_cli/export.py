@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from pissa_cli.model import (
     read_weight,
     skeleton,
 )
+from pissa_cli.pipeline import in_order
 from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, require_free, whole_folder, write_json, write_text
@@ -40,6 +41,7 @@ from pissa_cli.side_files import copy_side_files, task_of, task_settings, write_
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
+T = TypeVar("T")
 Progress = Callable[[int, int, str], None]
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest ||difference of logits|| / ||logits|| that merged weights, or products, of this dtype explain."""
@@ -67,7 +69,7 @@ def merge(
     with whole_folder(target_folder) as target:
         writer = ShardWriter(target)
         dtypes = {DTYPES[recipe.precision]}
-        dense = _dense_tensors(recipe, folder, weights, adapter)
+        dense = _dense_tensors(recipe, folder, weights, adapter, lambda *made: made)
         for number, (name, linear, tensor) in enumerate(dense):
             if linear is not None:
                 dtypes.add(tensor.dtype)
@@ -125,26 +127,26 @@ def quantize(
     if form == "compressed-tensors":
         int4.require_compressed_tensors()
         group = int4.group_size(linears)
-    error = norm = 0.0
+    dense_bytes, error, norm = 0, 0.0, 0.0
+
+    def pack(name: str, linear: Linear | None, tensor: Tensor) -> tuple[str, dict[str, Tensor], int, float, float]:
+        if name in weights.files:
+            require_finite(name, tensor, weights)
+        size = tensor.numel() * tensor.element_size()
+        if linear is None or not (linear.packable if form == "nf4" else int4.takes(linear, group)):
+            return name, {name: tensor}, size, 0.0, 0.0
+        W = (tensor.T if linear.transposed else tensor).to(best_device()).float().contiguous()
+        if form == "nf4":
+            parts, back = quant.pack_tensors(name, quant.Store(4, tensor.dtype, double_quant, absmax), W)
+        else:
+            parts, back = int4.pack(name, W, tensor.dtype, group)
+        return name, parts, size, frobenius_norm(back.sub_(W)) ** 2, frobenius_norm(W) ** 2
+
     with whole_folder(output) as target:
         writer = ShardWriter(target)
-        dense_bytes = 0
-        dense = _dense_tensors(recipe, folder, weights, adapter)
-        for number, (name, linear, tensor) in enumerate(dense):
-            if name in weights.files:
-                require_finite(name, tensor, weights)
-            dense_bytes += tensor.numel() * tensor.element_size()
-            parts = {name: tensor}
-            packed = linear is not None and (linear.packable if form == "nf4" else int4.takes(linear, group))
-            if linear is not None and packed:
-                W = (tensor.T if linear.transposed else tensor).float().contiguous()
-                if form == "nf4":
-                    store = quant.Store(4, tensor.dtype, double_quant, absmax)
-                    parts, back = quant.pack_tensors(name, store, W)
-                else:
-                    parts, back = int4.pack(name, W, tensor.dtype, group)
-                error += frobenius_norm(back.sub_(W)) ** 2
-                norm += frobenius_norm(W) ** 2
+        packed = _dense_tensors(recipe, folder, weights, adapter, pack)
+        for number, (name, parts, size, square_error, square) in enumerate(packed):
+            dense_bytes, error, norm = dense_bytes + size, error + square_error, norm + square
             for part, content in parts.items():
                 writer.add(part, content)
             progress(number + 1, len(weights.files), name)
@@ -181,11 +183,11 @@ def _finish_full(recipe: Recipe) -> dict[str, Any]:
 
 
 def _dense_tensors(
-    recipe: Recipe, folder: Path, weights: Weights, adapter: Adapter
-) -> Iterator[tuple[str, Linear | None, Tensor]]:
-    """(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone.
+    recipe: Recipe, folder: Path, weights: Weights, adapter: Adapter, then: Callable[[str, Linear | None, Tensor], T]
+) -> Iterator[T]:
+    """then(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone.
 
-    Last the head of a classifier, in fp32, if the base has none.
+    Last the head of a classifier, in fp32, if the base has none. Several threads call `then`.
     """
     model = skeleton(folder, recipe.model)
     layers = linear_layers(model, weights)
@@ -197,23 +199,23 @@ def _dense_tensors(
             "that is not its base model: name that one, --set model.name=FOLDER",
         )
     whole = dict(_on_disk(model, weights, adapter))
-    for name in weights.files:
-        if name in whole:
-            yield name, linears.get(name), whole[name].to(weights.read(name).dtype)
-            continue
-        if any(owner in linears for owner in _owners(name)):
-            continue
+
+    def work(name: str) -> T:
         linear = linears.get(name)
+        if name in whole:
+            return then(name, linear, whole[name].to(weights.read(name).dtype))
         if linear is None or (f"{name}.absmax" not in weights.files and linear.name not in adapter.factors):
-            yield name, linear, weights.read(name)
-            continue
+            return then(name, linear, weights.read(name))
         W, dtype = read_weight(weights, linear, device)
         if linear.name in adapter.factors:
             A, B = adapter.pair(linear.name, W.shape, device)
             W = torch.addmm(W, B, A)
-        yield name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu()
+        return then(name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu())
+
+    names = [name for name in weights.files if name in whole or not any(owner in linears for owner in _owners(name))]
+    yield from in_order(work, names, max(layer.num_out * layer.num_in for layer in layers), device)
     for name in sorted(whole.keys() - weights.files.keys()):
-        yield name, None, whole[name].float()
+        yield then(name, None, whole[name].float())
 
 
 def _on_disk(model: PreTrainedModel, weights: Weights, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:

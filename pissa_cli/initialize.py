@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from pissa_cli.integrity import (
 )
 from pissa_cli.model import Linear, best_device, resolve_base
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
+from pissa_cli.pipeline import in_order
 from pissa_cli.plan import Plan, make_plan
 from pissa_cli.process import keep_freed_memory, release_freed_memory
 from pissa_cli.ranks import with_auto_ranks
@@ -42,7 +41,6 @@ from pissa_cli.side_files import write_nf4_config
 from pissa_cli.svd import frobenius_norm, nuclear_norm
 from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, open_weights
 
-IN_FLIGHT_BYTES = 2**29  # five fp32 copies of a tensor may be alive while it is split
 START_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 Progress = Callable[[int, int, str], None]
 """Called with (tensors done, tensors in all, name of the tensor)."""
@@ -207,32 +205,18 @@ class _Item:
 
 
 def _work(recipe: Recipe, plan: Plan, weights: Weights, method: Method) -> Iterator[_Item]:
-    """Every tensor of the base in file order. On a CPU, one tensor to a thread, as many as fit IN_FLIGHT_BYTES."""
+    """Every tensor of the base in file order."""
     keep_freed_memory()
     linears = {layer.tensor: layer for layer in plan.linears}
-    targets = {layer.name for layer in plan.targets}
-    device, threads = best_device(), torch.get_num_threads()
-    sizes = [4 * t.num_out * t.num_in for t in plan.linears if not t.embedding or t.name in targets]
-    fit = IN_FLIGHT_BYTES // (5 * max(sizes))
-    workers = 1 if device.type == "cuda" else max(1, min(threads, fit))
-    ahead = max(workers, min(4 * workers, fit))  # a small tensor need not wait for a large one before it
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[Future[_Item]] = deque()
-        try:
-            for tensor in weights.files:
-                linear = linears.get(tensor)
-                chosen = linear is not None and linear.name in targets
-                waiting.append(
-                    pool.submit(_one_tensor, recipe, plan, weights, tensor, linear, method if chosen else None, device)
-                )
-                if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-    torch.set_num_threads(threads)
+    targets, device = {layer.name for layer in plan.targets}, best_device()
+    largest = max(t.num_out * t.num_in for t in plan.linears if not t.embedding or t.name in targets)
+
+    def work(tensor: str) -> _Item:
+        linear = linears.get(tensor)
+        chosen = linear is not None and linear.name in targets
+        return _one_tensor(recipe, plan, weights, tensor, linear, method if chosen else None, device)
+
+    return in_order(work, weights.files, largest, device)
 
 
 def _one_tensor(

@@ -24,7 +24,7 @@ LAYERS = [
     "data",
     "classification",
     "examples",
-    "loading side_files steps ledger",
+    "loading side_files steps ledger pipeline",
     "model peft_files report optim process",
     "sharding",
     "rundir experts integrity configuration",
