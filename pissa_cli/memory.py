@@ -59,15 +59,16 @@ def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
 
 
 def _spread(recipe: Recipe, plan: Plan, found: dict[str, int], processes: int) -> dict[str, int]:
-    """What changes if every process has its share of all that lasts, and in whole what is in no block and two blocks:
-    the one that computes, and the next. At first, when it has been loaded, the model is whole.
+    """What changes if every process has its share of all that lasts, and in whole what is in no block and two blocks,
+    the one that computes and the next; their gradients, too; and both again as they are sent. At first, when it has
+    been loaded, the model is whole.
     """
     model = skeleton(plan.folder, recipe.model)
     kinds = set(model._no_split_modules or ())
     blocks = [num_parameters(module) for module in model.modules() if type(module).__name__ in kinds]
     alone = (plan.num_total - sum(blocks) + 2 * max(blocks, default=0)) / plan.num_total
     changed = {kind: found[kind] // processes for kind in ("weights", "factors", "gradients", "optimizer")}
-    changed["gathered"] = int(alone * (found["weights"] + found["factors"]))
+    changed["gathered"] = int(2 * alone * sum(found[kind] for kind in ("weights", "factors", "gradients")))
     changed["loading"] = max(0, found["weights"] - sum((found | changed).values()))
     return changed
 

@@ -53,6 +53,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "svfit, fp32": {"model.bits": 32, "adapter.method": "svfit"},
     "full, fp32": {"model.bits": 32, "adapter.method": "full"},
     "lora, fp32, 2 processes": {"model.bits": 32, "adapter.method": "lora", "processes": 2},
+    "pissa, fp32, 2 processes that share it": {"model.bits": 32, "processes": 2, "train.shard": "true"},
     "full, fp32, 2 processes that share it": {
         "model.bits": 32,
         "adapter.method": "full",
@@ -129,7 +130,7 @@ def run(command: list[str], scratch: Path) -> dict[str, Any]:
 def main() -> None:
     page = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/results/memory-forecast.md")
     chosen = sys.argv[2:] or list(COMBINATIONS)
-    kinds = ["weights", "factors", "gradients", "optimizer", "activations", "logits", "heap", "loading"]
+    kinds = ["weights", "factors", "gradients", "optimizer", "activations", "logits", "gathered", "heap", "loading"]
     rows, worst = [], 0.0
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -138,7 +139,8 @@ def main() -> None:
         for name in chosen:
             result = compare(COMBINATIONS[name], scratch)
             above, measured = result["above"]
-            worst = max(worst, abs(result["ratio"] - 1))
+            if "share" not in name:
+                worst = max(worst, abs(result["ratio"] - 1))
             parts = " | ".join(f"{result['forecast'].get(kind, 0) / 1e6:.0f}" for kind in kinds)
             rows.append(
                 f"| {name} | {parts} | {result['forecast']['total'] / 1e6:.0f} | {result['measured'] / 1e6:.0f} "
@@ -156,7 +158,8 @@ def main() -> None:
         f"one thread of {processor()}.",
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}.",
         "",
-        f'The largest difference is {worst:.0%}. "Above": without what the libraries take once they are imported.',
+        f"The largest difference is {worst:.0%}, without the two rows of processes that share a model, whose forecast is rough.",
+        '"Above": without what the libraries take once they are imported.',
         "",
         "| " + " | ".join(titles) + " |",
         "|---" * len(titles) + "|",

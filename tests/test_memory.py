@@ -99,7 +99,7 @@ def test_processes_that_share_a_model_hold_their_part(models: Callable[[str], Pa
     assert alone.exact and not spread.exact
     assert spread.bytes["weights"] == alone.bytes["weights"] // 4
     assert spread.bytes["optimizer"] == alone.bytes["optimizer"] // 4
-    assert 0 < spread.bytes["gathered"] < 2 * alone.bytes["weights"]
+    assert 0 < spread.bytes["gathered"] < 4 * alone.bytes["weights"]
 
 
 def test_where_a_model_looks_at_its_numbers_the_forecast_is_rough(
