@@ -158,7 +158,7 @@ def main() -> None:
         f"one thread of {processor()}.",
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}.",
         "",
-        f"The largest difference is {worst:.0%}, without the two rows of processes that share a model, whose forecast is rough.",
+        f"The largest difference is {worst:.0%}, without the rows of processes that share a model: rough ones.",
         '"Above": without what the libraries take once they are imported.',
         "",
         "| " + " | ".join(titles) + " |",
