@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import CONFIGS, MOE_CONFIGS, make_model, save_model
+from packaging.version import Version
 from runs import BASE
 from test_start import started
 from torch import Tensor, nn
@@ -69,7 +71,9 @@ def test_each_example_sees_itself_alone(
     total.backward()
     assert float(total) == pytest.approx(float(alone), rel=1e-6)
     close(gradients(model), wanted, 2e-5)
-    assert [m is None for m in seen] == [True] * len(seen) and bool(seen) == sdpa
+    assert bool(seen) == sdpa
+    if Version(transformers.__version__) >= Version("5.23"):  # before, Gemma2 builds a mask for its wide windows, too
+        assert all(mask is None for mask in seen)
 
 
 def test_a_window_shorter_than_an_example_keeps_its_mask(tokenizer: PreTrainedTokenizerBase, rows: Path) -> None:

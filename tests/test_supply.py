@@ -14,7 +14,7 @@ from packaging.version import Version
 
 PACKAGE = ROOT / "pissa_cli"
 FREE = r"MIT|BSD|Apache|PSF|Python Software Foundation|ISC|0BSD|Zlib|CC0|BSL-1\.0|CNRI-Python"
-BESIDE = {"tqdm": "MPL-2.0 AND MIT"}
+BESIDE = {"tqdm": "MPL-2.0 AND MIT", "certifi": "Mozilla Public License 2.0 (MPL 2.0)"}
 """Used as it is, with its files left alone."""
 UNSAFE = {("torch", "load"), ("torch", "save"), ("yaml", "unsafe_load"), ("yaml", "full_load"), ("numpy", "load")}
 
