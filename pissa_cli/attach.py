@@ -102,7 +102,10 @@ def make_trainable(model: PreTrainedModel, names: list[str]) -> dict[str, nn.Mod
     modules = list(chosen.values())
     dtypes = [next(module.parameters()).dtype for module in modules]  # a tied parameter changes with the first
     for module, dtype in zip(modules, dtypes, strict=True):
-        module.float().requires_grad_(True)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()  # as module.float() does it, which fails over tensors without content
+        module.requires_grad_(True)
         if dtype != torch.float32:
             module.forward = partial(_compute_in, dtype, module.forward)
     return chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 LAUNCHED = "PISSA_LAUNCHED"
-"""Set in the processes that `pissa train --processes` starts: it reports their failure as JSON, they do not."""
+"""In the processes that `pissa train --processes` starts, the file that tells it of their first failure."""
 
 
 class PissaError(Exception):

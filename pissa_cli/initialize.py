@@ -30,7 +30,7 @@ from pissa_cli.integrity import (
 )
 from pissa_cli.model import Linear, best_device, resolve_base
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
-from pissa_cli.pipeline import in_order
+from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.plan import Plan, make_plan
 from pissa_cli.process import keep_freed_memory, release_freed_memory
 from pissa_cli.ranks import with_auto_ranks
@@ -216,7 +216,7 @@ def _work(recipe: Recipe, plan: Plan, weights: Weights, method: Method) -> Itera
         chosen = linear is not None and linear.name in targets
         return _one_tensor(recipe, plan, weights, tensor, linear, method if chosen else None, device)
 
-    return in_order(work, weights.files, largest, device)
+    return in_order(work, weights.files, *in_flight(largest, device))
 
 
 def _one_tensor(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -39,24 +40,24 @@ def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_
         pass  # a run that another process is training: said here, not by one of many
     gc.collect()
     torch.cuda.empty_cache()  # what init took of the first GPU
-    environment = os.environ | {LAUNCHED: "1"}
+    environment = dict(os.environ)
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
     if not torch.cuda.is_available():
         environment |= {"ACCELERATE_USE_CPU": "true"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "recipe.yaml"
+        file, failure = Path(folder) / "recipe.yaml", Path(folder) / "failure.json"
         file.write_text(dump(recipe), encoding="utf-8")
         command += ["-m", "pissa_cli", "train", str(file), *(["--resume"] if resume else []), *flags]
-        code, stopped = _wait(subprocess.Popen(command, env=environment))
+        code, stopped = _wait(subprocess.Popen(command, env=environment | {LAUNCHED: str(failure)}))
+        told = json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else {}
     if stopped:
         raise Interrupted("stopped", "go on with --resume")
     if code:
-        raise PissaError(
-            f"training in {processes} processes failed (exit code {code}); what went wrong is above",
-            "go on with --resume if a checkpoint was saved",
-        )
+        reason = told.get("error", f"one ended with exit code {code}")
+        hint = told.get("hint") or "go on with --resume if a checkpoint was saved"
+        raise PissaError(f"training in {processes} processes failed: {reason}", hint)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, bool]:

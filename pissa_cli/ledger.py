@@ -27,15 +27,15 @@ class Heap:
     """What glibc's heap grows to over the blocks of tensors: they are taken and given back, and never touched.
 
     A freed block serves a later one of the same size only if nothing small has settled beside it; so the heap comes to
-    hold far more than what is alive. Counts nothing without glibc 2.33, or where an address space is limited.
+    hold far more than what is alive. `works` is False without glibc 2.33, and where there is no room.
     """
 
     def __init__(self) -> None:
         keep_freed_memory()
         self._libc = ctypes.CDLL(None)
-        self._works = hasattr(self._libc, "mallinfo2") and hasattr(self._libc, "posix_memalign")
+        self.works = hasattr(self._libc, "mallinfo2") and hasattr(self._libc, "posix_memalign")
         self._blocks: dict[int, ctypes.c_void_p] = {}
-        if self._works:
+        if self.works:
             self._libc.mallinfo2.restype = _Mallinfo
             self._libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
             self._libc.free.argtypes = [ctypes.c_void_p]
@@ -43,7 +43,8 @@ class Heap:
 
     def take(self, key: int, num_bytes: int) -> None:
         block = ctypes.c_void_p()
-        if self._works and self._libc.posix_memalign(ctypes.byref(block), ALIGNMENT, num_bytes) == 0:
+        self.works = self.works and self._libc.posix_memalign(ctypes.byref(block), ALIGNMENT, num_bytes) == 0
+        if self.works:
             self._blocks[key] = block
             if len(self._blocks) % 16 == 0:
                 self._most = max(self._most, self._size())
@@ -54,7 +55,7 @@ class Heap:
 
     def growth(self) -> int:
         """Bytes by which the heap was larger than at first, at most; 0 where it cannot be known."""
-        return max(self._most, self._size()) - self._begin if self._works else 0
+        return max(self._most, self._size()) - self._begin if self.works else 0
 
     def _size(self) -> int:
         info = self._libc.mallinfo2()

@@ -17,6 +17,7 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Method, Projections
 from pissa_cli.attach import attach, lowrank_layers, make_trainable
+from pissa_cli.configuration import first_line
 from pissa_cli.ledger import Heap, Ledger, Operations
 from pissa_cli.loss import autocast, loss_at, summed_loss
 from pissa_cli.model import DTYPES, Linear, best_device, num_parameters, skeleton
@@ -33,10 +34,10 @@ PASSES = 2  # over a micro-batch on a CPU: what the first leaves behind makes th
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes by what takes them, and their sum as `total`; whether they were counted, not guessed; cuda or cpu."""
+    """Bytes by what takes them, and their sum as `total`; why they are a guess, else None; cuda or cpu."""
 
     bytes: dict[str, int]
-    exact: bool
+    rough: str | None
     device: str
 
 
@@ -47,15 +48,21 @@ def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
     Where the model cannot be run without content, or is spread over the processes, a guess.
     """
     device, sharded = best_device(), recipe.train.shard and processes > 1
+    if recipe.model.bits == 4:  # fills the caches of bitsandbytes with content
+        quant.pack(quant.Store(4, torch.float32, double_quant=True), torch.zeros(1, quant.BLOCK_SIZE))
     libraries = {"libraries": peak_memory()} if device.type == "cpu" else {}
+    heap = Heap() if device.type == "cpu" else None
+    rough = "the processes share the model" if sharded else None
     try:
-        found, exact = _step(recipe, plan, 1 if sharded else processes, device), not sharded
-    except Exception:  # a model raises what it likes where it looks at the numbers
-        found, exact = rough_memory(recipe, plan), False
+        found = _step(recipe, plan, processes, heap, device)
+    except Exception as error:  # a model raises what it likes where it looks at the numbers
+        found, rough = rough_memory(recipe, plan), f"the model cannot be run without content: {first_line(error)}"
+    if heap is not None and not heap.works:
+        rough = rough or "the heap of this system cannot be foreseen"
     if sharded:
         found |= _spread(recipe, plan, found, processes)
     found |= libraries
-    return Forecast(found | {"total": sum(found.values())}, exact, device.type)
+    return Forecast(found | {"total": sum(found.values())}, rough, device.type)
 
 
 def _spread(recipe: Recipe, plan: Plan, found: dict[str, int], processes: int) -> dict[str, int]:
@@ -73,21 +80,18 @@ def _spread(recipe: Recipe, plan: Plan, found: dict[str, int], processes: int) -
     return changed
 
 
-def _step(recipe: Recipe, plan: Plan, processes: int, device: torch.device) -> dict[str, int]:
+def _step(recipe: Recipe, plan: Plan, processes: int, heap: Heap | None, device: torch.device) -> dict[str, int]:
     """The very code of a step runs, in FakeTensorMode. Raises what torch and the model do where they need content."""
-    heap, section = Heap() if device.type == "cpu" else None, recipe.train
-    ledger = Ledger(heap)
+    ledger, section = Ledger(heap), recipe.train
     share = math.ceil(section.batch_size / processes)
     size = min(section.micro_batch_size, share)
-    if recipe.model.bits == 4:  # fills the caches of bitsandbytes with content
-        quant.pack(quant.Store(4, torch.float32, double_quant=True), torch.zeros(1, quant.BLOCK_SIZE))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), ledger:
         model, loading = _model(recipe, plan, ledger)
         chunked = not recipe.data.classifies and _chunks(model)
         packed = _packs(recipe, model)
         names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         ledger.kind = "gradients"
-        buckets = [torch.empty_like(parameter) for parameter in names if processes > 1]
+        buckets = [torch.empty_like(parameter) for parameter in names if processes > 1 and not section.shard]
         for parameter in names:
             parameter.grad = torch.empty_like(parameter)
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.name(cast(Tensor, p.grad), "gradients"))
@@ -223,7 +227,8 @@ def _chunks(model: PreTrainedModel) -> bool:
 
 def _loss(recipe: Recipe, model: PreTrainedModel, size: int, packed: bool, chunked: bool, ledger: Ledger) -> Tensor:
     """The loss of a micro-batch of `size` examples of full length, every token a target."""
-    length = recipe.data.max_length
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(recipe.data.max_length, context or recipe.data.max_length)
     shape = (1, size * length) if packed else (size, length)
     batch = {"input_ids": torch.empty(shape, dtype=torch.long)}
     if recipe.data.classifies:

@@ -14,15 +14,22 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_order(work: Callable[[T], R], items: Iterable[T], largest: int, device: torch.device) -> Iterator[R]:
-    """work(item) of every item, in their order. largest: numbers in the largest tensor.
+def in_flight(largest: int, device: torch.device) -> tuple[int, int]:
+    """(tensors to work on at once, tensors begun and not yet taken), the largest of so many numbers.
 
-    On a CPU one thread to an item, as many as fit IN_FLIGHT_BYTES; on a GPU two items, of which one is read meanwhile.
+    On a GPU one at once: torch loads its linear algebra there when it is first used, which two threads must not do.
     """
-    threads, fit = torch.get_num_threads(), IN_FLIGHT_BYTES // (5 * 4 * max(largest, 1))
-    workers = 2 if device.type == "cuda" else max(1, min(threads, fit))
-    ahead = max(workers, min(4 * workers, fit))  # a small tensor need not wait for a large one before it
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    fit = IN_FLIGHT_BYTES // (5 * 4 * max(largest, 1))
+    workers = 1 if device.type == "cuda" else max(1, min(torch.get_num_threads(), fit))
+    return workers, max(workers, min(4 * workers, fit))  # a small tensor need not wait for a large one before it
+
+
+def in_order(
+    work: Callable[[T], R], items: Iterable[T], workers: int, ahead: int, threads_each: int = 1
+) -> Iterator[R]:
+    """work(item) of every item, in their order: `workers` at once, each with so many threads of torch's."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads_each,)) as pool:
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
@@ -34,4 +41,4 @@ def in_order(work: Callable[[T], R], items: Iterable[T], largest: int, device: t
         finally:
             for future in waiting:
                 future.cancel()
-    torch.set_num_threads(threads)
+            torch.set_num_threads(threads)

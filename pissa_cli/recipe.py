@@ -93,7 +93,7 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    lr: float | None = Field(None, ge=1e-12, le=1e30, description=f"peak learning rate; default by method: {_RATES}")
+    lr: float | None = Field(None, ge=1e-12, le=100, description=f"peak learning rate; default by method: {_RATES}")
     head_lr: float | None = Field(
         None,
         ge=1e-12,

@@ -115,13 +115,17 @@ def require_free(output: Path, own: Path) -> None:
         raise UsageError(f"{output}: exists already", "remove it, or name another with --output")
 
 
+def _lock_of(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from writing `folder` in this block; the system lifts the lock of one that was killed.
 
     On a file system without locks it keeps nobody out. Raises UsageError, naming the process, if another has it.
     """
-    path = folder.parent / f".{folder.name}.lock"
+    path = _lock_of(folder)
     lock = FileLock(path, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,10 +209,9 @@ def clear_leftovers(run: Run) -> None:
         else:
             with suppress(OSError):
                 path.unlink()
-    for path in (run.folder.with_name(f".{run.folder.name}.lock"), *run.folder.glob(".*.lock")):
-        folder = path.with_name(path.name[1 : -len(".lock")])
-        if path.exists() and folder != run.checkpoints:
-            with suppress(UsageError), locked(folder):
+    for folder in (run.folder.absolute(), run.init, run.base, run.adapter, run.merged, run.quantized):
+        if _lock_of(folder).exists():
+            with suppress(PissaError), locked(folder):
                 pass  # nobody has it, and its release removes it
 
 

@@ -49,17 +49,18 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("environment", [{"RANK": "1"}, {"RANK": "0", LAUNCHED: "1"}])
+@pytest.mark.parametrize("launched", [False, True])
 def test_one_of_several_processes_says_a_failure_as_json(
-    environment: dict[str, str], pissa: Pissa, monkeypatch: pytest.MonkeyPatch
+    launched: bool, pissa: Pissa, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     words = ("train", "--model", "none", "--set", "data.train=x.jsonl", "--json")
     alone = pissa(*words)
     assert alone.code == 2 and alone.json["exit_code"] == 2
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    file = tmp_path / "failure.json"
+    monkeypatch.setenv(*(LAUNCHED, str(file)) if launched else ("RANK", "1"))
     silent = pissa(*words)
     assert silent.code == 2 and silent.out == "" and silent.err == alone.err
+    assert not launched or json.loads(file.read_text())["error"] == alone.json["error"]
 
 
 def test_unknown_key(refused: Callable[..., str], tmp_path: Path) -> None:

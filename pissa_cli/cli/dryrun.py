@@ -31,7 +31,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1) -> None:
         "ranks": "chosen at init; counted as 1" if getattr(recipe.adapter, "rank", None) == "auto" else "final",
         "parameters": planned.num_total,
         "memory_bytes": memory.bytes,
-        "memory": {"exact": memory.exact, "device": memory.device, "processes": processes},
+        "memory": {"rough": memory.rough, "device": memory.device, "processes": processes},
     }
     auto = getattr(recipe.adapter, "rank", None) == "auto"
     share = result["trainable"] / result["parameters"]
@@ -60,7 +60,7 @@ def _memory_line(memory: Forecast, processes: int) -> str:
         whose = (
             f"each of {processes} GPUs" if memory.device == "cuda" else f"each of {processes} processes (no GPU here)"
         )
-    about = "" if memory.exact else "roughly "
+    about = f"roughly ({memory.rough}) " if memory.rough else ""
     return (
         f"memory of training, the most that {whose} holds at once: {about}{total} "
         f"({', '.join(f'{key} {size}' for key, size in parts.items())})"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -23,8 +25,8 @@ ClickException = typer.BadParameter.__mro__[2]
 def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
     """Run a command and return its exit code. With --debug among the arguments, exceptions show their traceback."""
     debug = any(argument in ("-v", "--debug") for argument in arguments)
-    speaks = os.environ.get("RANK", "0") == "0" and LAUNCHED not in os.environ
-    as_json = "--json" in arguments and speaks
+    later = "train" in arguments[:1] and os.environ.get("RANK", "0") != "0"
+    as_json = "--json" in arguments and not later
     try:
         code = run()
         return code if isinstance(code, int) else 0
@@ -66,7 +68,10 @@ def _show(message: str, hint: str | None, code: int, as_json: bool) -> None:
     console.print(f"[bold red]error:[/] {escape(message)}")
     if hint:
         console.print(f"[bold]next:[/]  {escape(hint)}")
-    if as_json:
+    if LAUNCHED in os.environ:
+        with contextlib.suppress(OSError), Path(os.environ[LAUNCHED]).open("x", encoding="utf-8") as file:
+            json.dump({"error": message, "hint": hint}, file)
+    elif as_json:
         _print_json(message, hint, code)
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 TUNABLES = ("glibc.malloc.tcache_count=0", "glibc.malloc.mxfast=0")
-DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def restart_with_lean_heap() -> None:
@@ -20,7 +20,8 @@ def restart_with_lean_heap() -> None:
     given, own = os.environ.get("GLIBC_TUNABLES", ""), sys.argv[1:]
     if sys.platform != "linux" or "glibc.malloc." in given or any(Path(driver).exists() for driver in DRIVERS):
         return
-    if "torch" in sys.modules or sys.orig_argv[-len(own) :] != own:
+    from_stdin = sys.argv[0] in ("", "-")  # which is read by now
+    if "torch" in sys.modules or from_stdin or sys.orig_argv[-len(own) :] != own:
         return
     os.environ["GLIBC_TUNABLES"] = ":".join([*([given] if given else []), *TUNABLES])
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
