@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pissa_cli.errors import UsageError
 from pissa_cli.optim import optimizer_tensors, restore_optimizer
 from pissa_cli.rundir import Run, read_json, remove_folder, set_aside, whole_folder, write_json
-from pissa_cli.sharding import spread_as, whole
+from pissa_cli.sharding import put, whole
 from pissa_cli.weights import hash_file, load_tensors, save_tensors
 
 Names = dict[nn.Parameter, str]
@@ -20,7 +20,7 @@ _TENSORS = ("trained.safetensors", "optimizer.safetensors")
 
 def trained_values(names: Names, first: bool) -> dict[str, Tensor]:
     """What trains, by name, on the CPU and in whole; all processes must ask, the `first` gets it."""
-    values = ((name, whole(parameter.detach())) for parameter, name in names.items())
+    values = ((name, whole(parameter).detach()) for parameter, name in names.items())
     return {name: value.cpu() for name, value in values if first}
 
 
@@ -65,7 +65,7 @@ def restore_checkpoint(folder: Path, names: Names, optimizer: torch.optim.Optimi
             "resume with the recipe that the run was begun with, or start a new run with another --output",
         )
     for parameter, name in names.items():
-        parameter.copy_(spread_as(parameter, trained[name]))
+        put(parameter, trained[name])
     restore_optimizer(optimizer, names, moments)
     return int(state["step"])
 

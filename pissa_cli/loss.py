@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pissa_cli.products import product_dtype
+from pissa_cli.zero import gathered
 
 IGNORED = -100
 LOGITS = {"cpu": 2**22, "cuda": 2**27}  # numbers of a chunk of logits
@@ -60,10 +61,11 @@ def loss_at(
         return functional.cross_entropy(outputs.float(), targets, reduction="sum")
     if torch.is_autocast_enabled(outputs.device.type):
         outputs = outputs.to(torch.get_autocast_dtype(outputs.device.type))
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if not torch.is_grad_enabled():  # it would form gradients of what requires them all the same
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-    total: Tensor = HeadCrossEntropy.apply(outputs, weight, bias, targets)
+    with gathered(head.parameters(recurse=False)):
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if not torch.is_grad_enabled():  # it would form gradients of what requires them all the same
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        total: Tensor = HeadCrossEntropy.apply(outputs, weight, bias, targets)
     return total
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pissa_cli import zero
 from pissa_cli.adapter_options import LoraOptions
 from pissa_cli.adapters.lowrank import FACTOR_NAMES
 from pissa_cli.errors import UsageError
@@ -63,7 +64,9 @@ def optimizer_tensors(
     """
     tensors = {}
     for parameter, name in names.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        spread = zero.spreads(optimizer)
+        state = zero.states(optimizer, parameter) if spread else optimizer.state.get(parameter, {})
+        for key, value in state.items():
             kept = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
             kept = whole(kept.detach())
             if first:
@@ -90,6 +93,9 @@ def restore_optimizer(
         else:  # AdamW keeps its step count on the CPU
             value = tensor if tensor.ndim == 0 else spread_as(parameter, tensor)
         states.setdefault(parameter, {})[key] = value
+    if zero.spreads(optimizer):
+        zero.put_states(optimizer, states)
+        return
     optimizer.state.clear()  # what a checkpoint does not hold was not there when it was written
     for parameter, state in states.items():
         optimizer.state[parameter] = state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import resource
 import signal
 import sys
@@ -25,8 +26,13 @@ WAIT_SECONDS = 6 * 3600
 
 def process_state() -> PartialState:
     """Which process of how many this is; they wait long for the first, which does what all of them need."""
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    return PartialState(cpu=cpu, timeout=timedelta(seconds=WAIT_SECONDS))
+    deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # which would start the processes' group itself
+    try:
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+        return PartialState(cpu=cpu, timeout=timedelta(seconds=WAIT_SECONDS))
+    finally:
+        if deepspeed is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = deepspeed
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
 from pissa_cli import report
 from pissa_cli.checkpoint import remove_old, restore_checkpoint, save_checkpoint, trained_values, whole_checkpoint
@@ -41,7 +42,7 @@ def train(
     state = process_state()
     keep_freed_memory()
     first = state.is_main_process
-    shards = asked_by_accelerate() or recipe.train.shard  # before transformers reads what Accelerate has set
+    layout = asked_by_accelerate() or ("fsdp2" if recipe.train.shard else "copies")  # before transformers reads that
     watch = watch if first else lambda _: None
     run = Run(Path(recipe.output))
     with contextlib.ExitStack() as lock:
@@ -58,7 +59,7 @@ def train(
                 write_text(run.recipe, dump(recipe))
         model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed)
         trainer = set_up(
-            run, manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, shards, watch
+            run, manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, layout, watch
         )
         first_step = _restore(trainer, checkpoint) if checkpoint else 0
         with state.main_process_first():
@@ -150,7 +151,7 @@ def _any(accelerator: Accelerator, flag: bool) -> bool:
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside Accelerate's wrapper."""
-    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    inner: torch.optim.Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     return inner
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from pissa_cli import zero
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import attach, lowrank_layers, train_whole
@@ -29,7 +30,7 @@ from pissa_cli.optim import make_optimizer
 from pissa_cli.prepare import Watch
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import Run
-from pissa_cli.sharding import FSDPModule, shard, whole
+from pissa_cli.sharding import FSDPModule, Layout, shard, whole
 from pissa_cli.steps import count_steps, seed_step, step_examples
 from pissa_cli.weights import open_weights
 
@@ -60,19 +61,20 @@ def set_up(
     examples: Examples,
     pad_id: int,
     fresh: bool,
-    shards: bool,
+    layout: Layout,
     watch: Watch,
 ) -> Trainer:
     """Put the model on its device, make it train what the method trains, and give that an optimizer.
 
-    shards: whether the processes share it, if there are several.
+    layout: what each of several processes has of it.
     """
     unused = bool(holders_of_3d_weights(model))  # an expert may get no token
     ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ways])
-    sharded = shards and accelerator.num_processes > 1
-    if shards and not sharded:
-        watch({"note": "train.shard: a single process has the whole model"})
+    if layout != "copies" and accelerator.num_processes == 1:
+        watch({"note": "a single process has the whole model"})
+        layout = "copies"
+    sharded, deepspeed = layout != "copies", layout.startswith("zero")
     if sharded and recipe.train.optimizer != "adamw":
         raise UsageError("bitsandbytes' optimizer cannot be spread over processes", "set train.optimizer to adamw")
     if sharded and unused:
@@ -80,6 +82,8 @@ def set_up(
             "the experts of this model cannot be spread over processes: one process may use some that another does not",
             "train without sharding: each process then has the whole model",
         )
+    if deepspeed and recipe.train.on_fault != "stop":
+        raise UsageError("DeepSpeed cannot take a step back", "set train.on_fault to stop, or share the model by FSDP2")
     num_base = num_parameters(model)
     if accelerator.device.type != "cpu":  # which Accelerate calls cpu:0, and to() would copy every weight
         model.to(accelerator.device)
@@ -100,13 +104,14 @@ def set_up(
         if before is not None:
             require_same_loss(before, probe(packed), recipe.precision)
     head = model.get_output_embeddings()
-    aside = unused and accelerator.num_processes > 1 and head is not None and head.weight.requires_grad
-    chunked = chunks_loss(model, examples) and not aside  # DDP takes what is used outside of the model for unused
+    trains_head = head is not None and head.weight.requires_grad
+    aside = (unused and accelerator.num_processes > 1) or layout == "zero-3"  # neither finds it outside of the model
+    chunked = chunks_loss(model, examples) and not (aside and trains_head)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for layer in lowrank_layers(model).values():
             layer.keeps_weight = True
-    if sharded:
+    if layout == "fsdp2":
         shard(model, accelerator.device, accelerator.num_processes)
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, layer in lowrank_layers(model).items():
@@ -119,8 +124,14 @@ def set_up(
     watch({"note": f"{trainable:,} parameters train, the base has {num_base:,}; {steps}{processes}"})
     frozen = [*(name for name, p in model.named_parameters() if not p.requires_grad), *dict(model.named_buffers())]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # each process has read its own
-    optimizer = accelerator.prepare(make_optimizer(names, recipe))
-    prepared = model if sharded else accelerator.prepare_model(model, device_placement=False)
+    optimizer = make_optimizer(names, recipe)
+    if deepspeed:
+        _autocast_inside(model, recipe, accelerator.device)
+        prepared = zero.initialize(model, optimizer, int(layout[-1]), recipe.train.max_grad_norm, accelerator.device)
+        optimizer = prepared.optimizer
+    else:
+        optimizer = accelerator.prepare(optimizer)
+        prepared = model if sharded else accelerator.prepare_model(model, device_placement=False)
     parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
     return Trainer(*parts, watch, recipe.train.micro_batch_size)
 
@@ -144,8 +155,11 @@ def form_gradients(trainer: Trainer, step: int) -> tuple[float, float, int]:
             trainer.micro_batch_size //= 2
             trainer.watch({"note": f"out of memory: micro-batches of {trainer.micro_batch_size} examples from here on"})
         torch.cuda.empty_cache()
-    grad_norm = whole(accelerator.clip_grad_norm_(trainer.model.parameters(), section.max_grad_norm))
-    return float(accelerator.reduce(total, "sum")), float(grad_norm), sum(examples.length(i) for i in indices)
+    if zero.spreads(trainer.model):  # which clips in its step
+        grad_norm = zero.gradient_norm(trainer.names)
+    else:
+        grad_norm = float(whole(accelerator.clip_grad_norm_(trainer.model.parameters(), section.max_grad_norm)))
+    return float(accelerator.reduce(total, "sum")), grad_norm, sum(examples.length(i) for i in indices)
 
 
 def update(trainer: Trainer, lr: float) -> None:
@@ -165,9 +179,13 @@ def _accumulate(trainer: Trainer, step: int, indices: list[int]) -> Tensor:
     total = torch.zeros((), device=accelerator.device)
     for number, (chunk, counts) in enumerate(chunks):
         last = number + 1 == len(chunks)
-        with contextlib.nullcontext() if last else accelerator.no_sync(trainer.model):
+        alone = zero.spreads(trainer.model) or last
+        with contextlib.nullcontext() if alone else accelerator.no_sync(trainer.model):
             loss = _summed_loss(trainer, examples, chunk) * float(counts) / num_targets
-            accelerator.backward(loss * accelerator.num_processes)
+            if zero.spreads(trainer.model):
+                zero.backward(trainer.model, loss * accelerator.num_processes, last)
+            else:
+                accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
     return total
 
@@ -196,6 +214,18 @@ def _own_chunks(trainer: Trainer, examples: Examples, indices: list[int]) -> lis
     mine = chunks[trainer.accelerator.process_index]
     idle = mine[0] if mine else indices[:1]
     return [(chunk, True) for chunk in mine] + [(idle, False)] * (max(map(len, chunks)) - len(mine))
+
+
+def _autocast_inside(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:
+    """Have the model enter autocast in its forward pass: DeepSpeed's engine ends that of its caller."""
+    forward = model.forward
+
+    @wraps(forward)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with autocast(recipe.model.bits, recipe.precision, device):
+            return forward(*args, **kwargs)
+
+    model.forward = inside
 
 
 def _summed_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tensor:

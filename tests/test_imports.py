@@ -29,6 +29,7 @@ LAYERS = [
     "sharding",
     "rundir experts integrity configuration",
     "rows loss weights packing",
+    "zero",
     "adapters.lowrank",
     "adapters.methods",
     "adapters.lora adapters.pissa adapters.loftq adapters.vera adapters.svfit",

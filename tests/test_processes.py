@@ -23,11 +23,14 @@ from pissa_cli.train import train
 from pissa_cli.weights import load_tensors
 
 LOOP = """
+import os
 import sys
 from pissa_cli.recipe_file import load
 from pissa_cli.train import train
 from pissa_cli.process import process_state
+asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")
 for name in sys.argv[1:]:
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
     train(load(name, {}).recipe)
 process_state().destroy_process_group()
 """
@@ -66,12 +69,17 @@ def result(recipe: Any) -> dict[str, Any]:
     return load_tensors(merged) if merged.is_file() else adapter(recipe)
 
 
-@pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_are_one(models: Callable[[str], Path], rows: Path, tmp_path: Path, shard: bool) -> None:
-    """Each with the model in whole (DDP), or with a part of it (FSDP2), in memory."""
+@pytest.mark.parametrize("layout", ["copies", "fsdp2", "zero-2", "zero-3"])
+def test_two_processes_are_one(models: Callable[[str], Path], rows: Path, tmp_path: Path, layout: str) -> None:
+    """Each with the model in whole (DDP), or with a part of it (FSDP2, DeepSpeed), in memory."""
+    environment = ENVIRONMENT
+    if layout.startswith("zero"):
+        pytest.importorskip("deepspeed")
+        environment = ENVIRONMENT | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": layout[-1]}
+    runs = RUNS if layout == "copies" else RUNS | SHARDED
     made, files = {}, []
-    for name, sets in (RUNS | SHARDED if shard else RUNS).items():
-        sets = [*sets, f"train.shard={str(shard).lower()}"]
+    for name, sets in runs.items():
+        sets = [*sets, f"train.shard={str(layout == 'fsdp2').lower()}"]
         for way in WAYS:
             common = [f"data.train={rows}", f"train.steps={STEPS}", "train.batch_size=5", "train.micro_batch_size=2"]
             sets = [one.replace("{rows}", str(rows)) for one in sets]
@@ -85,10 +93,10 @@ def test_two_processes_are_one(models: Callable[[str], Path], rows: Path, tmp_pa
     (tmp_path / "loop.py").write_text(LOOP)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(tmp_path / "loop.py"), *files], env=ENVIRONMENT, capture_output=True, text=True
+        [*command, str(tmp_path / "loop.py"), *files], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    for name in RUNS | SHARDED if shard else RUNS:
+    for name in runs:
         train(made[name, "one"])
         one, two = (result(made[name, way]) for way in WAYS)
         losses = [[event["loss"] for event in events(made[name, way])] for way in WAYS]
