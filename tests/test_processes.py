@@ -156,29 +156,52 @@ def test_usage_errors_are_plain(models: Callable[[str], Path], pissa: Callable[.
     assert outcome.code == 2 and "none.jsonl: no such data file" in outcome.err
 
 
-def test_accelerate_launches_sharded_training_and_one_process_goes_on(
-    models: Callable[[str], Path], rows: Path, tmp_path: Path, pissa: Callable[..., Any]
+@pytest.mark.parametrize("config", ["fsdp2", "zero2", "zero3"])
+def test_what_accelerate_launches_goes_on_in_one_process_and_back(
+    models: Callable[[str], Path], rows: Path, tmp_path: Path, config: str
 ) -> None:
+    if config != "fsdp2":
+        pytest.importorskip("deepspeed")
     sets = [f"model.name={models('llama')}", *BASE, f"data.train={rows}", "train.schedule=constant"]
-    whole, made = (load(None, {}, [*sets, "train.steps=6", f"output={tmp_path / name}"]).recipe for name in ("a", "b"))
-    train(whole)
-    half = tmp_path / "half.yaml"
-    half.write_text(dump(made.model_copy(update={"train": made.train.model_copy(update={"steps": 3})})))
-    config = shipped("configs") / "accelerate" / "fsdp2.yaml"
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
-    words = ["--num_processes", "2", "-m", "pissa_cli", "train", str(half)]
-    done = subprocess.run([*command, *words], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "in 2 processes that share the model" in done.stderr
-    train(made, resume=True)
-    for key, wanted in adapter(whole).items():
-        assert float((adapter(made)[key] - wanted).norm() / wanted.norm()) < 1e-5, key
+
+    def recipe(name: str, steps: int) -> Any:
+        return load(None, {}, [*sets, f"train.steps={steps}", f"output={tmp_path / name}"]).recipe
+
+    def launch(name: str, steps: int, *flags: str) -> subprocess.CompletedProcess[str]:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(dump(recipe(name, steps)))
+        configuration = shipped("configs") / "accelerate" / f"{config}.yaml"
+        accelerate = str(Path(sys.executable).with_name("accelerate"))
+        words = ["launch", "--config_file", str(configuration), "--num_processes", "2", "-m", "pissa_cli", "train"]
+        return subprocess.run([accelerate, *words, str(file), *flags], env=ENVIRONMENT, capture_output=True, text=True)
+
+    train(recipe("whole", 6))
+    for name, done in (("first", launch("first", 2)), ("last", None)):
+        if done is None:
+            train(recipe(name, 2))
+        else:
+            assert done.returncode == 0, done.stderr
+            assert "in 2 processes that share the model" in done.stderr
+            train(recipe(name, 4), resume=True)
+        done = launch(name, 6, "--resume", "--json")
+        assert done.returncode == 0, done.stderr
+        said = done.stdout[done.stdout.index("{") :]  # Accelerate itself may warn that DeepSpeed found no GPU
+        assert json.loads(said)["steps"] == 6
+        for key, wanted in adapter(recipe("whole", 6)).items():
+            assert float((adapter(recipe(name, 6))[key] - wanted).norm() / wanted.norm()) < 1e-5, key
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+            "ZeRO stage 1 is not supported",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+            "offload_param_device = cpu is not supported",
+        ),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1 is not supported"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
