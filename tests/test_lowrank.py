@@ -13,11 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from pissa_cli.adapters.lowrank import LowRank, LowRankFunction
 
 TOKENS, IN, OUT, R = (2, 3), 5, 4, 2
+WAYS = {"two paths": ((2, 2), R), "merged": (TOKENS, R), "merged, by the gradient of the weight": (TOKENS, 7)}
+"""Tokens and rank with which a layer goes each way."""
 
 
-def factors(dtype: torch.dtype, with_d: bool, with_b: bool) -> dict[str, Tensor]:
-    made = {"A": torch.randn(R, IN), "B": torch.randn(OUT, R)}
-    made |= {"d": torch.randn(R)} if with_d else {}
+def factors(dtype: torch.dtype, with_d: bool, with_b: bool, rank: int = R) -> dict[str, Tensor]:
+    made = {"A": torch.randn(rank, IN), "B": torch.randn(OUT, rank)}
+    made |= {"d": torch.randn(rank)} if with_d else {}
     made |= {"b": torch.randn(OUT)} if with_b else {}
     return {name: factor.to(dtype) for name, factor in made.items()}
 
@@ -32,15 +34,16 @@ def plain(x: Tensor, W: Tensor, bias: Tensor | None, f: dict[str, Tensor], scale
     return y if bias is None else y + bias
 
 
+@pytest.mark.parametrize(("tokens", "rank"), WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(("with_d", "with_b"), itertools.product((False, True), repeat=2))
-def test_gradients_against_finite_differences(with_d: bool, with_b: bool) -> None:
+def test_gradients_against_finite_differences(with_d: bool, with_b: bool, tokens: tuple[int, int], rank: int) -> None:
     torch.manual_seed(0)
-    made = factors(torch.float64, with_d, with_b)
+    made = factors(torch.float64, with_d, with_b, rank)
     W, bias = torch.randn(OUT, IN).double(), torch.randn(OUT).double()
     read: Callable[[torch.dtype], Tensor] = lambda dtype: W.to(dtype)  # noqa: E731
     names = list(made)
     for trained in itertools.product((False, True), repeat=len(names)):
-        x = torch.randn(*TOKENS, IN).double().requires_grad_()
+        x = torch.randn(*tokens, IN).double().requires_grad_()
         inputs = [made[name].clone().requires_grad_(flag) for name, flag in zip(names, trained, strict=True)]
 
         def run(x: Tensor, *given: Tensor) -> Tensor:
@@ -63,14 +66,15 @@ def test_dropout_path_has_its_own_gradient() -> None:
 
 @pytest.mark.parametrize("base", ["linear", "linear without bias", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forward_is_the_equation(base: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens", [(2, 2), (2, 3), (8, 9)])
+def test_forward_is_the_equation(base: str, dtype: torch.dtype, tokens: tuple[int, int]) -> None:
     torch.manual_seed(1)
     module: nn.Module = Conv1D(OUT, IN) if base == "conv1d" else nn.Linear(IN, OUT, bias=base == "linear")
     nn.init.normal_(module.weight)  # type: ignore[arg-type]
     W = (module.weight.T if base == "conv1d" else module.weight).detach().clone().to(dtype)  # type: ignore[operator]
     made = factors(torch.float32, True, True)
     layer = LowRank(module.to(dtype), made, frozenset({"A", "B"}), scale=0.5, dropout=0.0)
-    x = torch.randn(*TOKENS, IN).to(dtype)
+    x = torch.randn(*tokens, IN).to(dtype)
     bias = None if module.bias is None else module.bias.float()
     wanted = plain(x.float(), W.float(), bias, {k: v.to(dtype).float() for k, v in made.items()}, 0.5)
     assert layer(x).dtype == dtype
@@ -97,18 +101,19 @@ def test_dropout_acts_on_the_low_rank_path_alone_and_only_in_training() -> None:
     torch.testing.assert_close(layer.eval()(x) - base(x), torch.full((50, 1), 400.0))
 
 
-def test_saves_x_once_and_reads_the_weight_again() -> None:
+@pytest.mark.parametrize("merged", [False, True])
+def test_saves_x_once_and_reads_the_weight_again(merged: bool) -> None:
     W, reads = torch.randn(OUT, IN), []
 
     def read(dtype: torch.dtype) -> Tensor:
         reads.append(dtype)
         return W.to(dtype)
 
-    x = torch.randn(*TOKENS, IN, requires_grad=True)
+    x = torch.randn(2, 3 if merged else 2, IN, requires_grad=True)
     A, B = torch.randn(R, IN, requires_grad=True), torch.randn(OUT, R, requires_grad=True)
     y = LowRankFunction.apply(x, None, read, None, A, B, None, None, 1.0, False)
     kept = [t.shape for t in y.grad_fn.saved_tensors if t is not None]
-    assert sorted(kept) == sorted([x.shape, torch.Size((6, R)), A.shape, B.shape])
+    assert sorted(kept) == sorted([x.shape, A.shape, B.shape] + [torch.Size((4, R))] * (not merged))
     y.sum().backward()
     assert len(reads) == 2
 
@@ -131,3 +136,20 @@ def test_under_checkpointing_the_weight_is_read_once_more_and_nothing_is_saved_b
     assert len(reads) == 2
     for name, gradient in wanted.items():
         torch.testing.assert_close(layer.get_parameter(name).grad, gradient)
+
+
+def test_an_update_below_the_weights_own_precision_is_not_lost() -> None:
+    """bf16 has no number between 1 and 1 + 2^-7; a merged weight would have to round the update away."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 64, bias=False).bfloat16()
+    nn.init.ones_(base.weight)
+    made = {"A": torch.full((1, 64), 2.0**-5), "B": torch.full((64, 1), 2.0**-5)}
+    layer = LowRank(base, made, frozenset({"A", "B"}), 1.0)
+    x = torch.zeros(256, 64, dtype=torch.bfloat16)
+    x[:, 0], x[:, 1] = 1.0, -1.0
+    x[:, 2] = 2.0**-3
+    assert float(layer(x)[0, 0]) == float(torch.tensor(2.0**-3 * (1 + 2.0**-10)).bfloat16())
+    x[:, 2] = 0.0
+    made["A"][0, 0] = 2.0**-4
+    layer = LowRank(base, made, frozenset({"A", "B"}), 1.0)
+    assert float(layer(x)[0, 0]) == 2.0**-10

@@ -111,9 +111,10 @@ class LowRankEmbedding(LowRank):
 
 
 class LowRankFunction(torch.autograd.Function):
-    """Saves x' (x itself where `dropped` is None) and h = x' A^T; reads W again in the backward pass, or saves it.
+    """One product with W + s (b B) (d A), where that is sound and the cheaper way (`_merges`); else two paths.
 
-    Products run in `product_dtype`; y is rounded to the dtype of x once.
+    Saves x' (x itself where `dropped` is None) and, on two paths, h = x' A^T; reads W again in the backward pass, or
+    saves what it multiplied with. Products run in `product_dtype`; y is rounded to the dtype of x once.
     """
 
     @staticmethod
@@ -132,14 +133,19 @@ class LowRankFunction(torch.autograd.Function):
     ) -> Tensor:
         inner = x if dropped is None else dropped
         dtype = product_dtype(x)
-        h = inner.flatten(0, -2).to(dtype) @ A.to(dtype).T
-        W = read_weight(dtype)
-        y = functional.linear(x.flatten(0, -2).to(dtype), W, None if bias is None else bias.to(dtype))
-        y.addmm_(_times(h, d), _rows_times(B.to(dtype), b).T, alpha=scale)
+        flat, W = x.flatten(0, -2).to(dtype), read_weight(dtype)
+        merges = dropped is None and _merges(len(flat), W)
+        h = None
+        if merges:
+            W = _merged(W, A, B, d, b, scale)
+        y = functional.linear(flat, W, None if bias is None else bias.to(dtype))
+        if not merges:
+            h = inner.flatten(0, -2).to(dtype) @ A.to(dtype).T
+            y.addmm_(_times(h, d), _rows_times(B.to(dtype), b).T, alpha=scale)
         # no view: DeBERTa divides its queries in place
         y = cast(Tensor, torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)]))
         ctx.save_for_backward(inner, h, A, B, d, b, W if keeps_weight else None)
-        ctx.read_weight, ctx.scale, ctx.shared = read_weight, scale, dropped is None
+        ctx.read_weight, ctx.scale, ctx.shared, ctx.dtype = read_weight, scale, dropped is None, dtype
         return y.to(x.dtype)
 
     @staticmethod
@@ -149,30 +155,88 @@ class LowRankFunction(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        """With g the gradient of y: that of h * d is s g (b B); those of B and b come from M = s g^T (h * d)."""
         inner, h, A, B, d, b, W = ctx.saved_tensors
-        needs_x, needs_dropped, _, _, needs_A, needs_B, needs_d, needs_b, _, _ = ctx.needs_input_grad
-        dtype = h.dtype
+        needs_x, needs_dropped, _, _, *needed, _, _ = ctx.needs_input_grad
+        dtype, scale, merged = ctx.dtype, ctx.scale, h is None
         grad, flat = grad_y.flatten(0, -2).to(dtype), inner.flatten(0, -2).to(dtype)
-        grad_hd = (grad @ _rows_times(B.to(dtype), b)) * ctx.scale
-        grad_h = _times(grad_hd, d)
-        grad_x = grad_dropped = grad_A = grad_B = grad_d = grad_b = None
+        grad_x: Tensor | None = None
+        grad_dropped = grad_hd = None
         if needs_x:
-            grad_x = grad @ (ctx.read_weight(dtype) if W is None else W)
-            if ctx.shared:
-                grad_x.addmm_(grad_h, A.to(dtype))
+            if W is None:
+                W = ctx.read_weight(dtype)
+                W = _merged(W, A, B, d, b, scale) if merged else W
+            grad_x = grad @ W
+        if not merged:
+            grad_hd = (grad @ _rows_times(B.to(dtype), b)) * scale
+            if grad_x is not None and ctx.shared:
+                grad_x.addmm_(_times(grad_hd, d), A.to(dtype))
+            if needs_dropped:
+                grad_dropped = (_times(grad_hd, d) @ A.to(dtype)).view_as(inner).to(inner.dtype)
+        if grad_x is not None:
             grad_x = grad_x.view_as(inner).to(inner.dtype)
-        if needs_dropped:
-            grad_dropped = (grad_h @ A.to(dtype)).view_as(inner).to(inner.dtype)
-        if needs_A:
-            grad_A = (grad_h.T @ flat).to(A.dtype)
-        if needs_B or needs_b:
-            M = (grad.T @ _times(h, d)).to(B.dtype) * ctx.scale
-            grad_B = _rows_times(M, b) if needs_B else None
-            grad_b = (M * B).sum(1) if needs_b else None
-        if needs_d:
+        factors = _factor_gradients(flat, grad, h, grad_hd, A, B, d, b, scale, needed)
+        return grad_x, grad_dropped, None, None, *factors, None, None
+
+
+def _merges(tokens: int, W: Tensor) -> bool:
+    """Whether to multiply with W and its update in one: where no bits of the update are lost, and forming it twice
+    costs less than taking the tokens through both factors, forward and back.
+    """
+    out, inn = W.shape
+    return W.dtype.itemsize >= 4 and tokens * (inn + out) > 2 * inn * out
+
+
+def _merged(W: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    """W + s (b B) (d A)."""
+    return torch.addmm(W, _times(_rows_times(B.to(W.dtype), b), d), A.to(W.dtype), alpha=scale)
+
+
+def _factor_gradients(
+    x: Tensor,
+    g: Tensor,
+    h: Tensor | None,
+    grad_hd: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    d: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    needed: list[bool],
+) -> list[Tensor | None]:
+    """The gradients of A, B, d and b; None for those not `needed`. x (tokens, in), g (tokens, out) the gradient of y;
+    h = x A^T and that of h * d are given where they are known.
+
+    With M = s g^T h and N = s (b B)^T g^T x they are d N, b M d, the sums over out of (b B) M, and those over r of
+    B M d. M and N come from G = g^T x (out, in), where that is cheaper than x A^T and g B.
+    """
+    needs_A, needs_B, needs_d, needs_b = needed
+    dtype, ways, rank = x.dtype, 2 if needs_A else 1, len(A)
+    pairs, scaled = ways * len(x) * rank * (x.shape[1] + g.shape[1]), _rows_times(B.to(dtype), b)
+    if not any(needed):
+        return [None] * 4
+    if h is None and (len(x) + ways * rank) * x.shape[1] * g.shape[1] < pairs:
+        G = g.T @ x
+        M: Tensor | None = G @ A.to(dtype).T
+        N = scaled.T @ G * scale if needs_A else None
+    else:
+        h = x @ A.to(dtype).T if h is None else h
+        grad_hd = (g @ scaled) * scale if grad_hd is None and needs_A else grad_hd
+        M = g.T @ h if needs_B or needs_b or grad_hd is None else None
+        N = grad_hd.T @ x if needs_A and grad_hd is not None else None
+    M = None if M is None else M.to(B.dtype) * scale
+    grad_A = grad_B = grad_d = grad_b = None
+    if N is not None:
+        grad_A = (N if d is None else N * d.to(dtype)[:, None]).to(A.dtype)
+    if M is not None and needs_B:
+        grad_B = _rows_times(_times(M, d), b)
+    if M is not None and needs_b:
+        grad_b = (_times(M, d) * B).sum(1)
+    if needs_d and d is not None:
+        if h is not None and grad_hd is not None:
             grad_d = (grad_hd * h).sum(0).to(d.dtype)
-        return grad_x, grad_dropped, None, None, grad_A, grad_B, grad_d, grad_b, None, None
+        elif M is not None:
+            grad_d = (M * _rows_times(B, b)).sum(0)
+    return [grad_A, grad_B, grad_d, grad_b]
 
 
 def _times(h: Tensor, d: Tensor | None) -> Tensor:
