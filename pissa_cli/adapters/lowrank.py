@@ -134,7 +134,7 @@ class LowRankFunction(torch.autograd.Function):
         inner = x if dropped is None else dropped
         dtype = product_dtype(x)
         flat, W = x.flatten(0, -2).to(dtype), read_weight(dtype)
-        merges = dropped is None and _merges(len(flat), W)
+        merges = dropped is None and _merges(len(flat), len(A), W)
         h = None
         if merges:
             W = _merged(W, A, B, d, b, scale)
@@ -178,12 +178,12 @@ class LowRankFunction(torch.autograd.Function):
         return grad_x, grad_dropped, None, None, *factors, None, None
 
 
-def _merges(tokens: int, W: Tensor) -> bool:
-    """Whether to multiply with W and its update in one: where no bits of the update are lost, and forming it twice
-    costs less than taking the tokens through both factors, forward and back.
+def _merges(tokens: int, rank: int, W: Tensor) -> bool:
+    """Whether to multiply with W and its update in one: where no bits of the update are lost, the factors cost over
+    half of what W does (VeRA's), and forming the update twice costs less than taking the tokens through both, twice.
     """
-    out, inn = W.shape
-    return W.dtype.itemsize >= 4 and tokens * (inn + out) > 2 * inn * out
+    (out, inn), whole = W.shape, W.numel()
+    return W.dtype.itemsize >= 4 and 2 * rank * (inn + out) > whole and tokens * (inn + out) > 2 * whole
 
 
 def _merged(W: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
