@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pissa_cli.errors import PissaError
+from pissa_cli.evals import served
 from pissa_cli.evals.served import serve
 from pissa_cli.train import train
 
@@ -118,6 +121,22 @@ def test_a_server_that_does_not_come_up_or_breaks(
     monkeypatch.setenv("STAND_IN_BREAKS", "1")
     outcome = pissa("eval", run, "--set", "eval.engine=vllm")
     assert outcome.code == 1 and "out of blocks" in outcome.err
+
+
+def test_prompts_that_wait_when_the_server_breaks_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Breaks(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+        def do_POST(self) -> None:
+            self.send_error(500, "out of blocks")
+
+    monkeypatch.setattr(served, "TOGETHER", 2)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Breaks) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        server = served.Server(f"http://127.0.0.1:{http.server_port}", "key", 256, [])
+        with pytest.raises(PissaError, match="out of blocks"):
+            list(server.generate([[1]] * 50, 4, 0.0, [0] * 50, [], lambda *_: None))
+        http.shutdown()
 
 
 def test_what_the_engine_cannot_score(run: str, pissa: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

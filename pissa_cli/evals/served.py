@@ -79,7 +79,8 @@ class Server:
                     continue
                 except PissaError as error:
                     failure = failure or error
-                    pool.shutdown(wait=False, cancel_futures=True)
+                    for waiting in asked:  # the pool's own way to cancel leaves as_completed waiting for them
+                        waiting.cancel()
                     continue
                 progress(done, len(prompts))
             if failure is not None:
