@@ -33,6 +33,7 @@ from pissa_cli.model import (
     read_weight,
     skeleton,
 )
+from pissa_cli.panels import minus_product
 from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
@@ -209,13 +210,13 @@ def _dense_tensors(
         W, dtype = read_weight(weights, linear, device)
         if linear.name in adapter.factors:
             A, B = adapter.pair(linear.name, W.shape, device)
-            W = torch.addmm(W, B, A)
+            W = minus_product(W, B, A, -1.0)
         return then(name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu())
 
     names = [name for name in weights.files if name in whole or not any(owner in linears for owner in _owners(name))]
     worked_on = [layer for layer in layers if not layer.embedding or layer.name in adapter.factors]
-    workers, ahead = in_flight(max(layer.num_out * layer.num_in for layer in worked_on), device)
-    yield from in_order(work, names, workers, max(2, ahead), max(1, torch.get_num_threads() // workers))
+    workers, ahead, each = in_flight(max(layer.num_out * layer.num_in for layer in worked_on), device)
+    yield from in_order(work, names, workers, max(2, ahead), each)
     for name in sorted(whole.keys() - weights.files.keys()):
         yield then(name, None, whole[name].float())
 

@@ -29,6 +29,7 @@ from pissa_cli.integrity import (
     settings_hash,
 )
 from pissa_cli.model import Linear, best_device, resolve_base
+from pissa_cli.panels import converted, minus, minus_product
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
 from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.plan import Plan, make_plan
@@ -233,7 +234,7 @@ def _one_tensor(
     four = recipe.model.bits == 4 and linear is not None and linear.packable
     if linear is None or (method is None and not four):
         return _Item(tensor, tensor, original, original, None, {})
-    W = original.to(device).float()
+    W = converted(original.to(device), torch.float32)
     W = W.T.contiguous() if linear.transposed else W
     dtype = {4: original.dtype, 16: torch.bfloat16, 32: torch.float32}[recipe.model.bits]
     store = quant.Store(4 if four else 16, dtype, recipe.model.double_quant, recipe.model.absmax)
@@ -251,10 +252,10 @@ def _one_tensor(
 
 def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
     """How far the start is from W: relative for a dense store; for NF4 in both norms, beside plain NF4's."""
-    error = quant.read(start.frozen).sub_(W) if isinstance(start.frozen, quant.Packed) else start.frozen.float() - W
+    error = minus(quant.read(start.frozen), W)
     if "A" in start.factors:  # VeRA's b is zero, so that its projections add nothing
         A, B = Adapter({layer.name: start.factors}, {layer.name: layer.scale}).pair(layer.name, W.shape, W.device)
-        error.addmm_(B, A)
+        minus_product(error, B, A, -1.0, into=error)
     norm = max(frobenius_norm(W), 1e-30)
     if layer.store.bits != 4:
         relative = frobenius_norm(error) / norm
@@ -266,7 +267,7 @@ def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
         return {"start_error": relative}
     figures = {"start_error": frobenius_norm(error) / norm}
     figures |= {"frobenius": frobenius_norm(error), "nuclear": nuclear_norm(error)}
-    error = quant.round_trip(W, "largest").sub_(W)
+    error = minus(quant.round_trip(W, "largest"), W)
     return figures | {"plain_frobenius": frobenius_norm(error), "plain_nuclear": nuclear_norm(error)}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pissa_cli.errors import UsageError
 from pissa_cli.model import Linear
-from pissa_cli.quant import fit_scales
+from pissa_cli.scales import fit_scales
 
 GROUP_SIZES = (128, 64, 32)
 

@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from pissa_cli.errors import UsageError
+from pissa_cli.panels import largest_magnitude
 from pissa_cli.weights import Weights, fingerprint, hash_file, load_tensors, open_weights
 
 COSMETIC = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -126,7 +127,7 @@ def require_finite(name: str, tensor: Tensor, weights: Weights) -> None:
     """Refuse a tensor that spoils everything after it; UsageError names it and its file."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    largest = float(tensor.float().abs().amax())
+    largest = largest_magnitude(tensor)
     if not largest <= LARGEST:
         found = f"values up to {largest:.1e}" if math.isfinite(largest) else "NaN or infinite values"
         raise UsageError(

@@ -9,27 +9,38 @@ from typing import TypeVar
 
 import torch
 
+from pissa_cli.panels import helpers
+
 IN_FLIGHT_BYTES = 2**29  # five fp32 copies of a tensor may be alive while it is worked on
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_flight(largest: int, device: torch.device) -> tuple[int, int]:
-    """(tensors to work on at once, tensors begun and not yet taken), the largest of so many numbers.
+def in_flight(largest: int, device: torch.device) -> tuple[int, int, int]:
+    """(tensors to work on at once, tensors begun and not yet taken, helpers of each), the largest of so many numbers.
 
     On a GPU one at once: torch loads its linear algebra there when it is first used, which two threads must not do.
     """
-    fit = IN_FLIGHT_BYTES // (5 * 4 * max(largest, 1))
-    workers = 1 if device.type == "cuda" else max(1, min(torch.get_num_threads(), fit))
-    return workers, max(workers, min(4 * workers, fit))  # a small tensor need not wait for a large one before it
+    fit, threads = IN_FLIGHT_BYTES // (5 * 4 * max(largest, 1)), torch.get_num_threads()
+    if device.type == "cuda":
+        return 1, max(1, min(4, fit)), 1
+    workers = max(1, min(threads, fit))
+    return workers, max(workers, min(4 * workers, fit)), threads // workers  # a small one need not wait for a large one
 
 
-def in_order(
-    work: Callable[[T], R], items: Iterable[T], workers: int, ahead: int, threads_each: int = 1
-) -> Iterator[R]:
-    """work(item) of every item, in their order: `workers` at once, each with so many threads of torch's."""
+def in_order(work: Callable[[T], R], items: Iterable[T], workers: int, ahead: int, each: int) -> Iterator[R]:
+    """work(item) of every item, in their order: `workers` at once, on one thread of torch's and with `each` helpers for
+    what is cut into `panels`."""
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads_each,)) as pool:
+
+    def begin(use_helpers: Callable[[], None]) -> None:
+        torch.set_num_threads(1)
+        use_helpers()
+
+    with (
+        helpers(workers * each if each > 1 else 1) as use,
+        ThreadPoolExecutor(workers, initializer=begin, initargs=(use,)) as pool,
+    ):
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:

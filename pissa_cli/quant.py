@@ -8,20 +8,20 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pissa_cli.panels import converted, in_parallel
+from pissa_cli.scales import SCALE_GRID, fit_scales
+
 Absmax = Literal["fitted", "largest"]
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
-SCALE_GRID = (0.8, 0.88, 0.94, 1.0)
 COARSE_GRID = (0.88, 0.97)
 TABLE_STEPS = 1024  # cells of the lookup tables in [0, 1]; each holds one midpoint of levels at most
-TINY = torch.finfo(torch.float32).tiny
 CHUNK = {"cpu": 2**18, "cuda": 2**24}  # numbers that the search looks at together
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 
@@ -68,7 +68,7 @@ def packable(num_in: int) -> bool:
 def pack(store: Store, weight: Tensor) -> Packed | Tensor:
     """Store `weight` (out, in) fp32: NF4 blocks run along rows of the (out, in) matrix."""
     if store.bits != 4:
-        return weight.to(store.dtype)
+        return converted(weight, store.dtype)
     if store.absmax == "fitted":
         return _pack_fitted(store, weight)
     from bitsandbytes import functional
@@ -83,21 +83,23 @@ def pack(store: Store, weight: Tensor) -> Packed | Tensor:
 def _pack_fitted(store: Store, weight: Tensor) -> Packed:
     """NF4 with the absmax of each block chosen, from a grid below the largest magnitude, for the least squared error.
 
-    See `fit_scales`; the codes are then the nearest levels for the scale as it is stored.
+    See `scales.fit_scales`; the codes are then the nearest levels for the scale as it is stored.
     """
     from bitsandbytes import functional
 
     tables = _tables(weight.device)
     chunks = _blocks(weight)
-    absmax, nested = torch.cat([fit_scales(chunk, tables.nearest)[0] for chunk in chunks]), {}
+    fitted = in_parallel(lambda chunk: fit_scales(chunk, tables.nearest)[0], chunks)
+    absmax, nested = torch.cat(fitted), {}
     kept = absmax
     if store.double_quant:
         offset = absmax.mean()
         kept, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
         absmax = functional.dequantize_blockwise(kept, state2) + offset
         nested = {"offset": offset, "state2": state2}
-    pairs = [tables.codes(c, a) for c, a in zip(chunks, absmax.split(len(chunks[0])), strict=True)]
-    codes = torch.cat(pairs).view(-1)[: weight.numel() + weight.numel() % 2]
+    pairs = zip(chunks, absmax.split(len(chunks[0])), strict=True)
+    codes = torch.cat(in_parallel(lambda pair: tables.codes(*pair), pairs))
+    codes = codes.view(-1)[: weight.numel() + weight.numel() % 2]
     data = ((codes[0::2] << 4) | codes[1::2]).unsqueeze(1)
     state = functional.QuantState(
         absmax=kept,
@@ -115,14 +117,17 @@ def round_trip(weight: Tensor, absmax: Absmax) -> Tensor:
     """`weight` (out, in) fp32 as NF4 gives it back, not stored in between; fitted scales come from a coarser search."""
     tables, chunks = _tables(weight.device), _blocks(weight)
     back = torch.empty(sum(map(len, chunks)), BLOCK_SIZE, device=weight.device)
-    for chunk, out in zip(chunks, back.split(len(chunks[0])), strict=True):
+
+    def one(pair: tuple[Tensor, Tensor]) -> None:
+        chunk, out = pair
         if absmax == "largest":
             scale = chunk.abs().amax(1)
-            codes = tables.codes(chunk, scale).to(torch.int32)
-            q = torch.index_select(tables.levels, 0, codes.view(-1)).view_as(chunk)
+            q = torch.index_select(tables.levels, 0, tables.codes(chunk, scale).int().view(-1)).view_as(chunk)
         else:
             scale, q = fit_scales(chunk, tables.nearest, COARSE_GRID)
         torch.mul(q, scale[:, None], out=out)
+
+    in_parallel(one, zip(chunks, back.split(len(chunks[0])), strict=True))
     return back.view(-1)[: weight.numel()].view(weight.shape)
 
 
@@ -174,37 +179,10 @@ def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
     return chunks
 
 
-def fit_scales(
-    blocks: Tensor, nearest: Callable[[Tensor, float, Tensor], Tensor], shares: Sequence[float] = SCALE_GRID
-) -> tuple[Tensor, Tensor]:
-    """Scales a (n,) and codes q (n, size) of blocks w (n, size), w ~ a q, with the least squared error of some.
-
-    For codes q, those of w / c, the best scale is a = <q, w> / <q, q>, which leaves ||w||^2 - <q, w>^2 / <q, q>. The
-    candidates c are `shares` of the largest magnitude. nearest: (w / largest, share, where to write q) -> q.
-    """
-    largest = blocks.abs().amax(1).clamp_min_(TINY)
-    unit = blocks / largest[:, None]
-    codes, room = torch.empty_like(unit), torch.empty_like(unit)
-    best = scale = torch.zeros_like(largest)
-    for share in shares:
-        q = nearest(unit, share, codes if share == shares[0] else room)
-        along = torch.bmm(q[:, None], unit[:, :, None]).view(-1)
-        length = torch.linalg.vector_norm(q, dim=1).square_().clamp_min_(TINY)
-        gain = along.square() / length
-        better = gain > best
-        best, scale = torch.where(better, gain, best), torch.where(better, along / length, scale)
-        if q is room and q.is_cuda:
-            torch.where(better[:, None], q, codes, out=codes)
-        elif q is room:  # a third of the rows, at half the cost
-            rows = better.nonzero().view(-1)
-            codes.index_copy_(0, rows, q.index_select(0, rows))
-    return scale * largest, codes
-
-
 def read(stored: Packed | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight (out, in) that a layer sees: what `pack` kept, in `dtype`."""
     if isinstance(stored, Tensor):
-        return stored.to(dtype)
+        return converted(stored, dtype)
     from bitsandbytes import functional
 
     weight: Tensor = functional.dequantize_4bit(stored.data, stored.state)

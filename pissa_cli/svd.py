@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pissa_cli.panels import row_norms, times, transposed_times
+
 OVERSAMPLING = 8
 POWER_STEPS = 2
 WARM_STEPS = 9  # power steps from a start close by, before it counts as not close
@@ -78,8 +80,8 @@ def truncated_svd(
 def project(weight: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """(W V, V) after one power step V <- orth(W^T W V): of all B V^T, B = W V is the nearest to W. V: (in, r)."""
     with _one_thread():
-        V = _qr(weight.T @ (weight @ V))[0]
-        return weight @ V, V
+        V = _qr(transposed_times(weight, times(weight, V)))[0]
+        return times(weight, V), V
 
 
 def project_svd(weight: Tensor, V: Tensor) -> SVD:
@@ -100,8 +102,8 @@ def energies(weight: Tensor) -> Tensor:
 
 def frobenius_norm(weight: Tensor) -> float:
     """The square root of the sum of squares: rows in fp32, their sum in fp64."""
-    along = -1 if weight.stride(-1) == 1 else 0
-    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(weight, dim=along), dtype=torch.float64))
+    rows = weight if weight.stride(-1) == 1 else weight.T
+    return float(torch.linalg.vector_norm(row_norms(rows), dtype=torch.float64))
 
 
 def nuclear_norm(weight: Tensor, seed: int = 0) -> float:
@@ -124,13 +126,13 @@ def _power_steps(weight: Tensor, V: Tensor, allowed: float) -> SVD | None:
     """Power steps on V (in, r) until the estimate of what more would gain is small enough; None if it stays large."""
     energy, captured = frobenius_norm(weight) ** 2, []
     for _ in range(WARM_STEPS):
-        image = weight @ V
+        image = times(weight, V)
         captured.append(frobenius_norm(image) ** 2)
         if len(captured) > 6 and _excess(energy, captured) <= allowed / 10:
             Q, R = _qr(image)
             U, S, Vh = torch.linalg.svd(R)
             return SVD(Q @ U, S, Vh @ V.T)
-        V = _qr(weight.T @ image)[0]
+        V = _qr(transposed_times(weight, image))[0]
     return None
 
 
@@ -141,8 +143,8 @@ def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator) ->
     if KRYLOV_BLOCKS * width <= GRAM_BELOW * n:
         found = _block_krylov(weight, rank, width, allowed, source)
     if found is None:
-        vectors = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, -rank:].flip(1)
-        found = weight @ vectors, vectors
+        vectors = torch.linalg.eigh(transposed_times(weight, weight)).eigenvectors[:, -rank:].flip(1)
+        found = times(weight, vectors), vectors
     U, V = found
     S = U.norm(dim=0)
     if S[-1] > GRAM_ACCURATE_ABOVE * S[0]:
@@ -160,15 +162,16 @@ def _block_krylov(
     """
     n = weight.shape[1]
     energy = frobenius_norm(weight) ** 2
-    block = weight.T @ torch.randn(weight.shape[0], width, generator=source).to(weight.device)
+    drawn = torch.randn(weight.shape[0], width, generator=source).to(weight.device)
+    block = transposed_times(weight, drawn)
     for _ in range(POWER_STEPS):
-        block = weight.T @ (weight @ _cholesky_qr(block)[0])
+        block = transposed_times(weight, times(weight, _cholesky_qr(block)[0]))
     block = _qr(block)[0]
     basis, images, T, coupling = block[:, :0], weight[:, :0], weight.new_empty(0, 0), weight.new_empty(0, width)
     captured: list[float] = []
     least = KRYLOV_BLOCKS if allowed < ROUGH else KRYLOV_BLOCKS - 1
     for blocks in range(1, int(GRAM_BELOW * n / width) + 1):
-        image = weight @ block
+        image = times(weight, block)
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
         T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
         enough = blocks >= least
@@ -177,7 +180,7 @@ def _block_krylov(
         if enough and _excess(energy, captured) <= allowed / 2:
             chosen = vectors[:, -rank:].flip(1)
             return images @ chosen, basis @ chosen
-        block, R = _next_block(basis, weight.T @ image)
+        block, R = _next_block(basis, transposed_times(weight, image))
         coupling = torch.cat([coupling.new_zeros(basis.shape[1] - width, width), R.T])
     return None
 
@@ -230,7 +233,7 @@ def _lanczos_nuclear_norm(weight: Tensor, probes: int, steps: int, source: torch
     basis = v.T[:, None, :]  # (probes, steps so far, n)
     alphas, betas = [], []
     for _ in range(steps):
-        w = weight.T @ (weight @ basis[:, -1].T)
+        w = transposed_times(weight, times(weight, basis[:, -1].T))
         alphas.append((w * basis[:, -1].T).sum(dim=0))
         for _ in range(2):
             w = w - torch.einsum("pkn,pk->np", basis, torch.einsum("pkn,np->pk", basis, w))

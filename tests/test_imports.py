@@ -35,6 +35,7 @@ LAYERS = [
     "adapters.lora adapters.pissa adapters.loftq adapters.vera adapters.svfit",
     "adapters.start",
     "svd quant products",
+    "panels scales",
     "recipe_file",
     "recipe_errors",
     "recipe",

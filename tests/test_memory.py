@@ -115,7 +115,7 @@ def test_the_process_starts_anew_once_with_the_same_words(tmp_path: Path) -> Non
 
 def test_work_is_taken_in_order_and_threads_are_as_before() -> None:
     threads = torch.get_num_threads()
-    found = list(in_order(lambda n: (n, torch.get_num_threads()), range(9), 3, 4, 1))
+    found = list(in_order(lambda n: (n, torch.get_num_threads()), range(9), 3, 4, 2))
     assert found == [(n, 1) for n in range(9)]
 
     def fails(number: int) -> int:
@@ -125,7 +125,7 @@ def test_work_is_taken_in_order_and_threads_are_as_before() -> None:
 
     taken = []
     with pytest.raises(ValueError, match="three"):
-        for number in in_order(fails, range(9), 2, 4):
+        for number in in_order(fails, range(9), 2, 4, 1):
             taken.append(number)
     assert taken == [0, 1, 2] and torch.get_num_threads() == threads
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pissa_cli import quant
 from pissa_cli.adapters import lora
 from pissa_cli.adapters.start import Layer, Method, Start, balanced
+from pissa_cli.panels import minus, minus_product
 from pissa_cli.svd import truncated_svd
 
 LORA_START = {"init": "A", "distribution": "kaiming"}
@@ -28,12 +28,12 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     rest, near = weight, None
     for step in range(options["passes"]):
         frozen = quant.pack(layer.store, rest)
-        lost = weight - quant.read(frozen)
+        lost = minus(weight, quant.read(frozen))
         svd = truncated_svd(lost, layer.rank, options["svd"], layer.seed, layer.name, near)
         near = svd.Vh.T
         A, B = balanced(svd, layer.scale)
         if step + 1 < options["passes"]:
-            rest = torch.addmm(weight, B, A, alpha=-layer.scale)
+            rest = minus_product(weight, B, A, layer.scale)
     if not A.any():  # storage lost nothing
         return lora.start(weight, layer, LORA_START)
     return Start({"A": A, "B": B}, frozen)

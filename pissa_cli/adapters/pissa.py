@@ -14,6 +14,7 @@ from torch import Tensor
 from pissa_cli import quant
 from pissa_cli.adapters import lora
 from pissa_cli.adapters.start import Factors, Layer, Method, Start, balanced
+from pissa_cli.panels import minus, minus_product
 from pissa_cli.quant import Packed
 from pissa_cli.svd import SVD, frobenius_norm, project, project_svd, truncated_svd
 
@@ -41,10 +42,10 @@ def _alternate(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any
     and Q <- store(W - L). It starts on SVD and ends on quantize."""
     A, B = balanced(svd, 1.0)
     for _ in range(options["passes"] - 1):
-        lost = weight - quant.read(quant.pack(layer.store, _without(weight, B, A)))
+        lost = minus(weight, quant.read(quant.pack(layer.store, minus_product(weight, B, A))))
         svd = truncated_svd(lost, layer.rank, options["svd"], layer.seed, layer.name, svd.Vh.T)
         A, B = balanced(svd, 1.0)
-    return svd, quant.pack(layer.store, _without(weight, B, A))
+    return svd, quant.pack(layer.store, minus_product(weight, B, A))
 
 
 def _refit(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any]) -> tuple[SVD, Packed | Tensor]:
@@ -52,22 +53,18 @@ def _refit(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any]) -
     then Q <- store(...) likewise, and L <- SVD_r(W - Q), the best for that Q in any unitarily invariant norm
     (Eckart-Young). One power step finds it: all that W - Q has beside L is the rounding of Q."""
     B, V = svd.U * svd.S, svd.Vh.T
-    rest = _without(weight, B, V.T)
+    rest = minus_product(weight, B, V.T)
     for _ in range(options["passes"] - 1):
-        lost = weight - quant.round_trip(rest, layer.store.absmax)
+        lost = minus(weight, quant.round_trip(rest, layer.store.absmax))
         before = B, V
         B, V = project(lost, V)
-        rest = _without(weight, (1 + OVER_RELAXATION) * B, V.T)
-        rest.addmm_(before[0], before[1].T, alpha=OVER_RELAXATION)
+        rest = minus_product(weight, (1 + OVER_RELAXATION) * B, V.T)
+        minus_product(rest, before[0], before[1].T, -OVER_RELAXATION, into=rest)
     frozen = quant.pack(layer.store, rest)
-    lost = weight - quant.read(frozen)
+    lost = minus(weight, quant.read(frozen))
     if options["svd"] == "exact":
         return truncated_svd(lost, layer.rank, "exact"), frozen
     return project_svd(lost, V), frozen
-
-
-def _without(weight: Tensor, B: Tensor, A: Tensor) -> Tensor:
-    return torch.addmm(weight, B, A, alpha=-1)
 
 
 def on_plain_base(now: Factors, start: Factors) -> Factors:

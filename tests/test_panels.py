@@ -1,0 +1,66 @@
+"""Work on panels of a large tensor: what torch gives in one go, and the same bits for any number of helpers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pissa_cli import panels
+from pissa_cli.pipeline import in_order
+from pissa_cli.quant import Packed, Store, pack
+from pissa_cli.svd import truncated_svd
+
+OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "times": (lambda W, X, Y: panels.times(W, X), lambda W, X, Y: W @ X),
+    "times of a transposed one": (lambda W, X, Y: panels.times(W.T, Y), lambda W, X, Y: W.T @ Y),
+    "transposed times": (lambda W, X, Y: panels.transposed_times(W, Y), lambda W, X, Y: W.T @ Y),
+    "transposed times of a transposed one": (lambda W, X, Y: panels.transposed_times(W.T, X), lambda W, X, Y: W @ X),
+    "minus a product": (lambda W, X, Y: panels.minus_product(W, Y, X.T, 0.5), lambda W, X, Y: W - 0.5 * Y @ X.T),
+    "minus": (lambda W, X, Y: panels.minus(W, 2 * W), lambda W, X, Y: W - 2 * W),
+    "converted": (lambda W, X, Y: panels.converted(W, torch.bfloat16), lambda W, X, Y: W.bfloat16()),
+    "norms of rows": (lambda W, X, Y: panels.row_norms(W), lambda W, X, Y: W.norm(dim=1)),
+    "largest": (lambda W, X, Y: torch.tensor(panels.largest_magnitude(W)), lambda W, X, Y: W.abs().max()),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_panels_give_what_the_whole_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, plain = OPERATIONS[name]
+    torch.manual_seed(0)
+    W, X, Y = torch.randn(70, 50), torch.randn(50, 6), torch.randn(70, 6)
+    wanted = plain(W.double(), X.double(), Y.double())
+    for panel in (60, 700, 2**21):  # a row of its own, fourteen, and one panel
+        monkeypatch.setattr(panels, "PANEL", panel)
+        found = {helpers: next(in_order(lambda _: ours(W, X, Y), [0], 1, 1, helpers)) for helpers in (1, 2, 3)}
+        assert torch.equal(found[1], found[2]) and torch.equal(found[1], found[3])
+        tolerance = 2**-8 if found[1].dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(found[1].double(), wanted.double(), rtol=tolerance, atol=tolerance * 10)
+
+
+def test_starts_have_the_same_bits_for_any_number_of_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(panels, "PANEL", 2**10)
+    torch.manual_seed(0)
+    W = torch.randn(192, 128)
+
+    def start(_: int) -> list[Tensor]:
+        packed = pack(Store(4, torch.float32, absmax="fitted"), W)
+        assert isinstance(packed, Packed)
+        return [*truncated_svd(W, 16), *truncated_svd(W.T.contiguous(), 16), packed.data, packed.state.absmax]
+
+    found = [next(in_order(start, [0], 1, 1, helpers)) for helpers in (1, 2, 3)]
+    for others in zip(*found, strict=True):
+        assert torch.equal(others[0], others[1]) and torch.equal(others[0], others[2])
+
+
+def test_a_panel_that_fails_fails_the_whole_and_nan_is_seen() -> None:
+    def fails(part: int) -> int:
+        if part == 2:
+            raise ValueError("two")
+        return part
+
+    with pytest.raises(ValueError, match="two"):
+        next(in_order(lambda _: panels.in_parallel(fails, range(4)), [0], 1, 1, 2))
+    assert torch.tensor(panels.largest_magnitude(torch.tensor([1.0, torch.nan, 2.0]))).isnan()
