@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pissa_cli.adapters.lowrank import LowRank, LowRankEmbedding
+from pissa_cli.adapters.lowrank import LowRank, LowRankEmbedding, Siblings
 from pissa_cli.adapters.start import Adapter, Method
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import expert_layers, part_of, set_part
@@ -50,6 +50,35 @@ def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool
             setattr(modules[parent], child, layer)
         else:
             set_part(model, expert, layer)
+
+
+@torch.no_grad()
+def share_inputs(model: PreTrainedModel) -> None:
+    """Have low-rank layers that the model gives one and the same x, one right after the other, computed together.
+
+    Which they are shows in a forward pass over two tokens.
+    """
+    groups: list[list[LowRank]] = []
+    last: list[Tensor] = []
+
+    def see(layer: LowRank, given: tuple[Tensor, ...]) -> None:
+        if not (groups and last[0] is given[0]):
+            groups.append([])
+        groups[-1].append(layer)
+        last[:] = given[:1]
+
+    layers = [m for m in model.modules() if type(m) is LowRank and not m.dropout and m.siblings is None]
+    hooks = [layer.register_forward_pre_hook(see) for layer in layers]
+    mode = model.training
+    model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+    model.train(mode)
+    for hook in hooks:
+        hook.remove()
+    for group in groups:
+        if len(group) > 1 and len(set(group)) == len(group) and all(layer.siblings is None for layer in group):
+            together = Siblings(group)
+            for layer in group:
+                layer.siblings = together
 
 
 @torch.no_grad()

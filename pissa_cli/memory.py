@@ -16,7 +16,7 @@ from pissa_cli import quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Method, Projections
-from pissa_cli.attach import attach, lowrank_layers, make_trainable
+from pissa_cli.attach import attach, lowrank_layers, make_trainable, share_inputs
 from pissa_cli.configuration import first_line
 from pissa_cli.ledger import Heap, Ledger, Operations
 from pissa_cli.loss import autocast, loss_at, summed_loss
@@ -143,6 +143,8 @@ def _model(recipe: Recipe, plan: Plan, ledger: Ledger) -> tuple[PreTrainedModel,
         attach(model, adapter, method, False, getattr(recipe.adapter, "dropout", 0.0))
         ledger.kind = "weights"
         make_trainable(model, recipe.adapter.modules_to_save)
+        ledger.kind = "activations"
+        share_inputs(model)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for lowrank in lowrank_layers(model).values():

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pissa_cli import zero
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.attach import attach, lowrank_layers, train_whole
+from pissa_cli.attach import attach, lowrank_layers, share_inputs, train_whole
 from pissa_cli.checkpoint import Names
 from pissa_cli.data import collate, micro_batches
 from pissa_cli.errors import UsageError
@@ -101,6 +101,8 @@ def set_up(
         plain, dropout = recipe.model.bits != 4, getattr(recipe.adapter, "dropout", 0.0)
         attach(model, start, METHODS[recipe.adapter.method], plain, dropout)
         train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
+        if layout != "zero-3":  # where a layer's parameters are there only while it runs itself
+            share_inputs(model)
         if before is not None:
             require_same_loss(before, probe(packed), recipe.precision)
     head = model.get_output_embeddings()

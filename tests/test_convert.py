@@ -66,7 +66,7 @@ def test_a_lora_at_full_rank_is_exact(
     result = export_lora(made, out, check=True)
     wanted = logits(load_result(made, torch.device("cpu")))
     assert result["relative_error"] == 0 and result["rank"] == (12 if method == "pissa" else 6)
-    assert relative(by_peft(folder, out), wanted) < 1e-6 and result["relative_logit_difference"] < 1e-6
+    assert relative(by_peft(folder, out), wanted) < 2e-6 and result["relative_logit_difference"] < 2e-6
 
 
 @pytest.mark.parametrize("rank", [3, 6, 9])

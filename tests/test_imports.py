@@ -33,7 +33,7 @@ LAYERS = [
     "adapters.lowrank",
     "adapters.methods",
     "adapters.lora adapters.pissa adapters.loftq adapters.vera adapters.svfit",
-    "adapters.start",
+    "adapters.start adapters.function",
     "svd quant products",
     "panels scales",
     "recipe_file",

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from test_start import started
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pissa_cli.adapters.lowrank import LowRank, LowRankFunction
+from pissa_cli.adapters.function import LowRankFunction, Part
+from pissa_cli.adapters.lowrank import LowRank, Siblings
+from pissa_cli.attach import lowrank_layers, share_inputs
 
 TOKENS, IN, OUT, R = (2, 3), 5, 4, 2
 WAYS = {"two paths": ((2, 2), R), "merged": (TOKENS, R), "merged, by the gradient of the weight": (TOKENS, 7)}
@@ -48,7 +53,7 @@ def test_gradients_against_finite_differences(with_d: bool, with_b: bool, tokens
 
         def run(x: Tensor, *given: Tensor) -> Tensor:
             f = dict(zip(names, given, strict=True))
-            return LowRankFunction.apply(x, None, read, bias, f["A"], f["B"], f.get("d"), f.get("b"), 0.7, False)
+            return LowRankFunction.apply(x, None, [Part(read, bias, 0.7)], f["A"], f["B"], f.get("d"), f.get("b"))[0]
 
         assert torch.autograd.gradcheck(run, (x, *inputs))
 
@@ -59,7 +64,7 @@ def test_dropout_path_has_its_own_gradient() -> None:
     x, dropped = (torch.randn(*TOKENS, IN).double().requires_grad_() for _ in range(2))
 
     def run(x: Tensor, dropped: Tensor, A: Tensor) -> Tensor:
-        return LowRankFunction.apply(x, dropped, W.to, None, A, made["B"], made["d"], made["b"], 1.5, False)
+        return LowRankFunction.apply(x, dropped, [Part(W.to, None, 1.5)], A, made["B"], made["d"], made["b"])[0]
 
     assert torch.autograd.gradcheck(run, (x, dropped, made["A"].requires_grad_()))
 
@@ -111,7 +116,7 @@ def test_saves_x_once_and_reads_the_weight_again(merged: bool) -> None:
 
     x = torch.randn(2, 3 if merged else 2, IN, requires_grad=True)
     A, B = torch.randn(R, IN, requires_grad=True), torch.randn(OUT, R, requires_grad=True)
-    y = LowRankFunction.apply(x, None, read, None, A, B, None, None, 1.0, False)
+    y = LowRankFunction.apply(x, None, [Part(read)], A, B, None, None)[0]
     kept = [t.shape for t in y.grad_fn.saved_tensors if t is not None]
     assert sorted(kept) == sorted([x.shape, A.shape, B.shape] + [torch.Size((4, R))] * (not merged))
     y.sum().backward()
@@ -136,6 +141,95 @@ def test_under_checkpointing_the_weight_is_read_once_more_and_nothing_is_saved_b
     assert len(reads) == 2
     for name, gradient in wanted.items():
         torch.testing.assert_close(layer.get_parameter(name).grad, gradient)
+
+
+@pytest.mark.parametrize("tokens", [(2, 2), (8, 9)], ids=["two paths", "merged"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_of_layers_of_one_x(shared: bool, tokens: tuple[int, int]) -> None:
+    """Of different widths and ranks; with VeRA's A for all of them, which does not train."""
+    torch.manual_seed(0)
+    given: list[Tensor | None] = []
+    parts, numbers = [], []
+    A = torch.randn(R, IN).double()
+    for out, rank in ((4, R), (7, R if shared else 3), (1, R)):
+        W, bias = torch.randn(out, IN).double(), torch.randn(out).double()
+        parts.append(Part(W.to, bias, 0.7, False, shared))
+        given += [A if shared else torch.randn(rank, IN).double(), torch.randn(out, rank).double()]
+        given += [torch.randn(rank).double(), torch.randn(out).double() if shared else None]
+    for trained in ([2, 3, 6, 7, 10, 11], [2, 7]) if shared else ([0, 1, 4, 5, 8, 9], [1, 4], [2, 6, 10]):
+        numbers = [number for number in trained if given[number] is not None]
+
+        def run(x: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            f = dict(enumerate(given)) | dict(zip(numbers, inputs, strict=True))  # noqa: B023
+            return LowRankFunction.apply(x, None, parts, *f.values())
+
+        x = torch.randn(*tokens, IN).double().requires_grad_()
+        assert torch.autograd.gradcheck(run, (x, *(given[n].clone().requires_grad_() for n in numbers)))  # type: ignore[union-attr]
+
+
+def test_layers_of_one_x_give_what_each_gives_alone() -> None:
+    """Also when asked out of turn, again, in part, or after x was changed in place; an output nobody uses is fine."""
+    torch.manual_seed(0)
+    layers = [LowRank(nn.Linear(IN, out), factors_of(out), frozenset({"A", "B"}), 0.5) for out in (4, 6, 5)]
+    together = Siblings(layers)
+
+    def outputs(x: Tensor, order: tuple[int, ...]) -> list[Tensor]:
+        return [layers[number](x) for number in order]
+
+    for order in ((0, 1, 2), (2, 0, 1), (1,), (0, 0, 2)):
+        x = torch.randn(*TOKENS, IN)
+        for layer in layers:
+            layer.siblings = None
+        wanted = outputs(x, order)
+        sum(y.square().sum() for y in wanted).backward()  # type: ignore[union-attr]
+        gradients = [p.grad.clone() for n in order for p in layers[n].parameters() if p.grad is not None]
+        for layer in layers:
+            layer.zero_grad()
+            layer.siblings = together
+        found = outputs(x, order)
+        sum(y.square().sum() for y in found).backward()  # type: ignore[union-attr]
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(
+            [p.grad for n in order for p in layers[n].parameters() if p.grad is not None], gradients
+        )
+        for layer in layers:
+            layer.zero_grad()
+    first = layers[0](x)
+    x.mul_(2)
+    assert not torch.allclose(layers[1](x), layers[1].base(x / 2), atol=0.1) and first.shape[-1] == 4
+    layers[1].siblings = None
+    alone = layers[1](x)
+    layers[1].siblings = together
+    layers[0](x / 2)
+    torch.testing.assert_close(layers[1](x), alone)
+
+
+def factors_of(out: int) -> dict[str, Tensor]:
+    return {"A": torch.randn(R, IN), "B": torch.randn(out, R)}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kinds"),
+    [
+        ("llama", {"q_proj k_proj v_proj", "gate_proj up_proj"}),
+        ("qwen2", {"q_proj k_proj v_proj", "gate_proj up_proj"}),
+        ("gpt2", set()),
+    ],
+)
+def test_layers_that_share_their_input_are_found(
+    architecture: str, kinds: set[str], models: Callable[[str], Path], recipe: Callable[..., Any]
+) -> None:
+    model = started(recipe(models(architecture), "adapter.rank=2"))
+    share_inputs(model)
+    layers = list(lowrank_layers(model).values())
+    groups = {id(layer.siblings): layer.siblings.layers for layer in layers if layer.siblings is not None}
+    assert {" ".join(layer.name.rpartition(".")[2] for layer in group) for group in groups.values()} == kinds
+    for group in groups.values():
+        assert len({layer.name.rpartition(".")[0] for layer in group}) == 1
+    for layer in layers:
+        layer.siblings, layer.dropout = None, 0.1
+    share_inputs(model)
+    assert all(layer.siblings is None for layer in layers)
 
 
 def test_an_update_below_the_weights_own_precision_is_not_lost() -> None:

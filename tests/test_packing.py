@@ -28,6 +28,7 @@ from transformers import (
 from pissa_cli import packing
 from pissa_cli import train as module
 from pissa_cli.adapters.lowrank import LowRank
+from pissa_cli.attach import share_inputs
 from pissa_cli.data import collate, load_examples, micro_batches
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
@@ -172,7 +173,8 @@ def test_gradients_of_the_fast_path_are_those_of_the_plain_one(
     rows: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Packed, attended to by sequence, the layer's and the head's own gradients, under checkpointing and not."""
+    """Packed, attended to by sequence, layers of one x together, the layers' and the head's own gradients, under
+    checkpointing and not."""
     if variant == "loftq" and store == "fp32":
         pytest.skip("loftq is refused over dense weights")
     examples = load_examples(str(rows), DataSection(), tokenizer, None)
@@ -186,6 +188,7 @@ def test_gradients_of_the_fast_path_are_those_of_the_plain_one(
         plain_loss(model, examples, INDICES).backward()
         wanted = gradients(model)
     attend_by_sequence(model)
+    share_inputs(model)
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

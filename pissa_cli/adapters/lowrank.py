@@ -5,14 +5,14 @@ Shapes: x (tokens, in), W (out, in), A (r, in), B (out, r), d (r,), b (out,). W 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from pissa_cli.adapters.function import LowRankFunction, Part
 from pissa_cli.adapters.start import Factors, Projections
 from pissa_cli.products import product_dtype
 from pissa_cli.quant import packed_weight, read
@@ -46,6 +46,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.projections = projections
         self.keeps_weight = False
+        self.siblings: Siblings | None = None
         self.base = base.requires_grad_(False)
         self.scale = scale
         self.dropout = dropout
@@ -86,16 +87,7 @@ class LowRank(nn.Module):
         return weight.T if isinstance(self.base, Conv1D) else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        dropped = functional.dropout(x, self.dropout, self.training) if self.dropout else None
-        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        A, B = self.pair(x)
-        with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = LowRankFunction.apply(
-                x, dropped, self.base_weight, bias, A, B, self.d, self.b, self.scale, self.keeps_weight
-            )
-        return y
+        return compute([self], x)[0] if self.siblings is None else self.siblings.output(self, x)
 
 
 class LowRankEmbedding(LowRank):
@@ -110,138 +102,36 @@ class LowRankEmbedding(LowRank):
         return y + self.scale * functional.embedding(ids, self.A.T).to(y.dtype) @ self.B.T.to(y.dtype)
 
 
-class LowRankFunction(torch.autograd.Function):
-    """One product with W + s (b B) (d A), where that is sound and the cheaper way (`_merges`); else two paths.
+class Siblings:
+    """Low-rank layers that a model gives the same x, one after the other: the first one called computes them all."""
 
-    Saves x' (x itself where `dropped` is None) and, on two paths, h = x' A^T; reads W again in the backward pass, or
-    saves what it multiplied with. Products run in `product_dtype`; y is rounded to the dtype of x once.
-    """
+    def __init__(self, layers: Sequence[LowRank]) -> None:
+        self.layers = list(layers)
+        self._x: Tensor | None = None
+        self._version = 0
+        self._outputs: dict[LowRank, Tensor] = {}
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        read_weight: Callable[[torch.dtype], Tensor],
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        d: Tensor | None,
-        b: Tensor | None,
-        scale: float,
-        keeps_weight: bool,
-    ) -> Tensor:
-        inner = x if dropped is None else dropped
-        dtype = product_dtype(x)
-        flat, W = x.flatten(0, -2).to(dtype), read_weight(dtype)
-        merges = dropped is None and _merges(len(flat), len(A), W)
-        h = None
-        if merges:
-            W = _merged(W, A, B, d, b, scale)
-        y = functional.linear(flat, W, None if bias is None else bias.to(dtype))
-        if not merges:
-            h = inner.flatten(0, -2).to(dtype) @ A.to(dtype).T
-            y.addmm_(_times(h, d), _rows_times(B.to(dtype), b).T, alpha=scale)
-        # no view: DeBERTa divides its queries in place
-        y = cast(Tensor, torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)]))
-        ctx.save_for_backward(inner, h, A, B, d, b, W if keeps_weight else None)
-        ctx.read_weight, ctx.scale, ctx.shared, ctx.dtype = read_weight, scale, dropped is None, dtype
-        return y.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return LowRankFunction._gradients(ctx, grads[0])
-
-    @staticmethod
-    def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        inner, h, A, B, d, b, W = ctx.saved_tensors
-        needs_x, needs_dropped, _, _, *needed, _, _ = ctx.needs_input_grad
-        dtype, scale, merged = ctx.dtype, ctx.scale, h is None
-        grad, flat = grad_y.flatten(0, -2).to(dtype), inner.flatten(0, -2).to(dtype)
-        grad_x: Tensor | None = None
-        grad_dropped = grad_hd = None
-        if needs_x:
-            if W is None:
-                W = ctx.read_weight(dtype)
-                W = _merged(W, A, B, d, b, scale) if merged else W
-            grad_x = grad @ W
-        if not merged:
-            grad_hd = (grad @ _rows_times(B.to(dtype), b)) * scale
-            if grad_x is not None and ctx.shared:
-                grad_x.addmm_(_times(grad_hd, d), A.to(dtype))
-            if needs_dropped:
-                grad_dropped = (_times(grad_hd, d) @ A.to(dtype)).view_as(inner).to(inner.dtype)
-        if grad_x is not None:
-            grad_x = grad_x.view_as(inner).to(inner.dtype)
-        factors = _factor_gradients(flat, grad, h, grad_hd, A, B, d, b, scale, needed)
-        return grad_x, grad_dropped, None, None, *factors, None, None
+    def output(self, layer: LowRank, x: Tensor) -> Tensor:
+        """What `layer` makes of x."""
+        if x is not self._x or x._version != self._version or layer not in self._outputs:
+            self._x, self._version = x, x._version
+            self._outputs = dict(zip(self.layers, compute(self.layers, x), strict=True))
+        y = self._outputs.pop(layer)
+        if not self._outputs:
+            self._x = None
+        return y
 
 
-def _merges(tokens: int, rank: int, W: Tensor) -> bool:
-    """Whether to multiply with W and its update in one: where no bits of the update are lost, the factors cost over
-    half of what W does (VeRA's), and forming the update twice costs less than taking the tokens through both, twice.
-    """
-    (out, inn), whole = W.shape, W.numel()
-    return W.dtype.itemsize >= 4 and 2 * rank * (inn + out) > whole and tokens * (inn + out) > 2 * whole
-
-
-def _merged(W: Tensor, A: Tensor, B: Tensor, d: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
-    """W + s (b B) (d A)."""
-    return torch.addmm(W, _times(_rows_times(B.to(W.dtype), b), d), A.to(W.dtype), alpha=scale)
-
-
-def _factor_gradients(
-    x: Tensor,
-    g: Tensor,
-    h: Tensor | None,
-    grad_hd: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    d: Tensor | None,
-    b: Tensor | None,
-    scale: float,
-    needed: list[bool],
-) -> list[Tensor | None]:
-    """The gradients of A, B, d and b; None for those not `needed`. x (tokens, in), g (tokens, out) the gradient of y;
-    h = x A^T and that of h * d are given where they are known.
-
-    With M = s g^T h and N = s (b B)^T g^T x they are d N, b M d, the sums over out of (b B) M, and those over r of
-    B M d. M and N come from G = g^T x (out, in), where that is cheaper than x A^T and g B.
-    """
-    needs_A, needs_B, needs_d, needs_b = needed
-    dtype, ways, rank = x.dtype, 2 if needs_A else 1, len(A)
-    pairs, scaled = ways * len(x) * rank * (x.shape[1] + g.shape[1]), _rows_times(B.to(dtype), b)
-    if not any(needed):
-        return [None] * 4
-    if h is None and (len(x) + ways * rank) * x.shape[1] * g.shape[1] < pairs:
-        G = g.T @ x
-        M: Tensor | None = G @ A.to(dtype).T
-        N = scaled.T @ G * scale if needs_A else None
-    else:
-        h = x @ A.to(dtype).T if h is None else h
-        grad_hd = (g @ scaled) * scale if grad_hd is None and needs_A else grad_hd
-        M = g.T @ h if needs_B or needs_b or grad_hd is None else None
-        N = grad_hd.T @ x if needs_A and grad_hd is not None else None
-    M = None if M is None else M.to(B.dtype) * scale
-    grad_A = grad_B = grad_d = grad_b = None
-    if N is not None:
-        grad_A = (N if d is None else N * d.to(dtype)[:, None]).to(A.dtype)
-    if M is not None and needs_B:
-        grad_B = _rows_times(_times(M, d), b)
-    if M is not None and needs_b:
-        grad_b = (_times(M, d) * B).sum(1)
-    if needs_d and d is not None:
-        if h is not None and grad_hd is not None:
-            grad_d = (grad_hd * h).sum(0).to(d.dtype)
-        elif M is not None:
-            grad_d = (M * _rows_times(B, b)).sum(0)
-    return [grad_A, grad_B, grad_d, grad_b]
-
-
-def _times(h: Tensor, d: Tensor | None) -> Tensor:
-    return h if d is None else h * d.to(h.dtype)
-
-
-def _rows_times(B: Tensor, b: Tensor | None) -> Tensor:
-    return B if b is None else B * b.to(B.dtype)[:, None]
+def compute(layers: Sequence[LowRank], x: Tensor) -> tuple[Tensor, ...]:
+    """The outputs of layers for one x; several have no dropout."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    first, parts, factors = layers[0], [], []
+    dropped = functional.dropout(x, first.dropout, first.training) if first.dropout else None
+    for layer in layers:
+        bias: Tensor | None = layer.base.bias  # type: ignore[assignment]
+        parts.append(Part(layer.base_weight, bias, layer.scale, layer.keeps_weight, layer.projections is not None))
+        factors += [*layer.pair(x), layer.d, layer.b]
+    with torch.autocast(x.device.type, enabled=False):
+        outputs: tuple[Tensor, ...] = LowRankFunction.apply(x, dropped, parts, *factors)
+    return outputs
