@@ -28,7 +28,7 @@ MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
     f"train.{key}"
     for key in (
         *("steps", "epochs", "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing"),
-        *("spike", "on_fault", "shard"),
+        *("spike", "on_fault", "shard", "torch_compile", "use_liger_kernel"),
     )
 }
 

@@ -230,11 +230,13 @@ def _one_tensor(
     device: torch.device,
 ) -> _Item:
     original = weights.read(tensor)
-    require_finite(tensor, original, weights)
     four = recipe.model.bits == 4 and linear is not None and linear.packable
     if linear is None or (method is None and not four):
+        require_finite(tensor, original, weights)
         return _Item(tensor, tensor, original, original, None, {})
-    W = converted(original.to(device), torch.float32)
+    W = original.to(device)
+    require_finite(tensor, W, weights)
+    W = converted(W, torch.float32)
     W = W.T.contiguous() if linear.transposed else W
     dtype = {4: original.dtype, 16: torch.bfloat16, 32: torch.float32}[recipe.model.bits]
     store = quant.Store(4 if four else 16, dtype, recipe.model.double_quant, recipe.model.absmax)

@@ -15,7 +15,6 @@ import xxhash
 from torch import Tensor
 
 from pissa_cli.errors import UsageError
-from pissa_cli.panels import largest_magnitude
 from pissa_cli.weights import Weights, fingerprint, hash_file, load_tensors, open_weights
 
 COSMETIC = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -127,7 +126,8 @@ def require_finite(name: str, tensor: Tensor, weights: Weights) -> None:
     """Refuse a tensor that spoils everything after it; UsageError names it and its file."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    largest = largest_magnitude(tensor)
+    low, high = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())
+    largest = max(-float(low), float(high))
     if not largest <= LARGEST:
         found = f"values up to {largest:.1e}" if math.isfinite(largest) else "NaN or infinite values"
         raise UsageError(

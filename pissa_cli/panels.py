@@ -83,12 +83,6 @@ def row_norms(W: Tensor) -> Tensor:
     return torch.cat(in_parallel(lambda panel: torch.linalg.vector_norm(panel, dim=-1), _rows(W)))
 
 
-def largest_magnitude(tensor: Tensor) -> float:
-    """Of its numbers, NaN if one of them is."""
-    parts = tensor.reshape(-1).split(PANEL)
-    return float(torch.stack(in_parallel(lambda part: part.float().abs().amax(), parts)).amax())
-
-
 def _is_large(W: Tensor) -> bool:
     return W.device.type == "cpu" and W.numel() > PANEL
 

@@ -11,7 +11,10 @@ import torch
 
 from pissa_cli.panels import helpers
 
-IN_FLIGHT_BYTES = 2**29  # five fp32 copies of a tensor may be alive while it is worked on
+COPIES = 5  # in fp32, that may be alive of a tensor while it is worked on
+IN_FLIGHT_BYTES = 2**29  # of them, on a CPU
+ON_GPU = 8  # tensors at once there, in half of the free memory
+SEARCH_BYTES = 2**29  # that fitting the scales of a tensor takes there
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -19,11 +22,16 @@ R = TypeVar("R")
 def in_flight(largest: int, device: torch.device) -> tuple[int, int, int]:
     """(tensors to work on at once, tensors begun and not yet taken, helpers of each), the largest of so many numbers.
 
-    On a GPU one at once: torch loads its linear algebra there when it is first used, which two threads must not do.
+    On a GPU several, so that it need not wait for what is read, drawn or factored on the CPU. torch loads its linear
+    algebra there at the first use, which is here: two threads must not do it at once.
     """
-    fit, threads = IN_FLIGHT_BYTES // (5 * 4 * max(largest, 1)), torch.get_num_threads()
+    threads, needed = torch.get_num_threads(), COPIES * 4 * max(largest, 1)
     if device.type == "cuda":
-        return 1, max(1, min(4, fit)), 1
+        torch.linalg.cholesky_ex(torch.eye(2, device=device))
+        free, _ = torch.cuda.mem_get_info(device)
+        workers = max(1, min(threads, ON_GPU, free // 2 // (needed + SEARCH_BYTES)))
+        return workers, workers + 1, 1
+    fit = IN_FLIGHT_BYTES // needed
     workers = max(1, min(threads, fit))
     return workers, max(workers, min(4 * workers, fit)), threads // workers  # a small one need not wait for a large one
 

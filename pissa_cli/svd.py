@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
@@ -21,6 +21,7 @@ GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take 
 GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
 FAST, ROUGH = 1e-3, 0.05
 EXACT_NUCLEAR_BELOW = 256
+SMALL = 512  # rows of a matrix that a CPU factors sooner than a GPU does
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -89,7 +90,7 @@ def project_svd(weight: Tensor, V: Tensor) -> SVD:
     B, V = project(weight, V)
     with _one_thread():
         Q, R = _qr(B)
-        U, S, Vh = torch.linalg.svd(R)
+        U, S, Vh = _small(torch.linalg.svd, R)
         return SVD(Q @ U, S, Vh @ V.T)
 
 
@@ -130,7 +131,7 @@ def _power_steps(weight: Tensor, V: Tensor, allowed: float) -> SVD | None:
         captured.append(frobenius_norm(image) ** 2)
         if len(captured) > 6 and _excess(energy, captured) <= allowed / 10:
             Q, R = _qr(image)
-            U, S, Vh = torch.linalg.svd(R)
+            U, S, Vh = _small(torch.linalg.svd, R)
             return SVD(Q @ U, S, Vh @ V.T)
         V = _qr(transposed_times(weight, image))[0]
     return None
@@ -143,7 +144,7 @@ def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator) ->
     if KRYLOV_BLOCKS * width <= GRAM_BELOW * n:
         found = _block_krylov(weight, rank, width, allowed, source)
     if found is None:
-        vectors = torch.linalg.eigh(transposed_times(weight, weight)).eigenvectors[:, -rank:].flip(1)
+        vectors = _small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
         found = times(weight, vectors), vectors
     U, V = found
     S = U.norm(dim=0)
@@ -175,7 +176,7 @@ def _block_krylov(
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
         T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
         enough = blocks >= least
-        values, vectors = torch.linalg.eigh(T) if enough else (torch.linalg.eigvalsh(T), T)
+        values, vectors = _small(torch.linalg.eigh if enough else lambda T: (torch.linalg.eigvalsh(T), T), T)
         captured.append(float(values[-rank:].sum(dtype=torch.float64)))
         if enough and _excess(energy, captured) <= allowed / 2:
             chosen = vectors[:, -rank:].flip(1)
@@ -225,6 +226,11 @@ def _cholesky_qr(block: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve_triangular(R, block, upper=True, left=False), R
 
 
+def _small(factorize: Callable[[Tensor], Sequence[Tensor]], T: Tensor) -> list[Tensor]:
+    """factorize(T), on the CPU if T is small: a GPU takes ten milliseconds and more for the steps one by one."""
+    return [part.to(T.device) for part in factorize(T.cpu() if T.shape[-1] <= SMALL else T)]
+
+
 def _lanczos_nuclear_norm(weight: Tensor, probes: int, steps: int, source: torch.Generator) -> float:
     """tr((W^T W)^(1/2)) ~ n * mean over unit probes v of e1^T sqrt(T_v) e1, T_v from `steps` Lanczos steps on v."""
     n = weight.shape[1]
@@ -242,7 +248,7 @@ def _lanczos_nuclear_norm(weight: Tensor, probes: int, steps: int, source: torch
     T = torch.diag_embed(torch.stack(alphas, 1).double())
     off = torch.stack(betas[:-1], 1).double()
     T = T + torch.diag_embed(off, offset=1) + torch.diag_embed(off, offset=-1)
-    values, vectors = torch.linalg.eigh(T)
+    values, vectors = _small(torch.linalg.eigh, T)
     return float(n * (vectors[:, 0].square() * values.clamp_min(0).sqrt()).sum(1).mean())
 
 

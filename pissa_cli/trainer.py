@@ -24,6 +24,7 @@ from pissa_cli.examples import Examples
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.guards import chunks_loss, packs, probe_loss, require_padding_unseen, require_same_loss
 from pissa_cli.initialize import read_start, require_base
+from pissa_cli.kernels import compile_blocks, use_liger
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import num_parameters
 from pissa_cli.optim import make_optimizer
@@ -84,9 +85,13 @@ def set_up(
         )
     if deepspeed and recipe.train.on_fault != "stop":
         raise UsageError("DeepSpeed cannot take a step back", "set train.on_fault to stop, or share the model by FSDP2")
+    if deepspeed and recipe.train.torch_compile:
+        raise UsageError("train.torch_compile: not under DeepSpeed", "set it to false, or share the model by FSDP2")
     num_base = num_parameters(model)
     if accelerator.device.type != "cpu":  # which Accelerate calls cpu:0, and to() would copy every weight
         model.to(accelerator.device)
+    if recipe.train.use_liger_kernel:
+        use_liger(model, accelerator.device)
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
     packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
     if recipe.data.classifies:
@@ -113,6 +118,8 @@ def set_up(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for layer in lowrank_layers(model).values():
             layer.keeps_weight = True
+    if recipe.train.torch_compile:
+        compile_blocks(model, accelerator.device)
     if layout == "fsdp2":
         shard(model, accelerator.device, accelerator.num_processes)
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}

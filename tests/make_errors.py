@@ -17,7 +17,7 @@ AREAS = {
     "Base model": "model configuration loading weights plan attach ranks experts side_files",
     "Data": "data rows examples classification",
     "Run folder": "rundir names integrity initialize checkpoint exported peft_files optim",
-    "Training": "train trainer prepare guards launch faults sharding zero",
+    "Training": "train trainer prepare guards kernels launch faults sharding zero",
     "Evaluation": "evals",
     "Merge, quantize, export": "export convert serving int4 probes card",
     "Upload": "hub",

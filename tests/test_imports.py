@@ -14,7 +14,7 @@ LAYERS = [
     "__main__ demo cli",
     "train evals convert export hub launch",
     "trainer",
-    "prepare",
+    "prepare kernels",
     "exported guards card serving probes layer_report int4",
     "initialize",
     "ranks",

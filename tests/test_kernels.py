@@ -1,0 +1,67 @@
+"""torch.compile between the adapter layers gives the same loss and gradients; what cannot run is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_packing import gradients, started
+
+from pissa_cli.attach import share_inputs
+from pissa_cli.errors import UsageError
+from pissa_cli.kernels import compile_blocks, use_liger
+from pissa_cli.loss import summed_loss
+from pissa_cli.packing import attend_by_sequence
+
+CPU = torch.device("cpu")
+
+
+def test_compiled_blocks_are_the_plain_ones(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
+    model = started(recipe(models("llama"), "adapter.rank=2", "model.bits=32"))
+    attend_by_sequence(model)
+    share_inputs(model)
+
+    def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        ids = torch.arange(3, 23)[None]
+        positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+        loss = summed_loss(model, {"input_ids": ids, "position_ids": positions, "labels": ids.clone()}, chunked=True)
+        loss.backward()
+        return loss.detach(), gradients(model)
+
+    wanted = step()
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(model, CPU)
+    torch.testing.assert_close(step(), wanted, rtol=1e-5, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1
+
+
+def test_a_compiler_that_does_not_work_is_named(
+    models: Callable[[str], Path], recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UsageError, match=r"torch cannot compile here: no C\+\+ compiler"):
+        compile_blocks(started(recipe(models("llama"), "adapter.rank=2")), CPU)
+
+
+def test_what_torch_recomputes_it_does_not_compile(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
+    with pytest.raises(UsageError, match="torch_compile"):
+        recipe(models("llama"), "train.torch_compile=true", "train.gradient_checkpointing=true")
+
+
+def test_liger_needs_its_package_and_a_gpu(
+    models: Callable[[str], Path], recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = started(recipe(models("llama"), "adapter.rank=2"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="not installed"):
+        use_liger(model, CPU)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with pytest.raises(UsageError, match="need a GPU"):
+        use_liger(model, CPU)
