@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 BILL = ROOT / "docs" / "bill.md"
@@ -24,9 +26,9 @@ def packages(root: str = "pissa") -> dict[str, importlib.metadata.Distribution]:
     found: dict[str, importlib.metadata.Distribution] = {}
     waiting = [root]
     while waiting:
-        requirement = waiting.pop()
-        name = re.split(r"[\s\[<>=!~;(]", requirement)[0].lower().replace("_", "-")
-        if name in found or "extra ==" in requirement:
+        requirement = Requirement(waiting.pop())
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
             continue
         try:
             found[name] = importlib.metadata.distribution(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Outcome, make_model, save_model
 
 from pissa_cli.errors import LAUNCHED
@@ -152,6 +154,27 @@ def test_truncated_shard(refused: Callable[..., str], tmp_path: Path) -> None:
         assert f"{shards[1]}: truncated or damaged" in refused("init", "--model", folder)
     shards[1].unlink()
     assert "shard of the index is missing" in refused("init", "--model", folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "found"),
+    [
+        (torch.bfloat16, math.nan, "NaN or infinite values"),
+        (torch.float16, -math.inf, "NaN or infinite values"),
+        (torch.float32, -1e16, "values up to 1.0e+16"),
+    ],
+)
+def test_spoiled_numbers(
+    dtype: torch.dtype, value: float, found: str, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    model = make_model("llama").to(dtype)
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):  # one that is split, one that is not
+        tensor = model.get_parameter(name).data
+        kept, tensor.view(-1)[-3] = tensor.view(-1)[-3].clone(), value
+        folder = save_model(model, tmp_path / "model")
+        message = refused("init", "--model", folder, "--rank", 4)
+        assert f"{name} holds {found}" in message and "download it again" in message
+        tensor.view(-1)[-3] = kept
 
 
 def test_bases_that_cannot_be_split(

@@ -22,7 +22,6 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "minus": (lambda W, X, Y: panels.minus(W, 2 * W), lambda W, X, Y: W - 2 * W),
     "converted": (lambda W, X, Y: panels.converted(W, torch.bfloat16), lambda W, X, Y: W.bfloat16()),
     "norms of rows": (lambda W, X, Y: panels.row_norms(W), lambda W, X, Y: W.norm(dim=1)),
-    "largest": (lambda W, X, Y: torch.tensor(panels.largest_magnitude(W)), lambda W, X, Y: W.abs().max()),
 }
 
 
@@ -55,7 +54,7 @@ def test_starts_have_the_same_bits_for_any_number_of_helpers(monkeypatch: pytest
         assert torch.equal(others[0], others[1]) and torch.equal(others[0], others[2])
 
 
-def test_a_panel_that_fails_fails_the_whole_and_nan_is_seen() -> None:
+def test_a_panel_that_fails_fails_the_whole() -> None:
     def fails(part: int) -> int:
         if part == 2:
             raise ValueError("two")
@@ -63,4 +62,3 @@ def test_a_panel_that_fails_fails_the_whole_and_nan_is_seen() -> None:
 
     with pytest.raises(ValueError, match="two"):
         next(in_order(lambda _: panels.in_parallel(fails, range(4)), [0], 1, 1, 2))
-    assert torch.tensor(panels.largest_magnitude(torch.tensor([1.0, torch.nan, 2.0]))).isnan()
