@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from pissa_cli import __version__, quant
 from pissa_cli.adapter_options import FullOptions, ScaledBase
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.adapters.start import Adapter, Layer, Method, Start
+from pissa_cli.adapters.start import Adapter, Factors, Layer, Method, Start
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.integrity import (
     hashes,
@@ -161,11 +161,11 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, 
     figures = {}
     for number, item in enumerate(_work(recipe, plan, weights, method)):
         whole.add(item.tensor, item.original)
-        if item.start is not None:
-            start.add(item.name, item.start.factors)
+        if item.factors is not None:
+            start.add(item.name, item.factors)
             figures[item.name] = item.figures
         if store is not None:
-            for name, tensor in item.stored().items():
+            for name, tensor in item.stored.items():
                 stored.add(name, tensor)
                 store.add(name, tensor)
         progress(number + 1, len(weights.files), item.tensor)
@@ -191,18 +191,15 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, 
 
 @dataclass(frozen=True)
 class _Item:
-    """One tensor of the base after init: the original, and what became of it."""
+    """One tensor of the base after init: the original, what `base/` holds of it, by the names of the base's own files,
+    and the factors of its start; all on the CPU."""
 
     tensor: str
     name: str
     original: Tensor
-    frozen: quant.Packed | Tensor
-    start: Start | None
-    figures: dict[str, Any]
-
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors of `base/`, by the names of the base's own files."""
-        return self.frozen.tensors(self.tensor) if isinstance(self.frozen, quant.Packed) else {self.tensor: self.frozen}
+    stored: dict[str, Tensor]
+    factors: Factors | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 def _work(recipe: Recipe, plan: Plan, weights: Weights, method: Method) -> Iterator[_Item]:
@@ -233,7 +230,7 @@ def _one_tensor(
     four = recipe.model.bits == 4 and linear is not None and linear.packable
     if linear is None or (method is None and not four):
         require_finite(tensor, original, weights)
-        return _Item(tensor, tensor, original, original, None, {})
+        return _Item(tensor, tensor, original, {tensor: original})
     W = original.to(device)
     require_finite(tensor, W, weights)
     W = converted(W, torch.float32)
@@ -241,15 +238,20 @@ def _one_tensor(
     dtype = {4: original.dtype, 16: torch.bfloat16, 32: torch.float32}[recipe.model.bits]
     store = quant.Store(4 if four else 16, dtype, recipe.model.double_quant, recipe.model.absmax)
     if method is None:
-        return _Item(tensor, linear.name, original, quant.pack(store, W), None, {})
+        return _Item(tensor, linear.name, original, _stored(tensor, linear, quant.pack(store, W)))
     layer = Layer(linear.name, plan.ranks[linear.name], plan.scales[linear.name], recipe.seed, store, linear.embedding)
     start = method.start(W, layer, {**recipe.adapter.model_dump(), "passes": recipe.passes if four else 1})
     figures = {"name": linear.name, "kind": linear.kind, "shape": [linear.num_out, linear.num_in], "rank": layer.rank}
     figures |= start.figures | _errors(W, start, layer)
-    frozen = start.frozen
-    if isinstance(frozen, Tensor) and linear.transposed:
-        frozen = frozen.T.contiguous()
-    return _Item(tensor, linear.name, original, frozen, start, figures)
+    stored = _stored(tensor, linear, start.frozen) if recipe.model.bits == 4 else {}
+    factors = {key: factor.cpu() for key, factor in start.factors.items()}
+    return _Item(tensor, linear.name, original, stored, factors, figures)
+
+
+def _stored(tensor: str, linear: Linear, frozen: quant.Packed | Tensor) -> dict[str, Tensor]:
+    if isinstance(frozen, Tensor):
+        return {tensor: (frozen.T.contiguous() if linear.transposed else frozen).cpu()}
+    return {name: part.cpu() for name, part in frozen.tensors(tensor).items()}
 
 
 def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:

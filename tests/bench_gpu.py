@@ -9,6 +9,7 @@ being that of a bf16 product measured in the same run.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import sys
@@ -28,6 +29,7 @@ from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
 from pissa_cli.attach import share_inputs
+from pissa_cli.kernels import compile_blocks, use_liger
 from pissa_cli.loss import IGNORED, summed_loss
 from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.svd import truncated_svd
@@ -38,6 +40,7 @@ RANK = 16 if SMALL else 128
 TOKENS = 256 if SMALL else 8192
 LENGTHS = (64, 128) if SMALL else (512, 2048)
 STEPS = 4
+COMPILED, WITH_LIGER = "pissa, torch_compile", "pissa, use_liger_kernel"
 BLOCKS = 4  # that are started together, as init does all of them
 
 
@@ -127,7 +130,7 @@ def init_rows(shape: Shape) -> list[dict[str, Any]]:
     return rows
 
 
-def model_of(shape: Shape, bits: int, rank: int | None) -> tuple[nn.Module, int]:
+def model_of(shape: Shape, bits: int, rank: int | None) -> tuple[Any, int]:
     """A Llama with random weights, its linear layers in bf16 or NF4 under our adapters (rank None: as they are)."""
     heads = shape.width // 128 if shape.width >= 128 else 1
     config = LlamaConfig(
@@ -196,19 +199,33 @@ def step_seconds(model: nn.Module, length: int, words: int, ours: bool) -> float
     return sorted(seconds(step) for _ in range(STEPS))[STEPS // 2]
 
 
+def trainers(shape: Shape, bits: int) -> list[str]:
+    """Who takes the steps: pissa and PEFT; and pissa with what it may use beside its own, once."""
+    also = []
+    if bits == 4 and shape == SHAPES[0]:
+        liger = DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+        also = [COMPILED, *([WITH_LIGER] if liger else [])]
+    return ["pissa", "PEFT", *also]
+
+
 def training_rows(shape: Shape, rate: float) -> list[dict[str, Any]]:
     rows = []
     for bits in (16, 4):
-        for what in ("pissa", "PEFT"):
-            model, counted = model_of(shape, bits, RANK if what == "pissa" else None)
-            model = model if what == "pissa" else with_peft(model)
+        for what in trainers(shape, bits):
+            ours = what != "PEFT"
+            model, counted = model_of(shape, bits, RANK if ours else None)
+            if what == WITH_LIGER:
+                use_liger(model, DEVICE)
+            if what == COMPILED:
+                compile_blocks(model, DEVICE)
+            model = model if ours else with_peft(model)
             model.train()
             for length in LENGTHS:
                 row: dict[str, Any] = {"model": shape.name, "bits": bits, "what": what, "length": length}
                 if DEVICE.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 try:
-                    took = step_seconds(model, length, shape.words, what == "pissa")
+                    took = step_seconds(model, length, shape.words, ours)
                 except torch.OutOfMemoryError:
                     rows.append(row | {"seconds": None})
                     continue
