@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pissa_cli.products import product_dtype
+from pissa_cli.products import attention_dtype
 
 BY_SEQUENCE = "sdpa_by_sequence"
 
@@ -48,8 +48,8 @@ def without_mask(model: PreTrainedModel) -> bool:
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """SDPA in `product_dtype`; attention_mask may be the lengths (n,) of sequences that together make the one row."""
-    dtype, wide = query.dtype, product_dtype(query)
+    """SDPA in `attention_dtype`; attention_mask may be the lengths (n,) of sequences that together make the one row."""
+    dtype, wide = query.dtype, attention_dtype(query)
     query, key, value = query.to(wide), key.to(wide), value.to(wide)
     if attention_mask is None or attention_mask.ndim != 1:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)

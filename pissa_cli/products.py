@@ -1,4 +1,7 @@
-"""The dtype that products are computed in."""
+"""The dtype that products are computed in.
+
+On a CPU that has no instructions for products of 16-bit numbers fp32 is the faster and the better one.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,30 @@ FEW_ROWS = 32
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype for the product of x (..., in) with a weight: that of x, with one exception.
+    """The dtype for the product of x (..., in) with a weight: that of x, or fp32 on a CPU that is the faster in it.
 
-    On a CPU without AMX fp32 is the faster and the better one for 16-bit numbers, unless the rows are so few that
-    converting the weight would cost more than the product.
+    Not for rows so few that converting the weight would cost more than the product.
     """
-    halves = x.dtype in (torch.bfloat16, torch.float16)
     many = x.numel() >= FEW_ROWS * x.shape[-1]
-    return torch.float32 if halves and many and x.device.type == "cpu" and not _has_amx() else x.dtype
+    native = x.device.type != "cpu" or _has_amx() or (x.dtype == torch.bfloat16 and _has_avx512_bf16())
+    return torch.float32 if _is_half(x) and many and not native else x.dtype
+
+
+def attention_dtype(query: Tensor) -> torch.dtype:
+    """The dtype for attention: that of the query, or fp32 on a CPU without AMX."""
+    native = query.device.type != "cpu" or _has_amx()
+    return torch.float32 if _is_half(query) and not native else query.dtype
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
 
 
 @functools.cache
 def _has_amx() -> bool:
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe()) if probe is not None else False
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def _has_avx512_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
