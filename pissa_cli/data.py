@@ -195,9 +195,9 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
             columns |= dict.fromkeys(row)
         batch.append((number, row))
         if len(batch) == BATCH:
-            _require_columns(source, section, columns)
+            require_columns(source, section, columns)
             flush()
-    _require_columns(source, section, columns)
+    require_columns(source, section, columns)
     flush()
     if not ids:
         raise no_usable_row(source, section, unusable)
@@ -208,7 +208,8 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
     return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut, numbers)
 
 
-def _require_columns(source: str, section: DataSection, columns: dict[str, None]) -> None:
+def require_columns(source: str, section: DataSection, columns: dict[str, None]) -> None:
+    """UsageError if `columns`, those that there are, lack one that the recipe needs."""
     wanted = {name: section.columns.get(name, name) for name in FIELDS.get(section.format, ())}
     if section.classifies:
         wanted = label_columns(section, list(columns))

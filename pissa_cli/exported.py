@@ -103,7 +103,7 @@ def full_model(recipe: Recipe) -> Path:
     run, _ = open_run(recipe)
     if not run.merged.is_dir():
         raise UsageError(f"{run.folder}: no trained model yet", "run `pissa train` to its end first")
-    return _require_whole(run.merged, DISTRUST)
+    return _require_whole(run.merged, _remedy(run))
 
 
 def load_with(recipe: Recipe, folder: Path, adapter: Adapter, device: torch.device) -> PreTrainedModel:
@@ -118,7 +118,7 @@ def trained_steps(recipe: Recipe) -> int:
     """Steps behind the result of a run that was trained to its end."""
     run = Run(Path(recipe.output))
     folder = run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter
-    return int(_provenance(folder)["step"])
+    return int(_provenance(folder, _remedy(run))["step"])
 
 
 def _require_whole(folder: Path, hint: str) -> Path:
@@ -129,8 +129,15 @@ def _require_whole(folder: Path, hint: str) -> Path:
     return folder
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
-    return require_sealed(read_json(folder / PROVENANCE), folder / PROVENANCE)
+def _provenance(folder: Path, hint: str) -> dict[str, Any]:
+    return require_sealed(read_json(folder / PROVENANCE), folder / PROVENANCE, hint)
+
+
+def _remedy(run: Run) -> str:
+    """What to do where the result of a run is not as it was written."""
+    if latest_checkpoint(run) is None:
+        return DISTRUST
+    return f"`pissa train {run.folder} --resume` writes it anew from the newest checkpoint"
 
 
 def merged_files(recipe: Recipe) -> Path:
@@ -154,8 +161,8 @@ def adapter_files(recipe: Recipe) -> tuple[Path, Adapter]:
     run, manifest = open_run(recipe)
     if not run.adapter.is_dir():
         raise UsageError(f"{run.folder}: no trained adapter yet", "run `pissa train` to its end first")
-    provenance = _provenance(run.adapter)
-    require_files(run.adapter, provenance["hashes"])
+    provenance = _provenance(run.adapter, _remedy(run))
+    require_files(run.adapter, provenance["hashes"], _remedy(run))
     _, adapter = read_peft(run.adapter, manifest["widest"])
     folder = require_base(run, manifest, recipe)
     newest = latest_checkpoint(run)

@@ -45,7 +45,8 @@ def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
         return False
     if not resume:
         raise UsageError(
-            f"{run.folder}: this run has reached {checkpoint.name}", "go on with --resume, or use another --output"
+            f"{run.folder}: this run has reached {checkpoint.name}",
+            "go on with --resume (at its end: with more steps), or use another --output",
         )
     if recipe.train.steps is not None and recipe.train.steps < step_of(checkpoint):
         raise UsageError(

@@ -45,13 +45,12 @@ class _Passing(Exception):
 def push(
     recipe: Recipe,
     folder: Path,
-    repo: str | None,
     force: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Upload a merged model to the Hub in one commit and return its address.
 
-    The repository is `repo`, `hub.repo`, or `<user>/<base>-<method>-r<rank>`; HF_ENDPOINT and HF_TOKEN are honoured.
+    The repository is `hub.repo`, or `<user>/<base>-<method>-r<rank>`; HF_ENDPOINT and HF_TOKEN are honoured.
     It then holds the folder's files, and none that a model is loaded from beside them. What passes (408, 429, 5xx, lost
     connections) is tried again, up to PATIENCE; `say` tells of each wait. What was uploaded is not sent again.
     Raises UsageError where the Hub refuses (token, rights, name) or the repository is not one of this base and of ours
@@ -66,7 +65,7 @@ def push(
     with _watched():
         while True:
             try:
-                return _push_once(recipe, operations, repo, None if force else base)
+                return _push_once(recipe, operations, None if force else base)
             except PissaError:
                 raise
             except Exception as error:  # the network and the Hub raise many kinds
@@ -79,12 +78,12 @@ def push(
                     f"upload to the Hub failed: {passing}, after waits of {waited:.0f} s in all",
                     f"{folder} is complete; try again with --push: what arrived is not sent again",
                 )
-            say(f"{passing}; next try in {pause:.0f} s")
+            say(f"{passing}; next try in {pause:.0f} s, for {PATIENCE / 60:.0f} min at most")
             sleep(pause)
             waited, wait = waited + pause, min(2 * wait, LONGEST_WAIT)
 
 
-def require_pushable(recipe: Recipe, repo: str | None, force: bool = False) -> None:
+def require_pushable(recipe: Recipe, force: bool = False) -> None:
     """Raise UsageError, before any work, for what `push` would refuse: no token, an impossible name, a repository of
     another base or maker. A Hub that cannot be reached now is for `push` to wait for."""
     from huggingface_hub import HfApi, get_token
@@ -92,7 +91,7 @@ def require_pushable(recipe: Recipe, repo: str | None, force: bool = False) -> N
     from huggingface_hub.utils._validators import validate_repo_id
 
     try:
-        validate_repo_id(repo or recipe.hub.repo or default_repo(recipe))
+        validate_repo_id(recipe.hub.repo or default_repo(recipe))
     except HFValidationError as error:
         raise UsageError(f"hub.repo: {error}", "name it user/name") from None
     if get_token() is None:
@@ -101,7 +100,7 @@ def require_pushable(recipe: Recipe, repo: str | None, force: bool = False) -> N
     with _watched():
         try:
             api = HfApi()
-            name = _name(api, recipe, repo)
+            name = _name(api, recipe)
             try:
                 info = api.model_info(name, files_metadata=True, timeout=TIMEOUT)
             except RepositoryNotFoundError:
@@ -115,12 +114,12 @@ def require_pushable(recipe: Recipe, repo: str | None, force: bool = False) -> N
                 raise _failure(error, "") from None
 
 
-def _push_once(recipe: Recipe, operations: list[Any], repo: str | None, base: str | None) -> str:
+def _push_once(recipe: Recipe, operations: list[Any], base: str | None) -> str:
     """One try, from what is there now: if an earlier one arrived whose answer was lost, nothing is left to do."""
     from huggingface_hub import CommitOperationDelete, HfApi
 
     api = HfApi()
-    name = _name(api, recipe, repo)
+    name = _name(api, recipe)
     api.create_repo(name, private=recipe.hub.private, exist_ok=True)
     info = api.model_info(name, files_metadata=True, timeout=TIMEOUT)
     if base is not None:
@@ -136,8 +135,8 @@ def _push_once(recipe: Recipe, operations: list[Any], repo: str | None, base: st
     return f"{api.endpoint}/{name}"
 
 
-def _name(api: Any, recipe: Recipe, repo: str | None) -> str:
-    user, name = api.whoami()["name"], repo or recipe.hub.repo or default_repo(recipe)
+def _name(api: Any, recipe: Recipe) -> str:
+    user, name = api.whoami()["name"], recipe.hub.repo or default_repo(recipe)
     return name if "/" in name else f"{user}/{name}"
 
 
@@ -213,7 +212,8 @@ def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
     except OfflineModeIsEnabled:
         raise UsageError("the Hub is switched off by HF_HUB_OFFLINE", "unset it to use --push") from None
     except Exception as error:  # what its HTTP library calls a lost connection
-        raise _Passing(f"the connection to the Hub failed ({type(error).__name__})") from error
+        server = f"{request.url.scheme}://{request.url.netloc.decode()}"
+        raise _Passing(f"the connection to {server} failed ({type(error).__name__})") from error
     status = answer.status_code
     expired = status == 403 and request.method == "PUT"  # an address of storage, which is signed for a while
     busy = status == 409 and "conflicting operation" in answer.text

@@ -12,19 +12,21 @@ from pissa_cli.attach import lowrank_layers
 from pissa_cli.configuration import first_line
 from pissa_cli.errors import UsageError
 from pissa_cli.packing import BY_SEQUENCE
+from pissa_cli.recipe import TrainSection
 
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # the loss has a way of its own
 
 
-def use_liger(model: PreTrainedModel, device: torch.device) -> None:
-    """Norms, rotary embeddings and the MLP's products by Liger's kernels, for the architectures that it knows.
-
-    Raises UsageError where they cannot run.
-    """
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise UsageError("train.use_liger_kernel: liger-kernel is not installed", "pip install liger-kernel")
-    if device.type == "cpu":
+def require_kernels(section: TrainSection) -> None:
+    """Raise UsageError, before any work, for kernels that cannot run here."""
+    if section.use_liger_kernel and not torch.cuda.is_available():
         raise UsageError("train.use_liger_kernel: Liger's kernels need a GPU", "set it to false")
+    if section.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise UsageError("train.use_liger_kernel: liger-kernel is not installed", "pip install 'pissa[liger]'")
+
+
+def use_liger(model: PreTrainedModel) -> None:
+    """Norms, rotary embeddings and the MLP's products by Liger's kernels, for the architectures that it knows."""
     from transformers.integrations.liger import apply_liger_kernel
 
     apply_liger_kernel(model, LIGER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, locked
 
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 SHUTDOWN_SECONDS = "600"
 """What torchrun grants a process that was asked to stop: the step it is in and a checkpoint."""
 
@@ -50,7 +52,8 @@ def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_
         file, failure = Path(folder) / "recipe.yaml", Path(folder) / "failure.json"
         file.write_text(dump(recipe), encoding="utf-8")
         command += ["-m", "pissa_cli", "train", str(file), *(["--resume"] if resume else []), *flags]
-        code, stopped = _wait(subprocess.Popen(command, env=environment | {LAUNCHED: str(failure)}))
+        environment |= {LAUNCHED: str(failure)}
+        code, stopped = _wait(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
         told = json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else {}
     if stopped:
         raise Interrupted("stopped", "go on with --resume")
@@ -58,6 +61,12 @@ def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_
         reason = told.get("error", f"one ended with exit code {code}")
         hint = told.get("hint") or "go on with --resume if a checkpoint was saved"
         raise PissaError(f"training in {processes} processes failed: {reason}", hint)
+
+
+def _end_with_parent() -> None:
+    """Have this process asked to stop when the one that starts it is killed, be it by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, bool]:

@@ -10,20 +10,35 @@ from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.configuration import read_config, require_tokens
-from pissa_cli.data import load_examples
+from pissa_cli.data import load_examples, require_columns
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.guards import require_context, resumes, schedule_change
 from pissa_cli.initialize import Progress, initialize, open_run, require_base
+from pissa_cli.kernels import require_kernels
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import context_length, resolve_base
 from pissa_cli.recipe import Recipe
+from pissa_cli.rows import is_file, read_rows
 from pissa_cli.rundir import Run
+
+FIRST_ROWS = 100  # that a dry run looks at
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with what goes to metrics.jsonl, and with {"note": text}."""
 Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | None]
 """The manifest, the tokenizer, examples to train and to hold out."""
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Raise UsageError for what shows before any work: kernels that cannot run here, files of data that are not there
+    or lack a column in their first rows. Data on the Hub is not looked at."""
+    require_kernels(recipe.train)
+    for source in (recipe.data.train, recipe.data.eval):
+        if source is not None and is_file(source):
+            rows = (row for _, row in read_rows(source, FIRST_ROWS))
+            columns = dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)
+            require_columns(source, recipe.data, columns)
 
 
 def prepare(
@@ -38,6 +53,7 @@ def prepare(
         watch({"note": line})
     if recipe.data.train is None:
         raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
+    require_kernels(recipe.train)
     folder = require_base(*open_run(recipe), recipe) if run.exists() else resolve_base(recipe.model)
     tokenizer = load_tokenizer(folder, recipe.model)
     cache = Path(HF_HOME) / "pissa" / "tokens"

@@ -122,8 +122,12 @@ class TrainSection(Section):
     on_fault: Literal["stop", "skip", "rollback"] = Field(
         "stop", description="after infinite numbers: stop, leave the step out, or go back to the last checkpoint"
     )
-    torch_compile: bool = Field(False, description="compile the model's blocks (torch.compile), when they first run")
-    use_liger_kernel: bool = Field(False, description="Liger's kernels for norms, rotary embeddings and MLPs")
+    torch_compile: bool = Field(
+        False, description="compile the model's blocks when they first run: for GPUs; not with gradient_checkpointing"
+    )
+    use_liger_kernel: bool = Field(
+        False, description="Liger's kernels for norms, rotary embeddings and MLPs; needs a GPU and liger-kernel"
+    )
     shard: bool = Field(False, description="spread the model over the processes (FSDP2), instead of a copy in each")
 
     @model_validator(mode="after")
@@ -133,7 +137,7 @@ class TrainSection(Section):
         if self.on_fault == "rollback" and self.save_every is None:
             raise ValueError("on_fault: rollback goes back to a checkpoint; set train.save_every")
         if self.torch_compile and self.gradient_checkpointing:
-            raise ValueError("torch_compile: torch does not compile what it recomputes; without gradient_checkpointing")
+            raise ValueError("torch_compile: not together with gradient_checkpointing; set one of them to false")
         if self.shard and self.optimizer != "adamw":
             raise ValueError("shard: bitsandbytes' optimizer cannot be spread over processes; set optimizer to adamw")
         return self

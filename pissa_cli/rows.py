@@ -23,7 +23,7 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[tuple[int, Row 
     `source` is a file, or `id`, `id:subset` or `id:subset:split` of a data set on the Hub (split: train).
     Raises UsageError for a missing, unreadable or unknown file, and a data set that cannot be reached.
     """
-    rows = _file_rows(Path(source)) if _is_file(source) else _hub_rows(source)
+    rows = _file_rows(Path(source)) if is_file(source) else _hub_rows(source)
     for count, row in enumerate(rows):
         if count == limit:
             return
@@ -32,7 +32,7 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[tuple[int, Row 
 
 def content_hash(source: str) -> str:
     """A hash of what `read_rows` reads: of the file's bytes, or the data set's own fingerprint."""
-    if _is_file(source):
+    if is_file(source):
         return hash_file(Path(source))
     return f"{source} {_hub_data(source)._fingerprint}"
 
@@ -49,7 +49,7 @@ def text_of(row: Row, column: str) -> str:
     return value
 
 
-def _is_file(source: str) -> bool:
+def is_file(source: str) -> bool:
     path, kind = Path(source), kind_of(source)
     if kind == "file":
         if path.suffix not in SUFFIXES:

@@ -91,7 +91,7 @@ def set_up(
     if accelerator.device.type != "cpu":  # which Accelerate calls cpu:0, and to() would copy every weight
         model.to(accelerator.device)
     if recipe.train.use_liger_kernel:
-        use_liger(model, accelerator.device)
+        use_liger(model)
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
     packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
     if recipe.data.classifies:

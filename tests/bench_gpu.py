@@ -215,7 +215,7 @@ def training_rows(shape: Shape, rate: float) -> list[dict[str, Any]]:
             ours = what != "PEFT"
             model, counted = model_of(shape, bits, RANK if ours else None)
             if what == WITH_LIGER:
-                use_liger(model, DEVICE)
+                use_liger(model)
             if what == COMPILED:
                 compile_blocks(model, DEVICE)
             model = model if ours else with_peft(model)

@@ -26,6 +26,9 @@ from pissa_cli.weights import load_tensors
 Pissa = Callable[..., Outcome]
 
 
+MAPPED = "data.columns={instruction: question, output: answer}"
+
+
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
 
@@ -142,6 +145,23 @@ def test_data(refused: Callable[..., str], models: Callable[[str], Path], tmp_pa
     assert "tokens, the model sees 256" in message and "set data.max_length to 256" in message
     odd = write(tmp_path / "rows.txt", "")
     assert "unknown kind of data file" in refused("train", "--model", models("llama"), "--set", f"data.train={odd}")
+
+
+def test_what_a_dry_run_finds(refused: Callable[..., str], models: Callable[[str], Path], tmp_path: Path) -> None:
+    def dry(*sets: str) -> str:
+        return refused(
+            "train", "--model", models("llama"), "--dry-run", *(word for one in sets for word in ("--set", one))
+        )
+
+    file = write(tmp_path / "rows.jsonl", '{"question": "a", "answer": "b"}\n')
+    assert "no.jsonl: no such data file" in dry("data.train=no.jsonl")
+    assert "no.csv: no such data file" in dry(f"data.train={file}", MAPPED, "data.eval=no.csv")
+    assert "no column 'instruction'" in dry(f"data.train={file}")
+    if not torch.cuda.is_available():
+        assert "Liger's kernels need a GPU" in dry(f"data.train={file}", MAPPED, "train.use_liger_kernel=true")
+    assert "--repo and --force are about an upload" in refused(
+        "merge", "--set", f"model.name={models('llama')}", "--repo", "a/b", "--dry-run"
+    )
 
 
 def test_truncated_shard(refused: Callable[..., str], tmp_path: Path) -> None:

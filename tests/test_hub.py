@@ -70,6 +70,10 @@ def write_provenance(path: Path, made: Any) -> None:
     (path / "pissa.json").write_text(json.dumps({"method": "pissa", "base_fingerprint": base}))
 
 
+def into(recipe: Any, repo: str) -> Any:
+    return recipe.model_copy(update={"hub": recipe.hub.model_copy(update={"repo": repo})})
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -93,15 +97,16 @@ def test_a_fault_that_passes_costs_a_wait(
     hub.in_parts = endpoint in ("part", "complete")
     hub.fail(endpoint, kinds)
     said: list[str] = []
-    url = module.push(made, folder, None, say=said.append)
+    url = module.push(made, folder, say=said.append)
     assert url == f"{hub.url}/{NAME}" and next(hub.faults[endpoint], None) is None
     assert arrived(hub) == content(folder)
     assert hub.commits == 1 and len(hub.arrived) == len(set(hub.arrived)) == 3
     assert 0 < len(waits) == len(said) <= len(kinds) and sum(waits) <= 15  # faults of several blobs cost one wait
     for line, wait in zip(said, waits, strict=True):
-        assert line.endswith(f"; next try in {wait:.0f} s")
+        assert line.endswith(f"; next try in {wait:.0f} s, for 15 min at most")
     reasons = {
-        f"the Hub answers {kind};" if isinstance(kind, int) else "the connection to the Hub failed (" for kind in kinds
+        f"the Hub answers {kind};" if isinstance(kind, int) else f"the connection to {hub.url} failed ("
+        for kind in kinds
     }
     assert all(line.startswith(tuple(reasons)) for line in said)
     assert TOKEN not in "".join(said)
@@ -113,7 +118,7 @@ def test_an_answer_that_never_comes_is_not_waited_for(
     monkeypatch.setattr(module, "TIMEOUT", 0.3)
     hub.fail("commit", ["hang"])
     hub.fail("info", ["hang"])
-    module.push(made, folder, None)
+    module.push(made, folder)
     assert arrived(hub) == content(folder) and hub.commits == 1 and waits == [1, 2] and not hub.outwaited
 
 
@@ -121,19 +126,19 @@ def test_a_commit_whose_answer_was_lost_is_not_made_again(
     hub: Hub, made: Any, folder: Path, waits: list[float]
 ) -> None:
     hub.fail("commit", ["lost"])
-    module.push(made, folder, None)
+    module.push(made, folder)
     assert hub.commits == 1 and hub.asked.count("commit") == 1 and waits == [1]
-    module.push(made, folder, None)  # nor when there is nothing new
+    module.push(made, folder)  # nor when there is nothing new
     assert hub.commits == 1 and hub.asked.count("commit") == 1
     (folder / "README.md").write_text("# another\n")
-    module.push(made, folder, NAME.partition("/")[2])
+    module.push(into(made, NAME.partition("/")[2]), folder)
     assert hub.commits == 2 and arrived(hub) == content(folder) and len(hub.arrived) == 3
 
 
 def test_a_commit_of_someone_else_in_between_is_looked_at(
     hub: Hub, made: Any, folder: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module.push(made, folder, None)
+    module.push(made, folder)
     (folder / "README.md").write_text("# another\n")
     repo, ours = hub.repos[NAME], module._require_ours
 
@@ -144,7 +149,7 @@ def test_a_commit_of_someone_else_in_between_is_looked_at(
 
     monkeypatch.setattr(module, "_require_ours", meanwhile)
     with pytest.raises(UsageError, match="another base"):
-        module.push(made, folder, None)
+        module.push(made, folder)
     assert repo.files["README.md"] == b"# a model\n" and waits == [1]
 
 
@@ -153,7 +158,7 @@ def test_the_wait_is_the_one_the_hub_asks_for(
     headers: dict[str, str], hub: Hub, made: Any, folder: Path, waits: list[float]
 ) -> None:
     hub.fail("preupload", [(429, headers)] * 2)
-    module.push(made, folder, None)
+    module.push(made, folder)
     assert waits == ([1, 2] if "0" in headers.values() else [7, 7]) and arrived(hub) == content(folder)
 
 
@@ -165,12 +170,12 @@ def test_a_fault_that_never_ends_leaves_all_as_it_was(
     before = content(folder)
     hub.fail(endpoint, itertools.repeat(kind))
     with pytest.raises(PissaError, match="upload to the Hub failed: the") as raised:
-        module.push(made, folder, None)
+        module.push(made, folder)
     assert raised.value.exit_code == 1 and "is complete; try again with --push" in str(raised.value.hint)
     assert sum(waits) <= module.PATIENCE and (len(waits) > 10 or kind == (429, {"Retry-After": "86400"}))
     assert content(folder) == before and hub.commits == 0 and not any(map(len, map(arrived, [hub] * len(hub.repos))))
     del hub.faults[endpoint]
-    module.push(made, folder, None)
+    module.push(made, folder)
     assert arrived(hub) == before and len(hub.arrived) == len(set(hub.arrived)) == 3
 
 
@@ -188,7 +193,7 @@ def test_a_refusal_is_no_fault(
 ) -> None:
     hub.fail(endpoint, itertools.repeat(status))
     with pytest.raises(UsageError, match=rf"upload to the Hub failed \({status}\)") as raised:
-        module.push(made, folder, None)
+        module.push(made, folder)
     assert hint in str(raised.value.hint) and "is complete" in str(raised.value.hint)
     assert not waits and hub.commits == 0 and TOKEN not in str(raised.value)
 
@@ -217,53 +222,53 @@ def test_what_is_anothers_is_replaced_by_force_only(
     files = {path: raw.replace(b"OURS", (folder / "pissa.json").read_bytes()) for path, raw in files.items()}
     hub.repos["team/theirs"] = Repo(files=dict(files))
     for refused in (
-        lambda: module.push(made, folder, "team/theirs"),
-        lambda: module.require_pushable(made, "team/theirs"),
+        lambda: module.push(into(made, "team/theirs"), folder),
+        lambda: module.require_pushable(into(made, "team/theirs")),
     ):
         with pytest.raises(UsageError, match=f"team/theirs: this repository holds .*{held}") as raised:
             refused()
         assert "--force" in str(raised.value.hint)
     assert hub.repos["team/theirs"].files == files and hub.commits == 0 and not hub.arrived
-    module.require_pushable(made, "team/theirs", force=True)
-    module.push(made, folder, "team/theirs", force=True)
+    module.require_pushable(into(made, "team/theirs"), force=True)
+    module.push(into(made, "team/theirs"), folder, force=True)
     kept = {"x.gguf"} if "x.gguf" in files else set()
     assert set(arrived(hub, "team/theirs")) == set(content(folder)) | kept and hub.commits == 1
 
 
 def test_shards_of_before_do_not_stay(hub: Hub, made: Any, folder: Path, waits: list[float]) -> None:
-    module.push(made, folder, None)
+    module.push(made, folder)
     hub.repos[NAME].files |= {"figures/loss.png": b"1", "notes.md": b"2"}
     for path in folder.glob("model*"):
         path.unlink()
     (folder / "model.safetensors").write_bytes(b"one file")
     hub.fail("commit", ["lost"])
-    module.push(made, folder, None)
+    module.push(made, folder)
     assert arrived(hub) == content(folder) | {"figures/loss.png": b"1", "notes.md": b"2"} and hub.commits == 2
 
 
 def test_what_cannot_be_pushed_is_refused_before_any_work(hub: Hub, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module.require_pushable(made, None)
+    module.require_pushable(made)
     assert not hub.repos
     for endpoint, fault in (("whoami", 503), ("info", "cut")):  # push waits for that
         hub.fail(endpoint, [fault])
-        module.require_pushable(made, None)
+        module.require_pushable(made)
     hub.fail("whoami", [401])
     with pytest.raises(UsageError, match=r"\(401\)") as raised:
-        module.require_pushable(made, None)
+        module.require_pushable(made)
     assert "complete" not in str(raised.value.hint)
     with pytest.raises(UsageError, match=r"hub\.repo"):
-        module.require_pushable(made, "a b")
+        module.require_pushable(into(made, "a b"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="HF_HUB_OFFLINE"):
-        module.require_pushable(made, None)
+        module.require_pushable(made)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(UsageError, match="no token"):
-        module.require_pushable(made, None)
+        module.require_pushable(made)
 
 
 def test_the_libraries_are_left_as_they_were(hub: Hub, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    module.require_pushable(made, None)
+    module.require_pushable(made)
     client = huggingface_hub.utils.get_session()
     assert constants.HF_HUB_DISABLE_XET is False and "send" not in vars(client) and client.timeout.read is None
 
@@ -281,7 +286,7 @@ def test_the_command(
         other.fail("blob", ["cut"])
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.splitlines()[-1].endswith("; next try in 1 s") and f"{other.url}/{NAME}" in done.stdout
+        assert "; next try in 1 s" in done.stderr.splitlines()[-1] and f"{other.url}/{NAME}" in done.stdout
         assert other.repos[NAME].private and other.commits == 1 and arrived(other) == content(merged)
         assert set(arrived(other)) >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "pissa.json"}
     hub.repos["team/other"] = Repo(files={"README.md": b"mine"})

@@ -12,7 +12,7 @@ from test_packing import gradients, started
 
 from pissa_cli.attach import share_inputs
 from pissa_cli.errors import UsageError
-from pissa_cli.kernels import compile_blocks, use_liger
+from pissa_cli.kernels import compile_blocks, require_kernels
 from pissa_cli.loss import summed_loss
 from pissa_cli.packing import attend_by_sequence
 
@@ -55,13 +55,16 @@ def test_what_torch_recomputes_it_does_not_compile(models: Callable[[str], Path]
         recipe(models("llama"), "train.torch_compile=true", "train.gradient_checkpointing=true")
 
 
-def test_liger_needs_its_package_and_a_gpu(
+def test_liger_needs_a_gpu_and_its_package(
     models: Callable[[str], Path], recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = started(recipe(models("llama"), "adapter.rank=2"))
+    section = recipe(models("llama"), "train.use_liger_kernel=true").train
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="not installed"):
-        use_liger(model, CPU)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(UsageError, match="need a GPU"):
-        use_liger(model, CPU)
+        require_kernels(section)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match="not installed") as raised:
+        require_kernels(section)
+    assert "pissa[liger]" in str(raised.value.hint)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    require_kernels(section)

@@ -138,6 +138,38 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
         assert float((two[key] - wanted).norm() / wanted.norm()) < 1e-5, key
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes learn of it from Linux")
+def test_killing_the_command_stops_its_processes(models: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
+    """They save a checkpoint, as after SIGTERM."""
+    sets = [*BASE, f"data.train={rows}", "train.steps=3000", "train.batch_size=4", "train.save_every=2"]
+    command = ["train", "--model", str(models("llama")), *(word for one in sets for word in ("--set", one))]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "pissa_cli", *command, "--output", str(tmp_path / "out"), "--processes", "2"],
+        env=ENVIRONMENT,
+    )
+    run = Run(tmp_path / "out")
+    until = time.monotonic() + 120
+    while not (run.checkpoints / "step-2").is_dir() and time.monotonic() < until:
+        time.sleep(0.05)
+    workers = _workers(started.pid)
+    assert len(workers) == 2
+    started.kill()
+    started.wait()
+    while any(map(_lives, workers)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(_lives, workers))
+    steps = len(run.metrics.read_text().splitlines())
+    assert steps < 3000 and (run.checkpoints / f"step-{steps}").is_dir()
+
+
+def _lives(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
 def _workers(parent: int) -> list[int]:
     """The processes two levels below one: those that train."""
     children: dict[int, list[int]] = {}

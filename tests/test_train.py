@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from pissa_cli import loss
 from pissa_cli import trainer as module
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.exported import adapter_files
 from pissa_cli.initialize import initialize
 from pissa_cli.optim import learning_rate
 from pissa_cli.recipe import TrainSection
@@ -166,6 +167,21 @@ def test_a_changed_start_is_refused(bits: int, models: Callable[[str], Path], re
     save_file({name: tensor * 1.5 for name, tensor in load_tensors(path).items()}, path)
     with pytest.raises(UsageError, match="not what was written"):
         train(made)
+
+
+def test_a_damaged_result_is_written_anew_from_its_checkpoint(
+    models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    made = recipe(models("llama"), *BASE[1:], f"data.train={rows}", "train.steps=2")
+    train(made)
+    path = Run(Path(made.output)).adapter / "adapter_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + b"??")
+    with pytest.raises(UsageError, match="not what was written") as raised:
+        adapter_files(made)
+    assert f"pissa train {made.output} --resume" in str(raised.value.hint)
+    train(made, resume=True)
+    assert path.read_bytes() == content and adapter_files(made)
 
 
 def test_a_start_that_is_not_the_base_is_noticed(

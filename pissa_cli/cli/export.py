@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pissa_cli.cli.options import Absmax, Debug, DoubleQuant, Json, Set, Target, load_recipe
+from pissa_cli.cli.options import Absmax, Debug, DoubleQuant, DryRun, Json, Set, Target, load_recipe
 
 _FOLDERS = {"lora": "exported", "merged": "merged", "nf4": "quantized", "compressed-tensors": "quantized"}
 
@@ -40,12 +40,13 @@ def export_command(
         str | None, typer.Option("--output", "-o", help="The folder to write; default: inside the run.")
     ] = None,
     set_: Set = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write a run, or one of its checkpoints, in a form that other programs load."""
     loaded = load_recipe(target, set_)
-    from pissa_cli.cli import show
+    from pissa_cli.cli import dryrun, show
     from pissa_cli.errors import UsageError
 
     show.quiet_libraries(debug)
@@ -53,6 +54,9 @@ def export_command(
         raise UsageError(f"--rank, --uniform and --for are about LoRA files, not --as {form}", "leave them out")
     if form != "nf4" and (double_quant or absmax != "fitted"):
         raise UsageError(f"--double-quant and --absmax are about NF4, not --as {form}", "leave them out")
+    if dry_run:
+        dryrun.dry_run(loaded, as_json)
+        return
     from pissa_cli import convert, export
 
     recipe = loaded.recipe

@@ -26,21 +26,21 @@ def merge_command(
     debug: Debug = False,
 ) -> None:
     """Write one dense model, checked against the adapter; with --push, upload it in one commit, retried for 15 min."""
-    loaded = load_recipe(target, set_, output=output)
+    loaded = load_recipe(target, set_, output=output, repo=repo)
     from pissa_cli.cli import dryrun, show
+    from pissa_cli.errors import UsageError
 
     show.quiet_libraries(debug)
+    if not push and (force or repo is not None):
+        raise UsageError("--repo and --force are about an upload, and there is none", "add --push, or leave them out")
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli import export, hub
-    from pissa_cli.errors import UsageError
 
     recipe = loaded.recipe
-    if not push and (force or repo is not None):
-        raise UsageError("--repo and --force are about an upload, and there is none", "add --push, or leave them out")
     if push:
-        hub.require_pushable(recipe, repo, force)
+        hub.require_pushable(recipe, force)
     with show.counting("merge") as progress:
         result = export.merge(recipe, progress)
     lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
@@ -53,6 +53,6 @@ def merge_command(
         )
     if push:
         show.say("uploading ...")
-        result["url"] = hub.push(recipe, Path(result["path"]), repo, force, show.say)
+        result["url"] = hub.push(recipe, Path(result["path"]), force, show.say)
         lines.append(result["url"])
     show.print_result(result, as_json, lines)

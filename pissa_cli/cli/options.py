@@ -58,6 +58,7 @@ def load_recipe(
         "limit": ("eval", "limit"),
         "judge_url": ("eval", "judge_url"),
         "judge_model": ("eval", "judge_model"),
+        "repo": ("hub", "repo"),
     }
     given: dict[tuple[str, ...], tuple[str, Any]] = {
         ("eval", "data", bench): ("--data", file) for bench, file in (eval_data or {}).items()

@@ -50,6 +50,9 @@ def train_command(
 
     show.quiet_libraries(debug)
     if dry_run:
+        from pissa_cli.prepare import check_inputs
+
+        check_inputs(loaded.recipe)
         dryrun.dry_run(loaded, as_json, processes or 1)
         return
     recipe = loaded.recipe
