@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -53,32 +54,51 @@ def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool
 
 
 @torch.no_grad()
-def share_inputs(model: PreTrainedModel) -> None:
-    """Have low-rank layers that the model gives one and the same x, one right after the other, computed together.
+def share_inputs(model: nn.Module, forward: Callable[[], Any]) -> None:
+    """Have low-rank layers of one module that get one and the same x, one right after the other, computed together.
 
-    Which they are shows in a forward pass over two tokens.
+    Which they are shows in `forward`, the last forward pass of the model in it; none of them may be called twice there.
     """
     groups: list[list[LowRank]] = []
     last: list[Tensor] = []
+    calls: Counter[LowRank] = Counter()
+
+    def begin(*_: Any) -> None:
+        groups.clear()
+        last.clear()
+        calls.clear()
 
     def see(layer: LowRank, given: tuple[Tensor, ...]) -> None:
-        if not (groups and last[0] is given[0]):
+        same = bool(last and given) and last[0] is given[0]
+        if not same or _parent(groups[-1][0]) != _parent(layer):
             groups.append([])
         groups[-1].append(layer)
         last[:] = given[:1]
+        calls[layer] += 1
 
-    layers = [m for m in model.modules() if type(m) is LowRank and not m.dropout and m.siblings is None]
-    hooks = [layer.register_forward_pre_hook(see) for layer in layers]
-    mode = model.training
-    model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
-    model.train(mode)
-    for hook in hooks:
-        hook.remove()
+    layers = [m for m in model.modules() if type(m) is LowRank and not m.dropout]
+    hooks = [model.register_forward_pre_hook(begin), *(layer.register_forward_pre_hook(see) for layer in layers)]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
     for group in groups:
-        if len(group) > 1 and len(set(group)) == len(group) and all(layer.siblings is None for layer in group):
+        if len(group) > 1 and all(calls[layer] == 1 for layer in group):
             together = Siblings(group)
             for layer in group:
                 layer.siblings = together
+
+
+def _parent(layer: LowRank) -> str:
+    return layer.name.rpartition(".")[0]
+
+
+def forget_shared(model: nn.Module) -> None:
+    """Drop what layers of one x have computed and nobody asked for: after a forward pass that failed midway."""
+    for module in model.modules():
+        if isinstance(module, LowRank) and module.siblings is not None:
+            module.siblings.clear()
 
 
 @torch.no_grad()

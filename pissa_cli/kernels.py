@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 
 import torch
-from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pissa_cli.attach import lowrank_layers
 from pissa_cli.configuration import first_line
 from pissa_cli.errors import UsageError
+from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.packing import BY_SEQUENCE
 from pissa_cli.recipe import TrainSection
 
@@ -26,16 +27,26 @@ def require_kernels(section: TrainSection) -> None:
 
 
 def use_liger(model: PreTrainedModel) -> None:
-    """Norms, rotary embeddings and the MLP's products by Liger's kernels, for the architectures that it knows."""
+    """Norms, rotary embeddings and the MLP's products by Liger's kernels. UsageError for a model that it has none for.
+
+    Not in mixtures of experts' own products: they would leave the adapters of the experts out.
+    """
     from transformers.integrations.liger import apply_liger_kernel
 
     apply_liger_kernel(model, LIGER)
+    for name in holders_of_3d_weights(model):
+        model.get_submodule(name).__dict__.pop("forward", None)
+    if not any("forward" in module.__dict__ for module in model.modules()):
+        raise UsageError(
+            f"train.use_liger_kernel: Liger has no kernels for {model.config.model_type}", "set it to false"
+        )
 
 
 def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
     """Compile each block of the model when it first runs, in pieces between the adapter layers and attention.
 
-    Raises UsageError where torch cannot compile.
+    Blocks are the modules that the model names as whole, or else those that it can recompute. Raises UsageError where
+    torch cannot compile, and for a model without such blocks.
     """
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
@@ -43,11 +54,17 @@ def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
         raise UsageError(
             f"train.torch_compile: torch cannot compile here: {first_line(error)}", "set it to false"
         ) from None
-    for layer in lowrank_layers(model).values():
-        layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
+    named = set(model._no_split_modules or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in named]
+    blocks = blocks or [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise UsageError(
+            f"train.torch_compile: {model.config.model_type} does not say which its blocks are", "set it to false"
+        )
+    experts = [model.get_submodule(name) for name in holders_of_3d_weights(model)]
+    for module in [*lowrank_layers(model).values(), *experts]:
+        module.forward = torch.compiler.disable(module.forward)
     if model.config._attn_implementation == BY_SEQUENCE:
         AttentionInterface.register(BY_SEQUENCE, torch.compiler.disable(AttentionInterface()[BY_SEQUENCE]))
-    blocks = set(model._no_split_modules or ())
-    for block in model.modules():
-        if type(block).__name__ in blocks and not isinstance(block, nn.Embedding):
-            block.compile(dynamic=True)
+    for block in blocks:
+        block.compile(dynamic=True)

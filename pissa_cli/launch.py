@@ -22,6 +22,7 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, locked
 
+STOPPED = 130
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 SHUTDOWN_SECONDS = "600"
 """What torchrun grants a process that was asked to stop: the step it is in and a checkpoint."""
@@ -55,7 +56,7 @@ def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_
         environment |= {LAUNCHED: str(failure)}
         code, stopped = _wait(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
         told = json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else {}
-    if stopped:
+    if stopped and code and told.get("exit_code", STOPPED) == STOPPED:
         raise Interrupted("stopped", "go on with --resume")
     if code:
         reason = told.get("error", f"one ended with exit code {code}")

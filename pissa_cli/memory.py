@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -144,7 +145,10 @@ def _model(recipe: Recipe, plan: Plan, ledger: Ledger) -> tuple[PreTrainedModel,
         ledger.kind = "weights"
         make_trainable(model, recipe.adapter.modules_to_save)
         ledger.kind = "activations"
-        share_inputs(model)
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        share_inputs(
+            model, partial(model.eval(), input_ids=ids, **({} if recipe.data.classifies else {"use_cache": False}))
+        )
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for lowrank in lowrank_layers(model).values():

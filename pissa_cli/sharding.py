@@ -73,7 +73,7 @@ def shard(model: PreTrainedModel, device: torch.device, processes: int) -> None:
     ignored = {module.weight for module in model.modules() if quant.keeps_own_state(module) and module not in adapted}
     kinds = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
-    for module in [*blocks, model]:
+    for module in [*reversed(blocks), model]:  # inner before outer
         fully_shard(module, mesh=mesh, ignored_params=ignored)
 
 

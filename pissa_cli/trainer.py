@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pissa_cli import zero
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.attach import attach, lowrank_layers, share_inputs, train_whole
+from pissa_cli.attach import attach, forget_shared, lowrank_layers, share_inputs, train_whole
 from pissa_cli.checkpoint import Names
 from pissa_cli.data import collate, micro_batches
 from pissa_cli.errors import UsageError
@@ -107,7 +107,7 @@ def set_up(
         attach(model, start, METHODS[recipe.adapter.method], plain, dropout)
         train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
         if layout != "zero-3":  # where a layer's parameters are there only while it runs itself
-            share_inputs(model)
+            share_inputs(model, partial(probe, packed))
         if before is not None:
             require_same_loss(before, probe(packed), recipe.precision)
     head = model.get_output_embeddings()
@@ -159,6 +159,7 @@ def form_gradients(trainer: Trainer, step: int) -> tuple[float, float, int]:
             break
         except torch.OutOfMemoryError:
             trainer.optimizer.zero_grad()
+            forget_shared(trainer.model)
             if trainer.micro_batch_size == 1 or accelerator.num_processes > 1:  # others wait in the middle of a step
                 raise
             trainer.micro_batch_size //= 2

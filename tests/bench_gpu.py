@@ -28,7 +28,7 @@ from pissa_cli import quant
 from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
-from pissa_cli.attach import share_inputs
+from pissa_cli.attach import forget_shared, share_inputs
 from pissa_cli.kernels import compile_blocks, use_liger
 from pissa_cli.loss import IGNORED, summed_loss
 from pissa_cli.pipeline import in_flight, in_order
@@ -165,7 +165,7 @@ def model_of(shape: Shape, bits: int, rank: int | None) -> tuple[Any, int]:
             setattr(model.get_submodule(parent), kind, layer)
     quant.set_compute_dtype(model, torch.bfloat16)
     if rank is not None:
-        share_inputs(model)
+        share_inputs(model, lambda: model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=DEVICE)))
     return model, counted
 
 
@@ -227,6 +227,7 @@ def training_rows(shape: Shape, rate: float) -> list[dict[str, Any]]:
                 try:
                     took = step_seconds(model, length, shape.words, ours)
                 except torch.OutOfMemoryError:
+                    forget_shared(model)
                     rows.append(row | {"seconds": None})
                     continue
                 peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0

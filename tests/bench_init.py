@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from bitsandbytes import functional
+from machine import machine
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -172,8 +172,8 @@ def main() -> None:
     text = [
         "# The start, beside its peers",
         "",
-        f"Made by `tests/bench_init.py` on {time.strftime('%Y-%m-%d')}; {packages}; {platform.machine()}, "
-        f"{torch.get_num_threads()} threads; the least of {ROUNDS} rounds in turn; compute only.",
+        f"Made by `tests/bench_init.py` on {time.strftime('%Y-%m-%d')}; {packages}; "
+        f"{machine()}; the least of {ROUNDS} rounds in turn; compute only.",
         "",
         "## Dense: PEFT's `pissa_niter_16` (`torch.svd_lowrank`), residual in the Frobenius norm",
         "",

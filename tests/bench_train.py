@@ -9,7 +9,6 @@ Rows are GSM8K's (question, answer). Each run has a process of its own.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 
 BATCH, MICRO, RANK, RATE, MAX_LENGTH = 32, 8, 16, 1e-3, 512
 EXAMPLES = {"llama-110m": 128}
@@ -195,8 +195,7 @@ def main() -> None:
     text = [
         "# Training, beside PEFT + transformers' Trainer",
         "",
-        f"Made by `tests/bench_train.py` on {time.strftime('%Y-%m-%d')}; {packages}; {platform.machine()}, "
-        f"{torch.get_num_threads()} threads.",
+        f"Made by `tests/bench_train.py` on {time.strftime('%Y-%m-%d')}; {packages}; {machine()}.",
         f"PiSSA of rank {RANK} on seven linear layers, bf16, one pass over rows of GSM8K in steps of {BATCH} and",
         f"micro-batches of {MICRO}; from the first step to the last, without init; runs in turn, each {ROUNDS} x.",
         "",

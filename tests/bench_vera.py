@@ -9,7 +9,6 @@ instruction tuning, all linear layers, r = 1024, LoRA r = 64; and lower ranks be
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import peft
 import torch
+from machine import machine
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -91,7 +91,7 @@ def adapted(model: PreTrainedModel, setting: Setting, method: str, rank: int) ->
                 factors = {"A": torch.randn(rank, inn) / inn**0.5, "B": torch.zeros(out, rank)}
             made = LowRank(layer, factors, frozenset(factors), 1.0, 0.0, shared if method == "vera" else None)
             setattr(model.get_submodule(parent), kind, made)
-    share_inputs(model)
+    share_inputs(model, lambda: model(input_ids=torch.full((1, 2), 5)))
     return model
 
 
@@ -132,8 +132,8 @@ def main() -> None:
     text = [
         "# A step of VeRA",
         "",
-        f"Made by `tests/bench_vera.py` on {time.strftime('%Y-%m-%d')}; {packages}; {platform.machine()}, "
-        f"{torch.get_num_threads()} threads; forward and backward, the least of {ROUNDS}, all in turn.",
+        f"Made by `tests/bench_vera.py` on {time.strftime('%Y-%m-%d')}; {packages}; "
+        f"{machine()}; forward and backward, the least of {ROUNDS}, all in turn.",
         "",
         *lines,
         "",

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from test_packing import gradients, started
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from pissa_cli.attach import share_inputs
 from pissa_cli.errors import UsageError
-from pissa_cli.kernels import compile_blocks, require_kernels
+from pissa_cli.kernels import compile_blocks, require_kernels, use_liger
 from pissa_cli.loss import summed_loss
 from pissa_cli.packing import attend_by_sequence
 
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 def test_compiled_blocks_are_the_plain_ones(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
     model = started(recipe(models("llama"), "adapter.rank=2", "model.bits=32"))
     attend_by_sequence(model)
-    share_inputs(model)
+    share_inputs(model, lambda: model(input_ids=torch.tensor([[3, 4]])))
 
     def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         model.zero_grad()
@@ -48,6 +49,39 @@ def test_a_compiler_that_does_not_work_is_named(
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(UsageError, match=r"torch cannot compile here: no C\+\+ compiler"):
         compile_blocks(started(recipe(models("llama"), "adapter.rank=2")), CPU)
+
+
+def test_a_model_without_blocks_is_named() -> None:
+    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = LlamaForCausalLM(config)
+    model._no_split_modules = set()
+    compile_blocks(model, CPU)  # those that it can recompute
+    assert model.model.layers[0]._compiled_call_impl is not None
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(UsageError, match="llama does not say which its blocks are"):
+        compile_blocks(model, CPU)
+
+
+def test_liger_leaves_experts_to_their_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger binds a forward to the instances it knows; its kernels themselves need a GPU."""
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    experts, norm = model.model.layers[0].mlp.experts, model.model.norm
+
+    def patch(model: Any, _: Any) -> None:
+        for module in (experts, norm):
+            module.forward = lambda x: x
+
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", patch)
+    use_liger(model)
+    assert "forward" not in experts.__dict__ and "forward" in norm.__dict__
+    del norm.forward
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", lambda *_: None)
+    with pytest.raises(UsageError, match="no kernels for mixtral"):
+        use_liger(model)
 
 
 def test_what_torch_recomputes_it_does_not_compile(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:

@@ -11,13 +11,16 @@ import pytest
 import torch
 from test_start import started
 from torch import Tensor, nn
+from transformers import BartConfig, BartForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from pissa_cli.adapters import lowrank
 from pissa_cli.adapters.function import LowRankFunction, Part
 from pissa_cli.adapters.lowrank import LowRank, Siblings
-from pissa_cli.attach import lowrank_layers, share_inputs
+from pissa_cli.attach import forget_shared, lowrank_layers, share_inputs
 
 TOKENS, IN, OUT, R = (2, 3), 5, 4, 2
+IDS = torch.tensor([[3, 4]])
 WAYS = {"two paths": ((2, 2), R), "merged": (TOKENS, R), "merged, by the gradient of the weight": (TOKENS, 7)}
 """Tokens and rank with which a layer goes each way."""
 
@@ -208,6 +211,66 @@ def factors_of(out: int) -> dict[str, Tensor]:
     return {"A": torch.randn(R, IN), "B": torch.randn(out, R)}
 
 
+def test_layers_of_one_x_keep_nothing_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pins the graph of a pass that ran out of memory would fail the pass with smaller micro-batches, too."""
+    layers = [LowRank(nn.Linear(IN, 4), factors_of(4), frozenset({"A", "B"}), 1.0) for _ in range(2)]
+    for layer in layers:
+        layer.siblings = Siblings(layers)
+    x = torch.randn(3, IN)
+    layers[0](x)
+    forget_shared(nn.ModuleList(layers))
+    assert vars(layers[0].siblings) == {"layers": layers, "_x": None, "_state": (0, False), "_outputs": {}}
+
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    layers[0](x)
+    with monkeypatch.context() as patch:
+        patch.setattr(lowrank, "compute", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            layers[0](torch.randn(3, IN))
+    assert vars(layers[0].siblings)["_x"] is None and not vars(layers[0].siblings)["_outputs"]
+    with torch.no_grad():
+        layers[0](x)
+    assert layers[1](x).requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(layers[0](x.clone()), layers[0](x))
+
+
+def test_only_layers_of_one_module_called_once_are_computed_together() -> None:
+    """BART's decoder gives k and v of all its layers the encoder's output; DeBERTa's layers have a second x."""
+    config = BartConfig(
+        vocab_size=64, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32, eos_token_id=2,
+    )  # fmt: skip
+    model = BartForSequenceClassification(config).requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        parent, _, kind = name.rpartition(".")
+        if kind in ("k_proj", "v_proj") and "encoder_attn" in name:
+            factors = {"A": torch.randn(2, 16), "B": torch.zeros(16, 2)}
+            layer = LowRank(module, factors, frozenset(factors), 1.0)  # type: ignore[arg-type]
+            layer.name = name
+            setattr(model.get_submodule(parent), kind, layer)
+    share_inputs(model, lambda: model(input_ids=torch.tensor([[5, 6, 2]])))  # with the end that it classifies by
+    groups = {id(m.siblings): m.siblings.layers for m in model.modules() if isinstance(m, LowRank) and m.siblings}
+    names = [[layer.name.replace(".encoder_attn", "") for layer in group] for group in groups.values()]
+    assert names == [[f"model.decoder.layers.{n}.{kind}_proj" for kind in "kv"] for n in range(2)]
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for kind in "qkv":
+                setattr(self, kind, LowRank(nn.Linear(IN, 4), factors_of(4), frozenset({"A", "B"}), 1.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            second = x + 1
+            return self.q(x) + self.k(x) + self.v(x) + self.q(second) + self.k(second)  # type: ignore[no-any-return]
+
+    twice = Twice()
+    share_inputs(twice, lambda: twice(torch.randn(2, IN)))
+    assert twice.q.siblings is None and twice.v.siblings is None
+
+
 @pytest.mark.parametrize(
     ("architecture", "kinds"),
     [
@@ -220,7 +283,7 @@ def test_layers_that_share_their_input_are_found(
     architecture: str, kinds: set[str], models: Callable[[str], Path], recipe: Callable[..., Any]
 ) -> None:
     model = started(recipe(models(architecture), "adapter.rank=2"))
-    share_inputs(model)
+    share_inputs(model, lambda: model(input_ids=IDS))
     layers = list(lowrank_layers(model).values())
     groups = {id(layer.siblings): layer.siblings.layers for layer in layers if layer.siblings is not None}
     assert {" ".join(layer.name.rpartition(".")[2] for layer in group) for group in groups.values()} == kinds
@@ -228,7 +291,7 @@ def test_layers_that_share_their_input_are_found(
         assert len({layer.name.rpartition(".")[0] for layer in group}) == 1
     for layer in layers:
         layer.siblings, layer.dropout = None, 0.1
-    share_inputs(model)
+    share_inputs(model, lambda: model(input_ids=IDS))
     assert all(layer.siblings is None for layer in layers)
 
 

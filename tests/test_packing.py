@@ -188,7 +188,7 @@ def test_gradients_of_the_fast_path_are_those_of_the_plain_one(
         plain_loss(model, examples, INDICES).backward()
         wanted = gradients(model)
     attend_by_sequence(model)
-    share_inputs(model)
+    share_inputs(model, lambda: model(input_ids=torch.tensor([[3, 4]])))
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

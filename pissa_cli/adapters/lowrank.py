@@ -87,7 +87,8 @@ class LowRank(nn.Module):
         return weight.T if isinstance(self.base, Conv1D) else weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return compute([self], x)[0] if self.siblings is None else self.siblings.output(self, x)
+        alone = self.siblings is None or x.is_inference()
+        return compute([self], x)[0] if alone else self.siblings.output(self, x)  # type: ignore[union-attr]
 
 
 class LowRankEmbedding(LowRank):
@@ -107,18 +108,24 @@ class Siblings:
 
     def __init__(self, layers: Sequence[LowRank]) -> None:
         self.layers = list(layers)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was computed and not asked for yet: it holds the graph of its forward pass."""
         self._x: Tensor | None = None
-        self._version = 0
+        self._state = (0, False)
         self._outputs: dict[LowRank, Tensor] = {}
 
     def output(self, layer: LowRank, x: Tensor) -> Tensor:
         """What `layer` makes of x."""
-        if x is not self._x or x._version != self._version or layer not in self._outputs:
-            self._x, self._version = x, x._version
-            self._outputs = dict(zip(self.layers, compute(self.layers, x), strict=True))
+        state = x._version, torch.is_grad_enabled()
+        if x is not self._x or state != self._state or layer not in self._outputs:
+            self.clear()
+            outputs = dict(zip(self.layers, compute(self.layers, x), strict=True))
+            self._x, self._state, self._outputs = x, state, outputs
         y = self._outputs.pop(layer)
         if not self._outputs:
-            self._x = None
+            self.clear()
         return y
 
 

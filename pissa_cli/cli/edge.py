@@ -70,7 +70,7 @@ def _show(message: str, hint: str | None, code: int, as_json: bool) -> None:
         console.print(f"[bold]next:[/]  {escape(hint)}")
     if LAUNCHED in os.environ:
         with contextlib.suppress(OSError), Path(os.environ[LAUNCHED]).open("x", encoding="utf-8") as file:
-            json.dump({"error": message, "hint": hint}, file)
+            json.dump({"error": message, "hint": hint, "exit_code": code}, file)
     elif as_json:
         _print_json(message, hint, code)
 

@@ -96,7 +96,9 @@ class Server:
                 found: dict[str, Any] = json.load(answer)
                 return found
         except urllib.error.HTTPError as error:
-            reason = f"{error.code} {error.read()[:300].decode(errors='replace')}"
+            reason = str(error.code)
+            with suppress(OSError, http.client.HTTPException):
+                reason = f"{error.code} {error.read()[:300].decode(errors='replace')}"
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = str(error) or type(error).__name__
         raise PissaError(f"vllm: a prompt was not answered ({reason})", "the answers so far are kept; run it again")
