@@ -24,6 +24,7 @@ from pissa_cli.rundir import Run, locked
 
 STOPPED = 130
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec it might wait for a lock for ever
 SHUTDOWN_SECONDS = "600"
 """What torchrun grants a process that was asked to stop: the step it is in and a checkpoint."""
 
@@ -67,7 +68,7 @@ def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_
 def _end_with_parent() -> None:
     """Have this process asked to stop when the one that starts it is killed, be it by SIGKILL."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, bool]:

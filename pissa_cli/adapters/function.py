@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from pissa_cli.products import product_dtype
 
-KEPT_BELOW = 2  # rows of x for each of a merged weight, from which on it is kept: it takes half of what x does at most
+KEPT_FROM = 2  # rows of x for each of a merged weight, from which on it is kept: it takes half of what x does at most
 
 
 class Part(NamedTuple):
@@ -33,8 +33,7 @@ class LowRankFunction(torch.autograd.Function):
 
     Each is one product with W + s (b B) (d A), where that is sound and the cheaper way (`_merges`); else two paths, of
     which the products with A are one for all layers. Saves x' and, on two paths, h = x' A^T; reads W again in the
-    backward pass, or saves what it multiplied with. Products run in `product_dtype`; y is rounded to the dtype of x
-    once.
+    backward pass, or saves what it multiplied with. Products run in `product_dtype`; y has the dtype of x.
     """
 
     @staticmethod
@@ -57,7 +56,7 @@ class LowRankFunction(torch.autograd.Function):
                 y.addmm_(_times(own, f.d), _rows_times(f.B.to(ctx.dtype), f.b).T, alpha=part.scale)
             # no view: DeBERTa divides its queries in place
             ys.append(cast(Tensor, torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)])).to(x.dtype))
-            kept.append(W if part.keeps_weight or (merged and len(flat) >= KEPT_BELOW * len(W)) else None)
+            kept.append(W if part.keeps_weight or (merged and len(flat) >= KEPT_FROM * len(W)) else None)
         ctx.save_for_backward(inner, h, *factors, *kept)
         return tuple(ys)
 
