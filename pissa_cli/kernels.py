@@ -43,7 +43,8 @@ def use_liger(model: PreTrainedModel) -> None:
 
 
 def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
-    """Compile each block of the model when it first runs, in pieces between the adapter layers and attention.
+    """Compile each block of the model when it first runs: with its adapter layers, each of them by itself, and in
+    pieces around experts and attention by sequence.
 
     Blocks are the modules that the model names as whole, or else those that it can recompute. Raises UsageError where
     torch cannot compile, and for a model without such blocks.
@@ -61,9 +62,11 @@ def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
         raise UsageError(
             f"train.torch_compile: {model.config.model_type} does not say which its blocks are", "set it to false"
         )
-    experts = [model.get_submodule(name) for name in holders_of_3d_weights(model)]
-    for module in [*lowrank_layers(model).values(), *experts]:
-        module.forward = torch.compiler.disable(module.forward)
+    for layer in lowrank_layers(model).values():
+        layer.siblings = None  # what they keep between their calls the compiler cannot see
+    for name in holders_of_3d_weights(model):
+        experts = model.get_submodule(name)
+        experts.forward = torch.compiler.disable(experts.forward)
     if model.config._attn_implementation == BY_SEQUENCE:
         AttentionInterface.register(BY_SEQUENCE, torch.compiler.disable(AttentionInterface()[BY_SEQUENCE]))
     for block in blocks:

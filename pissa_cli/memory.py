@@ -30,6 +30,7 @@ from pissa_cli.process import peak_memory
 from pissa_cli.recipe import Recipe
 
 KINDS = ("weights", "factors", "gradients", "optimizer", "activations", "logits")
+WORKSPACES = 3  # of cuBLAS and cuBLASLt, in the threads that run the forward and the backward pass
 PASSES = 2  # over a micro-batch on a CPU: what the first leaves behind makes the heap grow in the second
 
 
@@ -51,7 +52,7 @@ def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
     device, sharded = best_device(), recipe.train.shard and processes > 1
     if recipe.model.bits == 4:  # fills the caches of bitsandbytes with content
         quant.pack(quant.Store(4, torch.float32, double_quant=True), torch.zeros(1, quant.BLOCK_SIZE))
-    libraries = {"libraries": peak_memory()} if device.type == "cpu" else {}
+    libraries = {"libraries": peak_memory() if device.type == "cpu" else WORKSPACES * _workspace(device)}
     heap = Heap() if device.type == "cpu" else None
     rough = "the processes share the model" if sharded else None
     try:
@@ -64,6 +65,11 @@ def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
         found |= _spread(recipe, plan, found, processes)
     found |= libraries
     return Forecast(found | {"total": sum(found.values())}, rough, device.type)
+
+
+def _workspace(device: torch.device) -> int:
+    """What torch sets aside for a handle of cuBLAS (`CUBLAS_WORKSPACE_CONFIG` unset)."""
+    return 2**25 if torch.cuda.get_device_capability(device)[0] >= 9 else 2**23 + 2**17
 
 
 def _spread(recipe: Recipe, plan: Plan, found: dict[str, int], processes: int) -> dict[str, int]:

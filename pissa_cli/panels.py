@@ -38,14 +38,16 @@ def in_parallel(work: Callable[[T], R], parts: Iterable[T]) -> list[R]:
 
 
 def times(W: Tensor, X: Tensor) -> Tensor:
-    """W X; W (m, n), X (n, k)."""
+    """W X in the dtype of W; W (m, n), X (n, k)."""
+    X = X.to(W.dtype)
     if not _is_large(W):
         return W @ X
     return _by_rows(W, X) if W.is_contiguous() else _by_shares(W.T, X)
 
 
 def transposed_times(W: Tensor, Y: Tensor) -> Tensor:
-    """W^T Y; W (m, n), Y (m, k)."""
+    """W^T Y in the dtype of W; W (m, n), Y (m, k)."""
+    Y = Y.to(W.dtype)
     if not _is_large(W):
         return W.T @ Y
     return _by_shares(W, Y) if W.is_contiguous() else _by_rows(W.T, Y)
@@ -101,7 +103,7 @@ def _by_shares(W: Tensor, Y: Tensor) -> Tensor:
     panels = _rows(W)
     pairs = zip(panels, Y.split(len(panels[0])), strict=True)
     total: Tensor
-    total, *shares = in_parallel(lambda pair: pair[0].T @ pair[1], pairs)
+    total, *shares = in_parallel(lambda pair: (pair[0].T @ pair[1]).float(), pairs)
     for share in shares:
         total += share
-    return total
+    return total.to(W.dtype)

@@ -38,12 +38,20 @@ def in_flight(largest: int, device: torch.device) -> tuple[int, int, int]:
 
 def in_order(work: Callable[[T], R], items: Iterable[T], workers: int, ahead: int, each: int) -> Iterator[R]:
     """work(item) of every item, in their order: `workers` at once, on one thread of torch's and with `each` helpers for
-    what is cut into `panels`."""
-    threads = torch.get_num_threads()
+    what is cut into `panels`; on a GPU each on a stream of its own, at whose end its result is handed on."""
+    threads, on_gpu = torch.get_num_threads(), torch.cuda.is_initialized()
 
     def begin(use_helpers: Callable[[], None]) -> None:
         torch.set_num_threads(1)
         use_helpers()
+        if on_gpu:
+            torch.cuda.set_stream(torch.cuda.Stream())
+
+    def finished(item: T) -> R:
+        result = work(item)
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        return result
 
     with (
         helpers(workers * each if each > 1 else 1) as use,
@@ -52,7 +60,7 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int, ahead: in
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(work, item))
+                waiting.append(pool.submit(finished, item))
                 if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:

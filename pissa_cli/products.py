@@ -5,8 +5,6 @@ On a CPU that has no instructions for products of 16-bit numbers fp32 is the fas
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -23,6 +21,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if _is_half(x) and many and not native else x.dtype
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether products of bf16 numbers are faster than those of fp32 there."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and (_has_amx() or _has_avx512_bf16())
+
+
 def attention_dtype(query: Tensor) -> torch.dtype:
     """The dtype for attention: that of the query, or fp32 on a CPU without AMX."""
     native = query.device.type != "cpu" or _has_amx()
@@ -33,11 +38,11 @@ def _is_half(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_amx() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_avx512_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())

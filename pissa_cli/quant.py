@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,11 +75,11 @@ def pack(store: Store, weight: Tensor) -> Packed | Tensor:
         return _pack_fitted(store, weight)
     from bitsandbytes import functional
 
-    data, state = functional.quantize_4bit(
-        weight.contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=store.double_quant
-    )
-    state.dtype = store.dtype
-    return Packed(data, state)
+    with _in_turn(weight.device):
+        data, state = functional.quantize_4bit(
+            weight.contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=False
+        )
+    return Packed(data, _state(store, weight, state.code, *_kept(store, state.absmax)[1:]))
 
 
 def _pack_fitted(store: Store, weight: Tensor) -> Packed:
@@ -85,32 +87,56 @@ def _pack_fitted(store: Store, weight: Tensor) -> Packed:
 
     See `scales.fit_scales`; the codes are then the nearest levels for the scale as it is stored.
     """
-    from bitsandbytes import functional
-
     tables = _tables(weight.device)
     chunks = _blocks(weight)
     fitted = in_parallel(lambda chunk: fit_scales(chunk, tables.nearest)[0], chunks)
-    absmax, nested = torch.cat(fitted), {}
-    kept = absmax
-    if store.double_quant:
-        offset = absmax.mean()
-        kept, state2 = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
-        absmax = functional.dequantize_blockwise(kept, state2) + offset
-        nested = {"offset": offset, "state2": state2}
+    absmax, kept, nested = _kept(store, torch.cat(fitted))
     pairs = zip(chunks, absmax.split(len(chunks[0])), strict=True)
     codes = torch.cat(in_parallel(lambda pair: tables.codes(*pair), pairs))
     codes = codes.view(-1)[: weight.numel() + weight.numel() % 2]
     data = ((codes[0::2] << 4) | codes[1::2]).unsqueeze(1)
-    state = functional.QuantState(
+    return Packed(data, _state(store, weight, tables.levels.clone(), kept, nested))
+
+
+def _kept(store: Store, absmax: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """(the scales as they are read back, as they are kept, what else is kept of them), after double quantization where
+    the store has it."""
+    if not store.double_quant:
+        return absmax, absmax, {}
+    from bitsandbytes import functional
+
+    offset = absmax.mean()
+    centred = absmax - offset
+    with _in_turn(absmax.device):
+        kept, state2 = functional.quantize_blockwise(centred, blocksize=NESTED_BLOCK_SIZE)
+    return functional.dequantize_blockwise(kept, state2) + offset, kept, {"offset": offset, "state2": state2}
+
+
+def _state(store: Store, weight: Tensor, code: Tensor, kept: Tensor, nested: dict[str, Any]) -> Any:
+    from bitsandbytes import functional
+
+    return functional.QuantState(
         absmax=kept,
         shape=weight.shape,
-        code=tables.levels.clone(),
+        code=code,
         blocksize=BLOCK_SIZE,
         quant_type="nf4",
         dtype=store.dtype,
         **nested,
     )
-    return Packed(data, state)
+
+
+@contextmanager
+def _in_turn(device: torch.device) -> Iterator[None]:
+    """For bitsandbytes' quantization, which on a GPU runs on the default stream, whichever is the current one: after
+    what comes before it there, and before what comes after."""
+    if device.type != "cuda":
+        yield
+        return
+    current, default = torch.cuda.current_stream(), torch.cuda.default_stream()
+    default.wait_stream(current)
+    yield
+    current.wait_stream(default)
 
 
 def round_trip(weight: Tensor, absmax: Absmax) -> Tensor:
@@ -168,7 +194,10 @@ def _tables(device: torch.device) -> _Tables:
     first = torch.bucketize(edges, middles)
     inside = torch.cat([middles, middles.new_full((1,), torch.inf)])[first]
     middle = torch.tensor(beyond + 0.5, device=device)
-    return _Tables(levels, levels[first], first.to(torch.uint8), inside, middle)
+    tables = _Tables(levels, levels[first], first.to(torch.uint8), inside, middle)
+    if device.type == "cuda":  # other threads, on other streams, use them
+        torch.cuda.current_stream().synchronize()
+    return tables
 
 
 def _blocks(weight: Tensor) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ def fit_scales(
     best = scale = torch.zeros_like(largest)
     for share in shares:
         q = nearest(unit, share, codes if share == shares[0] else room)
-        along = torch.bmm(q[:, None], unit[:, :, None]).view(-1)
+        along = (q * unit).sum(1) if q.is_cuda else torch.bmm(q[:, None], unit[:, :, None]).view(-1)
         length = torch.linalg.vector_norm(q, dim=1).square_().clamp_min_(TINY)
         gain = along.square() / length
         better = gain > best

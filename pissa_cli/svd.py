@@ -11,17 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pissa_cli.panels import row_norms, times, transposed_times
+from pissa_cli.panels import converted, row_norms, times, transposed_times
+from pissa_cli.products import has_fast_bf16
 
 OVERSAMPLING = 8
 POWER_STEPS = 2
+ROUNDED_STEPS = {"cpu": 5, "cuda": 10}  # in bf16, where products cost less than the eigenvectors of more blocks
 WARM_STEPS = 9  # power steps from a start close by, before it counts as not close
-KRYLOV_BLOCKS = 3
+KRYLOV_BLOCKS = 3  # at least; in bf16 one fewer
 GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before the whole Gram matrix is cheaper
+ROUNDED_ABOVE = 0.02  # share of the energy that is left, below which the rounding of bf16 products shows in it
 GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
 FAST, ROUGH = 1e-3, 0.05
 EXACT_NUCLEAR_BELOW = 256
-SMALL = 512  # rows of a matrix that a CPU factors sooner than a GPU does
+SMALL = 1024  # rows of a matrix that a CPU factors sooner than a GPU does
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -142,7 +145,8 @@ def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator) ->
     n, width = weight.shape[1], rank + OVERSAMPLING
     found = None
     if KRYLOV_BLOCKS * width <= GRAM_BELOW * n:
-        found = _block_krylov(weight, rank, width, allowed, source)
+        rounded = allowed >= FAST and has_fast_bf16(weight.device)
+        found = _block_krylov(weight, rank, width, allowed, source, rounded)
     if found is None:
         vectors = _small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
         found = times(weight, vectors), vectors
@@ -154,36 +158,50 @@ def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator) ->
 
 
 def _block_krylov(
-    weight: Tensor, rank: int, width: int, allowed: float, source: torch.Generator
+    weight: Tensor, rank: int, width: int, allowed: float, source: torch.Generator, rounded: bool
 ) -> tuple[Tensor, Tensor] | None:
     """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on span{X, GX, G^2 X, ...}, for weight (m, n), m >= n.
 
-    T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal.
-    None if the basis would have to grow beyond GRAM_BELOW.
+    T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal. With
+    `rounded` products of bf16 numbers find the basis, and fp32 products what comes of it; not where rounding would show
+    in the little that is left of W. None if the basis would have to grow beyond GRAM_BELOW.
     """
     n = weight.shape[1]
+    W = converted(weight, torch.bfloat16) if rounded else weight
+    rough = allowed >= ROUGH
     energy = frobenius_norm(weight) ** 2
-    drawn = torch.randn(weight.shape[0], width, generator=source).to(weight.device)
-    block = transposed_times(weight, drawn)
-    for _ in range(POWER_STEPS):
-        block = transposed_times(weight, times(weight, _cholesky_qr(block)[0]))
+    drawn = torch.randn(n if rounded else weight.shape[0], width, generator=source).to(weight.device)
+    block = drawn if rounded else transposed_times(W, drawn)
+    for _ in range(ROUNDED_STEPS[weight.device.type] if rounded and not rough else POWER_STEPS):
+        block = transposed_times(W, times(W, _cholesky_qr(block)[0])).float()
     block = _qr(block)[0]
     basis, images, T, coupling = block[:, :0], weight[:, :0], weight.new_empty(0, 0), weight.new_empty(0, width)
     captured: list[float] = []
-    least = KRYLOV_BLOCKS if allowed < ROUGH else KRYLOV_BLOCKS - 1
+    least = KRYLOV_BLOCKS - (rough or rounded)
     for blocks in range(1, int(GRAM_BELOW * n / width) + 1):
-        image = times(weight, block)
+        image = times(W, block).float()
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
         T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
         enough = blocks >= least
         values, vectors = _small(torch.linalg.eigh if enough else lambda T: (torch.linalg.eigvalsh(T), T), T)
         captured.append(float(values[-rank:].sum(dtype=torch.float64)))
+        if rounded and energy - captured[0] < ROUNDED_ABOVE * energy:
+            return _block_krylov(weight, rank, width, allowed, source, False)
         if enough and _excess(energy, captured) <= allowed / 2:
+            if rounded:
+                return _ritz(weight, basis @ vectors[:, -width:], rank)
             chosen = vectors[:, -rank:].flip(1)
             return images @ chosen, basis @ chosen
-        block, R = _next_block(basis, transposed_times(weight, image))
+        block, R = _next_block(basis, transposed_times(W, image).float())
         coupling = torch.cat([coupling.new_zeros(basis.shape[1] - width, width), R.T])
     return None
+
+
+def _ritz(weight: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(W V, V) of the top Ritz vectors V (n, rank) of W^T W on an orthonormal basis (n, k)."""
+    images = times(weight, basis)
+    chosen = _small(torch.linalg.eigh, images.T @ images)[1][:, -rank:].flip(1)
+    return images @ chosen, basis @ chosen
 
 
 def _excess(energy: float, captured: list[float]) -> float:

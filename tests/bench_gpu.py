@@ -4,16 +4,20 @@ python -m tests.bench_gpu PAGE.md            from a checkout; within nine minute
 python -m tests.bench_gpu PAGE.md --small    the same on small shapes, to try it on a CPU
 
 The fraction of the matrix rate counts 4 N operations a token (N: numbers in the linear layers and the head), the rate
-being that of a bf16 product measured in the same run.
+being that of a bf16 product measured in the same run. Unsloth is a peer where it is installed, and Liger's kernels are
+tried where they are: last, since they stay in transformers once they are there.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import platform
+import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -39,9 +43,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RANK = 16 if SMALL else 128
 TOKENS = 256 if SMALL else 8192
 LENGTHS = (64, 128) if SMALL else (512, 2048)
-STEPS = 4
+STEPS = 3
 COMPILED, WITH_LIGER = "pissa, torch_compile", "pissa, use_liger_kernel"
-BLOCKS = 4  # that are started together, as init does all of them
+BLOCKS = 8  # that are started together, as init does all of them
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def residual(W: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> float:
 def init_rows(shape: Shape) -> list[dict[str, Any]]:
     """Compute only, extrapolated from the blocks that were measured to all of them."""
     matrices = shape.matrices()
+    sync()
     layer = Layer("layer", RANK, 1.0, 0, quant.Store(4, torch.bfloat16, absmax="fitted"))
 
     def as_init(work: Callable[[Tensor], Any], blocks: int = BLOCKS) -> list[Any]:
@@ -199,46 +204,60 @@ def step_seconds(model: nn.Module, length: int, words: int, ours: bool) -> float
     return sorted(seconds(step) for _ in range(STEPS))[STEPS // 2]
 
 
-def trainers(shape: Shape, bits: int) -> list[str]:
-    """Who takes the steps: pissa and PEFT; and pissa with what it may use beside its own, once."""
-    also = []
-    if bits == 4 and shape == SHAPES[0]:
-        liger = DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-        also = [COMPILED, *([WITH_LIGER] if liger else [])]
-    return ["pissa", "PEFT", *also]
+def runs() -> list[tuple[Shape, int, str]]:
+    """(shape, bits, who takes the steps): pissa and PEFT, and once pissa with what it may use beside its own."""
+    first, *others = SHAPES
+    found = [(first, 4, "pissa"), (first, 4, "PEFT"), (first, 4, COMPILED), (first, 16, "pissa"), (first, 16, "PEFT")]
+    found += [(shape, bits, what) for shape in others for bits in (4, 16) for what in ("pissa", "PEFT")]
+    liger = DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    return [*found, *([(first, 4, WITH_LIGER)] if liger else [])]
 
 
-def training_rows(shape: Shape, rate: float) -> list[dict[str, Any]]:
+def training_rows(shape: Shape, bits: int, what: str, rate: float) -> list[dict[str, Any]]:
+    ours = what != "PEFT"
+    gc.collect()
+    before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+    model, counted = model_of(shape, bits, RANK if ours else None)
+    if what == WITH_LIGER:
+        use_liger(model)
+    if what == COMPILED:
+        compile_blocks(model, DEVICE)
+    model = model if ours else with_peft(model)
+    model.train()
     rows = []
-    for bits in (16, 4):
-        for what in trainers(shape, bits):
-            ours = what != "PEFT"
-            model, counted = model_of(shape, bits, RANK if ours else None)
-            if what == WITH_LIGER:
-                use_liger(model)
-            if what == COMPILED:
-                compile_blocks(model, DEVICE)
-            model = model if ours else with_peft(model)
-            model.train()
-            for length in LENGTHS:
-                row: dict[str, Any] = {"model": shape.name, "bits": bits, "what": what, "length": length}
-                if DEVICE.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                try:
-                    took = step_seconds(model, length, shape.words, ours)
-                except torch.OutOfMemoryError:
-                    forget_shared(model)
-                    rows.append(row | {"seconds": None})
-                    continue
-                peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
-                fraction = 4 * counted * TOKENS / took / rate
-                row |= {"seconds": took, "tokens/s": TOKENS / took, "fraction": fraction, "peak GiB": peak / 2**30}
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-            del model
-            if DEVICE.type == "cuda":
-                torch.cuda.empty_cache()
+    for length in LENGTHS:
+        row: dict[str, Any] = {"model": shape.name, "bits": bits, "what": what, "length": length}
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            took = step_seconds(model, length, shape.words, ours)
+        except torch.OutOfMemoryError:
+            forget_shared(model)
+            rows.append(row | {"seconds": None})
+            continue
+        peak = torch.cuda.max_memory_allocated() - before if DEVICE.type == "cuda" else 0
+        rows.append(row | figures(took, peak, counted, rate))
     return rows
+
+
+def figures(took: float, peak: int, counted: int, rate: float) -> dict[str, Any]:
+    fraction = 4 * counted * TOKENS / took / rate
+    return {"seconds": took, "tokens/s": TOKENS / took, "fraction": fraction, "peak GiB": peak / 2**30}
+
+
+def unsloth_rows(shape: Shape, rate: float) -> list[dict[str, Any]]:
+    """From a process of its own: it changes transformers where it is imported."""
+    if importlib.util.find_spec("unsloth") is None:
+        return []
+    sizes = [shape.width, shape.narrow, shape.wide, shape.layers, shape.words, RANK, TOKENS, *LENGTHS]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench_unsloth", *map(str, sizes)], stdout=subprocess.PIPE, text=True, check=False
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"length"')]
+    of_block = 2 * shape.width * (shape.width + shape.narrow) + 3 * shape.width * shape.wide
+    counted = shape.layers * of_block + shape.words * shape.width
+    named = {"model": shape.name, "bits": 4, "what": "Unsloth"}
+    return [named | {"length": row["length"]} | figures(row["seconds"], row["peak"], counted, rate) for row in found]
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -256,8 +275,24 @@ def main() -> None:
     rate = matrix_rate()
     started = init_rows(SHAPES[0])
     print("\n".join(table(started)), flush=True)
-    trained = [row for shape in SHAPES for row in training_rows(shape, rate)]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    trained: list[dict[str, Any]] = []
+    for shape, bits, what in runs():
+        try:
+            trained += training_rows(shape, bits, what, rate)
+        except Exception:  # of a peer or a compiler: the others go on
+            traceback.print_exc()
+            trained.append({"model": shape.name, "bits": bits, "what": what, "seconds": None})
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+        if (shape, bits, what) == (SHAPES[0], 4, "PEFT"):
+            trained += unsloth_rows(shape, rate)
+        print("\n".join(map(json.dumps, trained[-len(LENGTHS) :])), flush=True)
+        write(page, rate, started, trained)
+
+
+def write(page: Path, rate: float, started: list[dict[str, Any]], trained: list[dict[str, Any]]) -> None:
+    names = ("torch", "transformers", "peft", "bitsandbytes", "liger_kernel", "unsloth")
+    packages = ", ".join(f"{name} {version(name)}" for name in names if importlib.util.find_spec(name))
     machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
     text = [
         "# Start and training step on one GPU",
@@ -276,7 +311,6 @@ def main() -> None:
     ]
     page.write_text("\n".join(text))
     page.with_suffix(".json").write_text(json.dumps({"rate": rate, "start": started, "training": trained}) + "\n")
-    print("\n".join(text))
 
 
 if __name__ == "__main__":

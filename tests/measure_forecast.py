@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +95,23 @@ def write_rows(path: Path) -> Path:
 def compare(sets: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """Forecast and measured bytes of one combination, in all and above what importing takes."""
     options = {"model.name": scratch / "model", "data.train": scratch / "rows.jsonl", "data.format": "text"}
-    options |= {"output": scratch / "out", "train.micro_batch_size": 1, "train.steps": STEPS} | sets
+    out = Path(tempfile.mkdtemp(dir=scratch)) / "out"
+    options |= {"output": out, "train.micro_batch_size": 1, "train.steps": STEPS} | sets
     processes = options.pop("processes", 1)
     options["train.batch_size"] = 2 * processes * options["train.micro_batch_size"]
     words = [f"{key}={value}" for key, value in options.items()]
     flags = [word for text in words for word in ("--set", text)]
     train = [sys.executable, "-m", "pissa_cli", "train", *flags, "--processes", str(processes), "--json"]
-    shutil.rmtree(scratch / "out", ignore_errors=True)
     memory = run([*train, "--dry-run"], scratch)["memory_bytes"]
     command = train if processes > 1 else [sys.executable, "-c", CHILD, *words]
     found = run(command, scratch)
-    measured, libraries = found["peak_memory_bytes"], found.get("libraries", memory["libraries"])
+    shutil.rmtree(out)
+    measured, libraries = found["peak_memory_bytes"], found.get("libraries", memory.get("libraries", 0))
     return {
         "forecast": memory,
         "measured": measured,
         "ratio": memory["total"] / measured,
-        "above": (memory["total"] - memory["libraries"], measured - libraries),
+        "above": (memory["total"] - memory.get("libraries", 0), measured - libraries),
     }
 
 
@@ -129,15 +131,17 @@ def run(command: list[str], scratch: Path) -> dict[str, Any]:
 
 def main() -> None:
     page = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/results/memory-forecast.md")
-    chosen = sys.argv[2:] or list(COMBINATIONS)
+    gpus = torch.cuda.device_count()
+    chosen = sys.argv[2:] or [name for name, sets in COMBINATIONS.items() if not 0 < gpus < sets.get("processes", 1)]
     kinds = ["weights", "factors", "gradients", "optimizer", "activations", "logits", "gathered", "heap", "loading"]
     rows, worst = [], 0.0
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         make_model(scratch / "model")
         write_rows(scratch / "rows.jsonl")
-        for name in chosen:
-            result = compare(COMBINATIONS[name], scratch)
+        with ThreadPoolExecutor(len(chosen) if gpus else 1) as pool:  # a GPU's memory is counted for each process
+            results = list(pool.map(lambda name: compare(COMBINATIONS[name], scratch), chosen))
+        for name, result in zip(chosen, results, strict=True):
             above, measured = result["above"]
             if "share" not in name:
                 worst = max(worst, abs(result["ratio"] - 1))
@@ -152,10 +156,12 @@ def main() -> None:
         "# Forecast of memory",
         "",
         f"Made by `tests/measure_forecast.py` on {time.strftime('%Y-%m-%d')}: `pissa train --dry-run`, and then the",
-        f"peak of resident memory over {STEPS} steps, in MB. {SHAPE['num_hidden_layers']} layers of Llama's shape, "
-        f"hidden size {SHAPE['hidden_size']}, vocabulary {SHAPE['vocab_size']:,},",
-        "106 M parameters; length 512 and micro-batches of 1 unless it says otherwise. No GPU; "
-        f"one thread of {processor()}.",
+        f"peak of {'allocated' if gpus else 'resident'} memory over {STEPS} steps, in MB. "
+        f"{SHAPE['num_hidden_layers']} layers of Llama's shape, hidden size {SHAPE['hidden_size']}, "
+        f"vocabulary {SHAPE['vocab_size']:,},",
+        "106 M parameters; length 512 and micro-batches of 1 unless it says otherwise. "
+        + (torch.cuda.get_device_name() if gpus else f"No GPU; one thread of {processor()}")
+        + ".",
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}.",
         "",
         f"The largest difference is {worst:.0%}, without the rows of processes that share a model: rough ones.",

@@ -114,7 +114,7 @@ def logits(model: Any, folder: Path) -> Tensor:
     tokenizer.pad_token_id = model.config.pad_token_id
     pairs = ["Anna has 7 apples.", "Tom ate."], ["Tom had some fruit, and more.", "Tom."]
     batch = tokenizer(*pairs, padding=True, return_tensors="pt", return_token_type_ids=False)
-    return model.eval()(**batch).logits.float()
+    return model.cpu().eval()(**batch).logits.float()
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> None:

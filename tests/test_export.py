@@ -49,7 +49,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-    return model.eval()(input_ids=IDS).logits.float()
+    return model.cpu().eval()(input_ids=IDS).logits.float()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gemma"])

@@ -31,7 +31,7 @@ def logits(model: nn.Module) -> Tensor:
     for module in model.modules():  # its in-place repacking for AVX512 CPUs rounds the scales
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-    return model.eval()(input_ids=IDS).logits.float()
+    return model.cpu().eval()(input_ids=IDS).logits.float()
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

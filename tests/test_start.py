@@ -27,7 +27,7 @@ STARTS = [("lora", "fast"), ("pissa", "fast"), ("pissa", "exact")]
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     ids = torch.randint(2, 512, (2, 24), generator=torch.Generator().manual_seed(0))
-    return model.eval()(input_ids=ids).logits.float()
+    return model.cpu().eval()(input_ids=ids).logits.float()
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -35,11 +35,11 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def started(recipe: Any) -> PreTrainedModel:
-    """The model as training sees it before its first step."""
+    """The model as training sees it before its first step, on the CPU."""
     run = Run(Path(recipe.output))
     manifest = initialize(recipe)
     folder = run.base if run.base.is_dir() else Path(manifest["base"]["folder"])
-    model = load_model(folder, recipe.model, recipe.precision, recipe.seed)
+    model = load_model(folder, recipe.model, recipe.precision, recipe.seed).cpu()
     attach(model, read_start(run, manifest)[1], METHODS[recipe.adapter.method], recipe.model.bits != 4)
     return model
 
@@ -136,7 +136,7 @@ def test_manifest_records_the_start(models: Callable[[str], Path], recipe: Calla
     base = AutoModelForCausalLM.from_pretrained(Run(Path(made.output)).base, dtype=torch.float32)
     for layer in manifest["layers"]:
         W = weights[f"{layer['name']}.weight"]
-        stored = read(packed_weight(base.get_submodule(layer["name"])))  # type: ignore[arg-type]
+        stored = read(packed_weight(base.get_submodule(layer["name"]))).cpu()  # type: ignore[arg-type]
         error = W - stored - factors[layer["name"]]["B"] @ factors[layer["name"]]["A"]
         s = torch.linalg.svdvals(W.double())
         assert layer["nuclear"] == pytest.approx(float(torch.linalg.svdvals(error.double()).sum()), rel=1e-5)
