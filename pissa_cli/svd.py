@@ -16,10 +16,11 @@ from pissa_cli.products import has_fast_bf16
 
 OVERSAMPLING = 8
 POWER_STEPS = 2
-ROUNDED_STEPS = {"cpu": 5, "cuda": 10}  # in bf16, where products cost less than the eigenvectors of more blocks
+ROUNDED_STEPS = {"cpu": 4, "cuda": 12}  # in bf16, where products cost less than the eigenvectors of more blocks
 WARM_STEPS = 9  # power steps from a start close by, before it counts as not close
 KRYLOV_BLOCKS = 3  # at least; in bf16 one fewer
 GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before the whole Gram matrix is cheaper
+ROUNDED_FROM = 512  # columns from which on bf16 products are worth their additional steps
 ROUNDED_ABOVE = 0.02  # share of the energy that is left, below which the rounding of bf16 products shows in it
 GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
 FAST, ROUGH = 1e-3, 0.05
@@ -145,7 +146,7 @@ def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator) ->
     n, width = weight.shape[1], rank + OVERSAMPLING
     found = None
     if KRYLOV_BLOCKS * width <= GRAM_BELOW * n:
-        rounded = allowed >= FAST and has_fast_bf16(weight.device)
+        rounded = allowed >= FAST and n >= ROUNDED_FROM and has_fast_bf16(weight.device)
         found = _block_krylov(weight, rank, width, allowed, source, rounded)
     if found is None:
         vectors = _small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
@@ -172,9 +173,7 @@ def _block_krylov(
     energy = frobenius_norm(weight) ** 2
     drawn = torch.randn(n if rounded else weight.shape[0], width, generator=source).to(weight.device)
     block = drawn if rounded else transposed_times(W, drawn)
-    for _ in range(ROUNDED_STEPS[weight.device.type] if rounded and not rough else POWER_STEPS):
-        block = transposed_times(W, times(W, _cholesky_qr(block)[0])).float()
-    block = _qr(block)[0]
+    block = _qr(_powers(W, block, ROUNDED_STEPS[weight.device.type] if rounded and not rough else POWER_STEPS))[0]
     basis, images, T, coupling = block[:, :0], weight[:, :0], weight.new_empty(0, 0), weight.new_empty(0, width)
     captured: list[float] = []
     least = KRYLOV_BLOCKS - (rough or rounded)
@@ -197,6 +196,21 @@ def _block_krylov(
     return None
 
 
+def _powers(W: Tensor, block: Tensor, steps: int) -> Tensor:
+    """Power steps block <- W^T W orth(block). A GPU is asked once, and not at every step, whether all were sound."""
+    found, infos = block, []
+    for _ in range(steps):
+        R, info = torch.linalg.cholesky_ex(found.T @ found, upper=True)
+        infos.append(info)
+        found = torch.linalg.solve_triangular(R, found, upper=True, left=False)
+        found = transposed_times(W, times(W, found)).float()
+    if not int(torch.stack(infos).sum()):
+        return found
+    for _ in range(steps):
+        block = transposed_times(W, times(W, _cholesky_qr(block)[0])).float()
+    return block
+
+
 def _ritz(weight: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(W V, V) of the top Ritz vectors V (n, rank) of W^T W on an orthonormal basis (n, k)."""
     images = times(weight, basis)
@@ -207,13 +221,13 @@ def _ritz(weight: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _excess(energy: float, captured: list[float]) -> float:
     """By how much the residual norm exceeds the best, estimated from the energies that ever more blocks captured.
 
-    The gains are taken to go on falling as they last did, or by a factor of four where there is but one.
+    The gains are taken to go on falling as they last did, or by a factor of three where there is but one.
     """
     rest = energy - captured[-1]
     if rest <= 1e-5 * energy:
         return 0.0  # a matrix of lower rank, but for rounding
     gains = [max(after - before, 0.0) for before, after in pairwise(captured)]
-    ratio = min(0.9, gains[-1] / gains[-2]) if len(gains) > 1 and gains[-2] > 0 else 0.25
+    ratio = min(0.9, gains[-1] / gains[-2]) if len(gains) > 1 and gains[-2] > 0 else 1 / 3
     return gains[-1] * ratio / (1 - ratio) / (2 * rest)
 
 
