@@ -20,7 +20,7 @@ ROUNDED_STEPS = {"cpu": 4, "cuda": 12}  # in bf16, where products cost less than
 WARM_STEPS = 9  # power steps from a start close by, before it counts as not close
 KRYLOV_BLOCKS = 3  # at least; in bf16 one fewer
 GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before the whole Gram matrix is cheaper
-ROUNDED_FROM = 512  # columns from which on bf16 products are worth their additional steps
+ROUNDED_FROM = 512  # rows and columns from which on bf16 products are worth it
 ROUNDED_ABOVE = 0.02  # share of the energy that is left, below which the rounding of bf16 products shows in it
 GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
 FAST, ROUGH = 1e-3, 0.05
@@ -146,8 +146,7 @@ def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator) ->
     n, width = weight.shape[1], rank + OVERSAMPLING
     found = None
     if KRYLOV_BLOCKS * width <= GRAM_BELOW * n:
-        rounded = allowed >= FAST and n >= ROUNDED_FROM and has_fast_bf16(weight.device)
-        found = _block_krylov(weight, rank, width, allowed, source, rounded)
+        found = _block_krylov(weight, rank, width, allowed, source, allowed >= FAST and _rounds(weight))
     if found is None:
         vectors = _small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
         found = times(weight, vectors), vectors
@@ -156,6 +155,11 @@ def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator) ->
     if S[-1] > GRAM_ACCURATE_ABOVE * S[0]:
         return SVD(U / S, S, V.T.contiguous())
     return _exact(weight, rank)  # squaring has cost the small singular values
+
+
+def _rounds(weight: Tensor) -> bool:
+    """Whether products of bf16 numbers find a subspace sooner."""
+    return min(weight.shape) >= ROUNDED_FROM and has_fast_bf16(weight.device)
 
 
 def _block_krylov(
