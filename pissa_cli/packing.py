@@ -1,17 +1,21 @@
 """Several examples in one row without padding, each of which sees itself alone.
 
 transformers builds a block-diagonal mask where position ids start again. With SDPA most of what such a mask costs is
-thrown away: here its blocks are attended to one by one instead.
+thrown away: here its blocks are attended to one by one instead, or by flash attention together, where that is sound.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -19,6 +23,9 @@ from transformers.masking_utils import sdpa_mask
 from pissa_cli.products import attention_dtype
 
 BY_SEQUENCE = "sdpa_by_sequence"
+FLASH = torch.ops.aten._flash_attention_forward
+TRIED = (3, 70, 27)  # lengths of sequences over which it has to agree with SDPA
+AGREES = 0.02
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
@@ -54,9 +61,51 @@ def _attention(
     if attention_mask is None or attention_mask.ndim != 1:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output.to(dtype), None
-    parts = [x.split(attention_mask.tolist(), dim=2) for x in (query, key, value)]
+    lengths: list[int] = attention_mask.tolist()
+    if (
+        not options.get("dropout")
+        and query.is_cuda
+        and _flash_agrees(query.dtype, query.shape[1], key.shape[1], query.shape[3])
+    ):
+        return _flash(query, key, value, lengths, options.get("scaling")), None
+    parts = [x.split(lengths, dim=2) for x in (query, key, value)]
     outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in zip(*parts, strict=True)]
     return torch.cat(outputs, dim=1).to(dtype), None
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None) -> Tensor:
+    """Causal attention within each sequence of a row: q, k, v (1, heads, tokens, dim) -> (1, tokens, heads, dim)."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    begins = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q.device)
+    longest = max(lengths)
+    output: Tensor = FLASH(q, k, v, begins, begins, longest, longest, 0.0, True, False, scale=scale)[0]
+    return output[None]
+
+
+@functools.cache
+def _flash_agrees(
+    dtype: torch.dtype, heads: int, key_heads: int, dim: int, device: torch.device | str = "cuda"
+) -> bool:
+    """Whether torch's flash attention takes inputs of this kind, and gives what SDPA gives for each sequence, and its
+    gradients."""
+    with unset_fake_temporarily(), torch.enable_grad():
+        source = torch.Generator(device).manual_seed(0)
+        inputs = [
+            torch.randn(1, n, sum(TRIED), dim, dtype=dtype, device=device, generator=source, requires_grad=True)
+            for n in (heads, key_heads, key_heads)
+        ]
+        try:
+            together = _with_gradients(_flash(inputs[0], inputs[1], inputs[2], list(TRIED), None), inputs)
+        except RuntimeError:
+            return False
+        parts = zip(*(x.split(list(TRIED), 2) for x in inputs), strict=True)
+        outputs = [scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in parts]
+        apart = _with_gradients(torch.cat(outputs, 2).transpose(1, 2), inputs)
+        return all(bool((a - b).norm() <= AGREES * b.norm()) for a, b in zip(together, apart, strict=True))
+
+
+def _with_gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    return [part.float() for part in (output, *torch.autograd.grad(output.float().square().sum(), inputs))]
 
 
 def _mask(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,3 +215,37 @@ def test_two_hundred_steps_packed_and_fused_are_those_unpacked_and_plain(
     plain = losses("plain", "data.packing=false", "train.micro_batch_size=1")
     assert len(plain) == 200 and plain[-1] < plain[0] - 0.2
     assert fast == pytest.approx(plain, rel=1e-4)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, *rest: Any, scale: float | None) -> tuple[Tensor]:
+    """What torch's flash attention computes of (tokens, heads, dim), in its plain operations."""
+    _, longest, _, dropout, causal, _ = rest
+    lengths = torch.diff(begins).tolist()
+    assert longest == max(lengths) and dropout == 0.0
+    outputs, heads = [], q.shape[1]
+    for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        q, k, v = (x.transpose(0, 1).repeat_interleave(heads // x.shape[1], 0) for x in parts)
+        scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -torch.inf)
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return (torch.cat(outputs),)
+
+
+def test_flash_attention_is_used_where_it_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    agrees = packing._flash_agrees.__wrapped__
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 30, 8), torch.randn(1, 2, 30, 8), torch.randn(1, 2, 30, 8)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    wanted, _ = packing._attention(module, query, key, value, torch.tensor([7, 23]), scaling=0.3)
+    assert not agrees(torch.float32, 4, 2, 8, "cpu")  # there is none for a CPU
+
+    monkeypatch.setattr(packing, "FLASH", flash)
+    assert agrees(torch.float32, 4, 2, 8, "cpu")
+    torch.testing.assert_close(packing._flash(query, key, value, [7, 23], 0.3), wanted)
+    monkeypatch.setattr(packing, "FLASH", lambda *args, **options: flash(*args[:8], False, False, **options))
+    assert not agrees(torch.float32, 4, 2, 8, "cpu")
+
+    monkeypatch.undo()
+    meta = [x.to("meta", torch.bfloat16) for x in (query, key, value)]
+    assert packing._flash(*meta, [7, 23], None).shape == wanted.shape
