@@ -9,6 +9,7 @@ Rows are GSM8K's (question, answer). Each run has a process of its own.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 from machine import machine
+
+from pissa_cli.cli.heap import KERNELS, TUNABLES
 
 BATCH, MICRO, RANK, RATE, MAX_LENGTH = 32, 8, 16, 1e-3, 512
 EXAMPLES = {"llama-110m": 128}
@@ -151,7 +154,8 @@ def measure(model: str, rows: str, examples: int) -> dict[str, dict[str, Any]]:
     for _ in range(ROUNDS):
         for which, results in found.items():
             command = [sys.executable, __file__, "--child", which, model, rows, str(examples)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            own = {"GLIBC_TUNABLES": ":".join(TUNABLES), **KERNELS} if which == "ours" else {}  # as `pissa` sets it
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own)
             if done.returncode:
                 sys.exit(done.stderr[-3000:])
             line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
