@@ -93,7 +93,8 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Hand all that is freed back to the system: after work that is over."""
+    """Hand all that is freed back to the system, and to the GPU: after work that is over."""
+    torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
