@@ -8,8 +8,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pissa_cli.panels import converted, in_parallel
+from pissa_cli.pipeline import in_turn
 from pissa_cli.scales import SCALE_GRID, fit_scales
 
 Absmax = Literal["fitted", "largest"]
@@ -75,7 +74,7 @@ def pack(store: Store, weight: Tensor) -> Packed | Tensor:
         return _pack_fitted(store, weight)
     from bitsandbytes import functional
 
-    with _in_turn(weight.device):
+    with in_turn(weight.device):
         data, state = functional.quantize_4bit(
             weight.contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=False
         )
@@ -107,7 +106,7 @@ def _kept(store: Store, absmax: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]
 
     offset = absmax.mean()
     centred = absmax - offset
-    with _in_turn(absmax.device):
+    with in_turn(absmax.device):
         kept, state2 = functional.quantize_blockwise(centred, blocksize=NESTED_BLOCK_SIZE)
     return functional.dequantize_blockwise(kept, state2) + offset, kept, {"offset": offset, "state2": state2}
 
@@ -124,19 +123,6 @@ def _state(store: Store, weight: Tensor, code: Tensor, kept: Tensor, nested: dic
         dtype=store.dtype,
         **nested,
     )
-
-
-@contextmanager
-def _in_turn(device: torch.device) -> Iterator[None]:
-    """For bitsandbytes' quantization, which on a GPU runs on the default stream, whichever is the current one: after
-    what comes before it there, and before what comes after."""
-    if device.type != "cuda":
-        yield
-        return
-    current, default = torch.cuda.current_stream(), torch.cuda.default_stream()
-    default.wait_stream(current)
-    yield
-    current.wait_stream(default)
 
 
 def round_trip(weight: Tensor, absmax: Absmax) -> Tensor:
