@@ -15,6 +15,7 @@ from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.packing import BY_SEQUENCE
 from pissa_cli.recipe import TrainSection
 
+GRAPHS = 8  # of a block: for training and evaluation, one row and several
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # the loss has a way of its own
 
 
@@ -69,5 +70,8 @@ def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
         experts.forward = torch.compiler.disable(experts.forward)
     if model.config._attn_implementation == BY_SEQUENCE:
         AttentionInterface.register(BY_SEQUENCE, torch.compiler.disable(AttentionInterface()[BY_SEQUENCE]))
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, GRAPHS * len(blocks))  # where each has ranks of its own
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
     for block in blocks:
         block.compile(dynamic=True)

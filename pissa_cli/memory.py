@@ -69,7 +69,7 @@ def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
 
 def _workspace(device: torch.device) -> int:
     """What torch sets aside for a handle of cuBLAS (`CUBLAS_WORKSPACE_CONFIG` unset)."""
-    return 2**25 if torch.cuda.get_device_capability(device)[0] >= 9 else 2**23 + 2**17
+    return 2**25 if torch.cuda.get_device_capability(device) in ((9, 0), (10, 0)) else 2**23 + 2**17
 
 
 def _spread(recipe: Recipe, plan: Plan, found: dict[str, int], processes: int) -> dict[str, int]:

@@ -62,11 +62,9 @@ def _attention(
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output.to(dtype), None
     lengths: list[int] = attention_mask.tolist()
-    if (
-        not options.get("dropout")
-        and query.is_cuda
-        and _flash_agrees(query.dtype, query.shape[1], key.shape[1], query.shape[3])
-    ):
+    plain = not options.get("dropout") and options.get("softcap") is None and options.get("position_bias") is None
+    alike = len({(x.dtype, x.shape[3]) for x in (query, key, value)}) == 1
+    if query.is_cuda and plain and alike and _flash_agrees(query.dtype, query.shape[1], key.shape[1], query.shape[3]):
         return _flash(query, key, value, lengths, options.get("scaling")), None
     parts = [x.split(lengths, dim=2) for x in (query, key, value)]
     outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in zip(*parts, strict=True)]
@@ -96,6 +94,8 @@ def _flash_agrees(
         ]
         try:
             together = _with_gradients(_flash(inputs[0], inputs[1], inputs[2], list(TRIED), None), inputs)
+        except torch.OutOfMemoryError:  # which says nothing of the next time
+            raise
         except RuntimeError:
             return False
         parts = zip(*(x.split(list(TRIED), 2) for x in inputs), strict=True)

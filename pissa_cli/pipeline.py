@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -70,16 +69,3 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int, ahead: in
             for future in waiting:
                 future.cancel()
             torch.set_num_threads(threads)
-
-
-@contextmanager
-def in_turn(device: torch.device) -> Iterator[None]:
-    """For bitsandbytes' quantization, which on a GPU runs on the default stream, whichever is the current one: after
-    what comes before it there, and before what comes after."""
-    if device.type != "cuda":
-        yield
-        return
-    current, default = torch.cuda.current_stream(), torch.cuda.default_stream()
-    default.wait_stream(current)
-    yield
-    current.wait_stream(default)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pissa_cli.panels import converted, in_parallel
-from pissa_cli.pipeline import in_turn
 from pissa_cli.scales import SCALE_GRID, fit_scales
+from pissa_cli.streams import in_turn
 
 Absmax = Literal["fitted", "largest"]
 BLOCK_SIZE = 64
@@ -74,9 +74,10 @@ def pack(store: Store, weight: Tensor) -> Packed | Tensor:
         return _pack_fitted(store, weight)
     from bitsandbytes import functional
 
+    weight = weight.contiguous()
     with in_turn(weight.device):
         data, state = functional.quantize_4bit(
-            weight.contiguous(), blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=False
+            weight, blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=False
         )
     return Packed(data, _state(store, weight, state.code, *_kept(store, state.absmax)[1:]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pissa_cli.orthogonal import cholesky_qr, next_block, qr, small
 from pissa_cli.panels import converted, row_norms, times, transposed_times
 from pissa_cli.products import has_fast_bf16
 
@@ -25,8 +26,6 @@ ROUNDED_ABOVE = 0.02  # share of the energy that is left, below which the roundi
 GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
 FAST, ROUGH = 1e-3, 0.05
 EXACT_NUCLEAR_BELOW = 256
-SMALL = 1024  # rows of a matrix that a CPU factors sooner than a GPU does
-TINY = torch.finfo(torch.float32).tiny
 
 
 class SVD(NamedTuple):
@@ -85,7 +84,7 @@ def truncated_svd(
 def project(weight: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """(W V, V) after one power step V <- orth(W^T W V): of all B V^T, B = W V is the nearest to W. V: (in, r)."""
     with _one_thread():
-        V = _qr(transposed_times(weight, times(weight, V)))[0]
+        V = qr(transposed_times(weight, times(weight, V)))[0]
         return times(weight, V), V
 
 
@@ -93,8 +92,8 @@ def project_svd(weight: Tensor, V: Tensor) -> SVD:
     """The SVD of what `project` finds: that of W to rank r, where V is near and its next singular values small."""
     B, V = project(weight, V)
     with _one_thread():
-        Q, R = _qr(B)
-        U, S, Vh = _small(torch.linalg.svd, R)
+        Q, R = qr(B)
+        U, S, Vh = small(torch.linalg.svd, R)
         return SVD(Q @ U, S, Vh @ V.T)
 
 
@@ -134,10 +133,10 @@ def _power_steps(weight: Tensor, V: Tensor, allowed: float) -> SVD | None:
         image = times(weight, V)
         captured.append(frobenius_norm(image) ** 2)
         if len(captured) > 6 and _excess(energy, captured) <= allowed / 10:
-            Q, R = _qr(image)
-            U, S, Vh = _small(torch.linalg.svd, R)
+            Q, R = qr(image)
+            U, S, Vh = small(torch.linalg.svd, R)
             return SVD(Q @ U, S, Vh @ V.T)
-        V = _qr(transposed_times(weight, image))[0]
+        V = qr(transposed_times(weight, image))[0]
     return None
 
 
@@ -146,9 +145,10 @@ def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator) ->
     n, width = weight.shape[1], rank + OVERSAMPLING
     found = None
     if KRYLOV_BLOCKS * width <= GRAM_BELOW * n:
-        found = _block_krylov(weight, rank, width, allowed, source, allowed >= FAST and _rounds(weight))
+        rounded = allowed >= FAST and _rounds(weight)
+        found = _block_krylov(weight, rank, allowed, _begin(weight, width, allowed, source, rounded), rounded)
     if found is None:
-        vectors = _small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
+        vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
         found = times(weight, vectors), vectors
     U, V = found
     S = U.norm(dim=0)
@@ -162,40 +162,49 @@ def _rounds(weight: Tensor) -> bool:
     return min(weight.shape) >= ROUNDED_FROM and has_fast_bf16(weight.device)
 
 
+def _begin(weight: Tensor, width: int, allowed: float, source: torch.Generator, rounded: bool) -> Tensor:
+    """Orthonormal columns (n, width) after power steps on Gaussian numbers, in bf16 products where `rounded`."""
+    if not rounded:
+        drawn = torch.randn(weight.shape[0], width, generator=source).to(weight.device)
+        return qr(_powers(weight, transposed_times(weight, drawn), POWER_STEPS))[0]
+    drawn = torch.randn(weight.shape[1], width, generator=source).to(weight.device)
+    steps = POWER_STEPS if allowed >= ROUGH else ROUNDED_STEPS[weight.device.type]
+    return qr(_powers(converted(weight, torch.bfloat16), drawn, steps))[0]
+
+
 def _block_krylov(
-    weight: Tensor, rank: int, width: int, allowed: float, source: torch.Generator, rounded: bool
+    weight: Tensor, rank: int, allowed: float, block: Tensor, rounded: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on span{X, GX, G^2 X, ...}, for weight (m, n), m >= n.
+    """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on span{X, GX, G^2 X, ...}, for weight (m, n), m >= n,
+    and X = `block` (n, width), orthonormal.
 
     T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal. With
-    `rounded` products of bf16 numbers find the basis, and fp32 products what comes of it; not where rounding would show
-    in the little that is left of W. None if the basis would have to grow beyond GRAM_BELOW.
+    `rounded` products of bf16 numbers find the basis, and fp32 products what comes of it. Where so few blocks do not
+    suffice, or little is left of W, rounding would show: all products are in fp32 then. None if the basis would have
+    to grow beyond GRAM_BELOW.
     """
-    n = weight.shape[1]
+    n, width = block.shape
     W = converted(weight, torch.bfloat16) if rounded else weight
-    rough = allowed >= ROUGH
     energy = frobenius_norm(weight) ** 2
-    drawn = torch.randn(n if rounded else weight.shape[0], width, generator=source).to(weight.device)
-    block = drawn if rounded else transposed_times(W, drawn)
-    block = _qr(_powers(W, block, ROUNDED_STEPS[weight.device.type] if rounded and not rough else POWER_STEPS))[0]
     basis, images, T, coupling = block[:, :0], weight[:, :0], weight.new_empty(0, 0), weight.new_empty(0, width)
     captured: list[float] = []
-    least = KRYLOV_BLOCKS - (rough or rounded)
+    least = KRYLOV_BLOCKS - (allowed >= ROUGH or rounded)
     for blocks in range(1, int(GRAM_BELOW * n / width) + 1):
         image = times(W, block).float()
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
         T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
         enough = blocks >= least
-        values, vectors = _small(torch.linalg.eigh if enough else lambda T: (torch.linalg.eigvalsh(T), T), T)
+        values, vectors = small(torch.linalg.eigh if enough else lambda T: (torch.linalg.eigvalsh(T), T), T)
         captured.append(float(values[-rank:].sum(dtype=torch.float64)))
-        if rounded and energy - captured[0] < ROUNDED_ABOVE * energy:
-            return _block_krylov(weight, rank, width, allowed, source, False)
-        if enough and _excess(energy, captured) <= allowed / 2:
+        if rounded and energy - captured[-1] < ROUNDED_ABOVE * energy:
+            return _block_krylov(weight, rank, allowed, qr(_powers(weight, block, POWER_STEPS))[0], False)
+        if enough:
+            top = basis @ vectors[:, -width:].flip(1)
+            if _excess(energy, captured) <= allowed / 2:
+                return _ritz(weight, top, rank) if rounded else (images @ vectors[:, -rank:].flip(1), top[:, :rank])
             if rounded:
-                return _ritz(weight, basis @ vectors[:, -width:], rank)
-            chosen = vectors[:, -rank:].flip(1)
-            return images @ chosen, basis @ chosen
-        block, R = _next_block(basis, transposed_times(W, image).float())
+                return _block_krylov(weight, rank, allowed, qr(top)[0], False)
+        block, R = next_block(basis, transposed_times(W, image).float())
         coupling = torch.cat([coupling.new_zeros(basis.shape[1] - width, width), R.T])
     return None
 
@@ -211,14 +220,14 @@ def _powers(W: Tensor, block: Tensor, steps: int) -> Tensor:
     if not int(torch.stack(infos).sum()):
         return found
     for _ in range(steps):
-        block = transposed_times(W, times(W, _cholesky_qr(block)[0])).float()
+        block = transposed_times(W, times(W, cholesky_qr(block)[0])).float()
     return block
 
 
 def _ritz(weight: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(W V, V) of the top Ritz vectors V (n, rank) of W^T W on an orthonormal basis (n, k)."""
     images = times(weight, basis)
-    chosen = _small(torch.linalg.eigh, images.T @ images)[1][:, -rank:].flip(1)
+    chosen = small(torch.linalg.eigh, images.T @ images)[1][:, -rank:].flip(1)
     return images @ chosen, basis @ chosen
 
 
@@ -233,38 +242,6 @@ def _excess(energy: float, captured: list[float]) -> float:
     gains = [max(after - before, 0.0) for before, after in pairwise(captured)]
     ratio = min(0.9, gains[-1] / gains[-2]) if len(gains) > 1 and gains[-2] > 0 else 1 / 3
     return gains[-1] * ratio / (1 - ratio) / (2 * rest)
-
-
-def _next_block(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Q, R with image = basis C + Q R, the basis and Q orthonormal: projected and factored twice."""
-    block, first = _cholesky_qr(image - basis @ (basis.T @ image))
-    block, second = _cholesky_qr(block - basis @ (basis.T @ block), exact=True)
-    return block, second @ first
-
-
-def _qr(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Q, R of the columns, twice Cholesky QR."""
-    block, first = _cholesky_qr(block)
-    block, second = _cholesky_qr(block, exact=True)
-    return block, second @ first
-
-
-def _cholesky_qr(block: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
-    """Q, R of the columns; Q is off from orthonormal by the square of the condition number times rounding.
-
-    Householder QR where the Gram matrix is singular, and, with `exact`, where the columns were far from orthonormal.
-    """
-    gram = block.T @ block
-    R, info = torch.linalg.cholesky_ex(gram, upper=True)
-    if int(info) or (exact and float(gram.diagonal_scatter(gram.diagonal() - 1).abs().max()) > 0.1):
-        Q, R = torch.linalg.qr(block)
-        return Q, R
-    return torch.linalg.solve_triangular(R, block, upper=True, left=False), R
-
-
-def _small(factorize: Callable[[Tensor], Sequence[Tensor]], T: Tensor) -> list[Tensor]:
-    """factorize(T), on the CPU if T is small: a GPU takes ten milliseconds and more for the steps one by one."""
-    return [part.to(T.device) for part in factorize(T.cpu() if T.shape[-1] <= SMALL else T)]
 
 
 def _lanczos_nuclear_norm(weight: Tensor, probes: int, steps: int, source: torch.Generator) -> float:
@@ -284,7 +261,7 @@ def _lanczos_nuclear_norm(weight: Tensor, probes: int, steps: int, source: torch
     T = torch.diag_embed(torch.stack(alphas, 1).double())
     off = torch.stack(betas[:-1], 1).double()
     T = T + torch.diag_embed(off, offset=1) + torch.diag_embed(off, offset=-1)
-    values, vectors = _small(torch.linalg.eigh, T)
+    values, vectors = small(torch.linalg.eigh, T)
     return float(n * (vectors[:, 0].square() * values.clamp_min(0).sqrt()).sum(1).mean())
 
 

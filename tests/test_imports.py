@@ -35,7 +35,7 @@ LAYERS = [
     "adapters.lora adapters.pissa adapters.loftq adapters.vera adapters.svfit",
     "adapters.start adapters.function",
     "svd quant products",
-    "panels scales",
+    "panels scales streams orthogonal",
     "recipe_file",
     "recipe_errors",
     "recipe",

@@ -53,7 +53,7 @@ class Projections:
             device = torch.device("cuda", torch.cuda.current_device())
         if (device, dtype) not in self._copies:
             A, B = self.whole()
-            self._copies[(device, dtype)] = (A.to(device, dtype), B.to(device, dtype))
+            self._copies.setdefault((device, dtype), (A.to(device, dtype), B.to(device, dtype)))  # one for all threads
         A, B = self._copies[(device, dtype)]
         return A[:, : shape[1]], B[: shape[0]]
 

@@ -1,0 +1,42 @@
+"""Columns made orthonormal, and factorizations of small matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+SMALL = 1024  # rows of a matrix that a CPU factors sooner than a GPU does
+
+
+def next_block(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Q, R with image = basis C + Q R, the basis and Q orthonormal: projected and factored twice."""
+    block, first = cholesky_qr(image - basis @ (basis.T @ image))
+    block, second = cholesky_qr(block - basis @ (basis.T @ block), exact=True)
+    return block, second @ first
+
+
+def qr(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Q, R of the columns, twice Cholesky QR."""
+    block, first = cholesky_qr(block)
+    block, second = cholesky_qr(block, exact=True)
+    return block, second @ first
+
+
+def cholesky_qr(block: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Q, R of the columns; Q is off from orthonormal by the square of the condition number times rounding.
+
+    Householder QR where the Gram matrix is singular, and, with `exact`, where the columns were far from orthonormal.
+    """
+    gram = block.T @ block
+    R, info = torch.linalg.cholesky_ex(gram, upper=True)
+    if int(info) or (exact and float(gram.diagonal_scatter(gram.diagonal() - 1).abs().max()) > 0.1):
+        Q, R = torch.linalg.qr(block)
+        return Q, R
+    return torch.linalg.solve_triangular(R, block, upper=True, left=False), R
+
+
+def small(factorize: Callable[[Tensor], Sequence[Tensor]], T: Tensor) -> list[Tensor]:
+    """factorize(T), on the CPU if T is small: a GPU takes ten milliseconds and more for the steps one by one."""
+    return [part.to(T.device) for part in factorize(T.cpu() if T.shape[-1] <= SMALL else T)]
