@@ -75,6 +75,14 @@ def test_a_start_from_a_matrix_close_by(shape: tuple[int, int]) -> None:
     assert residual(moved, truncated_svd(moved, 24, near=zero.Vh.T)) <= 1.001 * best_residual(moved, 24)
 
 
+def test_a_plateau_wider_than_the_rank() -> None:
+    """What the basis has not yet found is small there beside what rounds to bf16."""
+    torch.manual_seed(0)
+    U, V = torch.linalg.qr(torch.randn(1024, 1024)).Q, torch.linalg.qr(torch.randn(1024, 1024)).Q
+    weight = (U * torch.cat([torch.linspace(1, 0.9, 120), torch.full((904,), 0.02)])) @ V.T
+    assert residual(weight, truncated_svd(weight, 30)) <= 1.001 * best_residual(weight, 30)
+
+
 def test_fast_is_deterministic_whatever_surrounds_it() -> None:
     weight = decaying(700, 500)
     first = truncated_svd(weight, 16, seed=3, name="layer")
