@@ -17,12 +17,11 @@ from pissa_cli.products import has_fast_bf16
 
 OVERSAMPLING = 8
 POWER_STEPS = 2
-ROUNDED_STEPS = {"cpu": 4, "cuda": 12}  # in bf16, where products cost less than the eigenvectors of more blocks
+ROUNDED_STEPS = {"cpu": 3, "cuda": 9}  # in bf16, where they cost less than the eigenvectors of another block
 WARM_STEPS = 9  # power steps from a start close by, before it counts as not close
-KRYLOV_BLOCKS = 3  # at least; in bf16 one fewer
+KRYLOV_BLOCKS = 3  # at least; after steps in bf16 one fewer
 GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before the whole Gram matrix is cheaper
 ROUNDED_FROM = 512  # rows and columns from which on bf16 products are worth it
-ROUNDED_ABOVE = 0.02  # share of the energy that is left, below which the rounding of bf16 products shows in it
 GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
 FAST, ROUGH = 1e-3, 0.05
 EXACT_NUCLEAR_BELOW = 256
@@ -146,7 +145,8 @@ def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator) ->
     found = None
     if KRYLOV_BLOCKS * width <= GRAM_BELOW * n:
         rounded = allowed >= FAST and _rounds(weight)
-        found = _block_krylov(weight, rank, allowed, _begin(weight, width, allowed, source, rounded), rounded)
+        least = KRYLOV_BLOCKS - (allowed >= ROUGH or rounded)
+        found = _block_krylov(weight, rank, allowed, _begin(weight, width, allowed, source, rounded), least)
     if found is None:
         vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
         found = times(weight, vectors), vectors
@@ -163,48 +163,38 @@ def _rounds(weight: Tensor) -> bool:
 
 
 def _begin(weight: Tensor, width: int, allowed: float, source: torch.Generator, rounded: bool) -> Tensor:
-    """Orthonormal columns (n, width) after power steps on Gaussian numbers, in bf16 products where `rounded`."""
+    """Orthonormal columns (n, width) after power steps on Gaussian numbers. Where `rounded` all but the last are in bf16:
+    the last takes their rounding away, which the Krylov blocks would find instead of what is missing."""
     if not rounded:
         drawn = torch.randn(weight.shape[0], width, generator=source).to(weight.device)
         return qr(_powers(weight, transposed_times(weight, drawn), POWER_STEPS))[0]
     drawn = torch.randn(weight.shape[1], width, generator=source).to(weight.device)
     steps = POWER_STEPS if allowed >= ROUGH else ROUNDED_STEPS[weight.device.type]
-    return qr(_powers(converted(weight, torch.bfloat16), drawn, steps))[0]
+    return qr(_powers(weight, _powers(converted(weight, torch.bfloat16), drawn, steps), 1))[0]
 
 
-def _block_krylov(
-    weight: Tensor, rank: int, allowed: float, block: Tensor, rounded: bool
-) -> tuple[Tensor, Tensor] | None:
+def _block_krylov(weight: Tensor, rank: int, allowed: float, block: Tensor, least: int) -> tuple[Tensor, Tensor] | None:
     """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on span{X, GX, G^2 X, ...}, for weight (m, n), m >= n,
-    and X = `block` (n, width), orthonormal.
+    and X = `block` (n, width), orthonormal; `least` blocks or more.
 
-    T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal. With
-    `rounded` products of bf16 numbers find the basis, and fp32 products what comes of it. Where so few blocks do not
-    suffice, or little is left of W, rounding would show: all products are in fp32 then. None if the basis would have
-    to grow beyond GRAM_BELOW.
+    T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal.
+    None if the basis would have to grow beyond GRAM_BELOW.
     """
     n, width = block.shape
-    W = converted(weight, torch.bfloat16) if rounded else weight
     energy = frobenius_norm(weight) ** 2
     basis, images, T, coupling = block[:, :0], weight[:, :0], weight.new_empty(0, 0), weight.new_empty(0, width)
     captured: list[float] = []
-    least = KRYLOV_BLOCKS - (allowed >= ROUGH or rounded)
     for blocks in range(1, int(GRAM_BELOW * n / width) + 1):
-        image = times(W, block).float()
+        image = times(weight, block)
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
         T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
         enough = blocks >= least
         values, vectors = small(torch.linalg.eigh if enough else lambda T: (torch.linalg.eigvalsh(T), T), T)
         captured.append(float(values[-rank:].sum(dtype=torch.float64)))
-        if rounded and energy - captured[-1] < ROUNDED_ABOVE * energy:
-            return _block_krylov(weight, rank, allowed, qr(_powers(weight, block, POWER_STEPS))[0], False)
-        if enough:
-            top = basis @ vectors[:, -width:].flip(1)
-            if _excess(energy, captured) <= allowed / 2:
-                return _ritz(weight, top, rank) if rounded else (images @ vectors[:, -rank:].flip(1), top[:, :rank])
-            if rounded:
-                return _block_krylov(weight, rank, allowed, qr(top)[0], False)
-        block, R = next_block(basis, transposed_times(W, image).float())
+        if enough and _excess(energy, captured) <= allowed / 2:
+            chosen = vectors[:, -rank:].flip(1)
+            return images @ chosen, basis @ chosen
+        block, R = next_block(basis, transposed_times(weight, image))
         coupling = torch.cat([coupling.new_zeros(basis.shape[1] - width, width), R.T])
     return None
 
@@ -222,13 +212,6 @@ def _powers(W: Tensor, block: Tensor, steps: int) -> Tensor:
     for _ in range(steps):
         block = transposed_times(W, times(W, cholesky_qr(block)[0])).float()
     return block
-
-
-def _ritz(weight: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(W V, V) of the top Ritz vectors V (n, rank) of W^T W on an orthonormal basis (n, k)."""
-    images = times(weight, basis)
-    chosen = small(torch.linalg.eigh, images.T @ images)[1][:, -rank:].flip(1)
-    return images @ chosen, basis @ chosen
 
 
 def _excess(energy: float, captured: list[float]) -> float:
