@@ -163,8 +163,8 @@ def _rounds(weight: Tensor) -> bool:
 
 
 def _begin(weight: Tensor, width: int, allowed: float, source: torch.Generator, rounded: bool) -> Tensor:
-    """Orthonormal columns (n, width) after power steps on Gaussian numbers. Where `rounded` all but the last are in bf16:
-    the last takes their rounding away, which the Krylov blocks would find instead of what is missing."""
+    """Orthonormal columns (n, width) after power steps on Gaussian numbers. Where `rounded` all but the last are in
+    bf16: it takes their rounding away, which the Krylov blocks would find instead of what is missing."""
     if not rounded:
         drawn = torch.randn(weight.shape[0], width, generator=source).to(weight.device)
         return qr(_powers(weight, transposed_times(weight, drawn), POWER_STEPS))[0]
