@@ -57,13 +57,14 @@ def tolerance(accuracy: str) -> float | None:
 def truncated_svd(
     weight: Tensor, rank: int, accuracy: str = "fast", seed: int = 0, name: str = "", near: Tensor | None = None
 ) -> SVD:
-    """The top `rank` singular triplets of `weight` (out, in), computed in fp32 on its device.
+    """The top `rank` singular triplets of `weight` (out, in), in fp32 and on its device.
 
-    accuracy: see `tolerance`. Up to it: the block Krylov method of Musco & Musco (2015) after two power steps, on
-    Gaussian numbers drawn for (seed, name); blocks of width rank + 8 are added until the estimate of what more of them
-    would gain is small enough. Where such a basis fills most of the space, the eigenvectors of the Gram matrix take
-    its place. near: V (in, rank), the right singular vectors of a matrix close by; power steps on it come first. The
-    result does not depend on the number of threads. Raises ValueError for a rank outside 1..min(out, in).
+    accuracy: see `tolerance`. Up to it: the block Krylov method of Musco & Musco (2015) after a few power steps (in
+    bf16 but for the last, where that is fast) on Gaussian numbers drawn for (seed, name); blocks of width rank + 8 are
+    added until the estimate of what more of them would gain is small enough. Where such a basis fills most of the
+    space, the eigenvectors of the Gram matrix take its place. near: V (in, rank), the right singular vectors of a
+    matrix close by; power steps on it come first. The result does not depend on the number of threads. Raises
+    ValueError for a rank outside 1..min(out, in).
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} outside 1..{min(weight.shape)}")
