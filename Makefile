@@ -22,6 +22,7 @@ BENCH_MATRICES ?= pissa_cli/demo/base/model.safetensors
 BENCH_ROWS ?= pissa_cli/demo/train.jsonl
 BENCH_MODELS ?= pissa_cli/demo/base
 bench: $(STAMP)
+	$(BIN)/python tests/bench_startup.py docs/results/bench-startup.md
 	$(BIN)/python tests/bench_init.py docs/results/bench-init.md $(BENCH_MATRICES)
 	$(BIN)/python tests/bench_vera.py docs/results/bench-vera.md
 	$(BIN)/python tests/bench_train.py docs/results/bench-train.md $(BENCH_ROWS) $(BENCH_MODELS)

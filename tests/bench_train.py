@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from machine import machine
 
-from pissa_cli.cli.heap import KERNELS, TUNABLES
+from pissa_cli.heap import KERNELS, TUNABLES
 
 BATCH, MICRO, RANK, RATE, MAX_LENGTH = 32, 8, 16, 1e-3, 512
 EXAMPLES = {"llama-110m": 128}

@@ -24,7 +24,7 @@ import torch
 import transformers
 
 import pissa_cli
-from pissa_cli.cli.heap import TUNABLES
+from pissa_cli.heap import TUNABLES
 
 SHAPE = {
     "hidden_size": 768,

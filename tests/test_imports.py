@@ -40,7 +40,7 @@ LAYERS = [
     "recipe_errors",
     "recipe",
     "adapter_options yamlfile glue names",
-    "errors",
+    "errors heap",
 ]
 """From top to bottom. A module imports from lower layers, or from its own without a loop; `__version__` is anyone's."""
 

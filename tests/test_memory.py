@@ -15,7 +15,7 @@ import torch
 from runs import BASE
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from pissa_cli.cli.heap import TUNABLES
+from pissa_cli.heap import TUNABLES
 from pissa_cli.ledger import Heap, Ledger
 from pissa_cli.memory import forecast
 from pissa_cli.model import resolve_base
@@ -102,7 +102,7 @@ def test_the_heap_grows_by_what_is_taken_and_remembers_its_most() -> None:
 def test_the_process_starts_anew_once_with_the_same_words(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, sys\nfrom pissa_cli.cli import heap\nheap.DRIVERS = ()\nheap.restart_with_lean_heap()\n"
+        "import os, sys\nfrom pissa_cli import heap\nheap.DRIVERS = ()\nheap.restart_with_lean_heap()\n"
         "print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv[1:])\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}

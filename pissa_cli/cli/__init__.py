@@ -1,7 +1,5 @@
 """The command line: parse, load the recipe, call the core, print. No heavy import before a command runs."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -13,7 +11,6 @@ from pissa_cli import __version__
 from pissa_cli.cli.edge import run_guarded
 from pissa_cli.cli.evaluate import evaluate_command
 from pissa_cli.cli.export import export_command
-from pissa_cli.cli.heap import restart_with_lean_heap
 from pissa_cli.cli.init import init_command
 from pissa_cli.cli.merge import merge_command
 from pissa_cli.cli.quantize import quantize_command
@@ -49,10 +46,8 @@ def _root(
     pass
 
 
-def main() -> None:
+def run() -> None:
     """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
-    if sys.argv[1:2] == ["train"] or "--dry-run" in sys.argv:
-        restart_with_lean_heap()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run_guarded(lambda: app(standalone_mode=False), sys.argv[1:]))

@@ -1,7 +1,5 @@
 """`pissa eval`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

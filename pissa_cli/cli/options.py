@@ -1,7 +1,5 @@
 """The options that commands share, each defined once, and the recipe they make."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -39,7 +37,7 @@ Debug = Annotated[bool, typer.Option("-v", "--debug", help="Show the libraries' 
 
 def load_recipe(
     target: str | None, sets: list[str] | None, eval_data: dict[str, str] | None = None, **flags: Any
-) -> Loaded:
+) -> "Loaded":
     """The recipe from a target, named flags, `--data` of eval and --set. flags: model, rank, ...; None is not given."""
     from pissa_cli.recipe_file import load
     from pissa_cli.yamlfile import parse_scalar

@@ -1,7 +1,5 @@
 """`pissa train`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
