@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,12 +15,16 @@ from pissa_cli.orthogonal import cholesky_qr, next_block, qr, small
 from pissa_cli.panels import converted, row_norms, times, transposed_times
 from pissa_cli.products import has_fast_bf16
 
-OVERSAMPLING = 8
-POWER_STEPS = 2
+OVERSAMPLING = 16
+POWER_STEPS = 3
 ROUNDED_STEPS = {"cpu": 3, "cuda": 9}  # in bf16, where they cost less than the eigenvectors of another block
 WARM_STEPS = 9  # power steps from a start close by, before it counts as not close
-KRYLOV_BLOCKS = 3  # at least; after steps in bf16 one fewer
-GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before the whole Gram matrix is cheaper
+KRYLOV_BLOCKS = 2  # at least, but for rough results
+PROBES = 16  # random combinations of the residuals, from which what is missing is estimated
+SHIFT_ABOVE = 1e-2  # singular values this far below the largest are rounding, of bf16 or of a Gram matrix
+RESOLVED = 1e-5  # share of the energy below which a difference of energies is rounding
+KRYLOV_BELOW = 0.23  # width of a block over the smaller dimension, above which the whole Gram matrix is cheaper
+GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before that matrix is
 ROUNDED_FROM = 512  # rows and columns from which on bf16 products are worth it
 GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
 FAST, ROUGH = 1e-3, 0.05
@@ -60,11 +64,11 @@ def truncated_svd(
     """The top `rank` singular triplets of `weight` (out, in), in fp32 and on its device.
 
     accuracy: see `tolerance`. Up to it: the block Krylov method of Musco & Musco (2015) after a few power steps (in
-    bf16 but for the last, where that is fast) on Gaussian numbers drawn for (seed, name); blocks of width rank + 8 are
-    added until the estimate of what more of them would gain is small enough. Where such a basis fills most of the
-    space, the eigenvectors of the Gram matrix take its place. near: V (in, rank), the right singular vectors of a
-    matrix close by; power steps on it come first. The result does not depend on the number of threads. Raises
-    ValueError for a rank outside 1..min(out, in).
+    bf16 but for the last, where that is fast) on Gaussian numbers drawn for (seed, name); blocks of width rank + 16 are
+    added until the estimate of what is missing is small enough. Where such a basis fills most of the space, the
+    eigenvectors of the Gram matrix take its place. near: V (in, rank), the right singular vectors of a matrix close by;
+    power steps on it come first. The result does not depend on the number of threads. Raises ValueError for a rank
+    outside 1..min(out, in).
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} outside 1..{min(weight.shape)}")
@@ -144,10 +148,8 @@ def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator) ->
     """For weight (m, n), m >= n."""
     n, width = weight.shape[1], rank + OVERSAMPLING
     found = None
-    if KRYLOV_BLOCKS * width <= GRAM_BELOW * n:
-        rounded = allowed >= FAST and _rounds(weight)
-        least = KRYLOV_BLOCKS - (allowed >= ROUGH or rounded)
-        found = _block_krylov(weight, rank, allowed, _begin(weight, width, allowed, source, rounded), least)
+    if width <= KRYLOV_BELOW * n:
+        found = _block_krylov(weight, rank, allowed, _begin(weight, width, allowed, source), source)
     if found is None:
         vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
         found = times(weight, vectors), vectors
@@ -163,20 +165,53 @@ def _rounds(weight: Tensor) -> bool:
     return min(weight.shape) >= ROUNDED_FROM and has_fast_bf16(weight.device)
 
 
-def _begin(weight: Tensor, width: int, allowed: float, source: torch.Generator, rounded: bool) -> Tensor:
-    """Orthonormal columns (n, width) after power steps on Gaussian numbers. Where `rounded` all but the last are in
-    bf16: it takes their rounding away, which the Krylov blocks would find instead of what is missing."""
-    if not rounded:
+def _begin(weight: Tensor, width: int, allowed: float, source: torch.Generator) -> Tensor:
+    """Orthonormal columns (n, width) after power steps on Gaussian numbers. Where that is fast they are in bf16 but for
+    the last: it takes the rounding away, which the Krylov blocks would find instead of what is missing."""
+    if allowed < FAST or not _rounds(weight):
         drawn = torch.randn(weight.shape[0], width, generator=source).to(weight.device)
-        return qr(_powers(weight, transposed_times(weight, drawn), POWER_STEPS))[0]
+        return qr(_powers([weight] * POWER_STEPS, transposed_times(weight, drawn)))[0]
     drawn = torch.randn(weight.shape[1], width, generator=source).to(weight.device)
-    steps = POWER_STEPS if allowed >= ROUGH else ROUNDED_STEPS[weight.device.type]
-    return qr(_powers(weight, _powers(converted(weight, torch.bfloat16), drawn, steps), 1))[0]
+    steps = ROUNDED_STEPS[weight.device.type]
+    return qr(_powers([converted(weight, torch.bfloat16)] * steps + [weight], drawn))[0]
 
 
-def _block_krylov(weight: Tensor, rank: int, allowed: float, block: Tensor, least: int) -> tuple[Tensor, Tensor] | None:
+def _powers(weights: list[Tensor], block: Tensor) -> Tensor:
+    """A power step block <- (W^T W - a) orth(block) for each W of `weights`, which are one matrix in several dtypes.
+
+    a is half of what W^T W's eigenvalue of the block's width is known to exceed: of all that is not wanted it leaves
+    the less (dashSVD: Feng, Yu, Xie and Tang 2024). A GPU, where many steps cost little, is asked once and not at every
+    step: whether all were sound; there a is 0.
+    """
+    found, infos, shift = block, [], 0.0
+    for step, W in enumerate(weights):
+        gram = found.T @ found
+        R, info = torch.linalg.cholesky_ex(gram, upper=True)
+        infos.append(info)
+        if step and W.device.type == "cpu" and not int(info):
+            shift = max(shift, (shift + _least_singular_value(gram)) / 2)
+        Q = torch.linalg.solve_triangular(R, found, upper=True, left=False)
+        found = transposed_times(W, times(W, Q)).float()
+        if shift:
+            found = found.sub_(Q, alpha=shift)
+    if not int(torch.stack(infos).sum()):
+        return found
+    for W in weights:
+        block = transposed_times(W, times(W, cholesky_qr(block)[0])).float()
+    return block
+
+
+def _least_singular_value(gram: Tensor) -> float:
+    """Of X, from X^T X; 0 where that does not tell."""
+    squares = torch.linalg.eigvalsh(gram)
+    return float(squares[0]) ** 0.5 if squares[0] > SHIFT_ABOVE**2 * squares[-1] else 0.0
+
+
+def _block_krylov(
+    weight: Tensor, rank: int, allowed: float, block: Tensor, source: torch.Generator
+) -> tuple[Tensor, Tensor] | None:
     """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on span{X, GX, G^2 X, ...}, for weight (m, n), m >= n,
-    and X = `block` (n, width), orthonormal; `least` blocks or more.
+    and X = `block` (n, width), orthonormal.
 
     T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal.
     None if the basis would have to grow beyond GRAM_BELOW.
@@ -184,48 +219,47 @@ def _block_krylov(weight: Tensor, rank: int, allowed: float, block: Tensor, leas
     n, width = block.shape
     energy = frobenius_norm(weight) ** 2
     basis, images, T, coupling = block[:, :0], weight[:, :0], weight.new_empty(0, 0), weight.new_empty(0, width)
-    captured: list[float] = []
     for blocks in range(1, int(GRAM_BELOW * n / width) + 1):
         image = times(weight, block)
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
         T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
-        enough = blocks >= least
-        values, vectors = small(torch.linalg.eigh if enough else lambda T: (torch.linalg.eigvalsh(T), T), T)
-        captured.append(float(values[-rank:].sum(dtype=torch.float64)))
-        if enough and _excess(energy, captured) <= allowed / 2:
-            chosen = vectors[:, -rank:].flip(1)
-            return images @ chosen, basis @ chosen
+        if blocks >= KRYLOV_BLOCKS or allowed >= ROUGH:
+            values, vectors = (part[..., -rank:].flip(-1) for part in small(torch.linalg.eigh, T))
+            U, V = images @ vectors, basis @ vectors
+            rest = energy - float(values.sum(dtype=torch.float64))
+            if _missing(weight, U, V, values, source) <= allowed * max(rest, RESOLVED * energy):
+                return U, V
         block, R = next_block(basis, transposed_times(weight, image))
         coupling = torch.cat([coupling.new_zeros(basis.shape[1] - width, width), R.T])
     return None
 
 
-def _powers(W: Tensor, block: Tensor, steps: int) -> Tensor:
-    """Power steps block <- W^T W orth(block). A GPU is asked once, and not at every step, whether all were sound."""
-    found, infos = block, []
-    for _ in range(steps):
-        R, info = torch.linalg.cholesky_ex(found.T @ found, upper=True)
-        infos.append(info)
-        found = torch.linalg.solve_triangular(R, found, upper=True, left=False)
-        found = transposed_times(W, times(W, found)).float()
-    if not int(torch.stack(infos).sum()):
-        return found
-    for _ in range(steps):
-        block = transposed_times(W, times(W, cholesky_qr(block)[0])).float()
-    return block
+def _missing(weight: Tensor, U: Tensor, V: Tensor, values: Tensor, source: torch.Generator) -> float:
+    """About the energy that the Ritz pairs (values, V) lack, U = W V: to second order the sum of c^2 / (value - lambda)
+    over their residuals r, c the parts of r along the eigenvectors of G = W^T W.
+
+    All r come as random signed sums; for lambda stand two points, 0 and that which gives r^T G r and r^T G^2 r.
+    """
+    signs = torch.randint(0, 2, (len(values), PROBES), generator=source).to(V) * 2 - 1
+    r = transposed_times(weight, U @ signs) - V @ (values[:, None] * signs)
+    image = times(weight, r)
+    moments = [x.square().sum() for x in (r, image, transposed_times(weight, image))]
+    zeroth, first, second, value = torch.stack([*moments, values[-1]]).tolist()
+    if not first * second:
+        return 0.0
+    point, share = second / first, first**2 / second
+    return ((zeroth - share) / value + share / (value - point)) / PROBES if point < value else math.inf
 
 
 def _excess(energy: float, captured: list[float]) -> float:
-    """By how much the residual norm exceeds the best, estimated from the energies that ever more blocks captured.
-
-    The gains are taken to go on falling as they last did, or by a factor of three where there is but one.
-    """
+    """By how much the residual norm exceeds the best, estimated from the energies that ever more steps captured. Gains
+    are taken to go on falling as they last did."""
     rest = energy - captured[-1]
-    if rest <= 1e-5 * energy:
+    if rest <= RESOLVED * energy:
         return 0.0  # a matrix of lower rank, but for rounding
-    gains = [max(after - before, 0.0) for before, after in pairwise(captured)]
-    ratio = min(0.9, gains[-1] / gains[-2]) if len(gains) > 1 and gains[-2] > 0 else 1 / 3
-    return gains[-1] * ratio / (1 - ratio) / (2 * rest)
+    before, last = (max(captured[i] - captured[i - 1], 0.0) for i in (-2, -1))
+    ratio = min(0.9, last / before) if before else 0.9
+    return last * ratio / (1 - ratio) / (2 * rest)
 
 
 def _lanczos_nuclear_norm(weight: Tensor, probes: int, steps: int, source: torch.Generator) -> float:
