@@ -193,7 +193,7 @@ def _powers(weights: list[Tensor], block: Tensor) -> Tensor:
         Q = torch.linalg.solve_triangular(R, found, upper=True, left=False)
         found = transposed_times(W, times(W, Q)).float()
         if shift:
-            found = found.sub_(Q, alpha=shift)
+            found.sub_(Q, alpha=shift)
     if not int(torch.stack(infos).sum()):
         return found
     for W in weights:
