@@ -11,10 +11,11 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -105,6 +106,14 @@ def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
             elif name.endswith("bias"):
                 parameter.normal_(std=0.02)
     return model.eval()
+
+
+def exact_scales(model: nn.Module) -> nn.Module:
+    """`model`, kept from the repacking in place for AVX512-BF16 CPUs in bitsandbytes, which rounds the scales."""
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str = "50GB") -> Path:

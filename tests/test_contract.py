@@ -12,7 +12,7 @@ import bitsandbytes
 import peft
 import pytest
 import torch
-from conftest import MOE_CONFIGS, save_model
+from conftest import MOE_CONFIGS, exact_scales, save_model
 from safetensors.torch import load_file, save_file
 from test_start import logits, relative, started
 from torch import nn
@@ -151,10 +151,7 @@ def test_contract(
     if run.base.is_dir() and moe:
         stored = dequantized(run.base, tmp_path / "dense")  # transformers 5 reads no packed experts
     plain = AutoModelForCausalLM.from_pretrained(stored, dtype="auto" if run.base.is_dir() else dtype)
-    for module in plain.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    theirs = peft.PeftModel.from_pretrained(plain, run.adapter)
+    theirs = peft.PeftModel.from_pretrained(exact_scales(plain), run.adapter)
     assert relative(logits(theirs), result) < (rounding if loose else 1e-4)
 
     merged = export.merge(made)  # and so does the merged model
@@ -182,10 +179,7 @@ def test_lora_on_embeddings(bits: int, init: str, models: Callable[[str], Path],
     ].shape == (4, 512)
     result = logits(load_result(made, torch.device("cpu")))
     plain = AutoModelForCausalLM.from_pretrained(run.base if bits == 4 else folder, dtype=torch.float32)
-    for module in plain.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    assert relative(logits(peft.PeftModel.from_pretrained(plain, run.adapter)), result) < 1e-4
+    assert relative(logits(peft.PeftModel.from_pretrained(exact_scales(plain), run.adapter)), result) < 1e-4
     merged = export.merge(made)["path"]
     assert relative(logits(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)), result) < 1e-4
     changed = load_file(Path(merged) / "model.safetensors")["model.embed_tokens.weight"]

@@ -11,7 +11,7 @@ import bitsandbytes
 import pytest
 import torch
 import yaml
-from conftest import Outcome, make_model, save_model
+from conftest import Outcome, exact_scales, make_model, save_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -46,10 +46,7 @@ def trained(recipe: Make, folder: Path, rows: Path, *sets: str) -> Any:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    return model.cpu().eval()(input_ids=IDS).logits.float()
+    return exact_scales(model).cpu().eval()(input_ids=IDS).logits.float()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gemma"])

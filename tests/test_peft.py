@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import pytest
 import torch
+from conftest import exact_scales
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -28,10 +28,7 @@ IDS = torch.randint(2, 512, (2, 24), generator=torch.Generator().manual_seed(0))
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    for module in model.modules():  # its in-place repacking for AVX512 CPUs rounds the scales
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    return model.cpu().eval()(input_ids=IDS).logits.float()
+    return exact_scales(model).cpu().eval()(input_ids=IDS).logits.float()
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

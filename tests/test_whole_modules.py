@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import peft
 import pytest
 import torch
-from conftest import Outcome
+from conftest import Outcome, exact_scales
 from safetensors.torch import load_file, save_file
 from test_start import logits, relative
 from transformers import AutoModelForCausalLM
@@ -65,10 +64,7 @@ def test_whole_modules_go_everywhere(
 
     dtype = torch.bfloat16 if loose else torch.float32
     result = logits(load_result(made, torch.device("cpu")))
-    plain = AutoModelForCausalLM.from_pretrained(run.base if run.base.is_dir() else folder, dtype=dtype)
-    for module in plain.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    plain = exact_scales(AutoModelForCausalLM.from_pretrained(run.base if run.base.is_dir() else folder, dtype=dtype))
     assert relative(logits(peft.PeftModel.from_pretrained(plain, run.adapter)), result) < (3e-2 if loose else 1e-4)
     merged = AutoModelForCausalLM.from_pretrained(export.merge(made)["path"], dtype=dtype)
     assert relative(logits(merged), result) < (3e-2 if loose else 1e-4)
