@@ -18,8 +18,7 @@ from pissa_cli.products import has_fast_bf16
 OVERSAMPLING = 16
 POWER_STEPS = 3
 ROUNDED_STEPS = {"cpu": 3, "cuda": 9}  # in bf16, where they cost less than the eigenvectors of another block
-WARM_STEPS = 9  # power steps from a start close by, before it counts as not close
-KRYLOV_BLOCKS = 2  # at least, but for rough results
+KRYLOV_BLOCKS = 2  # at least, but for rough results and from a start close by
 PROBES = 16  # random combinations of the residuals, from which what is missing is estimated
 SHIFT_ABOVE = 1e-2  # singular values this far below the largest are rounding, of bf16 or of a Gram matrix
 RESOLVED = 1e-5  # share of the energy below which a difference of energies is rounding
@@ -66,22 +65,21 @@ def truncated_svd(
     accuracy: see `tolerance`. Up to it: the block Krylov method of Musco & Musco (2015) after a few power steps (in
     bf16 but for the last, where that is fast) on Gaussian numbers drawn for (seed, name); blocks of width rank + 16 are
     added until the estimate of what is missing is small enough. Where such a basis fills most of the space, the
-    eigenvectors of the Gram matrix take its place. near: V (in, rank), the right singular vectors of a matrix close by;
-    power steps on it come first. The result does not depend on the number of threads. Raises ValueError for a rank
-    outside 1..min(out, in).
+    eigenvectors of the Gram matrix take its place. near: V (in, rank), the right singular vectors of a matrix close by,
+    with which the basis begins; errors of passes add up, so a tenth of `accuracy` is left to each. The result does not
+    depend on the number of threads. Raises ValueError for a rank outside 1..min(out, in).
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} outside 1..{min(weight.shape)}")
     weight, allowed = weight.float(), tolerance(accuracy)
     if allowed is None:
         return _exact(weight, rank)
+    allowed = allowed if near is None else allowed / 10
     with _one_thread():
-        found = None if near is None else _power_steps(weight, near, allowed)
-        if found is not None:
-            return found
         if weight.shape[0] >= weight.shape[1]:
-            return _fast(weight, rank, allowed, generator(seed, name))
-        U, S, Vh = _fast(weight.T, rank, allowed, generator(seed, name))
+            return _fast(weight, rank, allowed, generator(seed, name), near)
+        near = None if near is None else times(weight, near)
+        U, S, Vh = _fast(weight.T, rank, allowed, generator(seed, name), near)
         return SVD(Vh.T, S, U.T)
 
 
@@ -130,26 +128,14 @@ def _exact(weight: Tensor, rank: int) -> SVD:
     return SVD(U[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank].contiguous())
 
 
-def _power_steps(weight: Tensor, V: Tensor, allowed: float) -> SVD | None:
-    """Power steps on V (in, r) until the estimate of what more would gain is small enough; None if it stays large."""
-    energy, captured = frobenius_norm(weight) ** 2, []
-    for _ in range(WARM_STEPS):
-        image = times(weight, V)
-        captured.append(frobenius_norm(image) ** 2)
-        if len(captured) > 6 and _excess(energy, captured) <= allowed / 10:
-            Q, R = qr(image)
-            U, S, Vh = small(torch.linalg.svd, R)
-            return SVD(Q @ U, S, Vh @ V.T)
-        V = qr(transposed_times(weight, image))[0]
-    return None
-
-
-def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator) -> SVD:
-    """For weight (m, n), m >= n."""
+def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator, near: Tensor | None) -> SVD:
+    """For weight (m, n), m >= n; near (n, rank)."""
     n, width = weight.shape[1], rank + OVERSAMPLING
     found = None
     if width <= KRYLOV_BELOW * n:
-        found = _block_krylov(weight, rank, allowed, _begin(weight, width, allowed, source), source)
+        block = _begin(weight, width, allowed, source, near)
+        enough = 1 if near is not None or allowed >= ROUGH else KRYLOV_BLOCKS
+        found = _block_krylov(weight, rank, allowed, block, enough, source)
     if found is None:
         vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
         found = times(weight, vectors), vectors
@@ -165,12 +151,15 @@ def _rounds(weight: Tensor) -> bool:
     return min(weight.shape) >= ROUNDED_FROM and has_fast_bf16(weight.device)
 
 
-def _begin(weight: Tensor, width: int, allowed: float, source: torch.Generator) -> Tensor:
-    """Orthonormal columns (n, width) after power steps on Gaussian numbers. Where that is fast they are in bf16 but for
-    the last: it takes the rounding away, which the Krylov blocks would find instead of what is missing."""
-    if allowed < FAST or not _rounds(weight):
-        drawn = torch.randn(weight.shape[0], width, generator=source).to(weight.device)
-        return qr(_powers([weight] * POWER_STEPS, transposed_times(weight, drawn)))[0]
+def _begin(weight: Tensor, width: int, allowed: float, source: torch.Generator, near: Tensor | None) -> Tensor:
+    """Orthonormal columns (n, width) after power steps on Gaussian numbers, or one on `near` and such. Where that is
+    fast they are in bf16 but for the last: it takes the rounding away, which the Krylov blocks would find instead of
+    what is missing."""
+    if near is not None or allowed < FAST or not _rounds(weight):
+        known = weight.new_empty(weight.shape[1], 0) if near is None else near
+        drawn = torch.randn(weight.shape[0], width - known.shape[1], generator=source).to(weight.device)
+        block = torch.cat([known, transposed_times(weight, drawn)], dim=1)
+        return qr(_powers([weight] * (POWER_STEPS if near is None else 1), block))[0]
     drawn = torch.randn(weight.shape[1], width, generator=source).to(weight.device)
     steps = ROUNDED_STEPS[weight.device.type]
     return qr(_powers([converted(weight, torch.bfloat16)] * steps + [weight], drawn))[0]
@@ -208,10 +197,10 @@ def _least_singular_value(gram: Tensor) -> float:
 
 
 def _block_krylov(
-    weight: Tensor, rank: int, allowed: float, block: Tensor, source: torch.Generator
+    weight: Tensor, rank: int, allowed: float, block: Tensor, enough: int, source: torch.Generator
 ) -> tuple[Tensor, Tensor] | None:
     """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on span{X, GX, G^2 X, ...}, for weight (m, n), m >= n,
-    and X = `block` (n, width), orthonormal.
+    and X = `block` (n, width), orthonormal; of `enough` blocks at least.
 
     T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal.
     None if the basis would have to grow beyond GRAM_BELOW.
@@ -223,7 +212,7 @@ def _block_krylov(
         image = times(weight, block)
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
         T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
-        if blocks >= KRYLOV_BLOCKS or allowed >= ROUGH:
+        if blocks >= enough:
             values, vectors = (part[..., -rank:].flip(-1) for part in small(torch.linalg.eigh, T))
             U, V = images @ vectors, basis @ vectors
             rest = energy - float(values.sum(dtype=torch.float64))
@@ -238,28 +227,25 @@ def _missing(weight: Tensor, U: Tensor, V: Tensor, values: Tensor, source: torch
     """About the energy that the Ritz pairs (values, V) lack, U = W V: to second order the sum of c^2 / (value - lambda)
     over their residuals r, c the parts of r along the eigenvectors of G = W^T W.
 
-    All r come as random signed sums; for lambda stand two points, 0 and that which gives r^T G r and r^T G^2 r.
+    All r come as random signed sums; for lambda stand two points, 0 and that which gives r^T G r and r^T G^2 r. What
+    lies along V is rounding.
     """
     signs = torch.randint(0, 2, (len(values), PROBES), generator=source).to(V) * 2 - 1
-    r = transposed_times(weight, U @ signs) - V @ (values[:, None] * signs)
-    image = times(weight, r)
-    moments = [x.square().sum() for x in (r, image, transposed_times(weight, image))]
-    zeroth, first, second, value = torch.stack([*moments, values[-1]]).tolist()
-    if not first * second:
+    r = _beside(V, transposed_times(weight, U @ signs))
+    image = _beside(V, transposed_times(weight, times(weight, r)))
+    products = [(x * y).sum() for x, y in ((r, r), (r, image), (image, image))]
+    zeroth, first, second, value = torch.stack([*products, values[-1]]).tolist()
+    if not first * second > 0:
         return 0.0
     point, share = second / first, first**2 / second
     return ((zeroth - share) / value + share / (value - point)) / PROBES if point < value else math.inf
 
 
-def _excess(energy: float, captured: list[float]) -> float:
-    """By how much the residual norm exceeds the best, estimated from the energies that ever more steps captured. Gains
-    are taken to go on falling as they last did."""
-    rest = energy - captured[-1]
-    if rest <= RESOLVED * energy:
-        return 0.0  # a matrix of lower rank, but for rounding
-    before, last = (max(captured[i] - captured[i - 1], 0.0) for i in (-2, -1))
-    ratio = min(0.9, last / before) if before else 0.9
-    return last * ratio / (1 - ratio) / (2 * rest)
+def _beside(V: Tensor, x: Tensor) -> Tensor:
+    """x without its part in the span of V, orthonormal."""
+    for _ in range(2):
+        x = x - V @ (V.T @ x)
+    return x
 
 
 def _lanczos_nuclear_norm(weight: Tensor, probes: int, steps: int, source: torch.Generator) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pissa_cli import svd
+from pissa_cli.orthogonal import next_block, qr
 from pissa_cli.svd import frobenius_norm, nuclear_norm, truncated_svd
 
 
@@ -81,6 +82,37 @@ def test_a_plateau_wider_than_the_rank() -> None:
     U, V = torch.linalg.qr(torch.randn(1024, 1024)).Q, torch.linalg.qr(torch.randn(1024, 1024)).Q
     weight = (U * torch.cat([torch.linspace(1, 0.9, 120), torch.full((904,), 0.02)])) @ V.T
     assert residual(weight, truncated_svd(weight, 30)) <= 1.001 * best_residual(weight, 30)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        decaying(700, 600, rate=0.995) + 100 * decaying(700, 1) @ decaying(1, 600, seed=1),
+        decaying(700, 16) @ decaying(16, 600, seed=1) + 1e-5 * decaying(700, 600),
+    ],
+    ids=["outlier", "low rank and noise"],
+)
+def test_rounding_is_not_taken_for_what_is_missing(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[int] = []
+    monkeypatch.setattr(svd, "next_block", lambda *parts: blocks.append(0) or next_block(*parts))
+    found = truncated_svd(weight, 16)
+    assert len(blocks) < svd.KRYLOV_BLOCKS
+    assert residual(weight, found) <= 1.001 * best_residual(weight, 16) + 1e-6 * float(weight.norm())
+    blocks.clear()
+    again = truncated_svd(weight, 16, near=found.Vh.T)
+    assert len(blocks) < svd.KRYLOV_BLOCKS and residual(weight, again) <= 1.001 * residual(weight, found)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-3])
+def test_a_basis_stays_orthonormal_where_nothing_is_left_to_find(noise: float) -> None:
+    weight = decaying(700, 16, rate=1.0) @ decaying(16, 600, rate=1.0, seed=1) + noise * decaying(700, 600, rate=1.0)
+    block = qr(weight.T @ torch.randn(700, 32, generator=torch.Generator().manual_seed(0)))[0]
+    basis = block
+    for _ in range(8):
+        block, R = next_block(basis, image := weight.T @ (weight @ block))
+        torch.testing.assert_close(basis @ (basis.T @ image) + block @ R, image, atol=1e-6, rtol=0)
+        basis = torch.cat([basis, block], dim=1)
+        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5, rtol=0)
 
 
 def test_fast_is_deterministic_whatever_surrounds_it() -> None:
