@@ -43,5 +43,18 @@ def cholesky_qr(block: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def small(factorize: Callable[[Tensor], Sequence[Tensor]], T: Tensor) -> list[Tensor]:
-    """factorize(T), on the CPU if T is small: a GPU takes ten milliseconds and more for the steps one by one."""
-    return [part.to(T.device) for part in factorize(T.cpu() if T.shape[-1] <= SMALL else T)]
+    """factorize(T), on the CPU if T is small: a GPU takes ten milliseconds and more for the steps one by one.
+
+    In fp64 where LAPACK fails in fp32, as it does for eigenvectors where most of T is zero.
+    """
+    where = T.cpu() if T.shape[-1] <= SMALL else T
+    try:
+        parts = factorize(where)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        parts = factorize(where.double())
+    return [part.to(T) for part in parts]
+
+
+def eigenvalues(T: Tensor) -> Tensor:
+    """Of a symmetric matrix, ascending."""
+    return small(lambda T: (torch.linalg.eigvalsh(T),), T)[0]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pissa_cli.orthogonal import cholesky_qr, next_block, qr, small
+from pissa_cli.orthogonal import cholesky_qr, eigenvalues, next_block, qr, small
 from pissa_cli.panels import converted, row_norms, times, transposed_times
 from pissa_cli.products import has_fast_bf16
 
@@ -20,6 +20,8 @@ POWER_STEPS = 3
 ROUNDED_STEPS = {"cpu": 3, "cuda": 9}  # in bf16, where they cost less than the eigenvectors of another block
 KRYLOV_BLOCKS = 2  # at least, but for rough results and from a start close by
 PROBES = 16  # random combinations of the residuals, from which what is missing is estimated
+SURE = 0.1  # share of what is allowed, up to which the estimate counts as it is
+SIZES = 1e-4, 1e6  # norms between which the fourth powers of singular values neither vanish nor overflow
 SHIFT_ABOVE = 1e-2  # singular values this far below the largest are rounding, of bf16 or of a Gram matrix
 RESOLVED = 1e-5  # share of the energy below which a difference of energies is rounding
 KRYLOV_BELOW = 0.23  # width of a block over the smaller dimension, above which the whole Gram matrix is cheaper
@@ -31,7 +33,10 @@ EXACT_NUCLEAR_BELOW = 256
 
 
 class SVD(NamedTuple):
-    """The r largest singular triplets: U (out, r), S (r,) descending, Vh (r, in)."""
+    """The r largest singular triplets: U (out, r), S (r,) descending, Vh (r, in).
+
+    If not `exact`, the columns of U are orthogonal up to rounding times (S[0] / S[-1])^2, which is at most about 1e-2.
+    """
 
     U: Tensor
     S: Tensor
@@ -72,14 +77,19 @@ def truncated_svd(
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} outside 1..{min(weight.shape)}")
     weight, allowed = weight.float(), tolerance(accuracy)
-    if allowed is None:
-        return _exact(weight, rank)
-    allowed = allowed if near is None else allowed / 10
+    norm = frobenius_norm(weight)
+    if not SIZES[0] < norm < SIZES[1] and 0 < (largest := float(weight.abs().max())) < math.inf:
+        scale = 2.0 ** round(math.log2(largest))
+        U, S, Vh = truncated_svd(weight / scale, rank, accuracy, seed, name, near)
+        return SVD(U, S * scale, Vh)
     with _one_thread():
+        if allowed is None:
+            return _exact(weight, rank)
+        allowed = allowed if near is None else allowed / 10
         if weight.shape[0] >= weight.shape[1]:
-            return _fast(weight, rank, allowed, generator(seed, name), near)
+            return _fast(weight, norm**2, rank, allowed, generator(seed, name), near)
         near = None if near is None else times(weight, near)
-        U, S, Vh = _fast(weight.T, rank, allowed, generator(seed, name), near)
+        U, S, Vh = _fast(weight.T, norm**2, rank, allowed, generator(seed, name), near)
         return SVD(Vh.T, S, U.T)
 
 
@@ -102,8 +112,7 @@ def project_svd(weight: Tensor, V: Tensor) -> SVD:
 def energies(weight: Tensor) -> Tensor:
     """All squared singular values of `weight`, descending: eigenvalues of the smaller Gram matrix, fp32."""
     wide = weight.float() if weight.shape[0] <= weight.shape[1] else weight.float().T
-    squares: Tensor = torch.linalg.eigvalsh(wide @ wide.T)
-    return squares.flip(0).clamp_min(0)
+    return eigenvalues(wide @ wide.T).flip(0).clamp_min(0)
 
 
 def frobenius_norm(weight: Tensor) -> float:
@@ -113,9 +122,10 @@ def frobenius_norm(weight: Tensor) -> float:
 
 
 def nuclear_norm(weight: Tensor, seed: int = 0) -> float:
-    """The sum of the singular values: exact up to a smaller dimension of 256, beyond it estimated to about 1 %.
+    """The sum of the singular values: exact up to a smaller dimension of 256, beyond it estimated.
 
-    The estimate is stochastic Lanczos quadrature of tr((E^T E)^(1/2)) with 16 seeded probes and 12 steps.
+    Of what quantization loses, whose spectrum is flat, to about 1 %; at low rank it is up to 25 % too small. It is
+    stochastic Lanczos quadrature of tr((E^T E)^(1/2)) with 16 seeded probes and 12 steps.
     """
     if min(weight.shape) <= EXACT_NUCLEAR_BELOW:
         return float(torch.linalg.svdvals(weight.float()).sum(dtype=torch.float64))
@@ -128,21 +138,23 @@ def _exact(weight: Tensor, rank: int) -> SVD:
     return SVD(U[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank].contiguous())
 
 
-def _fast(weight: Tensor, rank: int, allowed: float, source: torch.Generator, near: Tensor | None) -> SVD:
-    """For weight (m, n), m >= n; near (n, rank)."""
+def _fast(
+    weight: Tensor, energy: float, rank: int, allowed: float, source: torch.Generator, near: Tensor | None
+) -> SVD:
+    """For weight (m, n), m >= n, the sum of its squares in `energy`; near (n, rank)."""
     n, width = weight.shape[1], rank + OVERSAMPLING
     found = None
     if width <= KRYLOV_BELOW * n:
         block = _begin(weight, width, allowed, source, near)
         enough = 1 if near is not None or allowed >= ROUGH else KRYLOV_BLOCKS
-        found = _block_krylov(weight, rank, allowed, block, enough, source)
+        found = _block_krylov(weight, energy, rank, allowed, block, enough, source)
     if found is None:
         vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
         found = times(weight, vectors), vectors
     U, V = found
-    S = U.norm(dim=0)
+    S, order = U.norm(dim=0).sort(descending=True)
     if S[-1] > GRAM_ACCURATE_ABOVE * S[0]:
-        return SVD(U / S, S, V.T.contiguous())
+        return SVD(U[:, order] / S, S, V.T[order])
     return _exact(weight, rank)  # squaring has cost the small singular values
 
 
@@ -192,21 +204,21 @@ def _powers(weights: list[Tensor], block: Tensor) -> Tensor:
 
 def _least_singular_value(gram: Tensor) -> float:
     """Of X, from X^T X; 0 where that does not tell."""
-    squares = torch.linalg.eigvalsh(gram)
+    squares = eigenvalues(gram)
     return float(squares[0]) ** 0.5 if squares[0] > SHIFT_ABOVE**2 * squares[-1] else 0.0
 
 
 def _block_krylov(
-    weight: Tensor, rank: int, allowed: float, block: Tensor, enough: int, source: torch.Generator
+    weight: Tensor, energy: float, rank: int, allowed: float, block: Tensor, enough: int, source: torch.Generator
 ) -> tuple[Tensor, Tensor] | None:
     """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on span{X, GX, G^2 X, ...}, for weight (m, n), m >= n,
     and X = `block` (n, width), orthonormal; of `enough` blocks at least.
 
-    T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal.
-    None if the basis would have to grow beyond GRAM_BELOW.
+    T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal. Where a
+    block gained little beside what is missing, second order says too little of it: it is raised by the cube of how
+    slowly it falls. None if the basis would have to grow beyond GRAM_BELOW.
     """
     n, width = block.shape
-    energy = frobenius_norm(weight) ** 2
     basis, images, T, coupling = block[:, :0], weight[:, :0], weight.new_empty(0, 0), weight.new_empty(0, width)
     for blocks in range(1, int(GRAM_BELOW * n / width) + 1):
         image = times(weight, block)
@@ -215,8 +227,13 @@ def _block_krylov(
         if blocks >= enough:
             values, vectors = (part[..., -rank:].flip(-1) for part in small(torch.linalg.eigh, T))
             U, V = images @ vectors, basis @ vectors
-            rest = energy - float(values.sum(dtype=torch.float64))
-            if _missing(weight, U, V, values, source) <= allowed * max(rest, RESOLVED * energy):
+            captured = float(values.sum(dtype=torch.float64))
+            most = allowed * max(energy - captured, RESOLVED * energy)
+            missing = _missing(weight, U, V, values, source)
+            if blocks > 1 and SURE * most < missing <= most:
+                gain = captured - float(eigenvalues(T[:-width, :-width])[-rank:].sum(dtype=torch.float64))
+                missing = missing * (1 + missing / gain) ** 3 if gain > 0 else math.inf
+            if missing <= most:
                 return U, V
         block, R = next_block(basis, transposed_times(weight, image))
         coupling = torch.cat([coupling.new_zeros(basis.shape[1] - width, width), R.T])
@@ -231,21 +248,16 @@ def _missing(weight: Tensor, U: Tensor, V: Tensor, values: Tensor, source: torch
     lies along V is rounding.
     """
     signs = torch.randint(0, 2, (len(values), PROBES), generator=source).to(V) * 2 - 1
-    r = _beside(V, transposed_times(weight, U @ signs))
-    image = _beside(V, transposed_times(weight, times(weight, r)))
+    r = transposed_times(weight, U @ signs) - V @ (values[:, None] * signs)
+    r = r - V @ (V.T @ r)
+    image = transposed_times(weight, times(weight, r))
+    r, image = r.double(), (image - V @ (V.T @ image)).double()
     products = [(x * y).sum() for x, y in ((r, r), (r, image), (image, image))]
     zeroth, first, second, value = torch.stack([*products, values[-1]]).tolist()
     if not first * second > 0:
         return 0.0
     point, share = second / first, first**2 / second
     return ((zeroth - share) / value + share / (value - point)) / PROBES if point < value else math.inf
-
-
-def _beside(V: Tensor, x: Tensor) -> Tensor:
-    """x without its part in the span of V, orthonormal."""
-    for _ in range(2):
-        x = x - V @ (V.T @ x)
-    return x
 
 
 def _lanczos_nuclear_norm(weight: Tensor, probes: int, steps: int, source: torch.Generator) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pissa_cli import svd
 from pissa_cli.orthogonal import next_block, qr
-from pissa_cli.svd import frobenius_norm, nuclear_norm, truncated_svd
+from pissa_cli.svd import energies, frobenius_norm, nuclear_norm, truncated_svd
 
 
 def decaying(out: int, inn: int, rate: float = 0.98, seed: int = 0) -> Tensor:
@@ -40,7 +40,7 @@ def test_exact_against_numpy(shape: tuple[int, int]) -> None:
 def test_fast_residual_on_trained_matrices(real_matrices: dict[str, Tensor], rank: int) -> None:
     for name, weight in real_matrices.items():
         if rank < min(weight.shape):
-            assert residual(weight, truncated_svd(weight, rank, name=name)) <= 1.005 * best_residual(weight, rank), name
+            assert residual(weight, truncated_svd(weight, rank, name=name)) <= 1.001 * best_residual(weight, rank), name
 
 
 @pytest.mark.parametrize(("shape", "rank"), [((400, 300), 16), ((300, 500), 8), ((900, 700), 64)])
@@ -76,12 +76,44 @@ def test_a_start_from_a_matrix_close_by(shape: tuple[int, int]) -> None:
     assert residual(moved, truncated_svd(moved, 24, near=zero.Vh.T)) <= 1.001 * best_residual(moved, 24)
 
 
-def test_a_plateau_wider_than_the_rank() -> None:
-    """What the basis has not yet found is small there beside what rounds to bf16."""
-    torch.manual_seed(0)
-    U, V = torch.linalg.qr(torch.randn(1024, 1024)).Q, torch.linalg.qr(torch.randn(1024, 1024)).Q
-    weight = (U * torch.cat([torch.linspace(1, 0.9, 120), torch.full((904,), 0.02)])) @ V.T
-    assert residual(weight, truncated_svd(weight, 30)) <= 1.001 * best_residual(weight, 30)
+def test_two_singular_values_that_have_crossed() -> None:
+    """The vectors of before are singular vectors still, but not the largest."""
+    before = 0.7 ** torch.arange(500.0)
+    after = before.clone()
+    after[23], after[24] = before[24], before[23]
+    U, V = decaying(600, 500, rate=1.0), torch.eye(500)
+    weight = (U * after) @ V
+    near = truncated_svd((U * before) @ V, 24, "exact").Vh.T
+    assert residual(weight, truncated_svd(weight, 24, near=near)) <= 1.001 * best_residual(weight, 24)
+
+
+@pytest.mark.parametrize(
+    ("last", "width", "floor", "rank"), [(0.9, 120, 0.02, 30), (0.97, 300, 0.26, 100), (0.98, 350, 0.1, 100)]
+)
+def test_a_plateau_wider_than_the_rank(last: float, width: int, floor: float, rank: int) -> None:
+    """What the basis has not yet found is small there beside what rounds to bf16, and second order is too little."""
+    U, V = decaying(640, 640, rate=1.0), decaying(640, 640, rate=1.0, seed=1)
+    weight = (U * torch.cat([torch.linspace(1, last, width), torch.full((640 - width,), floor)])) @ V
+    assert residual(weight, truncated_svd(weight, rank)) <= 1.001 * best_residual(weight, rank)
+
+
+@pytest.mark.parametrize(("dead", "rank"), [(400, 64), (450, 62), (256, 128)])
+def test_dead_inputs(dead: int, rank: int) -> None:
+    """LAPACK's fp32 eigenvectors of a Gram matrix fail where many of its rows are zero."""
+    weight = torch.randn(600, 512, generator=torch.Generator().manual_seed(1))
+    weight[:, torch.randperm(512, generator=torch.Generator().manual_seed(2))[:dead]] = 0
+    best = best_residual(weight, rank)
+    assert residual(weight, truncated_svd(weight, rank)) <= 1.001 * best + 1e-6 * float(weight.norm())
+    spectrum = np.linalg.svd(weight.double().numpy(), compute_uv=False) ** 2
+    np.testing.assert_allclose(energies(weight).numpy(), spectrum, rtol=1e-4, atol=1e-5 * spectrum[0])
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**-30, 2.0**30, 2.0**60])
+def test_scale_has_no_part_in_it(scale: float) -> None:
+    weight = decaying(600, 512, rate=0.995)
+    found, scaled = truncated_svd(weight, 16), truncated_svd(weight * scale, 16)
+    torch.testing.assert_close(scaled.S / scale, found.S, rtol=1e-4, atol=0)
+    assert residual(weight, svd.SVD(scaled.U, scaled.S / scale, scaled.Vh)) <= 1.001 * best_residual(weight, 16)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +128,7 @@ def test_rounding_is_not_taken_for_what_is_missing(weight: Tensor, monkeypatch: 
     blocks: list[int] = []
     monkeypatch.setattr(svd, "next_block", lambda *parts: blocks.append(0) or next_block(*parts))
     found = truncated_svd(weight, 16)
-    assert len(blocks) < svd.KRYLOV_BLOCKS
+    assert len(blocks) <= svd.KRYLOV_BLOCKS
     assert residual(weight, found) <= 1.001 * best_residual(weight, 16) + 1e-6 * float(weight.norm())
     blocks.clear()
     again = truncated_svd(weight, 16, near=found.Vh.T)
@@ -118,6 +150,7 @@ def test_a_basis_stays_orthonormal_where_nothing_is_left_to_find(noise: float) -
 def test_fast_is_deterministic_whatever_surrounds_it() -> None:
     weight = decaying(700, 500)
     first = truncated_svd(weight, 16, seed=3, name="layer")
+    exact = truncated_svd(weight, 16, "exact")
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
@@ -126,6 +159,7 @@ def test_fast_is_deterministic_whatever_surrounds_it() -> None:
             truncated_svd(weight, 8, seed=threads, name="another")
             again = truncated_svd(weight, 16, seed=3, name="layer")
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+            assert torch.equal(exact.U, truncated_svd(weight, 16, "exact").U)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -143,8 +177,9 @@ def test_fast_survives_low_rank_and_zero_matrices(true_rank: int) -> None:
     assert residual(weight, found) <= 1.001 * best_residual(weight, 10) + 1e-3 * float(weight.norm())
 
 
-def test_fast_survives_extreme_condition_numbers() -> None:
-    weight = decaying(400, 400, rate=0.8)
+@pytest.mark.parametrize("rate", [0.8, 0.5])
+def test_fast_survives_extreme_condition_numbers(rate: float) -> None:
+    weight = decaying(400, 400, rate=rate)
     found = truncated_svd(weight, 16)
     assert residual(weight, found) <= 1.001 * best_residual(weight, 16)
 
