@@ -215,7 +215,7 @@ def _block_krylov(
     and X = `block` (n, width), orthonormal; of `enough` blocks at least.
 
     T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal. Where a
-    block gained little beside what is missing, second order says too little of it: it is raised by the cube of how
+    block gained little beside what is missing, second order says too little of it: it is raised by the square of how
     slowly it falls. None if the basis would have to grow beyond GRAM_BELOW.
     """
     n, width = block.shape
@@ -232,7 +232,7 @@ def _block_krylov(
             missing = _missing(weight, U, V, values, source)
             if blocks > 1 and SURE * most < missing <= most:
                 gain = captured - float(eigenvalues(T[:-width, :-width])[-rank:].sum(dtype=torch.float64))
-                missing = missing * (1 + missing / gain) ** 3 if gain > 0 else math.inf
+                missing = missing * (1 + missing / gain) ** 2 if gain > 0 else math.inf
             if missing <= most:
                 return U, V
         block, R = next_block(basis, transposed_times(weight, image))
