@@ -18,7 +18,7 @@ from pissa_cli.products import has_fast_bf16
 OVERSAMPLING = 16
 POWER_STEPS = 3
 ROUNDED_STEPS = {"cpu": 3, "cuda": 9}  # in bf16, where they cost less than the eigenvectors of another block
-KRYLOV_BLOCKS = 2  # at least, but for rough results and from a start close by
+KRYLOV_BLOCKS = 2  # at least, but from a start close by
 PROBES = 16  # random combinations of the residuals, from which what is missing is estimated
 SURE = 0.1  # share of what is allowed, up to which the estimate counts as it is
 SIZES = 1e-4, 1e6  # norms between which the fourth powers of singular values neither vanish nor overflow
@@ -28,7 +28,8 @@ KRYLOV_BELOW = 0.23  # width of a block over the smaller dimension, above which 
 GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before that matrix is
 ROUNDED_FROM = 512  # rows and columns from which on bf16 products are worth it
 GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
-FAST, ROUGH = 1e-3, 0.05
+FAST = 1e-3
+UNCHECKED = "unchecked"  # an accuracy for passes to begin with: one block, of which nothing is estimated
 EXACT_NUCLEAR_BELOW = 256
 
 
@@ -67,16 +68,16 @@ def truncated_svd(
 ) -> SVD:
     """The top `rank` singular triplets of `weight` (out, in), in fp32 and on its device.
 
-    accuracy: see `tolerance`. Up to it: the block Krylov method of Musco & Musco (2015) after a few power steps (in
-    bf16 but for the last, where that is fast) on Gaussian numbers drawn for (seed, name); blocks of width rank + 16 are
-    added until the estimate of what is missing is small enough. Where such a basis fills most of the space, the
-    eigenvectors of the Gram matrix take its place. near: V (in, rank), the right singular vectors of a matrix close by,
-    with which the basis begins; errors of passes add up, so a tenth of `accuracy` is left to each. The result does not
-    depend on the number of threads. Raises ValueError for a rank outside 1..min(out, in).
+    accuracy: see `tolerance`, or UNCHECKED. Up to it: the block Krylov method of Musco & Musco (2015) after a few power
+    steps (in bf16 but for the last, where that is fast) on Gaussian numbers drawn for (seed, name); blocks of width
+    rank + 16 are added until the estimate of what is missing is small enough. Where such a basis fills most of the
+    space, the eigenvectors of the Gram matrix take its place. near: V (in, rank), the right singular vectors of a
+    matrix close by, with which the basis begins; errors of passes add up, so a tenth of `accuracy` is left to each. The
+    result does not depend on the number of threads. Raises ValueError for a rank outside 1..min(out, in).
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} outside 1..{min(weight.shape)}")
-    weight, allowed = weight.float(), tolerance(accuracy)
+    weight, allowed = weight.float(), math.inf if accuracy == UNCHECKED else tolerance(accuracy)
     norm = frobenius_norm(weight)
     if not SIZES[0] < norm < SIZES[1] and 0 < (largest := float(weight.abs().max())) < math.inf:
         scale = 2.0 ** round(math.log2(largest))
@@ -142,11 +143,11 @@ def _fast(
     weight: Tensor, energy: float, rank: int, allowed: float, source: torch.Generator, near: Tensor | None
 ) -> SVD:
     """For weight (m, n), m >= n, the sum of its squares in `energy`; near (n, rank)."""
-    n, width = weight.shape[1], rank + OVERSAMPLING
+    n, width, unchecked = weight.shape[1], rank + OVERSAMPLING, math.isinf(allowed)
     found = None
-    if width <= KRYLOV_BELOW * n:
+    if width <= (GRAM_BELOW if unchecked else KRYLOV_BELOW) * n:
         block = _begin(weight, width, allowed, source, near)
-        enough = 1 if near is not None or allowed >= ROUGH else KRYLOV_BLOCKS
+        enough = 1 if near is not None or unchecked else KRYLOV_BLOCKS
         found = _block_krylov(weight, energy, rank, allowed, block, enough, source)
     if found is None:
         vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
@@ -227,6 +228,8 @@ def _block_krylov(
         if blocks >= enough:
             values, vectors = (part[..., -rank:].flip(-1) for part in small(torch.linalg.eigh, T))
             U, V = images @ vectors, basis @ vectors
+            if math.isinf(allowed):
+                return U, V
             captured = float(values.sum(dtype=torch.float64))
             most = allowed * max(energy - captured, RESOLVED * energy)
             missing = _missing(weight, U, V, values, source)

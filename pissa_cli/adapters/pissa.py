@@ -16,7 +16,7 @@ from pissa_cli.adapters import lora
 from pissa_cli.adapters.start import Factors, Layer, Method, Start, balanced
 from pissa_cli.panels import minus, minus_product
 from pissa_cli.quant import Packed
-from pissa_cli.svd import SVD, frobenius_norm, project, project_svd, truncated_svd
+from pissa_cli.svd import SVD, UNCHECKED, frobenius_norm, project, project_svd, truncated_svd
 
 OVER_RELAXATION = 0.8
 
@@ -28,7 +28,7 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     """
     refit = options["refit"] and layer.store.bits == 4
     rough = refit and options["passes"] > 1 and options["svd"] != "exact"  # the passes do the rest
-    svd = truncated_svd(weight, layer.rank, "5%" if rough else options["svd"], layer.seed, layer.name)
+    svd = truncated_svd(weight, layer.rank, UNCHECKED if rough else options["svd"], layer.seed, layer.name)
     if not float(svd.S[0]) > 0:  # both factors would be zero and never train
         return lora.start(weight, layer, {"init": "A", "distribution": "kaiming"})
     figures = {"energy": float(svd.S.double().square().sum()) / max(frobenius_norm(weight) ** 2, 1e-300)}
