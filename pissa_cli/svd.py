@@ -213,7 +213,7 @@ def _block_krylov(
     weight: Tensor, energy: float, rank: int, allowed: float, block: Tensor, enough: int, source: torch.Generator
 ) -> tuple[Tensor, Tensor] | None:
     """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on span{X, GX, G^2 X, ...}, for weight (m, n), m >= n,
-    and X = `block` (n, width), orthonormal; of `enough` blocks at least.
+    and X = `block` (n, width), orthonormal; of `enough` blocks at least. `allowed` inf: nothing is estimated.
 
     T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal. Where a
     block gained little beside what is missing, second order says too little of it: it is raised by the square of how
