@@ -8,35 +8,46 @@ import torch
 from torch import Tensor
 
 SMALL = 1024  # rows of a matrix that a CPU factors sooner than a GPU does
+Doubts = list[Tensor] | None
+"""Where a list is given, what would be decided here is added to it instead, so that nothing waits for a GPU: the result
+is worth nothing unless all of them are 0."""
 
 
-def next_block(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+def next_block(basis: Tensor, image: Tensor, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
     """Q, R with image = basis C + Q R, the basis and Q orthonormal: projected and factored twice, and once more where
     columns were hardly more than rounding."""
-    block, R = cholesky_qr(image - basis @ (basis.T @ image))
+    block, R = cholesky_qr(image - basis @ (basis.T @ image), doubts=doubts)
     for _ in range(2):
-        block, step = cholesky_qr(block - basis @ (basis.T @ block), exact=True)
+        block, step = cholesky_qr(block - basis @ (basis.T @ block), exact=True, doubts=doubts)
         R = step @ R
-        if float((step.diagonal() - 1).abs().max()) < 0.5:
+        off = (step.diagonal() - 1).abs().max() >= 0.5
+        if doubts is not None:
+            doubts.append(off.int())
+            break
+        if not off:
             break
     return block, R
 
 
-def qr(block: Tensor) -> tuple[Tensor, Tensor]:
+def qr(block: Tensor, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
     """Q, R of the columns, twice Cholesky QR."""
-    block, first = cholesky_qr(block)
-    block, second = cholesky_qr(block, exact=True)
+    block, first = cholesky_qr(block, doubts=doubts)
+    block, second = cholesky_qr(block, exact=True, doubts=doubts)
     return block, second @ first
 
 
-def cholesky_qr(block: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+def cholesky_qr(block: Tensor, exact: bool = False, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
     """Q, R of the columns; Q is off from orthonormal by the square of the condition number times rounding.
 
     Householder QR where the Gram matrix is singular, and, with `exact`, where the columns were far from orthonormal.
     """
     gram = block.T @ block
     R, info = torch.linalg.cholesky_ex(gram, upper=True)
-    if int(info) or (exact and float(gram.diagonal_scatter(gram.diagonal() - 1).abs().max()) > 0.1):
+    if exact:
+        info = info + (gram.diagonal_scatter(gram.diagonal() - 1).abs().max() > 0.1)
+    if doubts is not None:
+        doubts.append(info)
+    elif int(info):
         Q, R = torch.linalg.qr(block)
         return Q, R
     return torch.linalg.solve_triangular(R, block, upper=True, left=False), R

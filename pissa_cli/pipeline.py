@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from pissa_cli.graphs import Graphs
 from pissa_cli.panels import helpers
 
 COPIES = 5  # in fp32, that may be alive of a tensor while it is worked on
@@ -39,17 +40,18 @@ def in_flight(largest: int, device: torch.device) -> tuple[int, int, int]:
 def in_order(work: Callable[[T], R], items: Iterable[T], workers: int, ahead: int, each: int) -> Iterator[R]:
     """work(item) of every item, in their order: `workers` at once, on one thread of torch's and with `each` helpers for
     what is cut into `panels`; on a GPU each on a stream of its own, at whose end its result is handed on."""
-    threads, on_gpu = torch.get_num_threads(), torch.cuda.is_initialized()
+    threads, graphs = torch.get_num_threads(), Graphs(workers) if torch.cuda.is_initialized() else None
 
     def begin(use_helpers: Callable[[], None]) -> None:
         torch.set_num_threads(1)
         use_helpers()
-        if on_gpu:
+        if graphs is not None:
             torch.cuda.set_stream(torch.cuda.Stream())
+            graphs.use()
 
     def finished(item: T) -> R:
         result = work(item)
-        if on_gpu:
+        if graphs is not None:
             torch.cuda.current_stream().synchronize()
         return result
 

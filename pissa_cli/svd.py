@@ -6,23 +6,24 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pissa_cli.orthogonal import cholesky_qr, eigenvalues, next_block, qr, small
-from pissa_cli.panels import converted, row_norms, times, transposed_times
+from pissa_cli.graphs import as_graph
+from pissa_cli.krylov import Krylov, first_blocks, grown
+from pissa_cli.orthogonal import eigenvalues, qr, small
+from pissa_cli.panels import row_norms, times, transposed_times
 from pissa_cli.products import has_fast_bf16
 
 OVERSAMPLING = 16
 POWER_STEPS = 3
-ROUNDED_STEPS = {"cpu": 3, "cuda": 9}  # in bf16, where they cost less than the eigenvectors of another block
+ROUNDED_STEPS = {"cpu": 4, "cuda": 10}  # in bf16, where they cost less than the eigenvectors of another block
 KRYLOV_BLOCKS = 2  # at least, but from a start close by
 PROBES = 16  # random combinations of the residuals, from which what is missing is estimated
 SURE = 0.1  # share of what is allowed, up to which the estimate counts as it is
 SIZES = 1e-4, 1e6  # norms between which the fourth powers of singular values neither vanish nor overflow
-SHIFT_ABOVE = 1e-2  # singular values this far below the largest are rounding, of bf16 or of a Gram matrix
 RESOLVED = 1e-5  # share of the energy below which a difference of energies is rounding
 KRYLOV_BELOW = 0.23  # width of a block over the smaller dimension, above which the whole Gram matrix is cheaper
 GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before that matrix is
@@ -143,12 +144,10 @@ def _fast(
     weight: Tensor, energy: float, rank: int, allowed: float, source: torch.Generator, near: Tensor | None
 ) -> SVD:
     """For weight (m, n), m >= n, the sum of its squares in `energy`; near (n, rank)."""
-    n, width, unchecked = weight.shape[1], rank + OVERSAMPLING, math.isinf(allowed)
+    n, width = weight.shape[1], rank + OVERSAMPLING
     found = None
-    if width <= (GRAM_BELOW if unchecked else KRYLOV_BELOW) * n:
-        block = _begin(weight, width, allowed, source, near)
-        enough = 1 if near is not None or unchecked else KRYLOV_BLOCKS
-        found = _block_krylov(weight, energy, rank, allowed, block, enough, source)
+    if width <= (GRAM_BELOW if math.isinf(allowed) else KRYLOV_BELOW) * n:
+        found = _block_krylov(weight, energy, rank, allowed, near, source)
     if found is None:
         vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
         found = times(weight, vectors), vectors
@@ -159,88 +158,55 @@ def _fast(
     return _exact(weight, rank)  # squaring has cost the small singular values
 
 
-def _rounds(weight: Tensor) -> bool:
-    """Whether products of bf16 numbers find a subspace sooner."""
-    return min(weight.shape) >= ROUNDED_FROM and has_fast_bf16(weight.device)
-
-
-def _begin(weight: Tensor, width: int, allowed: float, source: torch.Generator, near: Tensor | None) -> Tensor:
-    """Orthonormal columns (n, width) after power steps on Gaussian numbers, or one on `near` and such. Where that is
-    fast they are in bf16 but for the last: it takes the rounding away, which the Krylov blocks would find instead of
-    what is missing."""
-    if near is not None or allowed < FAST or not _rounds(weight):
-        known = weight.new_empty(weight.shape[1], 0) if near is None else near
-        drawn = torch.randn(weight.shape[0], width - known.shape[1], generator=source).to(weight.device)
-        block = torch.cat([known, transposed_times(weight, drawn)], dim=1)
-        return qr(_powers([weight] * (POWER_STEPS if near is None else 1), block))[0]
-    drawn = torch.randn(weight.shape[1], width, generator=source).to(weight.device)
-    steps = ROUNDED_STEPS[weight.device.type]
-    return qr(_powers([converted(weight, torch.bfloat16)] * steps + [weight], drawn))[0]
-
-
-def _powers(weights: list[Tensor], block: Tensor) -> Tensor:
-    """A power step block <- (W^T W - a) orth(block) for each W of `weights`, which are one matrix in several dtypes.
-
-    a is half of what W^T W's eigenvalue of the block's width is known to exceed: of all that is not wanted it leaves
-    the less (dashSVD: Feng, Yu, Xie and Tang 2024). A GPU, where many steps cost little, is asked once and not at every
-    step: whether all were sound; there a is 0.
-    """
-    found, infos, shift = block, [], 0.0
-    for step, W in enumerate(weights):
-        gram = found.T @ found
-        R, info = torch.linalg.cholesky_ex(gram, upper=True)
-        infos.append(info)
-        if step and W.device.type == "cpu" and not int(info):
-            shift = max(shift, (shift + _least_singular_value(gram)) / 2)
-        Q = torch.linalg.solve_triangular(R, found, upper=True, left=False)
-        found = transposed_times(W, times(W, Q)).float()
-        if shift:
-            found.sub_(Q, alpha=shift)
-    if not int(torch.stack(infos).sum()):
-        return found
-    for W in weights:
-        block = transposed_times(W, times(W, cholesky_qr(block)[0])).float()
-    return block
-
-
-def _least_singular_value(gram: Tensor) -> float:
-    """Of X, from X^T X; 0 where that does not tell."""
-    squares = eigenvalues(gram)
-    return float(squares[0]) ** 0.5 if squares[0] > SHIFT_ABOVE**2 * squares[-1] else 0.0
-
-
 def _block_krylov(
-    weight: Tensor, energy: float, rank: int, allowed: float, block: Tensor, enough: int, source: torch.Generator
+    weight: Tensor, energy: float, rank: int, allowed: float, near: Tensor | None, source: torch.Generator
 ) -> tuple[Tensor, Tensor] | None:
-    """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on span{X, GX, G^2 X, ...}, for weight (m, n), m >= n,
-    and X = `block` (n, width), orthonormal; of `enough` blocks at least. `allowed` inf: nothing is estimated.
+    """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on a Krylov space, for weight (m, n), m >= n.
+    `allowed` inf: nothing is estimated.
 
-    T is G on that basis: block tridiagonal in exact arithmetic, and known from making the basis orthonormal. Where a
-    block gained little beside what is missing, second order says too little of it: it is raised by the square of how
-    slowly it falls. None if the basis would have to grow beyond GRAM_BELOW.
+    Where a block gained little beside what is missing, second order says too little of it: it is raised by the square
+    of how slowly it falls. None if the basis would have to grow beyond GRAM_BELOW.
     """
-    n, width = block.shape
-    basis, images, T, coupling = block[:, :0], weight[:, :0], weight.new_empty(0, 0), weight.new_empty(0, width)
-    for blocks in range(1, int(GRAM_BELOW * n / width) + 1):
-        image = times(weight, block)
-        basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
-        T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
-        if blocks >= enough:
-            values, vectors = (part[..., -rank:].flip(-1) for part in small(torch.linalg.eigh, T))
-            U, V = images @ vectors, basis @ vectors
-            if math.isinf(allowed):
-                return U, V
-            captured = float(values.sum(dtype=torch.float64))
-            most = allowed * max(energy - captured, RESOLVED * energy)
-            missing = _missing(weight, U, V, values, source)
-            if blocks > 1 and SURE * most < missing <= most:
-                gain = captured - float(eigenvalues(T[:-width, :-width])[-rank:].sum(dtype=torch.float64))
-                missing = missing * (1 + missing / gain) ** 2 if gain > 0 else math.inf
-            if missing <= most:
-                return U, V
-        block, R = next_block(basis, transposed_times(weight, image))
-        coupling = torch.cat([coupling.new_zeros(basis.shape[1] - width, width), R.T])
-    return None
+    width, unchecked = rank + OVERSAMPLING, math.isinf(allowed)
+    space = _begin(weight, width, allowed, near, 1 if near is not None or unchecked else KRYLOV_BLOCKS, source)
+    while True:
+        values, vectors = (part[..., -rank:].flip(-1) for part in small(torch.linalg.eigh, space.T))
+        U, V = space.images @ vectors, space.basis @ vectors
+        if unchecked:
+            return U, V
+        captured = float(values.sum(dtype=torch.float64))
+        most = allowed * max(energy - captured, RESOLVED * energy)
+        missing, before = _missing(weight, U, V, values, source), len(space.T) - width
+        if before and SURE * most < missing <= most:
+            gain = captured - float(eigenvalues(space.T[:before, :before])[-rank:].sum(dtype=torch.float64))
+            missing = missing * (1 + missing / gain) ** 2 if gain > 0 else math.inf
+        if missing <= most:
+            return U, V
+        if len(space.T) + width > GRAM_BELOW * weight.shape[1]:
+            return None
+        space = grown(weight, space, width)
+
+
+def _begin(
+    weight: Tensor, width: int, allowed: float, near: Tensor | None, blocks: int, source: torch.Generator
+) -> Krylov:
+    """After power steps on Gaussian numbers, or one on `near` and such: in bf16, where that is fast and enough."""
+    m, n = weight.shape
+    rounded = near is None and allowed >= FAST and min(m, n) >= ROUNDED_FROM and has_fast_bf16(weight.device)
+    steps = 1 if near is not None else ROUNDED_STEPS[weight.device.type] if rounded else POWER_STEPS
+    known = weight.new_empty(n, 0) if near is None else near
+    drawn = torch.randn(n if rounded else m, width - known.shape[1], generator=source).to(weight.device)
+    if weight.device.type == "cuda":
+        *space, doubt = as_graph(_first_blocks_in_doubt, weight, drawn, known, options=(steps, rounded, blocks))
+        if not int(doubt):
+            return Krylov(*space)
+    return first_blocks(weight, drawn, known, steps, rounded, blocks, doubts=None)
+
+
+def _first_blocks_in_doubt(weight: Tensor, drawn: Tensor, near: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    doubts: list[Tensor] = []
+    space = first_blocks(weight, drawn, near, *options, doubts)
+    return (*space, torch.stack(doubts).sum())
 
 
 def _missing(weight: Tensor, U: Tensor, V: Tensor, values: Tensor, source: torch.Generator) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pissa_cli import svd
+from pissa_cli import krylov, svd
 from pissa_cli.orthogonal import next_block, qr
 from pissa_cli.svd import energies, frobenius_norm, nuclear_norm, truncated_svd
 
@@ -126,7 +126,7 @@ def test_scale_has_no_part_in_it(scale: float) -> None:
 )
 def test_rounding_is_not_taken_for_what_is_missing(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks: list[int] = []
-    monkeypatch.setattr(svd, "next_block", lambda *parts: blocks.append(0) or next_block(*parts))
+    monkeypatch.setattr(krylov, "next_block", lambda *parts: blocks.append(0) or next_block(*parts))
     found = truncated_svd(weight, 16)
     assert len(blocks) <= svd.KRYLOV_BLOCKS
     assert residual(weight, found) <= 1.001 * best_residual(weight, 16) + 1e-6 * float(weight.norm())
