@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-AT_ONCE = 3  # graphs that run side by side: what one does on a few multiprocessors leaves the others free
+AT_ONCE = 2  # graphs that run side by side: what one does on a few multiprocessors leaves the others free
 Function = Callable[..., tuple[Tensor, ...]]
 _here = threading.local()
 
@@ -57,7 +57,7 @@ class Graphs:
             self._free.put(slot)
 
 
-def as_graph(function: Function, *inputs: Tensor, options: tuple[Hashable, ...]) -> list[Tensor]:
+def as_graph(function: Function, *inputs: Tensor, options: tuple[Hashable, ...] = ()) -> list[Tensor]:
     """function(*inputs, *options), launched as one where the thread uses `Graphs`.
 
     For functions of tensors on one GPU that wait for nothing, draw nothing, and do the same for the same shapes.

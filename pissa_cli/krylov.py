@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from torch import Tensor
 from pissa_cli.orthogonal import Doubts, cholesky_qr, eigenvalues, next_block, qr
 from pissa_cli.panels import converted, times, transposed_times
 
+APART = 300.0  # how far apart the singular values of columns may be for Cholesky QR in fp32, with a margin
+WITHIN = 60.0  # logarithm of what numbers of bf16 may grow by
+STEPS_AT_ONCE = 1, 2, 6  # few numbers: each is a graph of its own
 SHIFT_ABOVE = 1e-2  # singular values this far below the largest are rounding, of bf16 or of a Gram matrix
 
 
@@ -25,8 +30,15 @@ class Krylov(NamedTuple):
     T: Tensor
 
 
+class Halves(NamedTuple):
+    """W = high + low, both in bf16: three products of such numbers are as good as one in fp32, and faster on a GPU."""
+
+    high: Tensor
+    low: Tensor
+
+
 def first_blocks(
-    weight: Tensor, drawn: Tensor, near: Tensor, steps: int, rounded: bool, blocks: int, doubts: Doubts
+    weight: Tensor, drawn: Tensor, near: Tensor, steps: int, rounded: bool, blocks: int, doubts: Doubts = None
 ) -> Krylov:
     """Of `blocks` blocks, after so many power steps on `near` (n, k) and W^T `drawn`, Gaussian numbers (m, width - k).
 
@@ -37,22 +49,91 @@ def first_blocks(
         weights, begin = [converted(weight, torch.bfloat16)] * (steps - 1) + [weight], drawn
     else:
         weights, begin = [weight] * steps, torch.cat([near, transposed_times(weight, drawn)], dim=1)
-    block = qr(_powers(weights, begin, doubts), doubts)[0]
-    image = times(weight, block)
+    return _of_blocks(weight, qr(_powers(weights, begin, doubts), doubts)[0], blocks, doubts)
+
+
+def sketch(weight: Tensor, drawn: Tensor, doubts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Q (n, width) after two power steps in bf16 on Gaussian numbers `drawn` (n, width); and how much the second one
+    enlarged its columns, descending as far as they are sorted by now: about the first eigenvalues of W^T W."""
+    W = weight.to(torch.bfloat16)
+    Q = cholesky_qr(_power(W, drawn), doubts=doubts)[0]
+    Q, R = cholesky_qr(_power(W, Q), doubts=doubts)
+    return Q, R.diagonal().abs()
+
+
+def steps_at_once(most: float, least: float) -> int:
+    """How many power steps may go by until columns must be made orthonormal again, if one enlarges them by `most` to
+    `least`: their numbers stay apart and within their range."""
+    apart = math.log(APART) / max(math.log(most / least), 1e-3)
+    within = WITHIN / max(abs(math.log(most)), 1e-3)
+    return max((steps for steps in STEPS_AT_ONCE if steps <= min(apart, within)), default=1)
+
+
+def sketched_blocks(
+    weight: Tensor, Q: Tensor, enlarged: Tensor, at_once: int, blocks: int, doubts: list[Tensor]
+) -> Krylov:
+    """Of `blocks` blocks, after 2 `at_once` power steps in bf16 on the Q of a `sketch`, and one that takes the rounding
+    away."""
+    high = weight.to(torch.bfloat16)
+    W = Halves(high, (weight - high).to(torch.bfloat16))
+    for _ in range(2):
+        found = Q / enlarged.max() ** at_once
+        for _ in range(at_once):
+            found = _power(high, found)
+        Q = cholesky_qr(found, doubts=doubts)[0]
+    return _of_blocks(W, qr(_power(W, Q), doubts)[0], blocks, doubts)
+
+
+def doubted(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """What `function` gives for a list of doubts, and last their sum."""
+
+    def with_doubts(*given: Any) -> tuple[Tensor, ...]:
+        doubts: list[Tensor] = []
+        return *function(*given, doubts), torch.stack(doubts).sum()
+
+    return with_doubts
+
+
+def grown(weight: Tensor | Halves, space: Krylov, width: int, doubts: Doubts = None) -> Krylov:
+    """By one block more of the width of those that it has."""
+    basis, images, T = space
+    block, R = next_block(basis, _transposed_times(weight, images[:, -width:]), doubts)
+    image = _times(weight, block)
+    coupling = torch.cat([R.new_zeros(len(T) - width, width), R.T])
+    T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
+    return Krylov(torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1), T)
+
+
+def _of_blocks(weight: Tensor | Halves, block: Tensor, blocks: int, doubts: Doubts) -> Krylov:
+    image = _times(weight, block)
     space = Krylov(block, image, image.T @ image)
     for _ in range(blocks - 1):
         space = grown(weight, space, block.shape[1], doubts)
     return space
 
 
-def grown(weight: Tensor, space: Krylov, width: int, doubts: Doubts = None) -> Krylov:
-    """By one block more of the width of those that it has."""
-    basis, images, T = space
-    block, R = next_block(basis, transposed_times(weight, images[:, -width:]), doubts)
-    image = times(weight, block)
-    coupling = torch.cat([R.new_zeros(len(T) - width, width), R.T])
-    T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
-    return Krylov(torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1), T)
+def _power(W: Tensor | Halves, X: Tensor) -> Tensor:
+    """W^T W X, fp32."""
+    return _transposed_times(W, _times(W, X)).float()
+
+
+def _times(W: Tensor | Halves, X: Tensor) -> Tensor:
+    """W X."""
+    return times(W, X) if isinstance(W, Tensor) else _sum_of_products(W.high, W.low, X)
+
+
+def _transposed_times(W: Tensor | Halves, Y: Tensor) -> Tensor:
+    """W^T Y."""
+    return transposed_times(W, Y) if isinstance(W, Tensor) else _sum_of_products(W.high.T, W.low.T, Y)
+
+
+def _sum_of_products(high: Tensor, low: Tensor, X: Tensor) -> Tensor:
+    """(high + low) X for X (n, k), fp32, but for the product of both low halves."""
+    X_high = X.to(torch.bfloat16)
+    X_low = (X - X_high).to(torch.bfloat16)
+    both = torch.mm(high, torch.cat([X_high, X_low], dim=1), out_dtype=torch.float32)
+    k = X.shape[1]
+    return both[:, :k] + both[:, k:] + torch.mm(low, X_high, out_dtype=torch.float32)
 
 
 def _powers(weights: list[Tensor], block: Tensor, doubts: Doubts) -> Tensor:

@@ -44,7 +44,7 @@ def cholesky_qr(block: Tensor, exact: bool = False, doubts: Doubts = None) -> tu
     gram = block.T @ block
     R, info = torch.linalg.cholesky_ex(gram, upper=True)
     if exact:
-        info = info + (gram.diagonal_scatter(gram.diagonal() - 1).abs().max() > 0.1)
+        info = info + (gram.diagonal_scatter(gram.diagonal() - 1).abs().max() > 0.5)
     if doubts is not None:
         doubts.append(info)
     elif int(info):

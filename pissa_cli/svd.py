@@ -6,20 +6,20 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pissa_cli.graphs import as_graph
-from pissa_cli.krylov import Krylov, first_blocks, grown
+from pissa_cli.krylov import Krylov, doubted, first_blocks, grown, sketch, sketched_blocks, steps_at_once
 from pissa_cli.orthogonal import eigenvalues, qr, small
 from pissa_cli.panels import row_norms, times, transposed_times
 from pissa_cli.products import has_fast_bf16
 
 OVERSAMPLING = 16
 POWER_STEPS = 3
-ROUNDED_STEPS = {"cpu": 4, "cuda": 10}  # in bf16, where they cost less than the eigenvectors of another block
+ROUNDED_STEPS = 4  # of them where they are in bf16, but for the last
 KRYLOV_BLOCKS = 2  # at least, but from a start close by
 PROBES = 16  # random combinations of the residuals, from which what is missing is estimated
 SURE = 0.1  # share of what is allowed, up to which the estimate counts as it is
@@ -32,6 +32,8 @@ GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wro
 FAST = 1e-3
 UNCHECKED = "unchecked"  # an accuracy for passes to begin with: one block, of which nothing is estimated
 EXACT_NUCLEAR_BELOW = 256
+DOUBTED_FIRST_BLOCKS, DOUBTED_SKETCH = doubted(first_blocks), doubted(sketch)
+DOUBTED_SKETCHED_BLOCKS = doubted(sketched_blocks)
 
 
 class SVD(NamedTuple):
@@ -192,21 +194,32 @@ def _begin(
 ) -> Krylov:
     """After power steps on Gaussian numbers, or one on `near` and such: in bf16, where that is fast and enough."""
     m, n = weight.shape
+    on_gpu = weight.device.type == "cuda"
     rounded = near is None and allowed >= FAST and min(m, n) >= ROUNDED_FROM and has_fast_bf16(weight.device)
-    steps = 1 if near is not None else ROUNDED_STEPS[weight.device.type] if rounded else POWER_STEPS
+    if rounded and on_gpu:
+        if (found := _sketched(weight, width, blocks, source)) is not None:
+            return found
+        rounded = False
+    steps = 1 if near is not None else ROUNDED_STEPS if rounded else POWER_STEPS
     known = weight.new_empty(n, 0) if near is None else near
     drawn = torch.randn(n if rounded else m, width - known.shape[1], generator=source).to(weight.device)
-    if weight.device.type == "cuda":
-        *space, doubt = as_graph(_first_blocks_in_doubt, weight, drawn, known, options=(steps, rounded, blocks))
+    if on_gpu:
+        *space, doubt = as_graph(DOUBTED_FIRST_BLOCKS, weight, drawn, known, options=(steps, rounded, blocks))
         if not int(doubt):
             return Krylov(*space)
-    return first_blocks(weight, drawn, known, steps, rounded, blocks, doubts=None)
+    return first_blocks(weight, drawn, known, steps, rounded, blocks)
 
 
-def _first_blocks_in_doubt(weight: Tensor, drawn: Tensor, near: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    doubts: list[Tensor] = []
-    space = first_blocks(weight, drawn, near, *options, doubts)
-    return (*space, torch.stack(doubts).sum())
+def _sketched(weight: Tensor, width: int, blocks: int, source: torch.Generator) -> Krylov | None:
+    """Columns are made orthonormal as seldom as their sizes allow: on a GPU that takes longer than bf16 products."""
+    drawn = torch.randn(weight.shape[1], width, generator=source).to(weight.device)
+    Q, enlarged, doubt = as_graph(DOUBTED_SKETCH, weight, drawn)
+    sizes = enlarged.tolist()
+    if int(doubt) or not min(sizes) > 0:
+        return None
+    options = steps_at_once(max(sizes), min(sizes)), blocks
+    *space, doubt = as_graph(DOUBTED_SKETCHED_BLOCKS, weight, Q, enlarged, options=options)
+    return None if int(doubt) else Krylov(*space)
 
 
 def _missing(weight: Tensor, U: Tensor, V: Tensor, values: Tensor, source: torch.Generator) -> float:

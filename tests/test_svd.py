@@ -97,6 +97,73 @@ def test_a_plateau_wider_than_the_rank(last: float, width: int, floor: float, ra
     assert residual(weight, truncated_svd(weight, rank)) <= 1.001 * best_residual(weight, rank)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The way that a GPU takes, on a CPU, where torch has no products of bf16 numbers that give fp32. Gives the number
+    of power steps at once of each factorization; 0 where it turned back."""
+    taken: list[int] = []
+
+    def begin(W: Tensor, width: int, allowed: float, near: None, blocks: int, source: torch.Generator) -> krylov.Krylov:
+        taken.append(0)
+        space = svd._sketched(W, width, blocks, source)
+        return begin_on_cpu(W, width, allowed, near, blocks, source) if space is None else space
+
+    def steps(most: float, least: float) -> int:
+        taken[-1] = krylov.steps_at_once(most, least)
+        return taken[-1]
+
+    begin_on_cpu = svd._begin
+    monkeypatch.setattr(svd, "_begin", begin)
+    monkeypatch.setattr(svd, "steps_at_once", steps)
+    monkeypatch.setattr(
+        krylov, "_sum_of_products", lambda high, low, X: high.float() @ X + low.float() @ X.bfloat16().float()
+    )
+    return taken
+
+
+@pytest.mark.parametrize("scale", [3e-6, 1.0, 3e4])
+@pytest.mark.parametrize(
+    ("spectrum", "at_once"),
+    [
+        (torch.ones(640) + 0.1 * torch.linspace(1, 0, 640), 6),
+        (torch.cat([torch.linspace(1, 0.9, 120), torch.full((520,), 0.3)]), 6),
+        (torch.arange(1.0, 641) ** -0.3, 2),
+        (torch.arange(1.0, 641) ** -1.2, 1),
+        (torch.cat([torch.tensor([100.0, 30.0]), torch.linspace(1, 0.2, 638)]), 1),
+        (torch.logspace(0, -12, 640), 1),
+    ],
+    ids=["flat", "plateau", "slow", "fast", "outliers", "steep"],
+)
+def test_the_way_of_a_gpu(spectrum: Tensor, at_once: int, scale: float, as_on_a_gpu: list[int]) -> None:
+    U, V = decaying(640, 640, rate=1.0), decaying(640, 640, rate=1.0, seed=1)
+    weight = scale * (U * spectrum) @ V
+    found = truncated_svd(weight, 30)
+    assert residual(weight, found) <= 1.001 * best_residual(weight, 30) + 1e-6 * float(weight.norm())
+    assert as_on_a_gpu[-1] == at_once or (scale != 1 and 0 < as_on_a_gpu[-1] <= at_once)
+
+
+def test_the_way_of_a_gpu_turns_back_where_columns_vanish(as_on_a_gpu: list[int]) -> None:
+    assert not truncated_svd(torch.zeros(700, 600), 16).S.any()
+    assert as_on_a_gpu == [0]
+
+
+@pytest.mark.parametrize(
+    ("most", "least", "steps"),
+    [
+        (2.0, 1.9, 6),
+        (300.0, 299.0, 6),
+        (1e5, 1e5 - 1, 2),
+        (17.0, 1.0, 2),
+        (18.0, 1.0, 1),
+        (1e9, 1.0, 1),
+        (1e-9, 1e-9, 2),
+    ],
+)
+def test_steps_that_may_go_by(most: float, least: float, steps: int) -> None:
+    """At most 300 from the largest to the smallest column, and numbers within e^60."""
+    assert krylov.steps_at_once(most, least) == steps
+
+
 @pytest.mark.parametrize(("dead", "rank"), [(400, 64), (450, 62), (256, 128)])
 def test_dead_inputs(dead: int, rank: int) -> None:
     """LAPACK's fp32 eigenvectors of a Gram matrix fail where many of its rows are zero."""
