@@ -71,3 +71,5 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int, ahead: in
             for future in waiting:
                 future.cancel()
             torch.set_num_threads(threads)
+            if graphs is not None:
+                torch._C._cuda_clearCublasWorkspaces()  # which would stay, for each thread and stream

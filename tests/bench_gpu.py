@@ -45,7 +45,6 @@ TOKENS = 256 if SMALL else 8192
 LENGTHS = (64, 128) if SMALL else (512, 2048)
 STEPS = 3
 COMPILED, WITH_LIGER = "pissa, torch_compile", "pissa, use_liger_kernel"
-BLOCKS = 8  # that are started together, as init does all of them
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,15 @@ def residual(W: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> float:
 
 
 def init_rows(shape: Shape) -> list[dict[str, Any]]:
-    """Compute only, extrapolated from the blocks that were measured to all of them."""
+    """Compute only: ours for all blocks, one after the other as in init, the peers' for one of them."""
     matrices = shape.matrices()
     sync()
     layer = Layer("layer", RANK, 1.0, 0, quant.Store(4, torch.bfloat16, absmax="fitted"))
 
-    def as_init(work: Callable[[Tensor], Any], blocks: int = BLOCKS) -> list[Any]:
+    def as_init(work: Callable[[Tensor], Any], blocks: int = shape.layers) -> list[Any]:
         return list(in_order(work, matrices * blocks, *in_flight(max(W.numel() for W in matrices), DEVICE)))
 
-    def ours(blocks: int = BLOCKS) -> list[Any]:
+    def ours(blocks: int = shape.layers) -> list[Any]:
         return as_init(lambda W: truncated_svd(W, RANK), blocks)
 
     def peer() -> list[Any]:
@@ -125,12 +124,12 @@ def init_rows(shape: Shape) -> list[dict[str, Any]]:
         residual(W, *mine) / residual(W, theirs[0], theirs[1], theirs[2].T) - 1
         for W, mine, theirs in zip(matrices, ours(1), peer(), strict=True)
     )
-    took = {"16 bits, pissa": min(seconds(ours) for _ in range(3)) / BLOCKS}
-    took["16 bits, PEFT's pissa_niter_16"] = min(seconds(peer) for _ in range(2))
-    took["NF4, T = 1, pissa"] = min(seconds(lambda: nf4(1)) for _ in range(2)) / BLOCKS
-    took["NF4, T = 5, pissa"] = min(seconds(lambda: nf4(5)) for _ in range(2)) / BLOCKS
-    took["NF4, T = 1, full SVD and bitsandbytes"] = seconds(lambda: reference(1))
-    rows = [{"model": shape.name, "what": what, "seconds": took_ * shape.layers} for what, took_ in took.items()]
+    took = {"16 bits, pissa": min(seconds(ours) for _ in range(3))}
+    took["16 bits, PEFT's pissa_niter_16"] = min(seconds(peer) for _ in range(3)) * shape.layers
+    took["NF4, T = 1, pissa"] = min(seconds(lambda: nf4(1)) for _ in range(2))
+    took["NF4, T = 5, pissa"] = min(seconds(lambda: nf4(5)) for _ in range(2))
+    took["NF4, T = 1, full SVD and bitsandbytes"] = seconds(lambda: reference(1)) * shape.layers
+    rows = [{"model": shape.name, "what": what, "seconds": took_} for what, took_ in took.items()]
     rows[0]["residual over PEFT's, worst"] = worse
     return rows
 

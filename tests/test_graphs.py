@@ -23,8 +23,12 @@ def test_factors_are_those_of_operations_one_by_one() -> None:
         return truncated_svd(W, 16), truncated_svd(W, 16, "1%", near=truncated_svd(W, 16).Vh.T)
 
     torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    before = torch.cuda.memory_allocated()
     together = in_order(work, weights, *in_flight(768 * 1024, torch.device("cuda")))
     for (found, near), wanted, W in zip(together, alone, weights, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
         left = [float((W - (part.U * part.S) @ part.Vh).norm()) for part in (near, wanted)]
         assert left[0] <= 1.001 * left[1] + 1e-3
+    del found, near, wanted
+    assert torch.cuda.memory_allocated() - before < 2**20
