@@ -27,6 +27,7 @@ TEMPLATE = INTRO + "### Instruction:\n{instruction}\n\n### Response:{output}\n"
 """PiSSA's template (its train.py): nothing between 'Response:' and the answer, a newline before end-of-text."""
 TEMPLATE_INPUT = INTRO_INPUT + "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:{output}\n"
 BATCH = 1000
+ROW_OF, LONG_ROW = 32, 1024  # tokens: at most 3 % of a row are padding
 
 
 def load_examples(
@@ -124,7 +125,8 @@ def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bo
     """One micro-batch as the model takes it, labels not yet shifted (of texts to classify: one each).
 
     Padded: (n, longest) on the right. Packed: (1, sum of lengths), position ids starting again at each example,
-    from which transformers builds a block-diagonal attention mask.
+    from which transformers builds a block-diagonal attention mask; a long row is filled up to a multiple of ROW_OF by
+    one more, of padding: on a CPU products of a length not met before wait for kernels to be made.
     """
     parts = [slice(int(examples.offsets[i]), int(examples.offsets[i + 1])) for i in indices]
     ids = [examples.ids[part].long() for part in parts]
@@ -145,6 +147,10 @@ def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bo
         label = tokens.masked_fill(~examples.targets[part], IGNORED)
         label[0] = IGNORED
         labels.append(label)
+    total = sum(map(len, ids))
+    if packing and total >= LONG_ROW and (rest := -total % ROW_OF):
+        ids.append(torch.full((rest,), pad_id))
+        labels.append(torch.full((rest,), IGNORED))
     if packing:
         positions = torch.cat([torch.arange(len(tokens)) for tokens in ids])
         return {"input_ids": torch.cat(ids)[None], "position_ids": positions[None], "labels": torch.cat(labels)[None]}

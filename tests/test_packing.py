@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pissa_cli import packing
+from pissa_cli import data, packing
 from pissa_cli import train as module
 from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.attach import share_inputs
@@ -66,6 +66,7 @@ def test_each_example_sees_itself_alone(
     wanted = gradients(model)
     sdpa = model.config._attn_implementation == "sdpa"
     attend_by_sequence(model)
+    monkeypatch.setattr(data, "LONG_ROW", 1)  # with padding at the end
     seen: list[Any] = []
     original = packing.sdpa_attention_forward
     monkeypatch.setattr(packing, "sdpa_attention_forward", lambda *a, **k: (seen.append(a[4]), original(*a, **k))[1])
@@ -90,13 +91,20 @@ def test_a_window_shorter_than_an_example_keeps_its_mask(tokenizer: PreTrainedTo
     assert float(summed_loss(model, collate(examples, INDICES, 0, packing=True))) == pytest.approx(alone, rel=1e-6)
 
 
-def test_nothing_is_padded_and_micro_batches_are_even(tokenizer: PreTrainedTokenizerBase, rows: Path) -> None:
+def test_only_long_rows_are_filled_up_and_micro_batches_are_even(
+    tokenizer: PreTrainedTokenizerBase, rows: Path
+) -> None:
     examples = load_examples(str(rows), DataSection(), tokenizer, None)
     indices = list(range(30))
     chunks = micro_batches(examples, indices, 8, packed=True)
     assert sorted(i for chunk in chunks for i in chunk) == indices and max(map(len, chunks)) <= 8
     totals = [sum(examples.length(i) for i in chunk) for chunk in chunks]
-    assert [collate(examples, chunk, 0, True)["input_ids"].numel() for chunk in chunks] == totals
+    assert all(1024 <= total < 1344 for total in totals)
+    filled = [collate(examples, chunk, 0, True)["input_ids"].numel() for chunk in chunks]
+    assert filled == [-(-total // 32) * 32 for total in totals] and filled != totals
+    short = micro_batches(examples, indices, 5, packed=True)
+    totals = [sum(examples.length(i) for i in chunk) for chunk in short]
+    assert [collate(examples, chunk, 0, True)["input_ids"].numel() for chunk in short] == totals
     assert max(totals) < 1.2 * sum(totals) / len(totals)
     like = micro_batches(examples, indices, 8, packed=False)
     lengths = [[examples.length(i) for i in chunk] for chunk in like]
