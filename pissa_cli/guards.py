@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pissa_cli.batches import collate
 from pissa_cli.checkpoint import latest_checkpoint, step_of
-from pissa_cli.data import collate
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.initialize import open_run

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pissa_cli.batches import batch_losses, padding
 from pissa_cli.configuration import require_tokens
-from pissa_cli.data import batch_losses, load_examples, padding
+from pissa_cli.data import load_examples
 from pissa_cli.errors import PissaError
 from pissa_cli.integrity import not_finite
 from pissa_cli.loss import autocast, summed_loss

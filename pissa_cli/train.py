@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from pissa_cli import report
+from pissa_cli.batches import padding
 from pissa_cli.checkpoint import remove_old, restore_checkpoint, save_checkpoint, trained_values, whole_checkpoint
-from pissa_cli.data import padding
 from pissa_cli.errors import Interrupted
 from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result

@@ -17,8 +17,8 @@ from pissa_cli import zero
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import attach, forget_shared, lowrank_layers, share_inputs, train_whole
+from pissa_cli.batches import collate, micro_batches
 from pissa_cli.checkpoint import Names
-from pissa_cli.data import collate, micro_batches
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.experts import holders_of_3d_weights

@@ -27,8 +27,9 @@ from transformers import (
     XLNetConfig,
 )
 
+from pissa_cli.batches import collate
 from pissa_cli.classification import label_number
-from pissa_cli.data import collate, load_examples
+from pissa_cli.data import load_examples
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import classify
 from pissa_cli.exported import load_result

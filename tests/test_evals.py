@@ -225,7 +225,8 @@ def test_prompts_without_room_are_counted(finished: Any, tmp_path: Path) -> None
 
 
 def test_held_out_loss_is_the_plain_average(finished: Any) -> None:
-    from pissa_cli.data import collate, load_examples
+    from pissa_cli.batches import collate
+    from pissa_cli.data import load_examples
     from pissa_cli.exported import load_result
 
     result = evaluate(finished)["loss"]

@@ -21,7 +21,7 @@ LAYERS = [
     "memory",
     "plan checkpoint faults",
     "attach",
-    "data",
+    "data batches",
     "classification",
     "examples",
     "loading side_files steps ledger pipeline",

@@ -26,11 +26,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pissa_cli import data, packing
+from pissa_cli import batches, packing
 from pissa_cli import train as module
 from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.attach import share_inputs
-from pissa_cli.data import collate, load_examples, micro_batches
+from pissa_cli.batches import collate, micro_batches
+from pissa_cli.data import load_examples
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.loss import IGNORED, summed_loss
@@ -66,7 +67,7 @@ def test_each_example_sees_itself_alone(
     wanted = gradients(model)
     sdpa = model.config._attn_implementation == "sdpa"
     attend_by_sequence(model)
-    monkeypatch.setattr(data, "LONG_ROW", 1)  # with padding at the end
+    monkeypatch.setattr(batches, "LONG_ROW", 1)  # with padding at the end
     seen: list[Any] = []
     original = packing.sdpa_attention_forward
     monkeypatch.setattr(packing, "sdpa_attention_forward", lambda *a, **k: (seen.append(a[4]), original(*a, **k))[1])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli.data import collate, micro_batches, padding
+from pissa_cli.batches import collate, micro_batches, padding
 from pissa_cli.evals.bench import Progress
 from pissa_cli.examples import Examples
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli.data import batch_losses, padding
+from pissa_cli.batches import batch_losses, padding
 from pissa_cli.evals.bench import Progress
 from pissa_cli.examples import Examples
 

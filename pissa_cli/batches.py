@@ -1,0 +1,78 @@
+"""Micro-batches: which examples, and how they lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pissa_cli.examples import Examples
+from pissa_cli.loss import IGNORED, summed_loss
+
+ROW_OF, LONG_ROW = 32, 1024  # tokens: at most 3 % of a row are padding
+
+
+def micro_batches(examples: Examples, indices: list[int], size: int, packed: bool) -> list[list[int]]:
+    """At most `size` examples each: of like length where they are padded, of like total length where packed.
+
+    Their order has no meaning: a step's loss is one average.
+    """
+    ordered = sorted(indices, key=examples.length)
+    if packed:
+        count = -(-len(ordered) // size)
+        return [ordered[number::count] for number in range(count)]
+    return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
+
+
+def padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills up a batch; a classifier that looks for the last token before it has its own."""
+    own = model.config.pad_token_id if model.get_output_embeddings() is None else tokenizer.pad_token_id
+    return int(own or 0)
+
+
+@torch.no_grad()
+def batch_losses(
+    model: PreTrainedModel, examples: Examples, pad_id: int, size: int
+) -> Iterator[tuple[list[int], float]]:
+    """(examples, summed loss over their targets) of all `examples`, `size` at a time."""
+    for chunk in micro_batches(examples, list(range(len(examples))), size, packed=False):
+        batch = collate(examples, chunk, pad_id, packing=False)
+        yield chunk, float(summed_loss(model, {key: tensor.to(model.device) for key, tensor in batch.items()}))
+
+
+def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bool) -> dict[str, Tensor]:
+    """One micro-batch as the model takes it, labels not yet shifted (of texts to classify: one each).
+
+    Padded: (n, longest) on the right. Packed: (1, sum of lengths), position ids starting again at each example,
+    from which transformers builds a block-diagonal attention mask; a long row is filled up to a multiple of ROW_OF by
+    one more, of padding: on a CPU products of a length not met before wait for kernels to be made.
+    """
+    parts = [slice(int(examples.offsets[i]), int(examples.offsets[i + 1])) for i in indices]
+    ids = [examples.ids[part].long() for part in parts]
+
+    def pad(rows: list[Tensor], value: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    def padded(labels: Tensor) -> dict[str, Tensor]:
+        mask = pad([torch.ones_like(tokens) for tokens in ids], 0)
+        return {"input_ids": pad(ids, pad_id), "attention_mask": mask, "labels": labels}
+
+    if examples.labels is not None:
+        types = pad([examples.targets[part].long() for part in parts], 0)
+        batch = padded(examples.labels[list(indices)])
+        return batch | ({"token_type_ids": types} if bool(examples.targets.any()) else {})
+    labels = []
+    for part, tokens in zip(parts, ids, strict=True):
+        label = tokens.masked_fill(~examples.targets[part], IGNORED)
+        label[0] = IGNORED
+        labels.append(label)
+    total = sum(map(len, ids))
+    if packing and total >= LONG_ROW and (rest := -total % ROW_OF):
+        ids.append(torch.full((rest,), pad_id))
+        labels.append(torch.full((rest,), IGNORED))
+    if packing:
+        positions = torch.cat([torch.arange(len(tokens)) for tokens in ids])
+        return {"input_ids": torch.cat(ids)[None], "position_ids": positions[None], "labels": torch.cat(labels)[None]}
+    return padded(pad(labels, IGNORED))
