@@ -215,7 +215,7 @@ def _sketched(weight: Tensor, width: int, blocks: int, source: torch.Generator) 
     drawn = torch.randn(weight.shape[1], width, generator=source).to(weight.device)
     Q, enlarged, doubt = as_graph(DOUBTED_SKETCH, weight, drawn)
     sizes = enlarged.tolist()
-    if int(doubt) or not min(sizes) > 0:
+    if int(doubt) or not all(size > 0 for size in sizes):
         return None
     options = steps_at_once(max(sizes), min(sizes)), blocks
     *space, doubt = as_graph(DOUBTED_SKETCHED_BLOCKS, weight, Q, enlarged, options=options)
