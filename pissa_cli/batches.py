@@ -42,6 +42,12 @@ def batch_losses(
         yield chunk, float(summed_loss(model, {key: tensor.to(model.device) for key, tensor in batch.items()}))
 
 
+def row_length(lengths: Sequence[int]) -> int:
+    """Of packed examples of these lengths: several that make a long row get padding at its end."""
+    total = sum(lengths)
+    return -(-total // ROW_OF) * ROW_OF if len(lengths) > 1 and total >= LONG_ROW else total
+
+
 def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bool) -> dict[str, Tensor]:
     """One micro-batch as the model takes it, labels not yet shifted (of texts to classify: one each).
 
@@ -68,8 +74,7 @@ def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bo
         label = tokens.masked_fill(~examples.targets[part], IGNORED)
         label[0] = IGNORED
         labels.append(label)
-    total = sum(map(len, ids))
-    if packing and total >= LONG_ROW and (rest := -total % ROW_OF):
+    if packing and (rest := row_length(list(map(len, ids))) - sum(map(len, ids))):
         ids.append(torch.full((rest,), pad_id))
         labels.append(torch.full((rest,), IGNORED))
     if packing:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 AT_ONCE = 2  # graphs that run side by side: what one does on a few multiprocessors leaves the others free
+MOST = 16  # graphs of each of them: with a rank for every layer there would be hundreds, used once
 Function = Callable[..., tuple[Tensor, ...]]
 _here = threading.local()
 
@@ -23,12 +24,13 @@ class _Captured(NamedTuple):
 
 
 class _Slot:
-    """A stream of its own, whose graphs share their memory: they run one after the other. No other work goes on it, as
-    graphs write to what the libraries hold for their stream."""
+    """A stream of its own, whose graphs share their memory and inputs of like shape: they run one after the other. No
+    other work goes on it, as graphs write to what the libraries hold for their stream."""
 
     def __init__(self) -> None:
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        self.captured: dict[Hashable, _Captured | None] = {}
+        self.captured: dict[Hashable, _Captured] = {}
+        self.inputs: dict[Hashable, Tensor] = {}
 
 
 class Graphs:
@@ -36,25 +38,36 @@ class Graphs:
 
     def __init__(self, workers: int) -> None:
         self._free: LifoQueue[_Slot] = LifoQueue()
-        self._capturing = threading.Lock()
+        self._capturing, self._met, self._device = threading.Lock(), set[Hashable](), torch.cuda.current_device()
         for _ in range(min(AT_ONCE, workers)):
             self._free.put(_Slot())
+        self._works = True
 
     def use(self) -> None:
         """In `as_graph` of this thread, from here on."""
         _here.graphs = self
 
     def run(self, function: Function, inputs: tuple[Tensor, ...], options: tuple[Hashable, ...]) -> list[Tensor]:
+        """One by one where the operations are met for the first time, cannot be captured, or are not on this GPU."""
+        key = function, options, tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
+        with self._capturing:
+            known = key in self._met
+            self._met.add(key)
+        if not known or inputs[0].device.index != self._device:
+            return list(function(*inputs, *options))
         slot = self._free.get()
         try:
-            key = function, options, tuple((x.shape, x.stride(), x.dtype) for x in inputs)
-            if key not in slot.captured:
-                with self._capturing:
-                    slot.captured[key] = _capture(slot, function, inputs, options)
-            captured = slot.captured[key]
-            return list(function(*inputs, *options)) if captured is None else _replay(slot, captured, inputs)
+            with self._capturing:
+                if self._works and key not in slot.captured and len(slot.captured) < MOST:
+                    captured = _capture(slot, function, inputs, options)
+                    self._works = captured is not None
+                    if captured is not None:
+                        slot.captured[key] = captured
+            if key in slot.captured:
+                return _replay(slot, slot.captured[key], inputs)
         finally:
             self._free.put(slot)
+        return list(function(*inputs, *options))
 
 
 def as_graph(function: Function, *inputs: Tensor, options: tuple[Hashable, ...] = ()) -> list[Tensor]:
@@ -69,20 +82,31 @@ def as_graph(function: Function, *inputs: Tensor, options: tuple[Hashable, ...] 
 def _capture(
     slot: _Slot, function: Function, inputs: tuple[Tensor, ...], options: tuple[Hashable, ...]
 ) -> _Captured | None:
-    """None where a library cannot be captured."""
+    """None where a library cannot be captured, or memory does not suffice."""
+    graph = torch.cuda.CUDAGraph()
     slot.stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(slot.stream):
-        kept = [torch.empty_like(x).copy_(x) for x in inputs]
-        function(*kept, *options)  # the first run loads what cannot be loaded within a capture
-        graph = torch.cuda.CUDAGraph()
-        with suppress(RuntimeError):
+        try:
+            kept = []
+            for place, x in enumerate(inputs):
+                key = place, x.shape, x.stride(), x.dtype
+                if key not in slot.inputs:
+                    slot.inputs[key] = torch.empty_like(x)
+                kept.append(slot.inputs[key].copy_(x))
+            function(*kept, *options)  # the first run loads what cannot be loaded within a capture
+        except torch.OutOfMemoryError:
+            return None
+        try:
             graph.capture_begin(pool=slot.pool, capture_error_mode="thread_local")
             try:
                 outputs = function(*kept, *options)
             finally:
                 graph.capture_end()
-            return _Captured(graph, kept, outputs)
-    return None
+        except RuntimeError:
+            with suppress(RuntimeError):  # capture_end that fails leaves the allocator as if it went on
+                torch._C._cuda_endAllocateToPool(slot.stream.device_index, slot.pool)
+            return None
+    return _Captured(graph, kept, outputs)
 
 
 def _replay(slot: _Slot, captured: _Captured, inputs: tuple[Tensor, ...]) -> list[Tensor]:

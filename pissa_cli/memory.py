@@ -18,6 +18,7 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Method, Projections
 from pissa_cli.attach import attach, lowrank_layers, make_trainable, share_inputs
+from pissa_cli.batches import row_length
 from pissa_cli.configuration import first_line
 from pissa_cli.ledger import Heap, Ledger, Operations
 from pissa_cli.loss import autocast, loss_at, summed_loss
@@ -241,7 +242,9 @@ def _loss(recipe: Recipe, model: PreTrainedModel, size: int, packed: bool, chunk
     """The loss of a micro-batch of `size` examples of full length, every token a target."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     length = min(recipe.data.max_length, context or recipe.data.max_length)
-    shape = (1, size * length) if packed else (size, length)
+    lengths = [length] * size
+    row = row_length(lengths)
+    shape = (1, row) if packed else (size, length)
     batch = {"input_ids": torch.empty(shape, dtype=torch.long)}
     if recipe.data.classifies:
         return summed_loss(
@@ -249,8 +252,8 @@ def _loss(recipe: Recipe, model: PreTrainedModel, size: int, packed: bool, chunk
         )
     if packed:
         with unset_fake_temporarily():
-            lengths = torch.full((size,), length, device="cpu")
-        AttentionMaskInterface.register(BY_SEQUENCE, lambda **_: lengths)
+            sequences = torch.tensor(lengths + [row - sum(lengths)] * (row > sum(lengths)), device="cpu")
+        AttentionMaskInterface.register(BY_SEQUENCE, lambda **_: sequences)
         batch["position_ids"] = torch.empty_like(batch["input_ids"])
     elif size > 1:
         batch["attention_mask"] = torch.empty_like(batch["input_ids"])

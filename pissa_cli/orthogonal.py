@@ -20,7 +20,7 @@ def next_block(basis: Tensor, image: Tensor, doubts: Doubts = None) -> tuple[Ten
     for _ in range(2):
         block, step = cholesky_qr(block - basis @ (basis.T @ block), exact=True, doubts=doubts)
         R = step @ R
-        off = (step.diagonal() - 1).abs().max() >= 0.5
+        off = ~((step.diagonal() - 1).abs().max() < 0.5)  # NaN, too
         if doubts is not None:
             doubts.append(off.int())
             break
@@ -44,7 +44,7 @@ def cholesky_qr(block: Tensor, exact: bool = False, doubts: Doubts = None) -> tu
     gram = block.T @ block
     R, info = torch.linalg.cholesky_ex(gram, upper=True)
     if exact:
-        info = info + (gram.diagonal_scatter(gram.diagonal() - 1).abs().max() > 0.5)
+        info = info + ~(gram.diagonal_scatter(gram.diagonal() - 1).abs().max() <= 0.5)
     if doubts is not None:
         doubts.append(info)
     elif int(info):

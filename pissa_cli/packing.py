@@ -1,4 +1,4 @@
-"""Several examples in one row without padding, each of which sees itself alone.
+"""Several examples in one row, each of which sees itself alone.
 
 transformers builds a block-diagonal mask where position ids start again. With SDPA most of what such a mask costs is
 thrown away: here its blocks are attended to one by one instead, or by flash attention together, where that is sound.

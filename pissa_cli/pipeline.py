@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -58,6 +59,7 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int, ahead: in
         return result
 
     with (
+        nullcontext() if graphs is None else _freed_workspaces(),
         helpers(workers * each if each > 1 else 1) as use,
         ThreadPoolExecutor(workers, initializer=begin, initargs=(use,)) as pool,
     ):
@@ -73,5 +75,12 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int, ahead: in
             for future in waiting:
                 future.cancel()
             torch.set_num_threads(threads)
-            if graphs is not None:
-                torch._C._cuda_clearCublasWorkspaces()  # which would stay, for each thread and stream
+
+
+@contextmanager
+def _freed_workspaces() -> Iterator[None]:
+    """At its end those of cuBLAS are freed, which would stay, for each thread and stream."""
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()

@@ -39,7 +39,7 @@ DOUBTED_SKETCHED_BLOCKS = doubted(sketched_blocks)
 class SVD(NamedTuple):
     """The r largest singular triplets: U (out, r), S (r,) descending, Vh (r, in).
 
-    If not `exact`, the columns of U are orthogonal up to rounding times (S[0] / S[-1])^2, which is at most about 1e-2.
+    If not `exact`, the columns of U are orthogonal up to rounding times (S[0] / S[-1])^2, at most a few 1e-2.
     """
 
     U: Tensor

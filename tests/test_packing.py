@@ -1,4 +1,4 @@
-"""Packed examples: they see themselves alone, nothing is padded, and the loss and its gradients stay what they are."""
+"""Packed examples: they see themselves alone, hardly anything is padded, and loss and gradients stay what they are."""
 
 from __future__ import annotations
 

@@ -115,10 +115,18 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     begin_on_cpu = svd._begin
     monkeypatch.setattr(svd, "_begin", begin)
     monkeypatch.setattr(svd, "steps_at_once", steps)
-    monkeypatch.setattr(
-        krylov, "_sum_of_products", lambda high, low, X: high.float() @ X + low.float() @ X.bfloat16().float()
-    )
+    monkeypatch.setattr(krylov, "_product", lambda A, B: A.float() @ B.float())
     return taken
+
+
+def test_three_products_of_bf16_numbers(as_on_a_gpu: list[int]) -> None:
+    W, X = decaying(500, 400), decaying(400, 30, seed=1)
+    halves = krylov.Halves(W.bfloat16(), (W - W.bfloat16()).bfloat16())
+    for found, wanted in (
+        (krylov._times(halves, X), W.double() @ X.double()),
+        (krylov._power(halves, X), W.double().T @ (W.double() @ X.double())),
+    ):
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("scale", [3e-6, 1.0, 3e4])
