@@ -44,7 +44,8 @@ class Graphs:
         self._works = True
 
     def use(self) -> None:
-        """In `as_graph` of this thread, from here on."""
+        """In `as_graph` of this thread, from here on; it works on their GPU."""
+        torch.cuda.set_device(self._device)
         _here.graphs = self
 
     def run(self, function: Function, inputs: tuple[Tensor, ...], options: tuple[Hashable, ...]) -> list[Tensor]:

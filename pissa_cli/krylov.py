@@ -155,7 +155,7 @@ def _powers(weights: list[Tensor], block: Tensor, doubts: Doubts) -> Tensor:
         if step and W.device.type == "cpu" and not int(info):
             shift = max(shift, (shift + _least_singular_value(gram)) / 2)
         Q = torch.linalg.solve_triangular(R, found, upper=True, left=False)
-        found = transposed_times(W, times(W, Q)).float()
+        found = _power(W, Q)
         if shift:
             found.sub_(Q, alpha=shift)
     if doubts is not None:
@@ -164,7 +164,7 @@ def _powers(weights: list[Tensor], block: Tensor, doubts: Doubts) -> Tensor:
     if not int(torch.stack(infos).sum()):
         return found
     for W in weights:
-        block = transposed_times(W, times(W, cholesky_qr(block)[0])).float()
+        block = _power(W, cholesky_qr(block)[0])
     return block
 
 

@@ -42,15 +42,13 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int, ahead: in
     """work(item) of every item, in their order: `workers` at once, on one thread of torch's and with `each` helpers for
     what is cut into `panels`; on a GPU each on a stream of its own, at whose end its result is handed on."""
     threads, graphs = torch.get_num_threads(), Graphs(workers) if torch.cuda.is_initialized() else None
-    device = None if graphs is None else torch.cuda.current_device()
 
     def begin(use_helpers: Callable[[], None]) -> None:
         torch.set_num_threads(1)
         use_helpers()
         if graphs is not None:
-            torch.cuda.set_device(device)
-            torch.cuda.set_stream(torch.cuda.Stream())
             graphs.use()
+            torch.cuda.set_stream(torch.cuda.Stream())
 
     def finished(item: T) -> R:
         result = work(item)
