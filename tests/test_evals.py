@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEMO
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pissa_cli.data import question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals import run as module
-from pissa_cli.evals.generate import generate
+from pissa_cli.evals.generate import cut, generate
 from pissa_cli.evals.run import evaluate
 from pissa_cli.recipe import DataSection
 from pissa_cli.recipe_file import load
@@ -123,6 +123,19 @@ def test_generation_stays_inside_the_context(demo_base: tuple[Any, Any]) -> None
     assert dict(generate(model, tokenizer, [[5] * 250], 1, 100))
     answers = dict(generate(model, tokenizer, [[5] * 256, [5] * 9, [5] * 300], 1, 4))
     assert answers[0] == answers[2] == "" and answers[1] == dict(generate(model, tokenizer, [[5] * 9], 1, 4))[0] != ""
+
+
+@pytest.mark.parametrize("stop", [(), ("5 12",)])
+def test_every_answer_has_the_room_of_its_own_prompt(demo_base: tuple[Any, Any], stop: tuple[str, ...]) -> None:
+    tokenizer = demo_base[1]
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=48, n_embd=32, n_layer=2, n_head=2)).eval()
+    model.lm_head.weight.data[tokenizer.eos_token_id] = 0
+    prompts = [[5 + place % number for place in range(length)] for number, length in enumerate((44, 9, 30, 29), 1)]
+    alone = dict(generate(model, tokenizer, prompts, 1, 64, stop=stop))
+    assert dict(generate(model, tokenizer, prompts, 4, 64, stop=stop)) == alone
+    ids = model.generate(torch.tensor([prompts[1]]), max_length=48, do_sample=False, pad_token_id=0)
+    assert len(ids[0]) == 48 and alone[1] == cut(tokenizer.decode(ids[0, 9:], skip_special_tokens=True), stop)
 
 
 @pytest.fixture(scope="module")

@@ -40,63 +40,70 @@ def generate(
     generation_config names: chat models end a turn by it), before a `stop` string, at `max_new_tokens` or at the end of
     the context. Nothing else of the model's generation_config counts: a repetition penalty there would change the
     score. Above temperature 0 answers are sampled from the likeliest tokens that make 95 %, by `seed` and the place of
-    a batch. batch_size: None for as many as should fit (`fitting`); batches that do not are halved. The answer
-    to a prompt that leaves no room for one is empty.
+    a batch. batch_size: None for as many as should fit (`fitting`); batches that do not are halved. What the longest
+    prompt of a batch has no room for, the others write after it. The answer to a prompt that leaves no room is empty.
     """
     require_tokens("the questions", (token for prompt in prompts for token in prompt), model.config)
     eos = tokenizer.eos_token_id
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     stops = sorted({eos, *(own if isinstance(own, list) else [own] if own is not None else [])})
     model.generation_config = GenerationConfig(eos_token_id=own)
-    context = context_of(model)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    done, most = sum(len(prompt) >= context for prompt in prompts), batch_size or MOST
-    yield from ((index, "") for index in order[:done])
-    while done < len(order):
-        whole = min(len(prompts[order[done]]) + max_new_tokens, context)
-        chunk = order[done : done + min(most, batch_size or fitting(model, whole))]
-        longest = max(len(prompts[i]) for i in chunk)
-        room = min(max_new_tokens, context - longest)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
-        ids = torch.full((len(chunk), longest), pad)
-        mask = torch.zeros_like(ids)
-        for row, index in enumerate(chunk):
-            ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask[row, longest - len(prompts[index]) :] = 1
-        config = GenerationConfig(
-            max_new_tokens=room,
-            **(
-                {"do_sample": True, "temperature": temperature, "top_p": TOP_P, "top_k": 0}
-                if temperature
-                else {"do_sample": False}
-            ),
-            eos_token_id=stops,
-            pad_token_id=pad,
-            bos_token_id=tokenizer.bos_token_id,
-        )
-        device = model.device
-        torch.manual_seed(seed + done)
+    context, pad = context_of(model), tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
+    sampled = {"do_sample": True, "temperature": temperature, "top_p": TOP_P, "top_k": 0}
+    config = GenerationConfig(
+        **(sampled if temperature else {"do_sample": False}),
+        eos_token_id=stops,
+        pad_token_id=pad,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    written: list[list[int]] = [[] for _ in prompts]
+
+    def room(index: int) -> int:
+        return min(max_new_tokens, context - len(prompts[index])) - len(written[index])
+
+    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    full = [index for index in waiting if room(index) <= 0]
+    yield from ((index, "") for index in full)
+    waiting, going, done, most = waiting[len(full) :], [], len(full), batch_size or MOST
+    while going or waiting:
+        if not going:
+            num = min(most, batch_size or fitting(model, min(len(prompts[waiting[0]]) + max_new_tokens, context)))
+            going, waiting = waiting[:num], waiting[num:]
+            torch.manual_seed(seed + done)
+        texts = [prompts[index] + written[index] for index in going]
+        longest = max(map(len, texts))
+        ids = torch.tensor([[pad] * (longest - len(text)) + text for text in texts])
+        mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+        config.max_new_tokens = min(map(room, going))
         try:
             output = model.generate(
-                ids.to(device),
-                attention_mask=mask.to(device),
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
                 generation_config=config,
                 stopping_criteria=StoppingCriteriaList([_Stop(tokenizer, longest, stop)] if stop else []),
             )
         except torch.OutOfMemoryError:
-            if len(chunk) == 1:
+            if len(going) == 1:
                 raise
             output = None
         if output is None:  # after the exception, which holds on to what is to be freed
             torch.cuda.empty_cache()
-            most = len(chunk) // 2
+            most = len(going) // 2
+            going, waiting = [], going + waiting
             continue
-        for row, index in enumerate(chunk):
+        unfinished = []
+        for row, index in enumerate(going):
             tokens = output[row, longest:].tolist()
-            tokens = list(takewhile(lambda token: token not in stops, tokens))
-            yield index, cut(tokenizer.decode(tokens, skip_special_tokens=True), stop)
-        done += len(chunk)
-        progress(done, len(order))
+            kept = list(takewhile(lambda token: token not in stops, tokens))
+            written[index] += kept
+            text = tokenizer.decode(written[index], skip_special_tokens=True)
+            if len(kept) < len(tokens) or not room(index) or any(one in text for one in stop):
+                yield index, cut(text, stop)
+            else:
+                unfinished.append(index)
+        done += len(going) - len(unfinished)
+        going = unfinished
+        progress(done, len(prompts))
 
 
 class _Stop(StoppingCriteria):  # type: ignore[misc]
