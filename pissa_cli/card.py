@@ -36,8 +36,11 @@ def model_card(recipe: Recipe, what: str, library: str = "transformers", step: i
         front["datasets"] = [recipe.data.train.partition(":")[0]]
     method = recipe.adapter.method
     rank = "" if isinstance(recipe.adapter, FullOptions) else f", rank {recipe.adapter.rank}"
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# {default_repo(recipe)}", ""]
-    lines.append(f"{Path(name).name if local else name}, fine-tuned with `pissa {__version__}` (method {method}{rank})")
+    base = Path(name).name if local else name
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", ""]
+    if not run.exists():
+        return "\n".join([*lines, f"# {base}", "", f"{base}, {what} with `pissa {__version__}`.", ""])
+    lines += [f"# {default_repo(recipe)}", "", f"{base}, fine-tuned with `pissa {__version__}` (method {method}{rank})"]
     lines += [f"and {what}.", ""]
     if figures := _figures(run, step):
         lines += ["| figure | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in figures), ""]
@@ -82,7 +85,8 @@ def _figures(run: Run, step: int | None) -> list[tuple[str, str]]:
         result = read_json(path)
         try:
             spread = f" ± {result['stderr']:.2f}" if result["stderr"] is not None else ""
-            rows.append((f"{path.parent.relative_to(scored)}, {result['metric']}", f"{result['score']:.2f}{spread}"))
+            name = f"{path.parent.relative_to(scored)}, {result['metric']}, n = {result['n']}"
+            rows.append((name, f"{result['score']:.2f}{spread}"))
         except (KeyError, TypeError, ValueError):
             raise UsageError(f"{path}: damaged", "remove it, or run `pissa eval` again") from None
     return rows

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from pissa_cli.examples import Encoded
 from pissa_cli.glue import GLUE
 from pissa_cli.recipe import DataSection
-from pissa_cli.rows import Row, text_of
+from pissa_cli.rows import Row, text_of, value_of
 
 SHOWN = 40
 LARGEST = 1e18
@@ -23,10 +23,10 @@ def label_columns(section: DataSection, columns: Sequence[str]) -> dict[str, str
     if section.glue is not None:
         texts, label = GLUE[section.glue].columns(dict.fromkeys(columns))
         return dict(zip(("text", "text_pair"), texts, strict=False)) | {"label": label}
-    names = {name: section.columns.get(name, name) for name in ("text", "text_pair", "label")}
-    if names["text_pair"] not in columns and "text_pair" not in section.columns:
-        del names["text_pair"]
-    return names
+    pair = section.optional_column("text_pair")
+    has_pair = pair in columns or "text_pair" in section.columns
+    fields = ("text", "text_pair", "label") if has_pair else ("text", "label")
+    return {name: section.columns.get(name, name) for name in fields}
 
 
 def encode_classified(
@@ -38,7 +38,7 @@ def encode_classified(
         *columns, label_column = label_columns(section, list(row)).values()
         try:
             texts = [text_of(row, column) for column in columns]
-            label = label_number(row.get(label_column), label_column, labels)
+            label = label_number(value_of(row, label_column), label_column, labels)
         except ValueError as error:
             results.append(str(error))
             continue

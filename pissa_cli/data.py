@@ -14,7 +14,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.examples import CUT, Encoded, Examples, cache_key, no_usable_row, read_cache, refuse, write_cache
 from pissa_cli.loading import no_panic
 from pissa_cli.recipe import FIELDS, DataSection
-from pissa_cli.rows import Row, content_hash, read_rows, text_of
+from pissa_cli.rows import Row, content_hash, read_rows, text_of, value_of
 
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 INTRO_INPUT = (
@@ -59,8 +59,8 @@ def render(row: Row, section: DataSection) -> tuple[str, str]:
         return "", fields["text"]
     if section.format == "prompt":
         return fields["prompt"], fields["completion"]
-    column = section.columns.get("input", "input")
-    extra = "" if row.get(column) is None else text_of(row, column)
+    column = section.optional_column("input")
+    extra = "" if column is None or value_of(row, column) is None else text_of(row, column)
     if extra and section.template is not None and "{input}" not in section.template:
         raise ValueError(f"'{column}' has text, data.template no {{input}}")
     return _fill(section, fields["instruction"], extra, fields["output"])

@@ -81,6 +81,10 @@ class DataSection(Section):
                 raise ValueError("template: needs {instruction} and {output}")
         return self
 
+    def optional_column(self, field: str) -> str | None:
+        """The column of an optional field; None if that of its name is mapped to another field."""
+        return self.columns.get(field, None if field in self.columns.values() else field)
+
     @property
     def glue(self) -> str | None:
         """The GLUE task of the rows."""

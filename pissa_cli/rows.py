@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pissa_cli.weights import hash_file
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+LONGEST_CELL = 2**31 - 1
 
 
 def read_rows(source: str, limit: int | None = None) -> Iterator[tuple[int, Row | str]]:
@@ -39,7 +41,7 @@ def content_hash(source: str) -> str:
 
 def text_of(row: Row, column: str) -> str:
     """The text of a column, numbers written out. Raises ValueError, with the reason, for anything else."""
-    value = row.get(column)
+    value = value_of(row, column)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
@@ -47,6 +49,12 @@ def text_of(row: Row, column: str) -> str:
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(f"'{column}' holds a broken character (a lone surrogate)")
     return value
+
+
+def value_of(row: Row, column: str) -> Any:
+    """What a row has in a column; None for nothing, as which NaN counts: pandas writes it for an empty cell."""
+    value = row.get(column)
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def is_file(source: str) -> bool:
@@ -80,6 +88,7 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
 
 def _table_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
     tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # a quotation mark is only that
+    csv.field_size_limit(LONGEST_CELL)
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, **tabs if path.suffix == ".tsv" else {})
         columns = list(reader.fieldnames or [])

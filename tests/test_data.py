@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,27 @@ def test_inputs_are_never_dropped(tmp_path: Path, tokenizer: PreTrainedTokenizer
             DataSection(**section)
     with pytest.raises(UsageError, match="lone surrogate"):
         load_one(tmp_path, tokenizer, {"instruction": "\ud800", "output": "x"})
+
+
+def test_a_mapped_column_is_no_input_as_well(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"input": "What is 2+2?", "output": "4"}
+    prompt, _ = load_one(tmp_path, tokenizer, row, columns={"instruction": "input"})
+    assert prompt == TEMPLATE.partition("{output}")[0].replace("{instruction}", "What is 2+2?")
+
+
+def test_nan_is_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """pandas writes it for an empty cell."""
+    rows = [{"instruction": "a", "input": math.nan, "output": "b"}, {"instruction": "a", "output": math.nan}]
+    examples = load_examples(write(tmp_path / "r.jsonl", rows), DataSection(), tokenizer, None)
+    assert examples.unusable == {"'output' is missing": [2]} and len(examples) == 1
+    assert "nan" not in tokenizer.decode(examples.ids)
+
+
+def test_a_long_cell_is_cut_like_any_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(f"instruction,output\na,b\nc,{'1' * 140_000}\n")
+    examples = load_examples(str(path), DataSection(), tokenizer, None)
+    assert len(examples) == 2 and examples.num_cut == 1
 
 
 def test_truncation(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -38,6 +38,7 @@ FORMS = [
     ("The answer is: 3/4", 1),
     ("The answer is: 10/4", 2),
     ("The answer is: 5/0", None),
+    (f"The answer is: {'9' * 400}/7", None),
     ("The answer is: 12 apples, 3 left", 12),
     ("The answer is: 1. The answer is: 2", 2),
     ("The answer is:42", None),
@@ -67,6 +68,7 @@ def test_gold_and_score() -> None:
 
 
 def test_answers_in_the_form_of_gsm8ks_own_rows_are_noted(pissa: Any, tmp_path: Path) -> None:
+    assert not gsm8k.other_form(["#" * 40] * 9)
     assert gsm8k.other_form(["#### 4"] * 5 + ["4"] * 5) and gsm8k.other_form(["#### 4"] * 9 + ["The answer is: 4"])
     for outputs in (["#### 4\nThe answer is: 4"] * 9, ["The answer is: 4"] * 2 + ["#### 4"] * 8, ["4"] * 9):
         assert gsm8k.other_form(outputs) is None
@@ -129,7 +131,9 @@ def test_generation_stays_inside_the_context(demo_base: tuple[Any, Any]) -> None
 def test_every_answer_has_the_room_of_its_own_prompt(demo_base: tuple[Any, Any], stop: tuple[str, ...]) -> None:
     tokenizer = demo_base[1]
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=48, n_embd=32, n_layer=2, n_head=2)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=48, n_embd=32, n_layer=2, n_head=2)
+    ).eval()
     model.lm_head.weight.data[tokenizer.eos_token_id] = 0
     prompts = [[5 + place % number for place in range(length)] for number, length in enumerate((44, 9, 30, 29), 1)]
     alone = dict(generate(model, tokenizer, prompts, 1, 64, stop=stop))

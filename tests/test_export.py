@@ -152,6 +152,8 @@ def test_full_fine_tuning_needs_no_merge_and_quantizes(models: Callable[[str], P
 
 def test_the_model_card_keeps_folders_to_itself(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
     made = recipe(models("llama"), "model.bits=32", f"data.train={rows}", "train.steps=2")
+    plain = model_card(made, "quantized")
+    assert "llama, quantized with" in plain and "fine-tuned" not in plain and "rank" not in plain
     train(made)
     (models("llama") / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base\n")
     card = model_card(made, "merged")

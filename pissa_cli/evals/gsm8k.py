@@ -12,6 +12,7 @@ from pissa_cli.rows import Row
 
 MARKER = "The answer is: "
 _NUMBER = re.compile(r"[-+]?\d*[.,/]?\d+")
+_OWN_END = re.compile(r"####\s*[-+$]?\d")
 
 
 def gold(row: Row) -> str:
@@ -41,7 +42,7 @@ def extract(output: str) -> int | None:
         return None
     text = match.group().replace(",", "")
     try:
-        return round(Fraction(text) if "/" in text else float(text))
+        return round(float(Fraction(text)))
     except (ValueError, ZeroDivisionError, OverflowError):
         return None
 
@@ -55,7 +56,7 @@ def score(output: str, reference: str) -> bool:
 def other_form(outputs: Sequence[str]) -> str | None:
     """A note if most answers end as GSM8K's own rows do, and hardly any as the protocol asks."""
     marked = sum(MARKER in output for output in outputs)
-    own = sum("####" in output and MARKER not in output for output in outputs)
+    own = sum(_OWN_END.search(output) is not None and MARKER not in output for output in outputs)
     if 10 * marked > len(outputs) or 2 * own < len(outputs):
         return None
     return (
