@@ -48,7 +48,7 @@ def load(target: str | None, flags: Mapping[KeyPath, tuple[str, Any]], sets: Seq
     Raises UsageError naming the key's whole path, file and line, and the nearest valid key.
     """
     given = {key: Value(value, flag) for key, (flag, value) in flags.items()}
-    given = _over(given, dict(_parse_set(text) for text in sets))
+    given = _over(given, {key: value for text in sets for key, value in _parse_set(text).items()})
     _require_names(given)
     if target is None:
         folder = Path(str(given[("output",)].value if ("output",) in given else "out"))
@@ -130,7 +130,7 @@ def listing(loaded: Loaded) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _parse_set(text: str) -> tuple[KeyPath, Value]:
+def _parse_set(text: str) -> dict[KeyPath, Value]:
     key, equals, value = text.partition("=")
     path = tuple(key.split("."))
     if path[:2] in PATTERNS and len(path) > 3:
@@ -139,7 +139,14 @@ def _parse_set(text: str) -> tuple[KeyPath, Value]:
         raise UsageError(
             f"--set {shown(text)}: expected key=value, e.g. --set train.lr=2e-5", "docs/recipes.md lists the keys"
         )
-    return path, Value(parse_scalar(value, f"--set {key}"), f"--set {key}")
+    return _leaves(path, parse_scalar(value, f"--set {key}"), f"--set {key}")
+
+
+def _leaves(path: KeyPath, value: Any, source: str) -> dict[KeyPath, Value]:
+    """The single values of a mapping, as files have them; an empty one is a value."""
+    if not isinstance(value, dict) or not value:
+        return {path: Value(value, source)}
+    return {leaf: one for key, child in value.items() for leaf, one in _leaves((*path, key), child, source).items()}
 
 
 def _is_name(key: KeyPath) -> bool:
@@ -161,8 +168,12 @@ def _require_names(values: Mapping[KeyPath, Value]) -> None:
 
 
 def _over(lower: Mapping[KeyPath, Value], upper: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:
-    """Both layers, the upper winning. A length in steps above puts aside one in epochs below, and vice versa."""
-    kept = dict(lower)
+    """Both layers, the upper winning key by key. A length in steps above puts aside one in epochs below, and vice
+    versa; an empty mapping above empties one below, an empty section leaves it as it is."""
+    emptied = {key for key, value in upper.items() if value.value == {} and len(key) > 1}
+    kept = {
+        key: value for key, value in lower.items() if not any(key[:depth] in emptied for depth in range(2, len(key)))
+    }
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if ("train", one) in upper and upper[("train", one)].value is not None:
             kept.pop(("train", other), None)
@@ -245,7 +256,10 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
                 f"{value.source}: {'.'.join(key)}: expected a section with keys, found {shown(value.value)}",
                 "docs/recipes.md lists the keys of every section",
             )
-        node[key[-1]] = value.value
+        if value.value == {}:
+            node.setdefault(key[-1], {})
+        else:
+            node[key[-1]] = value.value
     if "model" not in tree or not isinstance(tree["model"], dict) or "name" not in tree["model"]:
         known = ", ".join(_names(shipped("configs") / "model"))
         raise UsageError(

@@ -140,6 +140,26 @@ def test_every_translation_names_a_key_of_ours() -> None:
         assert key in _keys(tuple(section), {"adapter": {"method": "lora"}})
 
 
+def test_set_takes_mappings_key_by_key(tmp_path: Path) -> None:
+    block, path = tmp_path / "block.yaml", tmp_path / "r.yaml"
+    block.write_text("columns: {}\n")
+    path.write_text(
+        f"use: {{data: {block}}}\nmodel: {{name: m}}\nadapter: {{method: lora, rank: 4}}\n"
+        "train: {lr: 1e-3, batch_size: 8}\ndata: {columns: {instruction: q, output: a}}\n"
+    )
+    sets = ["train={lr: 2e-3}", "adapter={rank: 8}", "data.columns={instruction: other}"]
+    loaded = load(str(path), {}, sets)
+    recipe, sources = loaded.recipe, loaded.sources
+    assert (recipe.train.lr, recipe.train.batch_size) == (2e-3, 8)
+    assert (recipe.adapter.method, recipe.adapter.rank) == ("lora", 8)
+    assert recipe.data.columns == {"instruction": "other", "output": "a"}
+    assert sources[("data", "columns", "instruction")] == "--set data.columns"
+    assert sources[("train", "lr")] == "--set train" and sources[("train", "batch_size")] == f"{path}:4"
+    emptied = load(str(path), {}, ["data.columns={}", "train={}"]).recipe
+    assert emptied.data.columns == {} and emptied.train.batch_size == 8
+    assert load(str(path), {}, ["data.columns={}", "data.columns.output=x"]).recipe.data.columns == {"output": "x"}
+
+
 def test_set_takes_names_of_layers_with_dots() -> None:
     sets = ["model.name=m", r"adapter.rank_pattern.layers.0..*_proj=8", "adapter.rank_pattern.q_proj=4"]
     assert load(None, {}, sets).recipe.adapter.rank_pattern == {"layers.0..*_proj": 8, "q_proj": 4}  # type: ignore[union-attr]

@@ -64,7 +64,8 @@ def generate(
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     full = [index for index in waiting if room(index) <= 0]
     yield from ((index, "") for index in full)
-    waiting, going, done, most = waiting[len(full) :], [], len(full), batch_size or MOST
+    waiting, done, most = waiting[len(full) :], len(full), batch_size or MOST
+    going: list[int] = []
     while going or waiting:
         if not going:
             num = min(most, batch_size or fitting(model, min(len(prompts[waiting[0]]) + max_new_tokens, context)))
