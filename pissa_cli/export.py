@@ -165,6 +165,7 @@ def quantize(
         "path": str(output),
         "bytes": writer.total_bytes,
         "dense_bytes": dense_bytes,
+        "kept_dense": [layer.name for layer in linears if form == "nf4" and not (layer.packable or layer.embedding)],
         "relative_error": math.sqrt(error / max(norm, 1e-300)),
         "packed_experts": form == "nf4" and any(layer.expert and layer.packable for layer in linears),
         **compared,

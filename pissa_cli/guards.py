@@ -48,11 +48,6 @@ def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
             f"{run.folder}: this run has reached {checkpoint.name}",
             "go on with --resume (at its end: with more steps), or use another --output",
         )
-    if recipe.train.steps is not None and recipe.train.steps < step_of(checkpoint):
-        raise UsageError(
-            f"train.steps: {recipe.train.steps} is less than the run has taken ({checkpoint.name})",
-            "give at least as many, or start a new run with another --output",
-        )
     before = load(str(run.folder), {}).recipe
     for name in ("data", "train"):
         old, new = getattr(before, name).model_dump(), getattr(recipe, name).model_dump()
@@ -63,6 +58,16 @@ def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
                     "resume with the same value, or start a new run with another --output",
                 )
     return True
+
+
+def require_reach(run: Run, steps: int) -> None:
+    """Refuse a recipe by which the run would have ended before where it is."""
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is not None and steps < step_of(checkpoint):
+        raise UsageError(
+            f"train.steps, train.epochs: {steps} steps are less than the run has taken ({checkpoint.name})",
+            "give at least as many, or start a new run with another --output",
+        )
 
 
 def schedule_change(run: Run, recipe: Recipe) -> list[str]:

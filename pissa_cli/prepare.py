@@ -13,14 +13,16 @@ from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data import load_examples, require_columns
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
-from pissa_cli.guards import require_context, resumes, schedule_change
+from pissa_cli.guards import require_context, require_reach, resumes, schedule_change
 from pissa_cli.initialize import Progress, initialize, open_run, require_base
 from pissa_cli.kernels import require_kernels
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import context_length, resolve_base
 from pissa_cli.recipe import Recipe
+from pissa_cli.report import left_dense
 from pissa_cli.rows import is_file, read_rows
 from pissa_cli.rundir import Run
+from pissa_cli.steps import count_steps
 
 FIRST_ROWS = 100  # that a dry run looks at
 
@@ -58,6 +60,7 @@ def prepare(
     tokenizer = load_tokenizer(folder, recipe.model)
     cache = Path(HF_HOME) / "pissa" / "tokens"
     examples = load_examples(recipe.data.train, recipe.data, tokenizer, cache, recipe.model.labels)
+    require_reach(run, count_steps(len(examples), recipe))
     whole = recipe.data.model_copy(update={"limit": None})
     held_out = None
     if recipe.data.eval is not None:
@@ -69,4 +72,6 @@ def prepare(
             for line in loaded.notes(name):
                 watch({"note": line})
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
+    if note := left_dense(manifest.get("kept_dense", [])):
+        watch({"note": note})
     return manifest, tokenizer, examples, held_out

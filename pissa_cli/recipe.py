@@ -241,9 +241,7 @@ class Recipe(Section):
                 "zero and never train; set model.bits to 4, or adapter.method to pissa or lora"
             )
         if isinstance(adapter, PissaOptions) and adapter.passes is not None and adapter.passes > 1 and bits != 4:
-            raise ValueError(
-                "adapter.passes repeats the split against 4-bit rounding; set model.bits to 4 or remove it"
-            )
+            raise ValueError("adapter.passes is about 4-bit rounding: set model.bits to 4, or remove it")
         if isinstance(adapter, ScaledBase) and adapter.max_error is not None:
             if bits != 4:
                 raise ValueError("adapter.max_error is about 4-bit error: set model.bits to 4, or use max_parameters")
@@ -253,10 +251,10 @@ class Recipe(Section):
             raise ValueError("adapter.refit is about 4-bit error: set model.bits to 4, or remove it")
         if self.model.double_quant and bits != 4:
             raise ValueError("model.double_quant needs model.bits 4; set it, or remove the key")
-        heads = [self.model.task] if self.model.task != "causal-lm" else []
+        has_head = self.model.task != "causal-lm" or bool(getattr(adapter, "modules_to_save", []))
         if self.train.head_lr is not None and isinstance(adapter, FullOptions):
             raise ValueError("train.head_lr: full fine-tuning has one rate for everything, train.lr; remove it")
-        if self.train.head_lr is not None and not getattr(adapter, "modules_to_save", []) + heads:
+        if self.train.head_lr is not None and not has_head:
             raise ValueError("train.head_lr is the rate of adapter.modules_to_save, which is empty; remove it")
         if self.model.absmax == "largest" and bits != 4:
             raise ValueError("model.absmax needs model.bits 4; set it, or remove the key")

@@ -67,6 +67,14 @@ def compare_losses(runs: dict[str, Path], picture: Path) -> None:
     temporary.replace(picture)
 
 
+def left_dense(names: list[str]) -> str | None:
+    """A line about linear layers that 4 bits leave as they are; None if there are none."""
+    if not names:
+        return None
+    what, more = ("1 linear layer stays", "") if len(names) == 1 else (f"{len(names)} linear layers stay", ", ...")
+    return f"{what} in 16 bits, as gates or for rows that are no whole NF4 blocks of 64: {names[0]}{more}"
+
+
 def summarize(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The layers of a manifest by kind, and all of them: counts, means, and NF4 error reductions in percent."""
     layers = manifest.get("layers", [])

@@ -282,7 +282,9 @@ def test_experts_do_not_train_whole(models: Callable[[str], Path], recipe: Make)
             make_plan(made, models("qwen3_moe"))
 
 
-def test_weights_that_get_no_adapter_are_named(models: Callable[[str], Path], pissa: Any, tmp_path: Path) -> None:
+def test_weights_that_get_no_adapter_are_named(
+    models: Callable[[str], Path], pissa: Any, rows: Path, tmp_path: Path
+) -> None:
     """Experts of this model are 3-D on disk; a gate of one row has no lower rank."""
     torch.manual_seed(0)
     config = GraniteMoeConfig(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1, eos_token_id=1)
@@ -293,3 +295,7 @@ def test_weights_that_get_no_adapter_are_named(models: Callable[[str], Path], pi
     outcome = pissa("init", "--model", models("qwen2_moe"), "--bits", 4, "--rank", 4, "--json", "-o", tmp_path / "moe")
     assert outcome.json["kept_dense"] == ["model.layers.1.mlp.shared_expert_gate"]
     assert not any("shared_expert_gate" in layer["name"] for layer in outcome.json["layers"])
+    outcome = pissa("quantize", models("qwen2_moe"), "--output", tmp_path / "nf4")
+    assert "1 linear layer stays in 16 bits, as gates" in outcome.out + outcome.err
+    sets = ("--set", f"data.train={rows}", "--set", "train.steps=1")
+    assert "1 linear layer stays in 16 bits, as gates" in pissa("train", tmp_path / "moe", *sets).err

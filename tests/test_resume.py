@@ -102,8 +102,9 @@ def test_changed_data_and_fewer_steps_are_refused_on_resume(
 ) -> None:
     sets = (*BASE, f"data.train={rows}")
     train(recipe(models("llama"), *sets, "train.steps=4"))
-    with pytest.raises(UsageError, match="2 is less than the run has taken"):
-        train(recipe(models("llama"), *sets, "train.steps=2"), resume=True)
+    for fewer in ("train.steps=2", "train.epochs=0.01"):
+        with pytest.raises(UsageError, match="less than the run has taken"):
+            train(recipe(models("llama"), *sets, fewer), resume=True)
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[::-1]))
     with pytest.raises(UsageError, match="other data"):
         train(recipe(models("llama"), *sets, "train.steps=6"), resume=True)

@@ -50,7 +50,7 @@ def init_command(
         return
     from pissa_cli.errors import UsageError
     from pissa_cli.initialize import initialize
-    from pissa_cli.report import summarize
+    from pissa_cli.report import left_dense, summarize
 
     recipe = loaded.recipe
     if report and recipe.adapter.method == "full":
@@ -60,14 +60,11 @@ def init_command(
         manifest = initialize(recipe, progress)
     rows = summarize(manifest)
     result = {"path": recipe.output, **manifest, "summary": rows}
-    notes = {
-        "kept_dense": "stay dense, as gates or for rows that are no whole NF4 blocks of 64",
-        "left_out": f"get no adapter, as 3-D weights that {recipe.adapter.method} cannot take",
-    }
-    for key, note in notes.items():
-        names = manifest.get(key, [])
-        if names:
-            show.say(f"{note}: {names[0]}{f', ... ({len(names)} in all)' if len(names) > 1 else ''}")
+    if note := left_dense(manifest.get("kept_dense", [])):
+        show.say(note)
+    if names := manifest.get("left_out", []):
+        note = f"get no adapter, as 3-D weights that {recipe.adapter.method} cannot take"
+        show.say(f"{note}: {names[0]}{f', ... ({len(names)} in all)' if len(names) > 1 else ''}")
     counts = ""
     if "trainable" in manifest:
         counts = f"; {manifest['trainable']:,} numbers train (LoRA of rank 16: {manifest['trainable_lora_r16']:,})"

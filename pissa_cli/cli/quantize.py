@@ -37,6 +37,7 @@ def quantize_command(
         dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli.export import quantize
+    from pissa_cli.report import left_dense
 
     with show.counting("quantize") as progress:
         result = quantize(
@@ -52,6 +53,8 @@ def quantize_command(
         f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB (dense: {result['dense_bytes'] / 2**20:,.1f} MiB)",
         f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)",
     ]
+    if note := left_dense(result["kept_dense"]):
+        lines.insert(1, note)
     if before is not None:
         lines.append(f"perplexity {before:.3f} -> {after:.3f} on {result['perplexity_data']}")
     if result["packed_experts"]:
