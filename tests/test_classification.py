@@ -98,7 +98,7 @@ def classifier(recipe: Callable[..., Any], texts: Path) -> Callable[..., Any]:
             "model.task=sequence-classification",
             f"data.train={texts}",
             "data.format=glue/mrpc",
-            "adapter.rank=4",
+            *(() if "adapter.method=full" in sets else ("adapter.rank=4",)),
             "train.steps=4",
             "train.batch_size=8",
             "train.lr=0.01",
@@ -214,7 +214,7 @@ def test_what_sees_its_padding_is_refused(classifier: Callable[..., Any], tmp_pa
 
 def test_full_fine_tuning(encoders: Callable[[str], Path], classifier: Callable[..., Any], texts: Path) -> None:
     folder = encoders("bert")
-    made = classifier(folder, "model.bits=32", "adapter={method: full}", "train.lr=0.001")
+    made = classifier(folder, "model.bits=32", "adapter.method=full", "train.lr=0.001")
     figures = train(made)
     model = AutoModelForSequenceClassification.from_pretrained(figures["result"])
     close(logits(model, folder), logits(load_result(made, torch.device("cpu")), folder))
