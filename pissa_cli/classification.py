@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pissa_cli.data_options import DataSection
 from pissa_cli.examples import Encoded
 from pissa_cli.glue import GLUE
-from pissa_cli.recipe import DataSection
 from pissa_cli.rows import Row, text_of, value_of
 
 SHOWN = 40

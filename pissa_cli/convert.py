@@ -171,7 +171,7 @@ def _differences(
 
 def _compare(recipe: Recipe, stored: Path, adapter: Adapter, plain: Path, folder: Path) -> dict[str, float]:
     """Logits of the run against those of the exported files on the plain base."""
-    device, tokenizer = best_device(), load_tokenizer(plain, recipe.model)
+    device, tokenizer = best_device(), load_tokenizer(plain, recipe)
     before = probe_logits(load_with(recipe, stored, adapter, device), tokenizer, recipe)
     gc.collect()
     dense = recipe.model_copy(update={"model": recipe.dense_model})

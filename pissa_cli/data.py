@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pissa_cli.chat import encode_chat, question_text, require_template
 from pissa_cli.classification import encode_classified, label_columns
+from pissa_cli.data_options import FIELDS, DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import CUT, Encoded, Examples, cache_key, no_usable_row, read_cache, refuse, write_cache
 from pissa_cli.loading import no_panic
-from pissa_cli.recipe import FIELDS, DataSection
 from pissa_cli.rows import Row, content_hash, read_rows, text_of, value_of
 
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -38,8 +39,8 @@ def load_examples(
 
     Raises UsageError for a missing column (the columns are listed) and for a set without a usable row.
     """
-    if section.format == "chat" and not tokenizer.chat_template:
-        raise UsageError("data.format chat: this tokenizer has no chat template", "use format alpaca or prompt")
+    if section.format == "chat":
+        require_template(tokenizer)
     path = None
     if cache is not None:
         path = cache / f"{cache_key(content_hash(source), section, tokenizer, labels)}.safetensors"
@@ -74,20 +75,15 @@ def question_prompt(
     before: questions and answers of earlier turns. Raises UsageError for chat where there is no template for it.
     """
     if section.format == "chat":
-        if tokenizer.chat_template is None:
-            raise UsageError("data.format chat: this tokenizer has no chat template", "use format alpaca or prompt")
-        messages = []
-        for one, answer in before:
-            messages += [{"role": "user", "content": one}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": question})
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = question_text(question, before, tokenizer)
         return text, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def ask(question: str) -> str:
         return _fill(section, question, "", "")[0] if section.format == "alpaca" else question
 
     text = "".join(f"{ask(one)}{answer}\n\n" for one, answer in before) + ask(question)
-    return text, _without_eos(tokenizer(text, verbose=False)["input_ids"], tokenizer)
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return text, ids[:-1] if _appends_eos(tokenizer) else ids
 
 
 def _fill(section: DataSection, instruction: str, extra: str, output: str) -> tuple[str, str]:
@@ -156,12 +152,24 @@ def require_columns(source: str, section: DataSection, columns: dict[str, None])
         if columns and column not in columns:
             form = "" if section.glue is None else "format: classification, "
             hint = f"map it in the recipe: data: {{{form}columns: {{{name}: <one of these>}}}}"
+            other = _format_of(columns)
+            if other is not None:
+                hint = f"these are columns of another format: data: {other}"
             if name in section.columns:
                 hint = f"data.columns maps '{name}' to it; map '{name}' to one of these"
             raise UsageError(
                 f"{source}: no column '{column}' ('{name}' of format {section.format}); it has: {', '.join(columns)}",
                 hint,
             )
+
+
+def _format_of(columns: dict[str, None]) -> str | None:
+    """What data.format (and columns) rows with such columns would be read by, of those that are not classified."""
+    if "conversations" in columns:
+        return "{format: chat, columns: {messages: conversations}}"
+    formats = ("chat", "alpaca", "prompt", "text")
+    found = next((name for name in formats if set(FIELDS[name]) <= set(columns)), None)
+    return None if found is None else f"{{format: {found}}}"
 
 
 def _encode(
@@ -171,7 +179,7 @@ def _encode(
     if section.classifies:
         return encode_classified(rows, section, tokenizer, labels)
     if section.format == "chat":
-        return [_encode_chat(row, section, tokenizer) for row in rows]
+        return [encode_chat(row, section, tokenizer) for row in rows]
     results: list[Encoded | str] = []
     texts: list[tuple[int, str, str]] = []
     for row in rows:
@@ -183,6 +191,8 @@ def _encode(
     if not texts:
         return results
     prompts = tokenizer([prompt for _, prompt, _ in texts], verbose=False)["input_ids"]
+    if _appends_eos(tokenizer):
+        prompts = [ids[:-1] for ids in prompts]
     wholes = tokenizer([prompt + answer for _, prompt, answer in texts], verbose=False)["input_ids"]
     for (index, prompt, answer), prompt_ids, whole_ids in zip(texts, prompts, wholes, strict=True):
         results[index] = _join(prompt, answer, prompt_ids, whole_ids, tokenizer)
@@ -194,7 +204,7 @@ def _join(
 ) -> Encoded:
     """Prompt and answer tokens, ended by end-of-text. No token spans the two: generation starts at the boundary."""
     eos = tokenizer.eos_token_id
-    prompt_ids = _without_eos(prompt_ids, tokenizer) if prompt else []
+    prompt_ids = prompt_ids if prompt else []
     answer_ids = whole_ids[len(prompt_ids) :]
     if whole_ids[: len(prompt_ids)] != prompt_ids:
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -203,36 +213,6 @@ def _join(
     return Encoded([*prompt_ids, *answer_ids], [False] * len(prompt_ids) + [True] * len(answer_ids))
 
 
-def _without_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A prompt's tokens without the end-of-text that some tokenizers append."""
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Encoded | str:
-    """Tokens of a conversation by the model's own template; the assistant's turns are the targets."""
-    column = section.columns.get("messages", "messages")
-    messages = row.get(column)
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
-    ):
-        return f"'{column}' is not a list of messages with role and content"
-
-    def text(upto: int, ask: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=ask))
-
-    try:
-        whole = text(len(messages), False)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [(text(i, True), text(i + 1, False)) for i in turns]
-    except Exception as error:  # templates raise what they like
-        return f"the chat template refuses it ({next(iter(str(error).splitlines()), type(error).__name__)})"
-    if not spans:
-        return "no assistant message"
-    if any(not whole.startswith(before) or not whole.startswith(upto) for before, upto in spans):
-        return "the chat template rewrites earlier turns"
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    mask = [
-        any(len(before) <= begin and end <= len(upto) and end > begin for before, upto in spans)
-        for begin, end in encoded["offset_mapping"]
-    ]
-    return Encoded(encoded["input_ids"], mask)
+def _appends_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it ends every text by end-of-text, as some do; a prompt is without."""
+    return bool(tokenizer("a", verbose=False)["input_ids"][-1] == tokenizer.eos_token_id)

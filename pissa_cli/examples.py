@@ -14,8 +14,8 @@ import xxhash
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pissa_cli.data_options import DataSection
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.recipe import DataSection
 from pissa_cli.weights import load_tensors, save_tensors
 
 CUT = "answer cut off entirely by data.max_length"

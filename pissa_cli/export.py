@@ -66,7 +66,7 @@ def merge(
     target_folder = output or run.merged
     require_free(target_folder, run.merged)
     folder, adapter = result_files(recipe, step)
-    weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe.model)
+    weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe)
     with whole_folder(target_folder) as target:
         writer = ShardWriter(target)
         dtypes = {DTYPES[recipe.precision]}
@@ -77,7 +77,7 @@ def merge(
             writer.add(name, tensor)
             progress(number + 1, len(weights.files), name)
         writer.close()
-        copy_side_files(folder, target)
+        copy_side_files(folder, target, recipe)
         model_config = read_settings(target) | task_settings(skeleton(folder, recipe.model))
         model_config.pop("quantization_config", None)
         write_json(target / "config.json", model_config)
@@ -122,7 +122,7 @@ def quantize(
             raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=task_of(settings))})
     require_free(output, Run(Path(recipe.output)).quantized)
-    weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe.model)
+    weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe)
     model = skeleton(folder, recipe.model)
     linears = linear_layers(model, weights)
     if form == "compressed-tensors":
@@ -155,7 +155,7 @@ def quantize(
         if form == "nf4":
             write_nf4_config(folder, target, recipe, linears, double_quant)
         else:
-            copy_side_files(folder, target)
+            copy_side_files(folder, target, recipe)
             settings = read_settings(folder) | task_settings(model)
             settings["quantization_config"] = int4.config(int4.dense_modules(model, linears, group), group)
             write_json(target / "config.json", settings)

@@ -44,7 +44,7 @@ def write_result(
         )
     if isinstance(adapter, FullOptions):
         with whole_folder(run.merged) as folder:
-            copy_side_files(require_base(run, manifest, recipe), folder)
+            copy_side_files(require_base(run, manifest, recipe), folder, recipe)
             parameters = dict(model.named_parameters(remove_duplicate=False))
             state = {n: trained[names[parameters[n]]] if n in parameters else t for n, t in model.state_dict().items()}
             model.save_pretrained(folder, state_dict=state)

@@ -23,7 +23,7 @@ from pissa_cli.model import (
     read_stored,
     skeleton,
 )
-from pissa_cli.recipe import ModelSection
+from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.svd import generator
 from pissa_cli.weights import open_weights
 
@@ -119,8 +119,9 @@ def no_panic(source: object) -> Iterator[None]:
         raise UsageError(f"{source}: the tokenizer breaks down ({first_line(error)})", "is its file damaged?") from None
 
 
-def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base, padding on the right."""
+def load_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base, padding on the right, with the chat template of the recipe if that gives one."""
+    section = recipe.model
     try:
         with no_panic(folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
@@ -137,4 +138,5 @@ def load_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBa
             f"{folder}: the tokenizer has no end-of-text token (eos_token)",
             "name one in the model's tokenizer_config.json: eos_token",
         )
+    tokenizer.chat_template = recipe.data.chat_template or tokenizer.chat_template
     return cast(PreTrainedTokenizerBase, tokenizer)

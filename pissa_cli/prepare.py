@@ -57,7 +57,7 @@ def prepare(
         raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
     require_kernels(recipe.train)
     folder = require_base(*open_run(recipe), recipe) if run.exists() else resolve_base(recipe.model)
-    tokenizer = load_tokenizer(folder, recipe.model)
+    tokenizer = load_tokenizer(folder, recipe)
     cache = Path(HF_HOME) / "pissa" / "tokens"
     examples = load_examples(recipe.data.train, recipe.data, tokenizer, cache, recipe.model.labels)
     require_reach(run, count_steps(len(examples), recipe))

@@ -15,6 +15,7 @@ from pissa_cli.adapter_options import (
     ScaledBase,
     Section,
 )
+from pissa_cli.data_options import DataSection
 from pissa_cli.glue import GLUE
 
 _RATES = ", ".join(f"{method} {lr:g}" for method, lr in LEARNING_RATES.items())
@@ -33,67 +34,6 @@ class ModelSection(Section):
     )
     labels: list[str] = Field([], description="classes in the order of their numbers; one name: a quantity")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-
-
-FIELDS = {
-    "alpaca": ("instruction", "output"),
-    "prompt": ("prompt", "completion"),
-    "chat": ("messages",),
-    "text": ("text",),
-    "classification": ("text", "label"),
-}
-"""The fields a row needs, by `data.format`; those of GLUE's formats are in `pissa_cli.glue`."""
-OPTIONAL_FIELDS = {"alpaca": ("input",), "classification": ("text_pair",)}
-_Glue = Literal["glue/cola", "glue/sst2", "glue/mrpc", "glue/stsb", "glue/qqp", "glue/mnli", "glue/qnli", "glue/rte"]
-Format = Literal["alpaca", "prompt", "chat", "text", "classification", _Glue]
-
-
-class DataSection(Section):
-    train: str | None = Field(
-        None, description="training rows: jsonl, json, csv, tsv or parquet file, or id[:subset[:split]]"
-    )
-    eval: str | None = Field(None, description="held-out rows, same forms")
-    format: Format = Field("alpaca", description="what the rows hold; glue/*: those of a GLUE task")
-    columns: dict[str, str] = Field(
-        {}, description="our field: their column, e.g. {instruction: query, output: response}"
-    )
-    template: str | None = Field(None, description="text with {instruction} and {output} (alpaca); default: PiSSA's")
-    max_length: int = Field(512, ge=8, description="tokens an example may have; longer ones are cut at the end")
-    limit: int | None = Field(None, ge=1, description="use the first N rows")
-    packing: bool | Literal["auto"] = Field(
-        "auto", description="lay the examples of a micro-batch out in one row without padding; auto: where it is sound"
-    )
-
-    @model_validator(mode="after")
-    def _known_fields(self) -> DataSection:
-        if self.glue is not None and self.columns:
-            raise ValueError(f"columns: format {self.format} knows its columns; use format classification for others")
-        known = FIELDS.get(self.format, ()) + OPTIONAL_FIELDS.get(self.format, ())
-        for name in self.columns:
-            if name not in known:
-                raise ValueError(f"columns: format {self.format} has no field '{name}'; it has: {', '.join(known)}")
-        if self.classifies and self.packing is True:
-            raise ValueError("packing: texts that are classified are never packed; remove it")
-        if self.template is not None:
-            if self.format != "alpaca":
-                raise ValueError("template: only format alpaca has one; remove it, or set that")
-            if "{instruction}" not in self.template or "{output}" not in self.template:
-                raise ValueError("template: needs {instruction} and {output}")
-        return self
-
-    def optional_column(self, field: str) -> str | None:
-        """The column of an optional field; None if that of its name is mapped to another field."""
-        return self.columns.get(field, None if field in self.columns.values() else field)
-
-    @property
-    def glue(self) -> str | None:
-        """The GLUE task of the rows."""
-        return self.format.removeprefix("glue/") if self.format.startswith("glue/") else None
-
-    @property
-    def classifies(self) -> bool:
-        """Whether rows are texts with a label."""
-        return self.glue is not None or self.format == "classification"
 
 
 class TrainSection(Section):

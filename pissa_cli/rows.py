@@ -46,9 +46,14 @@ def text_of(row: Row, column: str) -> str:
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"'{column}' is {'missing' if value is None else 'not text'}")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+    if has_surrogate(value):
         raise ValueError(f"'{column}' holds a broken character (a lone surrogate)")
     return value
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether there is half of a character, which no tokenizer takes."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def value_of(row: Row, column: str) -> Any:

@@ -15,13 +15,13 @@ from pissa_cli.errors import UsageError
 from pissa_cli.integrity import read_settings
 from pissa_cli.model import DTYPES, Linear, head_names, skeleton
 from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import write_json
+from pissa_cli.rundir import write_json, write_text
 from pissa_cli.yamlfile import shown
 
 
 def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[Linear], double_quant: bool) -> None:
     """The side files of `source` in `target`, and a config.json that says which layers are NF4 and which are not."""
-    copy_side_files(source, target)
+    copy_side_files(source, target, recipe)
     names = {layer.name for layer in linears if layer.packable}
     model = skeleton(source, recipe.model)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -54,10 +54,12 @@ def task_of(settings: dict[str, Any]) -> dict[str, Any]:
         ) from None
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy what is not weights: configuration, tokenizer, chat template, licence."""
+def copy_side_files(source: Path, target: Path, recipe: Recipe) -> None:
+    """Copy what is not weights: configuration, tokenizer, licence, and the chat template, or the recipe's own."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         wanted = path.suffix in (".json", ".model", ".txt", ".jinja", ".py") or path.name.startswith("LICENSE")
         if path.is_file() and wanted and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
+    if recipe.data.chat_template is not None:
+        write_text(target / "chat_template.jinja", recipe.data.chat_template)

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pissa_cli
 from pissa_cli.data import question_prompt
+from pissa_cli.data_options import DataSection
 from pissa_cli.evals.generate import generate
-from pissa_cli.recipe import DataSection
 from pissa_cli.rows import read_rows
 
 REPEATS = 3

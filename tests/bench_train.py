@@ -80,7 +80,7 @@ def peer(model: str, rows: str, examples: int, folder: Path, grouped: bool) -> d
     sets = [f"model.name={model}", f"data.train={rows}", f"data.limit={examples}", f"train.batch_size={BATCH}"]
     sets += ["data.columns={instruction: question, output: answer}", f"data.max_length={MAX_LENGTH}"]
     recipe = load(None, {}, sets).recipe
-    tokenizer = load_tokenizer(Path(model), recipe.model)
+    tokenizer = load_tokenizer(Path(model), recipe)
     loaded = load_examples(rows, recipe.data, tokenizer, None)
     order = [i for step in range(-(-examples // BATCH)) for i in step_examples(step, examples, recipe)]
     data = []

@@ -13,9 +13,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 AREAS = {
     "Any command": "cli.edge",
-    "Recipe and flags": "yamlfile recipe_file recipe_errors recipe adapter_options cli",
+    "Recipe and flags": "yamlfile recipe_file recipe_errors recipe adapter_options data_options cli",
     "Base model": "model configuration loading weights plan attach ranks experts side_files",
-    "Data": "data rows examples classification",
+    "Data": "data rows examples chat classification",
     "Run folder": "rundir names integrity initialize checkpoint exported peft_files optim",
     "Training": "train trainer prepare guards kernels launch faults sharding zero",
     "Evaluation": "evals",
@@ -23,12 +23,12 @@ AREAS = {
     "Upload": "hub",
 }
 """By the modules that say them."""
-IN_MESSAGE = ("recipe", "adapter_options")
+IN_MESSAGE = ("recipe", "adapter_options", "data_options")
 """Their ValueErrors are messages on a recipe's keys, with the remedy in them; those of IN_ROWS are on a row of data."""
-IN_ROWS = ("data", "rows", "classification")
+IN_ROWS = ("data", "rows", "chat", "classification")
 RETURNED = {
     "recipe_errors": ("messages", "_unknown_key"),
-    "data": ("_encode_chat",),
+    "chat": ("encode_chat",),
     "classification": ("encode_classified",),
     "rows": ("_file_rows", "_json_lines", "_json_list"),
 }

@@ -30,13 +30,13 @@ from transformers import (
 from pissa_cli.batches import collate
 from pissa_cli.classification import label_number
 from pissa_cli.data import load_examples
+from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import classify
 from pissa_cli.exported import load_result
 from pissa_cli.loading import load_model
 from pissa_cli.loss import summed_loss
 from pissa_cli.plan import make_plan
-from pissa_cli.recipe import DataSection
 from pissa_cli.rows import read_rows
 from pissa_cli.rundir import read_json
 from pissa_cli.train import train
@@ -456,12 +456,12 @@ def test_rank_8_of_the_paper_counts_1_33_million(recipe: Callable[..., Any], tmp
 
 def test_a_tokenizer_of_sentencepiece_alone_is_named(encoders: Callable[[str], Path], tmp_path: Path) -> None:
     from pissa_cli.loading import load_tokenizer
-    from pissa_cli.recipe import ModelSection
+    from pissa_cli.recipe import ModelSection, Recipe
 
     if importlib.util.find_spec("sentencepiece") is not None:
         pytest.skip("sentencepiece is installed")
     (tmp_path / "config.json").write_bytes((encoders("deberta") / "config.json").read_bytes())
     (tmp_path / "spm.model").write_bytes(b"not read")
     with pytest.raises(UsageError) as raised:
-        load_tokenizer(tmp_path, ModelSection(name=str(tmp_path)))
+        load_tokenizer(tmp_path, Recipe(model=ModelSection(name=str(tmp_path))))
     assert "pissa[sentencepiece]" in str(raised.value.hint)

@@ -14,14 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pissa_cli import data as module
 from pissa_cli.data import TEMPLATE, load_examples, question_prompt
+from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
-from pissa_cli.recipe import DataSection
-
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -66,22 +61,6 @@ def test_other_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> No
         "<Q {output} {input}|",
         "A><eos>",
     )
-
-
-def test_chat_masks_everything_but_the_assistant(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.chat_template = CHAT
-    turns = [("user", "Hi"), ("assistant", "Yes"), ("user", "And"), ("assistant", "No")]
-    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    masked, targets = load_one(tmp_path, tokenizer, row, format="chat")
-    assert targets == "Yes<eos>No<eos>"
-    assert masked == "<user>Hi<assistant><user>And<assistant>"
-    text, ids = question_prompt("Hi", DataSection(format="chat"), tokenizer)
-    assert text == "<user>Hi<assistant>" and ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def test_chat_needs_a_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UsageError, match="chat template"):
-        load_one(tmp_path, tokenizer, {"messages": []}, format="chat")
 
 
 def test_no_token_spans_prompt_and_answer(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,12 +15,12 @@ from conftest import DEMO
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pissa_cli.data import question_prompt
+from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals import run as module
 from pissa_cli.evals.generate import cut, generate
 from pissa_cli.evals.run import evaluate
-from pissa_cli.recipe import DataSection
 from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run
 from pissa_cli.train import train

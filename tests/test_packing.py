@@ -32,11 +32,11 @@ from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.attach import share_inputs
 from pissa_cli.batches import collate, micro_batches
 from pissa_cli.data import load_examples
+from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.loss import IGNORED, summed_loss
 from pissa_cli.packing import attend_by_sequence
-from pissa_cli.recipe import DataSection
 
 Make = Callable[..., Any]
 INDICES = [3, 8, 1, 5]

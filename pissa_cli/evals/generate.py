@@ -32,21 +32,23 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[tuple[int, str]]:
     """(index of the prompt, answer text) in the order they are done: the longest prompts first.
 
     Prompts (token ids) are padded on the left; an answer ends at end-of-text (the tokenizer's, or one the model's own
-    generation_config names: chat models end a turn by it), before a `stop` string, at `max_new_tokens` or at the end of
-    the context. Nothing else of the model's generation_config counts: a repetition penalty there would change the
-    score. Above temperature 0 answers are sampled from the likeliest tokens that make 95 %, by `seed` and the place of
-    a batch. batch_size: None for as many as should fit (`fitting`); batches that do not are halved. What the longest
-    prompt of a batch has no room for, the others write after it. The answer to a prompt that leaves no room is empty.
+    generation_config names: chat models end a turn by it), before a `stop` string or a token of `stop_ids`, at
+    `max_new_tokens` or at the end of the context. Nothing else of the model's generation_config counts: a repetition
+    penalty there would change the score. Above temperature 0 answers are sampled from the likeliest tokens that make
+    95 %, by `seed` and the place of a batch. batch_size: None for as many as should fit (`fitting`); batches that do
+    not are halved. What the longest prompt of a batch has no room for, the others write after it. The answer to a
+    prompt that leaves no room is empty.
     """
     require_tokens("the questions", (token for prompt in prompts for token in prompt), model.config)
     eos = tokenizer.eos_token_id
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    stops = sorted({eos, *(own if isinstance(own, list) else [own] if own is not None else [])})
+    stops = sorted({eos, *stop_ids, *(own if isinstance(own, list) else [own] if own is not None else [])})
     model.generation_config = GenerationConfig(eos_token_id=own)
     context, pad = context_of(model), tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
     sampled = {"do_sample": True, "temperature": temperature, "top_p": TOP_P, "top_k": 0}
@@ -136,6 +138,12 @@ def fitting(model: PreTrainedModel, tokens: int) -> int:
     free, _ = torch.cuda.mem_get_info(model.device)
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(1, min(MOST, int(FREE_SHARE * free / each)))
+
+
+def special_stops(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[int]]:
+    """Stop strings, and in their place the tokens of those that are a special one, which no text of an answer shows."""
+    special = {one: number for one, number in tokenizer.get_added_vocab().items() if one in stop}
+    return [one for one in stop if one not in special], sorted(special.values())
 
 
 def context_of(model: PreTrainedModel) -> int:

@@ -11,12 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pissa_cli.chat import end_of_turn
 from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data import question_prompt
 from pissa_cli.evals import classify, harness, held_out, mt_bench
 from pissa_cli.evals.bench import Progress as Count
 from pissa_cli.evals.benches import GENERATED, check_benches, load_bench, runs_code
-from pissa_cli.evals.generate import generate
+from pissa_cli.evals.generate import generate, special_stops
 from pissa_cli.evals.judge import Judge
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.published import published
@@ -73,7 +74,7 @@ def evaluate(
         Judge(str(recipe.eval.judge_url), str(recipe.eval.judge_model)).require()
     run, manifest = open_run(recipe)
     base_folder = require_base(run, manifest, recipe)
-    tokenizer, context = load_tokenizer(base_folder, recipe.model), context_length(base_folder, recipe.model) or 2**31
+    tokenizer, context = load_tokenizer(base_folder, recipe), context_length(base_folder, recipe.model) or 2**31
     data = {bench: load_bench(bench, recipe, tokenizer, context) for bench in recipe.eval.bench}
     for bench, loaded in data.items():
         if isinstance(loaded, Examples):
@@ -224,7 +225,9 @@ def _published(session: _Session, bench: str, n: int) -> dict[str, Any]:
 def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]], count: Count) -> Kept:
     """The model's outputs for prompts (text, tokens), of which those that were kept are not asked for again."""
     section = session.recipe.eval
-    sampling = (section.engine, section.max_new_tokens, section.temperature, session.recipe.seed, section.stop)
+    turn = end_of_turn(session.tokenizer) if session.recipe.data.format == "chat" else []
+    stop, stop_ids = special_stops([*section.stop, *turn], session.tokenizer)
+    sampling = (section.engine, section.max_new_tokens, section.temperature, session.recipe.seed, stop, stop_ids)
     identity = (session.facts, [text for text, _ in prompts], *sampling)
     with Kept(session.folder / file, identity) as kept:
         left = [number for number in range(len(prompts)) if number not in kept.outputs]
@@ -236,10 +239,10 @@ def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]],
         length, warmth, seed = section.max_new_tokens, section.temperature, session.recipe.seed
         if isinstance(session.writer, Server):
             seeds = [seed + number for number in left]
-            answers = session.writer.generate(asked, length, warmth, seeds, section.stop, counted)
+            answers = session.writer.generate(asked, length, warmth, seeds, stop, stop_ids, counted)
         else:
             seed += len(kept.outputs)  # after an interruption not the same numbers again
-            settings = (section.batch_size, length, warmth, seed, section.stop, counted)
+            settings = (section.batch_size, length, warmth, seed, stop, stop_ids, counted)
             answers = generate(session.writer, session.tokenizer, asked, *settings)
         with autocast(session.recipe.model.bits, session.recipe.precision, best_device()):
             for index, output in answers:

@@ -52,6 +52,7 @@ class Server:
         temperature: float,
         seeds: Sequence[int],
         stop: Sequence[str],
+        stop_ids: Sequence[int],
         progress: Callable[[int, int], None],
     ) -> Iterator[tuple[int, str]]:
         """(index of the prompt, answer text) in the order they are done; as `evals.generate.generate`, which see.
@@ -64,7 +65,7 @@ class Server:
             if room < 1:
                 return ""
             sampling = {"temperature": temperature, "top_p": TOP_P if temperature else 1.0, "seed": seeds[index]}
-            ending = {"max_tokens": room, "stop": list(stop) or None, "stop_token_ids": self.stop_ids}
+            ending = {"max_tokens": room, "stop": list(stop) or None, "stop_token_ids": [*self.stop_ids, *stop_ids]}
             answer = self._post({"model": NAME, "prompt": prompts[index], **sampling, **ending})
             return str(answer["choices"][0]["text"])
 

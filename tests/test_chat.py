@@ -1,0 +1,229 @@
+"""Conversations: what of them is learned, by templates of every kind, and the template of a recipe's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pissa_cli.chat import encode_chat, end_of_turn
+from pissa_cli.data import load_examples, question_prompt
+from pissa_cli.data_options import DataSection
+from pissa_cli.errors import UsageError
+from pissa_cli.evals.generate import special_stops
+from pissa_cli.loading import load_tokenizer
+from pissa_cli.recipe import ModelSection, Recipe
+from pissa_cli.side_files import copy_side_files
+
+SECTION = DataSection(format="chat")
+PLAIN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THOUGHTS = (  # kept in the last turn alone, where they are written even if there are none
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}"
+    "<think>{{ m.content.split('</think>')[0].split('<think>')[1] if '</think>' in m.content else '' }}</think>"
+    "{% endif %}{{ m.content.split('</think>')[-1] | trim }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+OPENED = (  # asks for thoughts, and leaves them out of what it writes
+    "{% for m in messages %}{% if m.role == 'assistant' %}<A>{{ m.content.split('</think>')[-1] }}<eos>"
+    "{% else %}<U>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<A><think>\n{% endif %}"
+)
+ENDED = (  # the last turn ends by another token than those before
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% if loop.last and not add_generation_prompt %}<pad>{% else %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+BARE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def conversation(*contents: str) -> dict[str, Any]:
+    roles = ["user", "assistant"] * len(contents)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]}
+
+
+def learned(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, section: DataSection = SECTION) -> list[str]:
+    """The text, what is learned and what is not by turns, beginning with what is not."""
+    found = encode_chat(row, section, tokenizer)
+    assert not isinstance(found, str), found
+    parts, last = [""], False
+    for token, target in zip(found.ids, found.targets, strict=True):
+        if target != last:
+            parts.append("")
+        parts[-1] += tokenizer.decode([token])
+        last = target
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("template", "contents", "parts"),
+    [
+        (PLAIN, ["Hi", "Yes", "And", "No"], ["<user>Hi<assistant>", "Yes<eos>", "<user>And<assistant>", "No<eos>"]),
+        (
+            CHATML,
+            ["Hi", "\n\n Yes \n"],
+            ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "\n\n Yes \n<|im_end|>\n"],
+        ),
+        (
+            THOUGHTS,
+            ["Hi", "<think>a</think> Yes", "And", "<think>b</think>No"],
+            ["<user>Hi<eos>\n<assistant>", "Yes<eos>\n", "<user>And<eos>\n<assistant>", "<think>b</think>No<eos>\n"],
+        ),
+        (
+            THOUGHTS,
+            ["Hi", "Yes", "And", "No"],
+            ["<user>Hi<eos>\n<assistant>", "Yes<eos>\n", "<user>And<eos>\n<assistant>", "<think></think>No<eos>\n"],
+        ),
+        (PLAIN.replace("<eos>", "!"), ["Hi", "Yes"], ["<user>Hi<assistant>", "Yes!"]),
+        (OPENED, ["Hi", "<b>Yes", "And", "No"], ["<U>Hi<A>", "<b>Yes<eos>", "<U>And<A>", "No<eos>"]),
+        (
+            ENDED,
+            ["Hi", "Yes", "And", "No"],
+            ["<user>Hi<eos><assistant>", "Yes<eos>", "<user>And<eos><assistant>", "No<pad>"],
+        ),
+        (BARE, ["Hi", "has 3"], ["user: Hi\nassistant: ", "has 3\n"]),
+    ],
+)
+def test_what_the_assistant_says_is_learned(
+    template: str, contents: list[str], parts: list[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = template
+    row = conversation(*contents)
+    assert learned(row, tokenizer) == parts
+    found = encode_chat(row, SECTION, tokenizer)
+    assert not isinstance(found, str)
+    whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    assert tokenizer.decode(found.ids) == whole == "".join(parts)
+    if template != BARE:
+        assert found.ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_no_token_spans_what_is_asked_and_what_is_said(tokenizer: PreTrainedTokenizerBase) -> None:
+    """' has' is one token, which an answer to 'assistant: ' cannot begin with."""
+    tokenizer.chat_template = BARE
+    assert len(tokenizer(" has")["input_ids"]) == 1
+    found = encode_chat(conversation("Hi", "has 3", "And", "has 4"), SECTION, tokenizer)
+    _, asked = question_prompt("Hi", SECTION, tokenizer)
+    assert not isinstance(found, str)
+    assert found.ids[: len(asked)] == asked and found.targets[: len(asked) + 1] == [False] * len(asked) + [True]
+
+
+def test_the_mask_is_that_of_a_template_that_marks_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    """transformers' own, for templates that say where the assistant speaks."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% else %}<assistant>"
+        "{% generation %}{{ m.content }}<eos>{% endgeneration %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    row = conversation("Hi there", "Yes, 12 apples", "And", "No")
+    own = tokenizer.apply_chat_template(row["messages"], return_assistant_tokens_mask=True, return_dict=True)
+    found = encode_chat(row, SECTION, tokenizer)
+    assert not isinstance(found, str)
+    assert (found.ids, found.targets) == (own["input_ids"], [bool(flag) for flag in own["assistant_masks"]])
+
+
+def test_rows_of_sharegpt_and_of_parquet_files(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = PLAIN
+    turns = [{"from": "system", "value": "S"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
+    section = DataSection(format="chat", columns={"messages": "conversations"})
+    assert learned({"conversations": turns}, tokenizer, section) == ["<system>S<user>Hi<assistant>", "Yes<eos>"]
+    tokenizer.chat_template = PLAIN.replace("{{ m.content }}", "{{ 'call' if m.tool_calls is defined else m.content }}")
+    row = conversation("Hi", "Yes")
+    row["messages"][1]["tool_calls"] = None
+    assert learned(row, tokenizer) == ["<user>Hi<assistant>", "Yes<eos>"]
+
+
+def test_the_assistant_may_speak_first(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = PLAIN
+    row = {"messages": conversation("", "Hello", "Hi", "Yes")["messages"][1:]}
+    assert learned(row, tokenizer) == ["<assistant>", "Hello<eos>", "<user>Hi<assistant>", "Yes<eos>"]
+
+
+def test_tools_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{% if tools %}{{ tools[0].name }}{% endif %}" + PLAIN
+    row = conversation("Hi", "Yes")
+    for tools in ([{"name": "add"}], '[{"name": "add"}]'):
+        assert learned(row | {"tools": tools}, tokenizer)[0] == "add<user>Hi<assistant>"
+    for tools in (None, "", []):
+        assert learned(row | {"tools": tools}, tokenizer)[0] == "<user>Hi<assistant>"
+    for tools in ("add", 3, ["add"], "{}"):
+        assert encode_chat(row | {"tools": tools}, SECTION, tokenizer) == "'tools' is not a list of tools"
+
+
+def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = OPENED
+    assert "leaves out" in str(encode_chat(conversation("Hi", "<think>a</think>Yes"), SECTION, tokenizer))
+    tokenizer.chat_template = PLAIN
+    assert encode_chat(conversation("Hi"), SECTION, tokenizer) == "no assistant message"
+    for messages in (None, "Hi", ["Hi"], [{"role": "user"}], [{"content": "Hi"}]):
+        assert "is not a list of messages" in str(encode_chat({"messages": messages}, SECTION, tokenizer))
+    assert "surrogate" in str(encode_chat(conversation("\ud800", "Yes"), SECTION, tokenizer))
+    tokenizer.chat_template = "{{ raise_exception('no\nsystem') }}{{ messages }}"
+    assert encode_chat(conversation("Hi", "Yes"), SECTION, tokenizer) == "the chat template refuses it (no system)"
+
+
+def test_there_has_to_be_a_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(conversation("Hi", "Yes")))
+    for template, message in (
+        (None, "no chat template"),
+        ("{% for m in messages %}{{", "not a chat template.*line 1"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(UsageError, match=message):
+            load_examples(str(tmp_path / "rows.jsonl"), SECTION, tokenizer, None)
+        with pytest.raises(UsageError, match=message):
+            question_prompt("Hi", SECTION, tokenizer)
+    with pytest.raises(ValueError, match="Jinja"):
+        DataSection(format="chat", template="{instruction}{output}")
+
+
+def test_the_recipes_own_template_goes_with_the_model(models: Callable[[str], Path], tmp_path: Path) -> None:
+    base = models("llama")
+    recipe = Recipe(model=ModelSection(name=str(base)), data=DataSection(format="chat", template=CHATML))
+    assert load_tokenizer(base, recipe).chat_template == CHATML
+    (tmp_path / "source").mkdir()
+    for path in base.glob("*.json"):
+        (tmp_path / "source" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "source" / "chat_template.jinja").write_text(PLAIN)
+    copy_side_files(tmp_path / "source", tmp_path / "merged", recipe)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHATML
+    copy_side_files(tmp_path / "source", tmp_path / "other", Recipe(model=ModelSection(name=str(base))))
+    assert AutoTokenizer.from_pretrained(tmp_path / "other").chat_template == PLAIN
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    ends = {PLAIN: "<eos>", CHATML: "<|im_end|>", ENDED: "<pad>"}
+    for template, end in ends.items():
+        tokenizer.chat_template = template
+        assert end_of_turn(tokenizer) == [end]
+    for template in (BARE, "{{ messages[0].content }}", "{{ raise_exception('x') }}"):
+        tokenizer.chat_template = template
+        assert end_of_turn(tokenizer) == []
+    pad, eos = tokenizer.convert_tokens_to_ids(["<pad>", "<eos>"])
+    assert special_stops(["</a>", "<pad>", "<eos>"], tokenizer) == (["</a>"], sorted([pad, eos]))
+
+
+def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows: list[tuple[dict[str, Any], str]] = [
+        (conversation("Hi", "Yes"), "{format: chat}"),
+        ({"conversations": []}, "{format: chat, columns: {messages: conversations}}"),
+        ({"prompt": "a", "completion": "b"}, "{format: prompt}"),
+        ({"question": "a", "answer": "b"}, "columns: {instruction: <one of these>}"),
+    ]
+    for row, hint in rows:
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        with pytest.raises(UsageError) as raised:
+            load_examples(str(tmp_path / "rows.jsonl"), DataSection(), tokenizer, None)
+        assert hint in str(raised.value.hint)
