@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import shlex
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,11 +48,11 @@ def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
     if not resume:
         raise UsageError(
             f"{run.folder}: this run has reached {checkpoint.name}",
-            "go on with --resume (at its end: with more steps), or use another --output",
+            f"{go_on(str(run.folder))} (at its end: with more steps), or use another --output",
         )
     before = load(str(run.folder), {}).recipe
     for name in ("data", "train"):
-        old, new = getattr(before, name).model_dump(), getattr(recipe, name).model_dump()
+        old, new = _effective(before, name), _effective(recipe, name)
         for key in old:
             if old[key] != new[key] and f"{name}.{key}" not in MAY_CHANGE:
                 raise UsageError(
@@ -58,6 +60,21 @@ def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
                     "resume with the same value, or start a new run with another --output",
                 )
     return True
+
+
+def _effective(recipe: Recipe, section: str) -> dict[str, Any]:
+    """The values of a section, with the defaults that follow from other keys."""
+    values: dict[str, Any] = getattr(recipe, section).model_dump()
+    return values | (
+        {"lr": recipe.lr, "head_lr": recipe.train.head_lr or recipe.lr, "precision": recipe.precision}
+        if section == "train"
+        else {}
+    )
+
+
+def go_on(folder: str) -> str:
+    """What to do with a run that has more steps before it."""
+    return f"go on with: pissa train {shlex.quote(folder)} --resume"
 
 
 def require_reach(run: Run, steps: int) -> None:

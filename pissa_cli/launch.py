@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError
+from pissa_cli.guards import go_on
 from pissa_cli.initialize import Progress
 from pissa_cli.prepare import prepare
 from pissa_cli.recipe import Recipe
@@ -58,10 +59,10 @@ def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_
         code, stopped = _wait(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
         told = json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else {}
     if stopped and code and told.get("exit_code", STOPPED) == STOPPED:
-        raise Interrupted("stopped", "go on with --resume")
+        raise Interrupted("stopped", go_on(recipe.output))
     if code:
         reason = told.get("error", f"one ended with exit code {code}")
-        hint = told.get("hint") or "go on with --resume if a checkpoint was saved"
+        hint = told.get("hint") or f"{go_on(recipe.output)} if a checkpoint was saved"
         raise PissaError(f"training in {processes} processes failed: {reason}", hint)
 
 

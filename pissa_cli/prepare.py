@@ -55,6 +55,8 @@ def prepare(
         watch({"note": line})
     if recipe.data.train is None:
         raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
+    if recipe.train.eval_every is not None and recipe.data.eval is None:
+        watch({"note": "train.eval_every: without data.eval there is nothing to take losses on"})
     require_kernels(recipe.train)
     folder = require_base(*open_run(recipe), recipe) if run.exists() else resolve_base(recipe.model)
     tokenizer = load_tokenizer(folder, recipe)

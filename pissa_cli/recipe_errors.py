@@ -16,6 +16,10 @@ ADAPTER_OPTIONS: dict[str, type[BaseModel]] = {
     options.model_fields["method"].default: options for options in get_args(get_args(AdapterOptions)[0])
 }
 SECTIONS = [name for name, field in Recipe.model_fields.items() if name not in ("output", "seed")]
+IN_4_BITS = {
+    "qpissa": "; QPiSSA is pissa with --bits 4 (model.bits)",
+    "qlora": "; QLoRA is lora with --bits 4 (model.bits)",
+}
 SYNONYMS = {
     "learning_rate": "train.lr",
     "num_train_epochs": "train.epochs",
@@ -54,7 +58,13 @@ SYNONYMS = {
     "dataset": "data.train",
     "max_samples": "data.limit",
     "sample_packing": "data.packing",
+    "val_size": "data.eval (a file of its own)",
     "output_dir": "output",
+    "finetuning_type": "adapter.method",
+    "use_rslora": "adapter.rslora",
+    "pissa_init": "adapter.method",
+    "pissa_iter": "adapter.svd",
+    "loraplus_lr_ratio": "adapter.lr_ratio",
 }
 """What the keys of PEFT, transformers, TRL, LLaMA-Factory and Axolotl are called here."""
 
@@ -73,6 +83,13 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
             text = _unknown_key(path, tree)
         elif item["type"] == "union_tag_invalid":
             path, text = ("adapter", "method"), f"unknown method; known: {', '.join(ADAPTER_OPTIONS)}"
+            text += IN_4_BITS.get(str(item["ctx"]["tag"]).lower(), "")
+        elif item["type"] == "bool_type":
+            text = f"should be true or false (found {shown(item['input'])})"
+        elif item["type"] == "list_type" and isinstance(item["input"], str):
+            text = f"should be a list, [{item['input']}] (found {shown(item['input'])})"
+        elif item["type"] == "model_type" and path in values:
+            text = f"is a section with keys, as in {path[-1]}: {{key: value}} (found {shown(values[path].value)})"
         else:
             text = f"{text[0].lower()}{text[1:]}"
             if path in values:
@@ -85,7 +102,11 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
             if path in values
             else next((v.source for k, v in values.items() if k[: len(path)] == path), "")
         )
-        lines.append(": ".join(part for part in (source if path else "", ".".join(path), " or ".join(texts)) if part))
+        lines.append(
+            ": ".join(
+                part for part in (source if path else "", ".".join(path), " or ".join(dict.fromkeys(texts))) if part
+            )
+        )
     return lines
 
 
@@ -97,6 +118,8 @@ def _unknown_key(path: KeyPath, tree: dict[str, Any]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if near:
         return f"unknown key; did you mean '{'.'.join((*section, near[0]))}'?"
+    if section and key in Recipe.model_fields:
+        return "misplaced key; it belongs at the top, beside the sections"
     owners = [name for name in SECTIONS if key in _keys((name,), tree)]
     if owners:
         return f"misplaced key; it belongs under '{owners[0]}'"

@@ -15,7 +15,7 @@ from pissa_cli.adapter_options import ScaledBase
 from pissa_cli.errors import UsageError
 from pissa_cli.names import kind_of
 from pissa_cli.recipe import Recipe
-from pissa_cli.recipe_errors import SECTIONS, messages
+from pissa_cli.recipe_errors import SECTIONS, SYNONYMS, messages
 from pissa_cli.yamlfile import KeyPath, Value, parse_scalar, read_flat, require_plain, shown, write_yaml
 
 PACKAGE = Path(__file__).resolve().parent
@@ -52,7 +52,25 @@ def load(target: str | None, flags: Mapping[KeyPath, tuple[str, Any]], sets: Seq
     _require_names(given)
     if target is None:
         folder = Path(str(given[("output",)].value if ("output",) in given else "out"))
-        target = str(folder) if holds_run(folder) else None
+        if holds_run(folder):
+            return _load_unnamed(folder, given)
+    return _load(target, given)
+
+
+def _load_unnamed(folder: Path, given: Mapping[KeyPath, Value]) -> Loaded:
+    """The run in the output folder, which nobody named: flags that do not go with it may be meant for a new one."""
+    hint = f"{folder} holds a run, whose recipe was taken; name it to go on with it, or another folder with --output"
+    try:
+        loaded = _load(str(folder), given)
+    except UsageError as error:
+        raise UsageError(error.message, f"{error.hint}; {hint}" if error.hint else hint) from None
+    mine, name = _load(str(folder), {}).recipe.model.name, loaded.recipe.model.name
+    if name != mine:
+        raise UsageError(f"--model: {folder} holds a run of {mine}, not of {name}", hint)
+    return loaded
+
+
+def _load(target: str | None, given: Mapping[KeyPath, Value]) -> Loaded:
     file = find_recipe(target) if target is not None else None
     flat: dict[KeyPath, Value] = dict(read_flat(file)) if file else {}
     if file and file.name == RUN_RECIPE and (file.parent / RUN_MANIFEST).is_file():
@@ -260,7 +278,8 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
             node.setdefault(key[-1], {})
         else:
             node[key[-1]] = value.value
-    if "model" not in tree or not isinstance(tree["model"], dict) or "name" not in tree["model"]:
+    model = tree.get("model", {})
+    if isinstance(model, dict) and "name" not in model and not SYNONYMS.keys() & tree.keys():
         known = ", ".join(_names(shipped("configs") / "model"))
         raise UsageError(
             "model.name: no model given",

@@ -19,6 +19,7 @@ from pissa_cli.errors import Interrupted
 from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result
 from pissa_cli.faults import Faults
+from pissa_cli.guards import go_on
 from pissa_cli.initialize import Progress, require_base
 from pissa_cli.loading import load_model
 from pissa_cli.optim import learning_rate
@@ -113,7 +114,7 @@ def _loop(
                 accelerator.wait_for_everyone()
                 saved = step + 1
             if stopped and not done:
-                raise Interrupted(f"stopped at step {step + 1} of {trainer.total_steps}", "go on with --resume")
+                raise Interrupted(f"stopped at step {step + 1} of {trainer.total_steps}", go_on(trainer.recipe.output))
     return {
         "steps": trainer.total_steps,
         "loss_first": losses[0] if losses else None,

@@ -1,4 +1,4 @@
-"""Read YAML strictly: duplicate keys, aliases and tags are refused, `3e-4` is a number, every value keeps its line."""
+"""Read YAML strictly, by version 1.2: duplicate keys, aliases and tags are refused, every value keeps its line."""
 
 from __future__ import annotations
 
@@ -16,10 +16,23 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 SHOWN = 200
 
-_FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?$|^[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?$")
-_RESOLVERS = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-for _first in "-+.0123456789":
-    _RESOLVERS.setdefault(_first, []).append(("tag:yaml.org,2002:float", _FLOAT))
+_SCALARS = {
+    "null": ("~nN", r"~|null|Null|NULL"),
+    "bool": ("tTfF", r"true|True|TRUE|false|False|FALSE"),
+    "int": ("-+0123456789", r"[-+]?[0-9][0-9_]*"),
+    "float": (
+        "-+.0123456789",
+        r"[-+]?(?:[0-9][0-9_]*\.?|[0-9][0-9_]*\.[0-9_]+|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+    ),
+}
+"""Kind of value: the characters that it may begin with, and all that it may be. Anything else is text."""
+_RESOLVERS: dict[str, list[tuple[str, re.Pattern[str]]]] = {"": [("tag:yaml.org,2002:null", re.compile("$"))]}
+for _kind_of_value, (_firsts, _pattern) in _SCALARS.items():
+    for _first in _firsts:
+        _RESOLVERS.setdefault(_first, []).append(
+            (f"tag:yaml.org,2002:{_kind_of_value}", re.compile(rf"^(?:{_pattern})$"))
+        )
 
 
 class _Unsupported(yaml.MarkedYAMLError):
@@ -27,7 +40,7 @@ class _Unsupported(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `3e-4` and `1e5` as numbers (YAML 1.2), which PyYAML leaves as strings.
+    """SafeLoader by YAML 1.2, where PyYAML reads 1.1: `3e-4` and `010` are numbers, `no` and `1:30` are text.
 
     Refuses anchors, aliases and tags, and what is nested too deeply, before it reads on.
     """
@@ -52,10 +65,23 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes the texts that `_Loader` would read as numbers."""
+def _construct_int(_: Any, node: Any) -> int:
+    return int(node.value.replace("_", ""))
 
-    yaml_implicit_resolvers = _RESOLVERS
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+_QUOTED = {
+    first: [*yaml.SafeLoader.yaml_implicit_resolvers.get(first, []), *_RESOLVERS.get(first, [])]
+    for first in {*yaml.SafeLoader.yaml_implicit_resolvers, *_RESOLVERS}
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the texts that `_Loader`, or another reader, would not read as text."""
+
+    yaml_implicit_resolvers = _QUOTED
 
 
 @dataclass(frozen=True)
@@ -71,7 +97,7 @@ KeyPath = tuple[str, ...]
 
 def parse_scalar(text: str, source: str) -> Any:
     """The value of `c` in `--set a.b=c`, read by the rules of the files; source: `--set a.b`."""
-    node = _compose(text, source)
+    node = _compose(text, source, "text with : or { in it needs quotes that the shell leaves: --set 'key=\"a: b\"'")
     value = None if node is None else _construct(node, source)
     if isinstance(value, dict) and any(v is None and ":" in str(key) for key, v in value.items()):
         raise UsageError(f"{source}={text}: YAML wants a space after the colon", "as in {q_proj: 8}")
@@ -124,7 +150,9 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"{path}: {error.strerror or error}", "check the path and the rights to read it") from None
 
 
-def _compose(text: str, where: str) -> yaml.Node | None:
+def _compose(
+    text: str, where: str, hint: str = "mend this line; text with : or # in it needs quotes"
+) -> yaml.Node | None:
     """The one document in a text. where: its source, to which messages add the line."""
     try:
         return yaml.compose(text, Loader=_Loader)
@@ -133,7 +161,7 @@ def _compose(text: str, where: str) -> yaml.Node | None:
         kind = "" if isinstance(error, _Unsupported) else "not valid YAML: "
         raise UsageError(
             f"{place}: {kind}{getattr(error, 'problem', None) or error}",
-            "mend this line; text with : or # in it needs quotes",
+            hint,
         ) from None
 
 

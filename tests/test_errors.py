@@ -243,7 +243,10 @@ def test_run_folder_of_another_recipe(
     message = refused("init", "--model", models("llama"), "--rank", 8, "--output", tmp_path / "out")
     assert "this run was made with adapter.rank = 4, the recipe says 8" in message
     message = refused("init", "--model", models("gpt2"), "--rank", 4, "--output", tmp_path / "out")
-    assert "not the model this run was made on" in message
+    assert "out holds a run of" in message and "name it to go on with it" in message
+    message = pissa("train", "--method", "vera", "--output", tmp_path / "out").err
+    assert "method vera has no such option" in message and "holds a run, whose recipe was taken" in message
+    assert "not the model this run was made on" in refused("init", tmp_path / "out", "--model", models("gpt2"))
     (tmp_path / "mine").mkdir()
     write(tmp_path / "mine" / "notes.txt", "x")
     assert "exists and is not a run folder" in refused(
@@ -259,7 +262,10 @@ def test_resume_with_another_recipe(
     assert "train.batch_size was 2 so far and is 3 now" in refused(
         "train", made.output, "--resume", "--set", "train.batch_size=3"
     )
-    assert "go on with --resume" in refused("train", made.output)
+    assert f"go on with: pissa train {made.output} --resume" in refused("train", made.output)
+    assert "train.lr was 2e-05 so far and is 0.1 now" in refused(
+        "train", made.output, "--resume", "--set", "train.lr=1e-1"
+    )
 
 
 def test_unreachable_hub(

@@ -277,6 +277,7 @@ def test_bad_input_is_named_before_anything_is_loaded(finished: Any, pissa: Any,
         (["--bench", "gsm9k"], "known: gsm8k, math"),
         (["--bench", "gsm8k", "--data", f"gsm8k={fields}"], "it has no answer"),
         ([word for one in away for word in ("--set", one)], "the judge cannot be reached"),
+        (["--bench", "gsm9k", "--bench", "gsm8k"], "known: gsm8k, math"),
         (["--bench", "gsm8k", "--set", "eval.stop=['']"], "eval.stop"),
     ):
         outcome = pissa("eval", finished.output, *words)

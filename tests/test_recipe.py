@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pissa_cli.errors import UsageError
 from pissa_cli.recipe_errors import SYNONYMS, _keys
 from pissa_cli.recipe_file import dump, listing, load
-from pissa_cli.yamlfile import parse_scalar, read_flat
+from pissa_cli.yamlfile import parse_scalar, read_flat, write_yaml
 
 
 def write(path: Path, text: str) -> str:
@@ -35,20 +37,29 @@ def test_order_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("3e-4", 3e-4), ("1e5", 1e5), ("2.0e-5", 2e-5), (".5", 0.5), ("-1E+3", -1000.0), ("7", 7), ("1_000", 1000)],
+    [
+        ("3e-4", 3e-4),
+        ("1e5", 1e5),
+        ("2.0e-5", 2e-5),
+        (".5", 0.5),
+        ("-1E+3", -1000.0),
+        ("7", 7),
+        ("1_000", 1000),
+        ("010", 10),
+    ],
 )
 def test_numbers(text: str, value: float) -> None:
     assert parse_scalar(text, "--set x") == value and type(parse_scalar(text, "--set x")) is type(value)
 
 
+TEXTS = ["e5", "1e", "v1.2", "openai/gsm8k", "1e5x", "1:30", "no", "Yes", "off", "2026-01-01", "<<"]
+
+
 def test_text_stays_text() -> None:
-    assert [parse_scalar(text, "--set x") for text in ("e5", "1e", "v1.2", "openai/gsm8k", "1e5x")] == [
-        "e5",
-        "1e",
-        "v1.2",
-        "openai/gsm8k",
-        "1e5x",
-    ]
+    assert [parse_scalar(text, "--set x") for text in TEXTS] == TEXTS
+    assert parse_scalar(f"[{', '.join(TEXTS)}]", "--set x") == TEXTS
+    for read in (yaml.safe_load, lambda text: parse_scalar(text, "--set x")):
+        assert read(write_yaml(TEXTS)) == TEXTS  # by other readers as well
 
 
 @pytest.mark.parametrize(
@@ -134,10 +145,34 @@ def test_keys_of_other_tools_are_translated() -> None:
             load(None, {("model", "name"): ("--model", "x")}, [text])
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("adapter.targets=q_proj,v_proj", r"should be a list, \[q_proj,v_proj\]"),
+        ("adapter.method=qpissa", "QPiSSA is pissa with --bits 4"),
+        ("train.gradient_checkpointing=yes", "should be true or false"),
+        ("train.seed=1", "belongs at the top"),
+        ("train=3", "is a section with keys"),
+        ("data.template=Q: {instruction} A: {output}", "quotes that the shell leaves"),
+        ("model.labels=[1, 2]", r"should be a valid string \(found \[1, 2\]\)$"),
+    ],
+)
+def test_values_of_another_kind(text: str, wanted: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        load(None, {("model", "name"): ("--model", "x")}, [text])
+    assert re.search(wanted, f"{raised.value.message}{raised.value.hint or ''}")
+
+
+def test_flat_keys_of_another_tool_are_translated_before_a_model_is_asked_for(tmp_path: Path) -> None:
+    file = write(tmp_path / "r.yaml", "model_name_or_path: x\nlora_rank: 8\n")
+    with pytest.raises(UsageError, match=r"here it is model\.name(.|\n)*here it is adapter\.rank"):
+        load(file, {})
+
+
 def test_every_translation_names_a_key_of_ours() -> None:
     for ours in SYNONYMS.values():
         *section, key = ours.split(" ")[0].split(".")
-        assert key in _keys(tuple(section), {"adapter": {"method": "lora"}})
+        assert any(key in _keys(tuple(section), {"adapter": {"method": method}}) for method in ("lora", "pissa"))
 
 
 def test_set_takes_mappings_key_by_key(tmp_path: Path) -> None:

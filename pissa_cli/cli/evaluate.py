@@ -11,7 +11,7 @@ from pissa_cli.errors import UsageError
 def evaluate_command(
     target: Target = None,
     bench: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--bench", help="Benchmarks, with commas: gsm8k, math, humaneval, mbpp, mt_bench, glue/<task>, loss."
         ),
@@ -41,7 +41,7 @@ def evaluate_command(
     debug: Debug = False,
 ) -> None:
     """Score what a run exported."""
-    names = [name.strip() for name in bench.split(",") if name.strip()] if bench is not None else None
+    names = [name.strip() for text in bench for name in text.split(",") if name.strip()] if bench else None
     loaded = load_recipe(
         target,
         set_,
