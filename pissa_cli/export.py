@@ -33,13 +33,13 @@ from pissa_cli.model import (
     read_weight,
     skeleton,
 )
-from pissa_cli.panels import minus_product
+from pissa_cli.panels import DROPPED, minus_product, rounded_at_random
 from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, require_free, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, task_of, task_settings, write_nf4_config
-from pissa_cli.svd import frobenius_norm
+from pissa_cli.svd import frobenius_norm, generator
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
 T = TypeVar("T")
@@ -189,6 +189,7 @@ def _dense_tensors(
 ) -> Iterator[T]:
     """then(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone.
 
+    What was trained is rounded at random, by the seed: to the nearest, 16 bits would lose most of a small change.
     Last the head of a classifier, in fp32, if the base has none. Several threads call `then`.
     """
     model = skeleton(folder, recipe.model)
@@ -202,16 +203,19 @@ def _dense_tensors(
         )
     whole = dict(_on_disk(model, weights, adapter))
 
+    def rounded(name: str, W: Tensor, dtype: torch.dtype) -> Tensor:
+        return rounded_at_random(W, dtype, generator(recipe.seed, name)) if dtype in DROPPED else W.to(dtype)
+
     def work(name: str) -> T:
         linear = linears.get(name)
         if name in whole:
-            return then(name, linear, whole[name].to(weights.read(name).dtype))
+            return then(name, linear, rounded(name, whole[name].float(), weights.dtypes[name]))
         if linear is None or (f"{name}.absmax" not in weights.files and linear.name not in adapter.factors):
             return then(name, linear, weights.read(name))
         W, dtype = read_weight(weights, linear, device)
         if linear.name in adapter.factors:
             A, B = adapter.pair(linear.name, W.shape, device)
-            W = minus_product(W, B, A, -1.0)
+            W = rounded(name, minus_product(W, B, A, -1.0), dtype)
         return then(name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu())
 
     names = [name for name in weights.files if name in whole or not any(owner in linears for owner in _owners(name))]

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 PANEL = 2**21  # numbers of a panel of rows
+PIECE = 2**18  # numbers that stay in a cache while they are rounded
+DROPPED = {torch.bfloat16: 16, torch.float16: 13}
+"""Bits of fp32 that a dtype has not."""
 T = TypeVar("T")
 R = TypeVar("R")
 _here = threading.local()
@@ -68,6 +71,26 @@ def converted(W: Tensor, dtype: torch.dtype) -> Tensor:
         return W.to(dtype)
     out = torch.empty_like(W, dtype=dtype)
     in_parallel(lambda pair: pair[1].copy_(pair[0]), zip(_rows(W), _rows(out), strict=True))
+    return out
+
+
+def rounded_at_random(W: Tensor, dtype: torch.dtype, draws: torch.Generator) -> Tensor:
+    """W (m, n) fp32 in 16 bits, each number as one of its two neighbours, the likelier the nearer: the mean is W.
+
+    What lies below the last bit is kept on average, where rounding to the nearest would drop it: a number that `dtype`
+    has stays what it is, and so would W + D for every D of less than half of its last bit. (fp16 below 2^-14: nearest.)
+    """
+    mask = 2 ** DROPPED[dtype] - 1
+    rows = max(1, PIECE // W.shape[-1]) if W.device.type == "cpu" else len(W)
+    words = torch.empty((W.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=draws)
+    noise, out = words.view(torch.int16)[: W.numel()].view(W.shape).to(W.device), torch.empty_like(W, dtype=dtype)
+
+    def work(part: tuple[Tensor, Tensor, Tensor]) -> None:
+        W, noise, out = part
+        bits = noise.int().bitwise_and_(mask).add_(W.view(torch.int32)).bitwise_and_(~mask)
+        out.copy_(bits.view(torch.float32))
+
+    in_parallel(work, zip(W.split(rows), noise.split(rows), out.split(rows), strict=True))
     return out
 
 

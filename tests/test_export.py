@@ -89,6 +89,28 @@ def test_a_sharded_bf16_base_merges_into_bf16(recipe: Make, rows: Path, tmp_path
     assert merged.dtype == torch.bfloat16 and 0 < result["relative_logit_difference"] < 5e-2
 
 
+@pytest.mark.parametrize(("dtype", "lr"), [(torch.bfloat16, 4e-6), (torch.float16, 5e-7)])
+def test_a_change_below_the_last_bit_is_merged(
+    dtype: torch.dtype, lr: float, recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    """What the merged weights have of it, D . (merged - W) / |D|^2: rounded to the nearest next to nothing."""
+    folder = save_model(make_model("llama").to(dtype), tmp_path / "model")
+    made = trained(recipe, folder, rows, "model.bits=16", f"train.lr={lr}")
+    export.merge(made)
+    run, name = Run(Path(made.output)), "model.layers.1.mlp.up_proj"
+    W = load_file(folder / "model.safetensors")[f"{name}.weight"].double()
+    factors = load_file(run.adapter / "adapter_model.safetensors")
+    A, B = (factors[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")
+    D = json.loads((run.adapter / "adapter_config.json").read_text())["lora_alpha"] / len(A) * B @ A
+    found = load_file(run.merged / "model.safetensors")[f"{name}.weight"].double()
+
+    def share(merged: torch.Tensor) -> float:
+        return float((D * (merged - W)).sum() / D.square().sum())
+
+    assert share((W + D).to(dtype).double()) < 0.2
+    assert 0.7 < share(found) < 1.3 and float((found - W - D).norm() / W.norm()) < 2e-3
+
+
 def test_a_wrong_merge_is_refused(
     models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

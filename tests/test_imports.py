@@ -22,7 +22,7 @@ LAYERS = [
     "plan checkpoint faults",
     "attach",
     "data batches",
-    "classification",
+    "classification chat",
     "examples",
     "loading side_files steps ledger pipeline",
     "model peft_files report optim process",
@@ -40,7 +40,7 @@ LAYERS = [
     "recipe_file",
     "recipe_errors",
     "recipe",
-    "adapter_options yamlfile glue names",
+    "adapter_options data_options yamlfile glue names",
     "errors heap",
 ]
 """From top to bottom. A module imports from lower layers, or from its own without a loop; `__version__` is anyone's."""

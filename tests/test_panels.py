@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pissa_cli import panels
+from pissa_cli.panels import rounded_at_random
 from pissa_cli.pipeline import in_order
 from pissa_cli.quant import Packed, Store, pack
-from pissa_cli.svd import truncated_svd
+from pissa_cli.svd import generator, truncated_svd
 
 OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "times": (lambda W, X, Y: panels.times(W, X), lambda W, X, Y: W @ X),
@@ -37,6 +38,32 @@ def test_panels_give_what_the_whole_gives(name: str, monkeypatch: pytest.MonkeyP
         assert torch.equal(found[1], found[2]) and torch.equal(found[1], found[3])
         tolerance = 2**-8 if found[1].dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(found[1].double(), wanted.double(), rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)])
+def test_rounding_at_random_keeps_the_mean(dtype: torch.dtype, step: float) -> None:
+    """Against the two neighbours in fp64: 1 to 2 has steps of one size, from which the odds follow."""
+    torch.manual_seed(0)
+    parts, many = torch.rand(7, 1), 4000
+    W = (1 + 5 * step + parts * step).expand(7, many).contiguous()
+    found = (rounded_at_random(W, dtype, generator(0, "x")).double() - 1) / step - 5
+    assert bool(((found == 0) | (found == 1)).all())
+    torch.testing.assert_close(found.mean(1, keepdim=True), parts.double(), rtol=0, atol=4 / (2 * many**0.5))
+    assert torch.equal(rounded_at_random(-W, dtype, generator(0, "x")).double(), -1 - (5 + found) * step)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_at_random_leaves_what_the_dtype_has(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    W = torch.cat([torch.randn(600, 500) * 0.02, torch.tensor([[0.0, 1.0, -2.0, 2.0**-14, 6e-5]]).repeat(1, 100)])
+    kept = W.to(dtype)
+    assert torch.equal(rounded_at_random(kept.float(), dtype, generator(0, "x")), kept)
+    wanted = rounded_at_random(W, dtype, generator(3, "x"))
+    assert torch.equal(wanted, rounded_at_random(W, dtype, generator(3, "x")))
+    assert not torch.equal(wanted, rounded_at_random(W, dtype, generator(3, "y")))
+    for helpers in (2, 3):
+        found = next(in_order(lambda _: rounded_at_random(W, dtype, generator(3, "x")), [0], 1, 1, helpers))
+        assert torch.equal(found, wanted)
 
 
 def test_starts_have_the_same_bits_for_any_number_of_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
