@@ -9,6 +9,7 @@ import yaml
 
 from pissa_cli import __version__
 from pissa_cli.adapter_options import FullOptions
+from pissa_cli.data import TEMPLATE
 from pissa_cli.errors import UsageError
 from pissa_cli.model import SMALL_FILES, resolve_base
 from pissa_cli.recipe import Recipe
@@ -44,8 +45,22 @@ def model_card(recipe: Recipe, what: str, library: str = "transformers", step: i
     lines += [f"and {what}.", ""]
     if figures := _figures(run, step):
         lines += ["| figure | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in figures), ""]
-    public = yaml.safe_dump(_without_folders(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+    if prompt := _prompt(recipe):
+        lines += ["## Prompt", "", *prompt, ""]
+    content = recipe.model_dump(mode="json")
+    content["train"]["lr"] = recipe.lr
+    public = yaml.safe_dump(_without_folders(content), sort_keys=False, allow_unicode=True)
     return "\n".join([*lines, "## Recipe", "", "```yaml", public.rstrip(), "```", ""])
+
+
+def _prompt(recipe: Recipe) -> list[str]:
+    """How to ask the model, as it was in training; nothing where the rows say it all."""
+    if recipe.data.format == "chat":
+        return ["A conversation in the tokenizer's chat template."]
+    if recipe.data.format != "alpaca":
+        return []
+    template, _, _ = (recipe.data.template or TEMPLATE).partition("{output}")
+    return ["```", template, "```"]
 
 
 def _without_folders(value: Any) -> Any:

@@ -31,6 +31,8 @@ AUTO_CLASSES: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
 }
 """By `model.task`."""
+KERNELS_READ = ("dt_proj",)
+"""Linear layers whose weights the kernels of state-space models (Mamba, Jamba) take, passing an adapter by."""
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SMALL_FILES = ["*.json", "*.py"]
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*"]
@@ -197,13 +199,14 @@ def _disk_names(parameter: str, prefix: str) -> tuple[str, ...]:
 def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear]:
     """The layers that `adapter.targets` names: all linear ones, or those whose name is or ends in one of the list.
 
-    A vector, as the gate of a shared expert, is not among all linear ones: a low rank cannot be below its own.
+    A vector, as the gate of a shared expert, is not among all linear ones: a low rank cannot be below its own. Neither
+    is what `KERNELS_READ`.
 
     Raises UsageError, listing the kinds of linear layers there are, for an entry that matches none.
     """
     linears = [layer for layer in layers if not layer.embedding and min(layer.num_out, layer.num_in) > 1]
     if targets == "all-linear" and linears:
-        return linears
+        return [layer for layer in linears if layer.kind not in KERNELS_READ]
     if not linears:
         raise UsageError(
             "adapter.targets: this model has no layer of torch's Linear or transformers' Conv1D",

@@ -61,13 +61,9 @@ def _load_unnamed(folder: Path, given: Mapping[KeyPath, Value]) -> Loaded:
     """The run in the output folder, which nobody named: flags that do not go with it may be meant for a new one."""
     hint = f"{folder} holds a run, whose recipe was taken; name it to go on with it, or another folder with --output"
     try:
-        loaded = _load(str(folder), given)
+        return _load(str(folder), given)
     except UsageError as error:
         raise UsageError(error.message, f"{error.hint}; {hint}" if error.hint else hint) from None
-    mine, name = _load(str(folder), {}).recipe.model.name, loaded.recipe.model.name
-    if name != mine:
-        raise UsageError(f"--model: {folder} holds a run of {mine}, not of {name}", hint)
-    return loaded
 
 
 def _load(target: str | None, given: Mapping[KeyPath, Value]) -> Loaded:

@@ -33,9 +33,9 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[tuple[int, Row 
 
 
 def content_hash(source: str) -> str:
-    """A hash of what `read_rows` reads: of the file's bytes, or the data set's own fingerprint."""
+    """A hash of what `read_rows` reads: of the file's bytes and kind, or the data set's own fingerprint."""
     if is_file(source):
-        return hash_file(Path(source))
+        return f"{hash_file(Path(source))}{Path(source).suffix}"
     return f"{source} {_hub_data(source)._fingerprint}"
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import Outcome, exact_scales, make_model, save_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pissa_cli import export, quant
 from pissa_cli.adapters.start import Adapter
@@ -172,6 +172,15 @@ def test_full_fine_tuning_needs_no_merge_and_quantizes(models: Callable[[str], P
         export.quantize(made, None, Run(Path(made.output)).merged)
 
 
+def test_the_adapter_has_its_tokenizer_and_a_card(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made = trained(recipe, models("llama"), rows)
+    folder, base = Run(Path(made.output)).adapter, AutoTokenizer.from_pretrained(models("llama"))
+    text = "Anna has 12 apples.\n"
+    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == base(text)["input_ids"]
+    card = (folder / "README.md").read_text()
+    assert "library_name: peft" in card and "held-out loss" in card and str(folder.parent) not in card
+
+
 def test_the_model_card_keeps_folders_to_itself(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
     made = recipe(models("llama"), "model.bits=32", f"data.train={rows}", "train.steps=2")
     plain = model_card(made, "quantized")
@@ -179,6 +188,7 @@ def test_the_model_card_keeps_folders_to_itself(models: Callable[[str], Path], r
     train(made)
     (models("llama") / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base\n")
     card = model_card(made, "merged")
+    assert "\n### Instruction:\n{instruction}\n\n### Response:\n```" in card and "\n  lr: null" not in card
     front = yaml.safe_load(card.split("---")[1])
     assert front == {"library_name": "transformers", "tags": ["pissa"], "license": "apache-2.0"}
     assert "| steps | 2 |" in card and "training loss, first and last step" in card

@@ -75,7 +75,7 @@ def test_the_command_line_says_what_was_left_out(
     words = [word for one in (*STEADY, f"data.train={rows}", "train.on_fault=skip") for word in ("--set", one)]
     outcome = pissa("train", "--model", models("llama"), *words, "--output", tmp_path / "out")
     assert outcome.code == 0, outcome.err
-    assert "step 1: loss nan" in outcome.err and "step 1/12: left out" in outcome.err
+    assert "step 1: loss nan" in outcome.err and "step 1/12: left out, lr" in outcome.err and " left\n" in outcome.err
 
 
 def test_faults_stop_a_run_by_default_and_when_there_is_no_way_back(

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 from test_start import started
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, FalconMambaConfig, LlamaConfig
 
 from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
 from pissa_cli.attach import attach, lowrank_layers
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.model import linear_layers, match_targets
 from pissa_cli.peft_files import read_peft
 from pissa_cli.plan import make_plan
 from pissa_cli.recipe_file import load
@@ -271,3 +272,12 @@ def test_a_zero_matrix_gets_a_factor_that_can_train(bits: int) -> None:
         made = METHODS[method].start(torch.zeros(64, 128), layer, options)
         assert made.factors["A"].any() or made.factors["B"].any(), method
         assert not (made.factors["B"] @ made.factors["A"]).any()
+
+
+def test_what_kernels_read_gets_no_adapter_by_itself() -> None:
+    """FalconMamba takes the weight of its dt_proj past the layer."""
+    config = FalconMambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    with torch.device("meta"):
+        layers = linear_layers(AutoModelForCausalLM.from_config(config))
+    assert {layer.kind for layer in match_targets(layers, "all-linear")} == {"in_proj", "x_proj", "out_proj"}
+    assert [layer.kind for layer in match_targets(layers, ["dt_proj"])] == ["dt_proj"]

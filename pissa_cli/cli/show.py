@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -90,7 +91,7 @@ def counting(title: str) -> Iterator[Callable[[int, int, str], None]]:
 def training() -> Iterator[Callable[[dict[str, Any]], None]]:
     """A bar with loss, tokens a second, memory and time left, fed with the events of `pissa_cli.train`."""
     if not stderr.is_terminal:
-        yield _training_line
+        yield _training_lines()
         return
     columns = (
         TextColumn("train"),
@@ -113,19 +114,27 @@ def training() -> Iterator[Callable[[dict[str, Any]], None]]:
         yield update
 
 
-def _training_line(event: dict[str, Any]) -> None:
-    if "note" in event:
-        say(event["note"])
-    elif (
-        event["step"] in (1, event["steps"])
-        or "eval_loss" in event
-        or event["step"] % max(1, event["steps"] // 20) == 0
-    ):
-        held_out = f", held-out loss {event['eval_loss']:.4f}" if "eval_loss" in event else ""
-        say(f"step {event['step']}/{event['steps']}: {_status(event)}{held_out}")
+def _training_lines() -> Callable[[dict[str, Any]], None]:
+    """A line for the first and last step, every twentieth part between them, and each held-out loss."""
+    began, first = 0.0, 0
+
+    def line(event: dict[str, Any]) -> None:
+        nonlocal began, first
+        if "note" in event:
+            say(event["note"])
+            return
+        step, steps = event["step"], event["steps"]
+        if not first:
+            began, first = time.monotonic() - event["seconds"], step
+        if step in (first, steps) or "eval_loss" in event or step % max(1, steps // 20) == 0:
+            held_out = f", held-out loss {event['eval_loss']:.4f}" if "eval_loss" in event else ""
+            left = timedelta(seconds=round((time.monotonic() - began) / (step - first + 1) * (steps - step)))
+            say(f"step {step}/{steps}: {_status(event)}{held_out}{f', {left} left' if step < steps else ''}")
+
+    return line
 
 
 def _status(event: dict[str, Any]) -> str:
     rate = event["tokens"] / max(event["seconds"], 1e-9)
     loss = "left out" if event["loss"] is None else f"loss {event['loss']:.4f}"
-    return f"{loss}, {rate:,.0f} tokens/s, {event['memory_bytes'] / 2**30:.1f} GiB"
+    return f"{loss}, lr {event['lr']:.1e}, {rate:,.0f} tokens/s, {event['memory_bytes'] / 2**30:.1f} GiB"
