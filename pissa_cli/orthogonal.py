@@ -15,7 +15,7 @@ is worth nothing unless all of them are 0."""
 
 def next_block(basis: Tensor, image: Tensor, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
     """Q, R with image = basis C + Q R, the basis and Q orthonormal: projected and factored twice, and once more where
-    columns were hardly more than rounding."""
+    columns were hardly more than rounding. If that does not help, they lie in the basis: Q is any complement of it."""
     block, R = cholesky_qr(image - basis @ (basis.T @ image), doubts=doubts)
     for _ in range(2):
         block, step = cholesky_qr(block - basis @ (basis.T @ block), exact=True, doubts=doubts)
@@ -26,6 +26,9 @@ def next_block(basis: Tensor, image: Tensor, doubts: Doubts = None) -> tuple[Ten
             break
         if not off:
             break
+    else:
+        block = torch.linalg.qr(torch.cat([basis, block], dim=1))[0][:, basis.shape[1] :]
+        R = block.T @ image
     return block, R
 
 
