@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def _without_folders(value: Any) -> Any:
         return {key: _without_folders(child) for key, child in value.items()}
     if isinstance(value, list):
         return [_without_folders(child) for child in value]
-    if isinstance(value, str) and (Path(value).is_absolute() or ("/" in value and Path(value).exists())):
+    if isinstance(value, str) and (Path(value).is_absolute() or ("/" in value and os.path.lexists(value))):
         return Path(value).name
     return value
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, chain, pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,15 +14,12 @@ from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Encoded
 from pissa_cli.rows import Row, has_surrogate, value_of
+from pissa_cli.turns import MARK, Message, Render, span_of, tokens_apart
 
-SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
+SHAREGPT = {"human": "user", "observation": "tool"} | dict.fromkeys(
+    ("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"
+)
 """Roles of ShareGPT's rows; others are called as elsewhere."""
-MARK = "\u00a7\u00a7"
-"""Put beside a message to see where the template writes it."""
-
-Message = dict[str, Any]
-Render = Callable[[Sequence[Message], bool], str]
-"""(messages, whether the next is the assistant's) -> text."""
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -63,14 +58,24 @@ def question_text(question: str, before: Sequence[tuple[str, str]], tokenizer: P
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text by which the template ends what the assistant says, its first special token if there is one."""
+    return _end_of_turn(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(1)
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, _template: str) -> list[str]:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
     try:
         _, found, tail = _render(tokenizer)(messages, False).rpartition(MARK)
     except Exception:  # as above; then an answer ends at end-of-text alone
         return []
-    special = _special(tokenizer).search(tail)
-    end = special.group() if special else tail.strip()
+    special = [token for token in special_tokens(tokenizer) if token in tail]
+    end = min(special, key=tail.find) if special else tail.strip()
     return [end] if found and end else []
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Those that no text of an answer shows, and their numbers."""
+    return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Encoded | str:
@@ -83,25 +88,73 @@ def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBa
         tools = _tools(row, section)
     except ValueError as error:
         return str(error)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
+    if not any(message["role"] == "assistant" for message in messages):
         return "no assistant message"
     render = _render(tokenizer, tools)
-    try:
-        whole = render(messages, False)
-        spans = [_span(messages, turn, whole, render, tokenizer) for turn in turns]
-    except Exception as error:  # templates raise what they like
-        return f"the chat template refuses it ({first_line(error)})"
-    if None in spans or not _kept(messages[turns[-1]], whole):
-        return "the chat template leaves out what the assistant says"
+    found: tuple[list[Message], str] | str = ""
+    for form in _forms(messages):
+        try:
+            found = form, render(form, False)
+            break
+        except Exception as error:  # templates raise what they like
+            found = found or f"the chat template refuses it ({first_line(error)})"
+    if isinstance(found, str):
+        return found
+    messages, whole = found
     if has_surrogate(whole):
         return f"'{column}' holds a broken character (a lone surrogate)"
-    bounds = [place for span in spans if span for place in span]
-    ids, counts = _tokens(whole, bounds, tokenizer)
+    spans = []
+    for turn, message in enumerate(messages):
+        span = (0, len(whole))
+        if message["role"] == "assistant":
+            try:
+                span = span_of(messages, turn, whole, render, tokenizer)
+            except ValueError as error:
+                return str(error)
+            spans.append(span)
+        if not _shown(message, whole[slice(*span)], last=turn == len(messages) - 1):
+            return f"the chat template leaves out what the {message['role']} says"
+    ids, counts = tokens_apart(whole, [place for span in spans for place in span], tokenizer)
     targets = [False] * len(ids)
     for begin, end in zip(counts[::2], counts[1::2], strict=True):
         targets[begin:end] = [True] * (end - begin)
+    if targets[-1] and not end_of_turn(tokenizer):
+        ids, targets = [*ids, tokenizer.eos_token_id], [*targets, True]
     return Encoded(ids, targets)
+
+
+def _forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """The messages as templates may want them: arguments of tool calls as mappings, else as JSON text; without the
+    content that is None, else with an empty one."""
+    for empty in (None, ""):
+        for convert in (_parsed, _written):
+            yield [_form(message, convert, empty) for message in messages]
+
+
+def _form(message: Message, convert: Callable[[Any], Any], empty: str | None) -> Message:
+    calls = message.get("tool_calls")
+    if isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
+        message = {**message, "tool_calls": [_call(call, convert) for call in calls]}
+    return {**message, "content": empty} if message.get("content", "") is None else message
+
+
+def _call(call: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _call(call["function"], convert)}
+    return {**call, "arguments": convert(call["arguments"])} if "arguments" in call else call
+
+
+def _parsed(arguments: Any) -> Any:
+    """OpenAI's arguments are a JSON text, which templates would write as one, in quotes."""
+    try:
+        found = json.loads(arguments)
+    except (ValueError, TypeError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _written(arguments: Any) -> Any:
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
 def _messages(value: Any) -> list[Message] | None:
@@ -142,82 +195,16 @@ def _render(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) 
     return render
 
 
-def _span(
-    messages: list[Message], turn: int, whole: str, render: Render, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, int] | None:
-    """Where in the `whole` text the model writes this turn: after what it is asked with, its end-of-turn included.
-
-    Templates that write a turn in another way once it is followed by others (Qwen3 drops the thoughts) are seen by what
-    changes with a mark beside the message. None for a message that the template leaves out.
-    """
-    asked = render(messages[:turn], True) if turn else None
-    if asked is not None and whole.startswith(asked):
-        begin = len(asked)
-    else:
-        begin = _common(whole, render(_marked(messages, turn, before=MARK), False))
-    upto = render(messages[: turn + 1], False)
-    if whole.startswith(upto):
-        end = len(upto)
-    else:
-        marked = _marked(messages, turn, after=MARK)
-        said, alone = _common(whole, render(marked, False)), _common(upto, render(marked[: turn + 1], False))
-        end = said + _common(whole[said:], upto[alone:])
-        inside = (found.end() for found in _special(tokenizer).finditer(whole) if found.start() < end < found.end())
-        end = next(inside, end)
-    return (begin, end) if begin < end else None
-
-
-def _marked(messages: list[Message], turn: int, before: str = "", after: str = "") -> list[Message]:
-    content = messages[turn].get("content")
-    if isinstance(content, list):
-        content = [{"type": "text", "text": before}] * bool(before) + content
-        content += [{"type": "text", "text": after}] * bool(after)
-    else:
-        content = f"{before}{content or ''}{after}"
-    return [*messages[:turn], {**messages[turn], "content": content}, *messages[turn + 1 :]]
-
-
-def _kept(message: Message, whole: str) -> bool:
-    """Whether the text has all that a message says, but for white space."""
-    content = message.get("content")
-    return not isinstance(content, str) or "".join(content.split()) in "".join(whole.split())
-
-
-def _common(one: str, other: str) -> int:
-    """Characters that both begin with."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
-    return low
-
-
-@lru_cache(1)
-def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Finds the tokens that are one, whatever stands beside them."""
-    added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, added)) or r"(?!)")
-
-
-def _tokens(text: str, bounds: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Tokens of the text, none of which spans one of the `bounds` (ascending), and how many lie before each of these.
-
-    At a bound within a token of the whole text, both sides are tokenized apart.
-    """
-
-    def tokenize(part: str) -> list[int]:
-        return [] if not part else list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
-
-    whole, edges = tokenize(text), [0, *bounds, len(text)]
-    parts = [tokenize(text[begin:end]) for begin, end in pairwise(edges)]
-    if list(chain(*parts)) == whole:
-        return whole, list(accumulate(map(len, parts[:-1])))
-    done: list[int] = []
-    start, rest, counts = 0, whole, []
-    for bound in bounds:
-        head = tokenize(text[start:bound])
-        counts.append(len(done) + len(head))
-        if rest[: len(head)] != head:
-            done += head
-            start, rest = bound, tokenize(text[bound:])
-    return done + rest, counts
+def _shown(message: Message, text: str, last: bool) -> bool:
+    """Whether the text has what a message says, but for white space: of tool calls the names, of what the assistant
+    says in earlier turns nothing but that, as its thoughts may be left out, and of a tool's answer nothing."""
+    content, role = message.get("content"), message["role"]
+    if role == "assistant":
+        calls = message.get("tool_calls") or []
+        called = (
+            [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+        )
+        if any(isinstance(one, dict) and str(one.get("name", "")) not in text for one in called):
+            return False
+    says = isinstance(content, str) and (last if role == "assistant" else role in ("user", "system", "developer"))
+    return not says or "".join(str(content).split()) in "".join(text.split())

@@ -215,4 +215,5 @@ def _join(
 
 def _appends_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether it ends every text by end-of-text, as some do; a prompt is without."""
-    return bool(tokenizer("a", verbose=False)["input_ids"][-1] == tokenizer.eos_token_id)
+    with_special, plain = (tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
+    return len(with_special) > len(plain) and with_special[-1] == tokenizer.eos_token_id

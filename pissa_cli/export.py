@@ -189,7 +189,8 @@ def _dense_tensors(
 ) -> Iterator[T]:
     """then(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone.
 
-    What was trained is rounded at random, by the seed: to the nearest, 16 bits would lose most of a small change.
+    What was trained over a dense base is rounded at random, by the seed: to the nearest, 16 bits would lose most of a
+    small change.
     Last the head of a classifier, in fp32, if the base has none. Several threads call `then`.
     """
     model = skeleton(folder, recipe.model)
@@ -209,13 +210,16 @@ def _dense_tensors(
     def work(name: str) -> T:
         linear = linears.get(name)
         if name in whole:
-            return then(name, linear, rounded(name, whole[name].float(), weights.dtypes[name]))
+            tied = min(other for other, tensor in whole.items() if torch.equal(tensor, whole[name]))
+            return then(name, linear, rounded(tied, whole[name].float(), weights.dtypes[name]))
         if linear is None or (f"{name}.absmax" not in weights.files and linear.name not in adapter.factors):
             return then(name, linear, weights.read(name))
         W, dtype = read_weight(weights, linear, device)
         if linear.name in adapter.factors:
             A, B = adapter.pair(linear.name, W.shape, device)
-            W = rounded(name, minus_product(W, B, A, -1.0), dtype)
+            W = minus_product(W, B, A, -1.0)
+            if f"{name}.absmax" not in weights.files:
+                W = rounded(name, W, dtype)
         return then(name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu())
 
     names = [name for name in weights.files if name in whole or not any(owner in linears for owner in _owners(name))]

@@ -18,12 +18,12 @@ from pissa_cli.checkpoint import Names, checkpoint_tensors, latest_checkpoint, s
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import open_run, read_start, require_base
 from pissa_cli.integrity import DISTRUST, hashes, model_facts, not_finite, require_files, require_sealed, sealed
-from pissa_cli.loading import load_model, load_tokenizer
+from pissa_cli.loading import load_model
 from pissa_cli.model import head_names, skeleton
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_config, rank_of, read_peft, write_peft
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json, write_text
-from pissa_cli.side_files import copy_side_files
+from pissa_cli.side_files import copy_side_files, copy_tokenizer
 
 
 def write_result(
@@ -84,8 +84,8 @@ def write_result(
     }
     with whole_folder(run.adapter) as folder:
         write_peft(folder, result, config)
-        load_tokenizer(require_base(run, manifest, recipe), recipe).save_pretrained(folder)
-        write_text(folder / "README.md", model_card(recipe, "as an adapter for PEFT", "peft", step))
+        copy_tokenizer(require_base(run, manifest, recipe), folder, recipe)
+        write_text(folder / "README.md", model_card(recipe, "exported as an adapter for PEFT", "peft", step))
         provenance["hashes"] = hashes(folder, (PEFT_CONFIG, PEFT_WEIGHTS))
         write_json(folder / PROVENANCE, sealed(provenance))
     return run.adapter

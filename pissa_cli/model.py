@@ -31,8 +31,7 @@ AUTO_CLASSES: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
 }
 """By `model.task`."""
-KERNELS_READ = ("dt_proj",)
-"""Linear layers whose weights the kernels of state-space models (Mamba, Jamba) take, passing an adapter by."""
+KERNELS_READ = ("x_proj", "dt_proj", "out_proj")
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SMALL_FILES = ["*.json", "*.py"]
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*"]
@@ -42,7 +41,8 @@ HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "
 class Linear:
     """A linear layer of the model: weight (out, in), stored transposed on disk by GPT-2's Conv1D and by embeddings.
 
-    An embedding is the linear map of one-hot vectors: out = its width, in = the size of the vocabulary.
+    An embedding is the linear map of one-hot vectors: out = its width, in = the size of the vocabulary. Bypassed: the
+    kernels of state-space models (Mamba, Jamba) take the weight alone, passing an adapter by.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Linear:
     num_in: int
     transposed: bool
     embedding: bool = False
+    bypassed: bool = False
     expert: Expert | None = None
 
     @property
@@ -144,7 +145,9 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
                         f"{tuple(shape)}",
                         "the weights and config.json do not belong together; download the model again",
                     )
-            layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding))
+            mixer, _, kind = name.rpartition(".")
+            bypassed = kind in KERNELS_READ and hasattr(model.get_submodule(mixer), "A_log")
+            layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding, bypassed))
     for name, expert, shape in expert_layers(model):
         packed = weights is not None and f"{name}.weight.absmax" in weights.files
         if weights is None or packed or weights.shapes.get(f"{name}.weight") == tuple(shape):
@@ -200,13 +203,13 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
     """The layers that `adapter.targets` names: all linear ones, or those whose name is or ends in one of the list.
 
     A vector, as the gate of a shared expert, is not among all linear ones: a low rank cannot be below its own. Neither
-    is what `KERNELS_READ`.
+    is what is bypassed; that is refused if it is named.
 
     Raises UsageError, listing the kinds of linear layers there are, for an entry that matches none.
     """
     linears = [layer for layer in layers if not layer.embedding and min(layer.num_out, layer.num_in) > 1]
     if targets == "all-linear" and linears:
-        return [layer for layer in linears if layer.kind not in KERNELS_READ]
+        return [layer for layer in linears if not layer.bypassed]
     if not linears:
         raise UsageError(
             "adapter.targets: this model has no layer of torch's Linear or transformers' Conv1D",
@@ -219,6 +222,12 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
             kinds = ", ".join(sorted({layer.kind for layer in linears}))
             raise UsageError(f"adapter.targets: '{target}' matches no linear layer", f"this model has: {kinds}")
         chosen |= {layer.name: layer for layer in found}
+    bypassed = next((layer.name for layer in chosen.values() if layer.bypassed), None)
+    if bypassed is not None:
+        raise UsageError(
+            f"adapter.targets: {bypassed} would train nothing: the model's kernels take its weight past an adapter",
+            "leave it out",
+        )
     return [layer for layer in layers if layer.name in chosen]
 
 

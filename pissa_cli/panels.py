@@ -75,23 +75,24 @@ def converted(W: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rounded_at_random(W: Tensor, dtype: torch.dtype, draws: torch.Generator) -> Tensor:
-    """W (m, n) fp32 in 16 bits, each number as one of its two neighbours, the likelier the nearer: the mean is W.
+    """W fp32 in 16 bits, each number as one of its two neighbours, the likelier the nearer: the mean is W.
 
     What lies below the last bit is kept on average, where rounding to the nearest would drop it: a number that `dtype`
     has stays what it is, and so would W + D for every D of less than half of its last bit. (fp16 below 2^-14: nearest.)
     """
     mask = 2 ** DROPPED[dtype] - 1
-    rows = max(1, PIECE // W.shape[-1]) if W.device.type == "cpu" else len(W)
+    flat = W.reshape(-1)
+    piece = PIECE if W.device.type == "cpu" else max(1, len(flat))
     words = torch.empty((W.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=draws)
-    noise, out = words.view(torch.int16)[: W.numel()].view(W.shape).to(W.device), torch.empty_like(W, dtype=dtype)
+    noise, out = words.view(torch.int16)[: len(flat)].to(W.device), torch.empty_like(flat, dtype=dtype)
 
     def work(part: tuple[Tensor, Tensor, Tensor]) -> None:
         W, noise, out = part
         bits = noise.int().bitwise_and_(mask).add_(W.view(torch.int32)).bitwise_and_(~mask)
         out.copy_(bits.view(torch.float32))
 
-    in_parallel(work, zip(W.split(rows), noise.split(rows), out.split(rows), strict=True))
-    return out
+    in_parallel(work, zip(flat.split(piece), noise.split(piece), out.split(piece), strict=True))
+    return out.view(W.shape)
 
 
 def minus(W: Tensor, other: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
 from pissa_cli.errors import UsageError
-from pissa_cli.integrity import read_settings
+from pissa_cli.integrity import VOCABULARIES, read_settings
 from pissa_cli.model import DTYPES, Linear, head_names, skeleton
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import write_json, write_text
@@ -56,9 +57,19 @@ def task_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 def copy_side_files(source: Path, target: Path, recipe: Recipe) -> None:
     """Copy what is not weights: configuration, tokenizer, licence, and the chat template, or the recipe's own."""
+    _copy(source, target, recipe, ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"))
+
+
+def copy_tokenizer(source: Path, target: Path, recipe: Recipe) -> None:
+    """Copy the tokenizer's files, and the chat template, or the recipe's own."""
+    names = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model")
+    _copy(source, target, recipe, (*VOCABULARIES, *names))
+
+
+def _copy(source: Path, target: Path, recipe: Recipe, patterns: Sequence[str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
-        wanted = path.suffix in (".json", ".model", ".txt", ".jinja", ".py") or path.name.startswith("LICENSE")
+        wanted = any(path.match(pattern) for pattern in patterns)
         if path.is_file() and wanted and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
     if recipe.data.chat_template is not None:

@@ -43,6 +43,10 @@ ENDED = (  # the last turn ends by another token than those before
     "{% if loop.last and not add_generation_prompt %}<pad>{% else %}<eos>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+ASKED = (  # ends with end-of-text where it does not ask, and writes calls in place of the content
+    "{% for m in messages %}<{{ m.role }}>{{ (m.tool_calls | tojson) if m.tool_calls else m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% else %}<eos>{% endif %}"
+)
 BARE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -93,7 +97,18 @@ def learned(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, section: Da
             ["Hi", "Yes", "And", "No"],
             ["<user>Hi<eos><assistant>", "Yes<eos>", "<user>And<eos><assistant>", "No<pad>"],
         ),
-        (BARE, ["Hi", "has 3"], ["user: Hi\nassistant: ", "has 3\n"]),
+        (
+            OPENED,
+            ["Hi", "<think>a</think>Yes", "And", "No"],
+            ["<U>Hi<A>", "Yes<eos>", "<U>And<A>", "No<eos>"],
+        ),
+        (
+            ASKED,
+            ["Hi", "Yes", "And", "No"],
+            ["<user>Hi<end><assistant>", "Yes<end>", "<user>And<end><assistant>", "No<end><eos>"],
+        ),
+        (ASKED, ["Hi", "Yes", "And"], ["<user>Hi<end><assistant>", "Yes<end>", "<user>And<end><eos>"]),
+        (BARE, ["Hi", "has 3"], ["user: Hi\nassistant: ", "has 3\n<eos>"]),
     ],
 )
 def test_what_the_assistant_says_is_learned(
@@ -105,7 +120,8 @@ def test_what_the_assistant_says_is_learned(
     found = encode_chat(row, SECTION, tokenizer)
     assert not isinstance(found, str)
     whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-    assert tokenizer.decode(found.ids) == whole == "".join(parts)
+    assert tokenizer.decode(found.ids) == "".join(parts)
+    assert "".join(parts) == (f"{whole}<eos>" if template == BARE else whole)
     if template != BARE:
         assert found.ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
@@ -151,6 +167,23 @@ def test_the_assistant_may_speak_first(tokenizer: PreTrainedTokenizerBase) -> No
     assert learned(row, tokenizer) == ["<assistant>", "Hello<eos>", "<user>Hi<assistant>", "Yes<eos>"]
 
 
+def test_calls_are_learned_as_the_template_writes_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    """OpenAI's arguments are a JSON text; a template may want them so, or as a mapping, or none at all."""
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    row = conversation("Hi", "", "3", "Yes")
+    row["messages"][1] |= {"content": None, "tool_calls": [call]}
+    row["messages"][2]["role"] = "tool"
+    written = '[{"function": {"arguments": %s, "name": "add"}, "type": "function"}]<end>'
+    tokenizer.chat_template = ASKED.replace("m.tool_calls | tojson", "m.tool_calls | tojson(sort_keys=True)")
+    parts = learned(row, tokenizer)
+    assert json.loads(parts[1].removesuffix("<end>")) == json.loads((written % '{"a": 1}').removesuffix("<end>"))
+    assert parts[2:] == ["<tool>3<end><assistant>", "Yes<end><eos>"]
+    tokenizer.chat_template = ASKED.replace("m.tool_calls | tojson", "m.tool_calls[0].function.arguments + ' add'")
+    assert learned(row, tokenizer)[1] == '{"a": 1} add<end>'
+    tokenizer.chat_template = CHATML.replace("m.content", "(m.content or '')")
+    assert encode_chat(row, SECTION, tokenizer) == "the chat template leaves out what the assistant says"
+
+
 def test_tools_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = "{% if tools %}{{ tools[0].name }}{% endif %}" + PLAIN
     row = conversation("Hi", "Yes")
@@ -165,6 +198,13 @@ def test_tools_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = OPENED
     assert "leaves out" in str(encode_chat(conversation("Hi", "<think>a</think>Yes"), SECTION, tokenizer))
+    tokenizer.chat_template = PLAIN
+    tokenizer.chat_template = PLAIN.replace("in messages %}", "in messages if m.role != 'system' %}")
+    row = conversation("Hi", "Yes")
+    row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    assert encode_chat(row, SECTION, tokenizer) == "the chat template leaves out what the system says"
+    tokenizer.chat_template = "{% for m in messages[-2:] %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert "leaves out" in str(encode_chat(conversation("Hi", "Yes", "And", "No"), SECTION, tokenizer))
     tokenizer.chat_template = PLAIN
     assert encode_chat(conversation("Hi"), SECTION, tokenizer) == "no assistant message"
     for messages in (None, "Hi", ["Hi"], [{"role": "user"}], [{"content": "Hi"}]):
@@ -212,6 +252,9 @@ def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer: PreTrainedToke
         tokenizer.chat_template = template
         assert end_of_turn(tokenizer) == []
     pad, eos = tokenizer.convert_tokens_to_ids(["<pad>", "<eos>"])
+    tokenizer.add_tokens(["\n\n"])  # no special one: the text of an answer shows it
+    tokenizer.chat_template = BARE.replace("\n{% endfor", "\n\n{% endfor")
+    assert end_of_turn(tokenizer) == [] and special_stops(["\n\n"], tokenizer) == (["\n\n"], [])
     assert special_stops(["</a>", "<pad>", "<eos>"], tokenizer) == (["</a>"], sorted([pad, eos]))
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 import yaml
 from conftest import Outcome, exact_scales, make_model, save_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pissa_cli import export, quant
 from pissa_cli.adapters.start import Adapter
-from pissa_cli.card import model_card
+from pissa_cli.card import _prompt, _without_folders, model_card
+from pissa_cli.data_options import DataSection
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.exported import load_result
 from pissa_cli.rundir import Run
@@ -111,6 +112,16 @@ def test_a_change_below_the_last_bit_is_merged(
     assert 0.7 < share(found) < 1.3 and float((found - W - D).norm() / W.norm()) < 2e-3
 
 
+def test_tied_weights_stay_tied(recipe: Make, rows: Path, tmp_path: Path) -> None:
+    """Also where the files of the base hold them under both names."""
+    folder = save_model(make_model("qwen2").bfloat16(), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    made = trained(recipe, folder, rows, "model.bits=16", "adapter.modules_to_save=[embed_tokens]")
+    found = load_file(Path(export.merge(made)["path"]) / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+
+
 def test_a_wrong_merge_is_refused(
     models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +189,10 @@ def test_the_adapter_has_its_tokenizer_and_a_card(models: Callable[[str], Path],
     text = "Anna has 12 apples.\n"
     assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == base(text)["input_ids"]
     card = (folder / "README.md").read_text()
+    long = "{% for m in messages %}" + "a/" * 20 + "b" * 300 + "{% endfor %}"  # a path to no file system
+    other = made.model_copy(update={"data": DataSection(format="chat", template=long), "output": "nowhere"})
+    assert "conversation in the tokenizer" in "\n".join(_prompt(other))
+    assert _without_folders({"a": [long]}) == {"a": [long]}
     assert "library_name: peft" in card and "held-out loss" in card and str(folder.parent) not in card
 
 

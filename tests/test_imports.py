@@ -28,7 +28,7 @@ LAYERS = [
     "model peft_files report optim process",
     "sharding",
     "rundir experts integrity configuration",
-    "rows loss weights packing",
+    "rows loss weights packing turns",
     "zero",
     "adapters.lowrank",
     "adapters.methods",

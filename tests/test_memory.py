@@ -143,7 +143,8 @@ def test_processes_hold_gradients_twice_and_share_the_batch(models: Callable[[st
 
 def test_processes_that_share_a_model_hold_their_part(models: Callable[[str], Path], recipe: Make) -> None:
     made = [
-        recipe(models("llama"), "model.bits=32", "adapter.method=full", f"train.shard={flag}") for flag in ("no", "yes")
+        recipe(models("llama"), "model.bits=32", "adapter.method=full", f"train.shard={flag}")
+        for flag in ("false", "true")
     ]
     plan = make_plan(made[0], resolve_base(made[0].model))
     alone, spread = (forecast(one, plan, 4) for one in made)

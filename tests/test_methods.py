@@ -275,9 +275,10 @@ def test_a_zero_matrix_gets_a_factor_that_can_train(bits: int) -> None:
 
 
 def test_what_kernels_read_gets_no_adapter_by_itself() -> None:
-    """FalconMamba takes the weight of its dt_proj past the layer."""
+    """Mamba's kernels take the weights of these layers past them; attention has an out_proj, too."""
     config = FalconMambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
     with torch.device("meta"):
         layers = linear_layers(AutoModelForCausalLM.from_config(config))
-    assert {layer.kind for layer in match_targets(layers, "all-linear")} == {"in_proj", "x_proj", "out_proj"}
-    assert [layer.kind for layer in match_targets(layers, ["dt_proj"])] == ["dt_proj"]
+    assert {layer.kind for layer in match_targets(layers, "all-linear")} == {"in_proj"}
+    with pytest.raises(UsageError, match="would train nothing"):
+        match_targets(layers, ["in_proj", "out_proj"])

@@ -49,6 +49,9 @@ def test_rounding_at_random_keeps_the_mean(dtype: torch.dtype, step: float) -> N
     found = (rounded_at_random(W, dtype, generator(0, "x")).double() - 1) / step - 5
     assert bool(((found == 0) | (found == 1)).all())
     torch.testing.assert_close(found.mean(1, keepdim=True), parts.double(), rtol=0, atol=4 / (2 * many**0.5))
+    alone = rounded_at_random(W[0, 0], dtype, generator(0, "x"))
+    row = rounded_at_random(W.view(-1), dtype, generator(0, "x"))
+    assert alone.shape == () and torch.equal(row.view(7, -1).double(), 1 + (5 + found) * step)
     assert torch.equal(rounded_at_random(-W, dtype, generator(0, "x")).double(), -1 - (5 + found) * step)
 
 

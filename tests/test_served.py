@@ -135,7 +135,7 @@ def test_prompts_that_wait_when_the_server_breaks_are_given_up(monkeypatch: pyte
         threading.Thread(target=http.serve_forever, daemon=True).start()
         server = served.Server(f"http://127.0.0.1:{http.server_port}", "key", 256, [])
         with pytest.raises(PissaError, match="out of blocks"):
-            list(server.generate([[1]] * 50, 4, 0.0, [0] * 50, [], lambda *_: None))
+            list(server.generate([[1]] * 50, 4, 0.0, [0] * 50, [], [], lambda *_: None))
         http.shutdown()
 
 

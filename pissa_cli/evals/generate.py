@@ -14,6 +14,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from pissa_cli.chat import special_tokens
 from pissa_cli.configuration import require_tokens
 
 TOP_P = 0.95
@@ -142,7 +143,7 @@ def fitting(model: PreTrainedModel, tokens: int) -> int:
 
 def special_stops(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[int]]:
     """Stop strings, and in their place the tokens of those that are a special one, which no text of an answer shows."""
-    special = {one: number for one, number in tokenizer.get_added_vocab().items() if one in stop}
+    special = {one: number for one, number in special_tokens(tokenizer).items() if one in stop}
     return [one for one in stop if one not in special], sorted(special.values())
 
 
