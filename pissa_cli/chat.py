@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,10 @@ from pissa_cli.configuration import first_line
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Encoded
+from pissa_cli.loading import load_tokenizer
+from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, has_surrogate, value_of
+from pissa_cli.rundir import read_json, write_json
 from pissa_cli.turns import MARK, Message, Render, span_of, tokens_apart
 
 SHAREGPT = {"human": "user", "observation": "tool"} | dict.fromkeys(
@@ -73,6 +77,20 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, _template: str) -> list[str
     return [end] if found and end else []
 
 
+def write_stops(folder: Path, recipe: Recipe) -> None:
+    """Have the model in `folder` end its answers where the template ends a turn, if that is one token: other programs
+    ask generation_config.json for it."""
+    if recipe.data.format != "chat":
+        return
+    path, tokenizer = folder / "generation_config.json", load_tokenizer(folder, recipe)
+    ends = [number for token, number in special_tokens(tokenizer).items() if token in end_of_turn(tokenizer)]
+    settings = read_json(path) if path.is_file() else {}
+    known = settings.get("eos_token_id", tokenizer.eos_token_id)
+    known = known if isinstance(known, list) else [known]
+    if set(ends) - set(known):
+        write_json(path, settings | {"eos_token_id": [*known, *(number for number in ends if number not in known)]})
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Those that no text of an answer shows, and their numbers."""
     return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -88,8 +106,14 @@ def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBa
         tools = _tools(row, section)
     except ValueError as error:
         return str(error)
-    if not any(message["role"] == "assistant" for message in messages):
+    said = [message for message in messages if message["role"] == "assistant"]
+    if not said:
         return "no assistant message"
+    if not all(message.get("content") or message.get("tool_calls") for message in said):
+        return "the assistant says nothing"
+    system = value_of(row, section.optional_column("system") or "")
+    if isinstance(system, str) and system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
     render = _render(tokenizer, tools)
     found: tuple[list[Message], str] | str = ""
     for form in _forms(messages):
@@ -169,6 +193,9 @@ def _messages(value: Any) -> list[Message] | None:
             one = {"role": SHAREGPT.get(str(one["from"]), one["from"]), "content": one["value"]}
         if "role" not in one or not {"content", "tool_calls"} & set(one):
             return None
+        parts = one.get("content")
+        if isinstance(parts, list) and all(isinstance(part, dict) and set(part) == {"type", "text"} for part in parts):
+            one = {**one, "content": "".join(str(part["text"]) for part in parts)}
         messages.append({key: value for key, value in one.items() if value is not None or key == "content"})
     return messages
 

@@ -34,7 +34,8 @@ from pissa_cli.peft_files import PeftWriter, peft_config, rank_of, read_peft
 from pissa_cli.probes import logit_difference, probe_logits
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import require_free, whole_folder, write_text
-from pissa_cli.serving import check_served, require_server
+from pissa_cli.serving import TAKE_TEMPLATES, check_served, require_server
+from pissa_cli.side_files import copy_tokenizer
 from pissa_cli.svd import SVD, frobenius_norm, truncated_svd
 from pissa_cli.weights import open_weights
 
@@ -100,8 +101,11 @@ def export_lora(
                 lost, whole, worst = lost + missed**2, whole + norm**2, max(worst, missed / max(norm, 1e-30))
                 writer.add(name, _padded(A, B, ranks[name]))
         writer.close()
+        copy_tokenizer(plain, folder, recipe)
         write_text(folder / "README.md", model_card(recipe, "written as a LoRA for the plain base model", "peft", step))
         serve = check_served(folder, server) if server else None
+        if serve and server in TAKE_TEMPLATES and recipe.data.chat_template is not None:
+            serve += f" --chat-template {folder}/chat_template.jinja"
         compared = _compare(recipe, stored, adapter, plain, folder) if check else {}
     return {
         "path": str(output),

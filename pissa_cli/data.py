@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.chat import encode_chat, question_text, require_template
 from pissa_cli.classification import encode_classified, label_columns
-from pissa_cli.data_options import FIELDS, DataSection
+from pissa_cli.data_options import FIELDS, OPTIONAL_FIELDS, DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import CUT, Encoded, Examples, cache_key, no_usable_row, read_cache, refuse, write_cache
 from pissa_cli.loading import no_panic
@@ -140,7 +140,15 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
     flat = torch.tensor([token for tokens in ids for token in tokens], dtype=torch.int32)
     mask = torch.tensor([target for flags in targets for target in flags], dtype=torch.bool)
     numbers = torch.tensor(classes) if classes else None
-    return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut, numbers)
+    return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut, numbers, _unused(section, columns))
+
+
+def _unused(section: DataSection, columns: dict[str, None]) -> list[str]:
+    """The columns that a format does not read; those of GLUE's own files are known."""
+    if section.glue is not None:
+        return []
+    fields = (*FIELDS[section.format], *OPTIONAL_FIELDS.get(section.format, ()))
+    return [column for column in columns if column not in {section.columns.get(name, name) for name in fields}]
 
 
 def require_columns(source: str, section: DataSection, columns: dict[str, None]) -> None:

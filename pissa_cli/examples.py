@@ -37,7 +37,7 @@ class Examples:
     `offsets` (n + 1,) int64 where each begins; and what happened on the way.
 
     Of texts to classify, `labels` (n,) fp32 holds the number of each one's class, or its quantity, and `targets` marks
-    the tokens of type 1: those of the second text, for models that are told.
+    the tokens of type 1: those of the second text, for models that are told. `unused`: columns that nothing asked for.
     """
 
     ids: Tensor
@@ -46,6 +46,7 @@ class Examples:
     unusable: dict[str, list[int]] = field(default_factory=dict)
     num_cut: int = 0
     labels: Tensor | None = None
+    unused: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -76,11 +77,12 @@ class Examples:
 
     def notes(self, name: str) -> list[str]:
         """What happened to rows on the way, for the person watching."""
-        lines = []
+        cut = f", {self.num_cut:,} of them cut at data.max_length" if self.num_cut else ""
+        lines = [f"{name}: {len(self):,} examples, {len(self.ids):,} tokens{cut}"]
+        if self.unused:
+            lines.append(f"{name}: columns not used: {', '.join(self.unused)}")
         for reason, rows in self.unusable.items():
             lines.append(f"{name}: rows not used: {len(rows)}, {reason} (row {_first(rows)})")
-        if self.num_cut:
-            lines.append(f"{name}: examples cut at data.max_length: {self.num_cut}")
         return lines
 
 
@@ -118,7 +120,7 @@ def cache_key(content: str, section: DataSection, tokenizer: PreTrainedTokenizer
 
 def write_cache(path: Path, examples: Examples) -> None:
     """Keep the tokens; a cache that cannot be written costs time, not the run."""
-    notes = json.dumps({"unusable": examples.unusable, "num_cut": examples.num_cut}).encode()
+    notes = json.dumps({"unusable": examples.unusable, "num_cut": examples.num_cut, "unused": examples.unused}).encode()
     tensors = {"ids": examples.ids, "targets": examples.targets, "offsets": examples.offsets}
     tensors |= {} if examples.labels is None else {"labels": examples.labels}
     tensors["notes"] = torch.frombuffer(bytearray(notes), dtype=torch.uint8)
@@ -136,6 +138,6 @@ def read_cache(path: Path) -> Examples | None:
         tensors = load_tensors(path)
         notes = json.loads(bytes(tensors.pop("notes").tolist()))
         flat = tensors["ids"], tensors["targets"], tensors["offsets"]
-        return Examples(*flat, notes["unusable"], notes["num_cut"], tensors.get("labels"))
+        return Examples(*flat, notes["unusable"], notes["num_cut"], tensors.get("labels"), notes["unused"])
     except (PissaError, KeyError, ValueError, TypeError):
         return None

@@ -17,6 +17,7 @@ from pissa_cli import int4, quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import model_card
+from pissa_cli.chat import write_stops
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.exported import full_model, load_with, result_files, trained_steps
@@ -78,6 +79,7 @@ def merge(
             progress(number + 1, len(weights.files), name)
         writer.close()
         copy_side_files(folder, target, recipe)
+        write_stops(target, recipe)
         model_config = read_settings(target) | task_settings(skeleton(folder, recipe.model))
         model_config.pop("quantization_config", None)
         write_json(target / "config.json", model_config)
@@ -159,6 +161,7 @@ def quantize(
             settings = read_settings(folder) | task_settings(model)
             settings["quantization_config"] = int4.config(int4.dense_modules(model, linears, group), group)
             write_json(target / "config.json", settings)
+        write_stops(target, recipe)
         write_text(target / "README.md", model_card(recipe, f"quantized to 4 bits ({form})", step=step))
         compared = _before_and_after(recipe, tokenizer, folder, adapter, target)
     return {

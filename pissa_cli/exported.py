@@ -14,6 +14,7 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, as_lora
 from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_modules
 from pissa_cli.card import model_card
+from pissa_cli.chat import write_stops
 from pissa_cli.checkpoint import Names, checkpoint_tensors, latest_checkpoint, step_of
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import open_run, read_start, require_base
@@ -49,6 +50,7 @@ def write_result(
             parameters = dict(model.named_parameters(remove_duplicate=False))
             state = {n: trained[names[parameters[n]]] if n in parameters else t for n, t in model.state_dict().items()}
             model.save_pretrained(folder, state_dict=state)
+            write_stops(folder, recipe)
             provenance = {"method": "full", "step": step, "data": data}
             provenance |= {"base_fingerprint": manifest["base"]["fingerprint"], **model_facts(folder)}
             write_json(folder / PROVENANCE, sealed(provenance))

@@ -59,6 +59,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"stopping after this step, with a checkpoint; once more stops at once, without\n")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

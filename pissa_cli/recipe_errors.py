@@ -79,6 +79,8 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
         while path and not any(key[: len(path)] == path for key in values):  # pydantic's names for parts of a union
             path = path[:-1]
         text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "missing":
+            text = f"{'.'.join(str(part) for part in item['loc'])}: needed, and not given"
         if item["type"] == "extra_forbidden":
             text = _unknown_key(path, tree)
         elif item["type"] == "union_tag_invalid":

@@ -37,6 +37,10 @@ SERVERS = {
 }
 
 
+TAKE_TEMPLATES = ("vllm", "sglang")
+"""Servers with an option --chat-template."""
+
+
 def require_server(name: str) -> None:
     """UsageError for a server that is not known."""
     if name not in SERVERS:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pissa_cli.chat import encode_chat, end_of_turn
+from pissa_cli.chat import encode_chat, end_of_turn, write_stops
 from pissa_cli.data import load_examples, question_prompt
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
@@ -207,6 +207,7 @@ def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
     assert "leaves out" in str(encode_chat(conversation("Hi", "Yes", "And", "No"), SECTION, tokenizer))
     tokenizer.chat_template = PLAIN
     assert encode_chat(conversation("Hi"), SECTION, tokenizer) == "no assistant message"
+    assert encode_chat(conversation("Hi", ""), SECTION, tokenizer) == "the assistant says nothing"
     for messages in (None, "Hi", ["Hi"], [{"role": "user"}], [{"content": "Hi"}]):
         assert "is not a list of messages" in str(encode_chat({"messages": messages}, SECTION, tokenizer))
     assert "surrogate" in str(encode_chat(conversation("\ud800", "Yes"), SECTION, tokenizer))
@@ -241,6 +242,30 @@ def test_the_recipes_own_template_goes_with_the_model(models: Callable[[str], Pa
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHATML
     copy_side_files(tmp_path / "source", tmp_path / "other", Recipe(model=ModelSection(name=str(base))))
     assert AutoTokenizer.from_pretrained(tmp_path / "other").chat_template == PLAIN
+
+
+def test_other_programs_know_where_an_answer_ends(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Where the template ends a turn by one token that is not end-of-text, or by end-of-text, or by plain text."""
+    base = models("llama")
+    for number, (template, ids) in enumerate([(ENDED, [1, 0]), (PLAIN, None), (CHATML, None)]):
+        recipe = Recipe(model=ModelSection(name=str(base)), data=DataSection(format="chat", template=template))
+        folder = tmp_path / str(number)
+        copy_side_files(base, folder, recipe)
+        (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
+        write_stops(folder, recipe)
+        found = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        assert found == (ids or 1)
+
+
+def test_a_system_column_and_parts_of_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = PLAIN
+    row = conversation("Hi", "Yes") | {"system": "S", "id": 7}
+    row["messages"][1]["content"] = [{"type": "text", "text": "Yes"}, {"type": "text", "text": "!"}]
+    assert learned(row, tokenizer) == ["<system>S<user>Hi<assistant>", "Yes!<eos>"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    for _ in range(2):  # read, and from the cache
+        found = load_examples(str(tmp_path / "rows.jsonl"), SECTION, tokenizer, tmp_path)
+        assert found.notes("data.train")[1] == "data.train: columns not used: id"
 
 
 def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer: PreTrainedTokenizerBase) -> None:

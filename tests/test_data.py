@@ -89,7 +89,8 @@ def test_bad_rows_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) 
         "not a JSON object": [5],
         "'output' is not text": [6],
     }
-    assert examples.notes("data.train")[2] == "data.train: rows not used: 2, 'output' is missing (row 3, 4)"
+    assert examples.notes("data.train")[0].startswith("data.train: 2 examples, ")
+    assert examples.notes("data.train")[3] == "data.train: rows not used: 2, 'output' is missing (row 3, 4)"
 
 
 def test_inputs_are_never_dropped(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

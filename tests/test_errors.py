@@ -244,6 +244,7 @@ def test_run_folder_of_another_recipe(
     assert "this run was made with adapter.rank = 4, the recipe says 8" in message
     message = refused("init", "--model", models("gpt2"), "--rank", 4, "--output", tmp_path / "out")
     assert "not the model this run was made on" in message
+    assert "out: the run there, as none was named" in pissa("train", "--output", tmp_path / "out", "--dry-run").err
     message = pissa("train", "--method", "vera", "--output", tmp_path / "out").err
     assert "method vera has no such option" in message and "holds a run, whose recipe was taken" in message
     (tmp_path / "mine").mkdir()

@@ -1,5 +1,6 @@
 """The options that commands share, each defined once, and the recipe they make."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -39,7 +40,7 @@ def load_recipe(
     target: str | None, sets: list[str] | None, eval_data: dict[str, str] | None = None, **flags: Any
 ) -> "Loaded":
     """The recipe from a target, named flags, `--data` of eval and --set. flags: model, rank, ...; None is not given."""
-    from pissa_cli.recipe_file import load
+    from pissa_cli.recipe_file import RUN_RECIPE, load
     from pissa_cli.yamlfile import parse_scalar
 
     if flags.get("rank") is not None:
@@ -64,4 +65,10 @@ def load_recipe(
     given |= {
         places[name]: (f"--{name.replace('_', '-')}", value) for name, value in flags.items() if value is not None
     }
-    return load(target, given, sets or [])
+    loaded = load(target, given, sets or [])
+    run = str(Path(loaded.recipe.output) / RUN_RECIPE)
+    if target is None and any(source.startswith(f"{run}:") for source in loaded.sources.values()):
+        from pissa_cli.cli.show import say
+
+        say(f"{loaded.recipe.output}: the run there, as none was named")
+    return loaded
