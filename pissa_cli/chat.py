@@ -42,7 +42,7 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
             f"data.template: not a chat template in Jinja (line {error.lineno}: {error.message})", "correct it"
         ) from None
     except Exception:  # of this conversation: the rows and questions say what the template has against them
-        return
+        pass
 
 
 def question_text(question: str, before: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:

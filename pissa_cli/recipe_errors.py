@@ -79,10 +79,10 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
         while path and not any(key[: len(path)] == path for key in values):  # pydantic's names for parts of a union
             path = path[:-1]
         text = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "missing":
-            text = f"{'.'.join(str(part) for part in item['loc'])}: needed, and not given"
         if item["type"] == "extra_forbidden":
             text = _unknown_key(path, tree)
+        elif item["type"] == "missing":
+            text = f"{'.'.join(str(part) for part in item['loc'])}: needed, and not given"
         elif item["type"] == "union_tag_invalid":
             path, text = ("adapter", "method"), f"unknown method; known: {', '.join(ADAPTER_OPTIONS)}"
             text += IN_4_BITS.get(str(item["ctx"]["tag"]).lower(), "")
@@ -104,11 +104,8 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
             if path in values
             else next((v.source for k, v in values.items() if k[: len(path)] == path), "")
         )
-        lines.append(
-            ": ".join(
-                part for part in (source if path else "", ".".join(path), " or ".join(dict.fromkeys(texts))) if part
-            )
-        )
+        parts = (source if path else "", ".".join(path), " or ".join(dict.fromkeys(texts)))
+        lines.append(": ".join(part for part in parts if part))
     return lines
 
 
