@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Callable
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -16,31 +18,55 @@ from pissa_cli.packing import BY_SEQUENCE
 from pissa_cli.recipe import TrainSection
 
 GRAPHS = 8  # of a block: for training and evaluation, one row and several
+NO_LIGER = "set it to false"
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # the loss has a way of its own
 
 
 def require_kernels(section: TrainSection) -> None:
     """Raise UsageError, before any work, for kernels that cannot run here."""
-    if section.use_liger_kernel and not torch.cuda.is_available():
-        raise UsageError("train.use_liger_kernel: Liger's kernels need a GPU", "set it to false")
-    if section.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+    if section.use_liger_kernel is True and not torch.cuda.is_available():
+        raise UsageError("train.use_liger_kernel: Liger's kernels need a GPU", NO_LIGER)
+    if section.use_liger_kernel is True and importlib.util.find_spec("liger_kernel") is None:
         raise UsageError("train.use_liger_kernel: liger-kernel is not installed", "pip install 'pissa[liger]'")
 
 
-def use_liger(model: PreTrainedModel) -> None:
-    """Norms, rotary embeddings and the MLP's products by Liger's kernels. UsageError for a model that it has none for.
+def wants_liger(section: TrainSection) -> bool:
+    """Whether the recipe asks for Liger's kernels, or takes them where they are; the compiler makes its own."""
+    if section.use_liger_kernel == "auto":
+        return (
+            not section.torch_compile
+            and torch.cuda.is_available()
+            and importlib.util.find_spec("liger_kernel") is not None
+        )
+    return section.use_liger_kernel
 
-    Not in mixtures of experts' own products: they would leave the adapters of the experts out.
+
+def use_liger(model: PreTrainedModel, section: TrainSection, loss: Callable[[], float], tolerance: float) -> bool:
+    """Norms, rotary embeddings and the MLP's products by Liger's kernels. Whether it has any for this model.
+
+    Not in mixtures of experts' own products: they would leave the adapters of the experts out. Raises UsageError where
+    a recipe asks for kernels that are not there, and where they change the loss by more than this share of it.
     """
     from transformers.integrations.liger import apply_liger_kernel
 
-    apply_liger_kernel(model, LIGER)
-    for name in holders_of_3d_weights(model):
-        model.get_submodule(name).__dict__.pop("forward", None)
-    if not any("forward" in module.__dict__ for module in model.modules()):
+    before = loss()
+    try:
+        apply_liger_kernel(model, LIGER)
+        for name in holders_of_3d_weights(model):
+            model.get_submodule(name).__dict__.pop("forward", None)
+        used = any("forward" in module.__dict__ for module in model.modules())
+        after = loss() if used else before
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of kernels for other versions of torch or transformers
+        raise UsageError(f"train.use_liger_kernel: Liger's kernels fail: {first_line(error)}", NO_LIGER) from None
+    if not used and section.use_liger_kernel is True:
+        raise UsageError(f"train.use_liger_kernel: Liger has no kernels for {model.config.model_type}", NO_LIGER)
+    if math.isfinite(before) and not abs(after - before) <= tolerance * max(1.0, abs(before)):
         raise UsageError(
-            f"train.use_liger_kernel: Liger has no kernels for {model.config.model_type}", "set it to false"
+            f"train.use_liger_kernel: with Liger's kernels the loss is {after:.4f}, without {before:.4f}", NO_LIGER
         )
+    return used
 
 
 def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:

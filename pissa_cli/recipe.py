@@ -69,8 +69,9 @@ class TrainSection(Section):
     torch_compile: bool = Field(
         False, description="compile the model's blocks when they first run: for GPUs; not with gradient_checkpointing"
     )
-    use_liger_kernel: bool = Field(
-        False, description="Liger's kernels for norms, rotary embeddings and MLPs; needs a GPU and liger-kernel"
+    use_liger_kernel: bool | Literal["auto"] = Field(
+        "auto",
+        description="Liger's kernels for norms, rotary embeddings and MLPs, on a GPU; auto: where they are there",
     )
     shard: bool = Field(False, description="spread the model over the processes (FSDP2), instead of a copy in each")
 

@@ -22,9 +22,9 @@ from pissa_cli.checkpoint import Names
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.experts import holders_of_3d_weights
-from pissa_cli.guards import chunks_loss, packs, probe_loss, require_padding_unseen, require_same_loss
+from pissa_cli.guards import START_TOLERANCE, chunks_loss, packs, probe_loss, require_padding_unseen, require_same_loss
 from pissa_cli.initialize import read_start, require_base
-from pissa_cli.kernels import compile_blocks, use_liger
+from pissa_cli.kernels import compile_blocks, use_liger, wants_liger
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import num_parameters
 from pissa_cli.optim import make_optimizer
@@ -90,9 +90,9 @@ def set_up(
     num_base = num_parameters(model)
     if accelerator.device.type != "cpu":  # which Accelerate calls cpu:0, and to() would copy every weight
         model.to(accelerator.device)
-    if recipe.train.use_liger_kernel:
-        use_liger(model)
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
+    if wants_liger(recipe.train) and use_liger(model, recipe.train, probe, START_TOLERANCE[recipe.precision]):
+        watch({"note": "norms, rotary embeddings and MLPs run by Liger's kernels"})
     packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
     if recipe.data.classifies:
         require_padding_unseen(recipe, model, examples, pad_id, accelerator.device)

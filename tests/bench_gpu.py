@@ -27,13 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.liger import apply_liger_kernel
 
 from pissa_cli import quant
 from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
-from pissa_cli.attach import forget_shared, share_inputs
-from pissa_cli.kernels import compile_blocks, use_liger
+from pissa_cli.attach import forget_shared, lowrank_layers, share_inputs
+from pissa_cli.kernels import LIGER as LIGER_PARTS
+from pissa_cli.kernels import compile_blocks
 from pissa_cli.loss import IGNORED, summed_loss
 from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.svd import truncated_svd
@@ -44,11 +46,13 @@ RANK = 16 if SMALL else 128
 TOKENS = 256 if SMALL else 8192
 LENGTHS = (64, 128) if SMALL else (512, 2048)
 STEPS = 3
-COMPILED, WITH_LIGER = "pissa, torch_compile", "pissa, use_liger_kernel"
+COMPILED, LIGER, CHECKPOINTED = "torch_compile", "use_liger_kernel", "gradient_checkpointing"
 
 
 @dataclass(frozen=True)
 class Shape:
+    """Of a model."""
+
     name: str
     width: int
     narrow: int
@@ -203,29 +207,53 @@ def step_seconds(model: nn.Module, length: int, words: int, ours: bool) -> float
     return sorted(seconds(step) for _ in range(STEPS))[STEPS // 2]
 
 
-def runs() -> list[tuple[Shape, int, str]]:
-    """(shape, bits, who takes the steps): pissa and PEFT, and once pissa with what it may use beside its own."""
+@dataclass(frozen=True)
+class Taker:
+    """Who takes the steps, over a model of how many bits, and what it uses beside its own."""
+
+    shape: Shape
+    bits: int
+    who: str
+    uses: tuple[str, ...] = ()
+
+    def row(self) -> dict[str, Any]:
+        return {"model": self.shape.name, "bits": self.bits, "what": ", ".join((self.who, *self.uses))}
+
+
+def takers() -> list[Taker]:
     first, *others = SHAPES
-    found = [(first, 4, "pissa"), (first, 4, "PEFT"), (first, 4, COMPILED), (first, 16, "pissa"), (first, 16, "PEFT")]
-    found += [(shape, bits, what) for shape in others for bits in (4, 16) for what in ("pissa", "PEFT")]
-    liger = DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-    return [*found, *([(first, 4, WITH_LIGER)] if liger else [])]
+    found = [Taker(first, 4, "pissa"), Taker(first, 4, "pissa", (COMPILED,)), Taker(first, 4, "pissa", (CHECKPOINTED,))]
+    found += [Taker(first, 4, "PEFT"), Taker(first, 4, "PEFT", (CHECKPOINTED,))]
+    if DEVICE.type == "cuda" and importlib.util.find_spec("unsloth") is not None:
+        found += [Taker(first, 4, "Unsloth"), Taker(first, 4, "Unsloth", (CHECKPOINTED,))]
+    found += [Taker(first, 16, who) for who in ("pissa", "PEFT")]
+    found += [Taker(shape, bits, who) for shape in others for bits in (4, 16) for who in ("pissa", "PEFT")]
+    if DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
+        found += [Taker(first, 4, "pissa", (LIGER,)), Taker(first, 4, "pissa", (LIGER, CHECKPOINTED))]
+        found += [Taker(first, 16, "pissa", (LIGER,))]
+    return found
 
 
-def training_rows(shape: Shape, bits: int, what: str, rate: float) -> list[dict[str, Any]]:
-    ours = what != "PEFT"
+def training_rows(taker: Taker, rate: float) -> list[dict[str, Any]]:
+    if taker.who == "Unsloth":
+        return unsloth_rows(taker, rate)
+    ours, shape = taker.who == "pissa", taker.shape
     gc.collect()
     before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
-    model, counted = model_of(shape, bits, RANK if ours else None)
-    if what == WITH_LIGER:
-        use_liger(model)
-    if what == COMPILED:
+    model, counted = model_of(shape, taker.bits, RANK if ours else None)
+    if LIGER in taker.uses:
+        apply_liger_kernel(model, LIGER_PARTS)
+    if COMPILED in taker.uses:
         compile_blocks(model, DEVICE)
+    if CHECKPOINTED in taker.uses:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in lowrank_layers(model).values():
+            layer.keeps_weight = True
     model = model if ours else with_peft(model)
     model.train()
     rows = []
     for length in LENGTHS:
-        row: dict[str, Any] = {"model": shape.name, "bits": bits, "what": what, "length": length}
+        row = taker.row() | {"length": length}
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -244,19 +272,22 @@ def figures(took: float, peak: int, counted: int, rate: float) -> dict[str, Any]
     return {"seconds": took, "tokens/s": TOKENS / took, "fraction": fraction, "peak GiB": peak / 2**30}
 
 
-def unsloth_rows(shape: Shape, rate: float) -> list[dict[str, Any]]:
+def unsloth_rows(taker: Taker, rate: float) -> list[dict[str, Any]]:
     """From a process of its own: it changes transformers where it is imported."""
-    if importlib.util.find_spec("unsloth") is None:
-        return []
+    shape, way = taker.shape, "unsloth" if CHECKPOINTED in taker.uses else "none"
     sizes = [shape.width, shape.narrow, shape.wide, shape.layers, shape.words, RANK, TOKENS, *LENGTHS]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench_unsloth", *map(str, sizes)], stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", "tests.bench_unsloth", way, *map(str, sizes)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"length"')]
     of_block = 2 * shape.width * (shape.width + shape.narrow) + 3 * shape.width * shape.wide
     counted = shape.layers * of_block + shape.words * shape.width
-    named = {"model": shape.name, "bits": 4, "what": "Unsloth"}
-    return [named | {"length": row["length"]} | figures(row["seconds"], row["peak"], counted, rate) for row in found]
+    return [
+        taker.row() | {"length": row["length"]} | figures(row["seconds"], row["peak"], counted, rate) for row in found
+    ]
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -275,16 +306,14 @@ def main() -> None:
     started = init_rows(SHAPES[0])
     print("\n".join(table(started)), flush=True)
     trained: list[dict[str, Any]] = []
-    for shape, bits, what in runs():
+    for taker in takers():
         try:
-            trained += training_rows(shape, bits, what, rate)
+            trained += training_rows(taker, rate)
         except Exception:  # of a peer or a compiler: the others go on
             traceback.print_exc()
-            trained.append({"model": shape.name, "bits": bits, "what": what, "seconds": None})
+            trained.append(taker.row() | {"seconds": None})
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
-        if (shape, bits, what) == (SHAPES[0], 4, "PEFT"):
-            trained += unsloth_rows(shape, rate)
         print("\n".join(map(json.dumps, trained[-len(LENGTHS) :])), flush=True)
         write(page, rate, started, trained)
 
@@ -303,7 +332,7 @@ def write(page: Path, rate: float, started: list[dict[str, Any]], trained: list[
         "",
         *table(started),
         "",
-        f"## A step over {TOKENS} tokens, rank {RANK}, no checkpointing",
+        f"## A step over {TOKENS} tokens, rank {RANK}, without checkpointing unless it is named",
         "",
         *table(trained),
         "",

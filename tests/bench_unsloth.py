@@ -1,6 +1,6 @@
 """Training steps of Unsloth over a Llama of a given shape with random weights, for `bench_gpu`, which starts this.
 
-python -m tests.bench_unsloth WIDTH NARROW WIDE LAYERS WORDS RANK TOKENS LENGTH...
+python -m tests.bench_unsloth CHECKPOINTING WIDTH NARROW WIDE LAYERS WORDS RANK TOKENS LENGTH...
 
 Prints a line of JSON for each length: the median step over TOKENS tokens, all of them targets, and the peak of memory.
 """
@@ -48,7 +48,8 @@ def save(folder: Path, width: int, narrow: int, wide: int, layers: int, words: i
 
 
 def main() -> None:
-    width, narrow, wide, layers, words, rank, tokens, *lengths = map(int, sys.argv[1:])
+    width, narrow, wide, layers, words, rank, tokens, *lengths = map(int, sys.argv[2:])
+    checkpointing = False if sys.argv[1] == "none" else sys.argv[1]
     with tempfile.TemporaryDirectory() as name:
         save(Path(name), width, narrow, wide, layers, words)
         torch.cuda.empty_cache()
@@ -57,7 +58,7 @@ def main() -> None:
         )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = FastLanguageModel.get_peft_model(
-        model, r=rank, lora_alpha=rank, lora_dropout=0, target_modules=targets, use_gradient_checkpointing=False
+        model, r=rank, lora_alpha=rank, lora_dropout=0, target_modules=targets, use_gradient_checkpointing=checkpointing
     )
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from pissa_cli.attach import share_inputs
 from pissa_cli.errors import UsageError
-from pissa_cli.kernels import compile_blocks, require_kernels, use_liger
+from pissa_cli.kernels import compile_blocks, require_kernels, use_liger, wants_liger
 from pissa_cli.loss import summed_loss
 from pissa_cli.packing import attend_by_sequence
+from pissa_cli.recipe import TrainSection
 
 CPU = torch.device("cpu")
 
@@ -64,26 +66,66 @@ def test_a_model_without_blocks_is_named() -> None:
         compile_blocks(model, CPU)
 
 
-def test_liger_leaves_experts_to_their_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+WANTED, AUTO = TrainSection(use_liger_kernel=True), TrainSection()
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, *modules: torch.nn.Module) -> None:
     """Liger binds a forward to the instances it knows; its kernels themselves need a GPU."""
+
+    def patch(model: Any, _: Any) -> None:
+        for module in modules:
+            module.forward = lambda x: x
+
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", patch)
+
+
+def test_liger_leaves_experts_to_their_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     config = MixtralConfig(
         vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
     model = MixtralForCausalLM(config)
     experts, norm = model.model.layers[0].mlp.experts, model.model.norm
-
-    def patch(model: Any, _: Any) -> None:
-        for module in (experts, norm):
-            module.forward = lambda x: x
-
-    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", patch)
-    use_liger(model)
+    patched(monkeypatch, experts, norm)
+    assert use_liger(model, WANTED, lambda: 1.0, 1e-4)
     assert "forward" not in experts.__dict__ and "forward" in norm.__dict__
     del norm.forward
-    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", lambda *_: None)
+    patched(monkeypatch)
     with pytest.raises(UsageError, match="no kernels for mixtral"):
-        use_liger(model)
+        use_liger(model, WANTED, lambda: 1.0, 1e-4)
+    assert not use_liger(model, AUTO, lambda: 1.0, 1e-4)
+
+
+def test_kernels_that_fail_or_change_the_loss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = LlamaForCausalLM(config)
+    patched(monkeypatch, model.model.norm)
+    with pytest.raises(UsageError, match=r"with Liger's kernels the loss is 2.1100, without 2.0000"):
+        use_liger(model, AUTO, iter([2.0, 2.11]).__next__, 5e-2)
+    assert use_liger(model, AUTO, iter([2.0, 2.09]).__next__, 5e-2)
+    with pytest.raises(UsageError, match="Liger's kernels fail: another signature") as raised:
+        use_liger(model, AUTO, Mock(side_effect=[2.0, TypeError("another signature")]), 5e-2)
+    assert raised.value.hint == "set it to false"
+
+
+@pytest.mark.skipif(not wants_liger(AUTO), reason="needs a GPU and liger-kernel")
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "mixtral"])
+def test_liger_gives_the_same_loss_and_gradients(
+    architecture: str, models: Callable[[str], Path], recipe: Callable[..., Any]
+) -> None:
+    wanted_by = recipe(models(architecture), "adapter.rank=2", "model.bits=32")
+    model = started(wanted_by).train().cuda()
+    ids = torch.arange(3, 83, device="cuda")[None]
+
+    def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        loss = summed_loss(model, {"input_ids": ids, "labels": ids.clone()}, chunked=False)
+        loss.backward()
+        return loss.detach(), gradients(model)
+
+    wanted = step()
+    assert use_liger(model, wanted_by.train, lambda: float(step()[0]), 1e-5)
+    torch.testing.assert_close(step(), wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_what_torch_recomputes_it_does_not_compile(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
@@ -105,3 +147,7 @@ def test_liger_needs_a_gpu_and_its_package(
     assert "pissa[liger]" in str(raised.value.hint)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     require_kernels(section)
+    assert wants_liger(section) and wants_liger(AUTO)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    require_kernels(AUTO)
+    assert not wants_liger(AUTO)
