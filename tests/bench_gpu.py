@@ -225,7 +225,7 @@ def takers() -> list[Taker]:
     found = [Taker(first, 4, "pissa"), Taker(first, 4, "pissa", (COMPILED,)), Taker(first, 4, "pissa", (CHECKPOINTED,))]
     found += [Taker(first, 4, "PEFT"), Taker(first, 4, "PEFT", (CHECKPOINTED,))]
     if DEVICE.type == "cuda" and importlib.util.find_spec("unsloth") is not None:
-        found += [Taker(first, 4, "Unsloth"), Taker(first, 4, "Unsloth", (CHECKPOINTED,))]
+        found += [Taker(first, 4, "Unsloth")]
     found += [Taker(first, 16, who) for who in ("pissa", "PEFT")]
     found += [Taker(shape, bits, who) for shape in others for bits in (4, 16) for who in ("pissa", "PEFT")]
     if DEVICE.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None:
@@ -274,10 +274,10 @@ def figures(took: float, peak: int, counted: int, rate: float) -> dict[str, Any]
 
 def unsloth_rows(taker: Taker, rate: float) -> list[dict[str, Any]]:
     """From a process of its own: it changes transformers where it is imported."""
-    shape, way = taker.shape, "unsloth" if CHECKPOINTED in taker.uses else "none"
+    shape = taker.shape
     sizes = [shape.width, shape.narrow, shape.wide, shape.layers, shape.words, RANK, TOKENS, *LENGTHS]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench_unsloth", way, *map(str, sizes)],
+        [sys.executable, "-m", "tests.bench_unsloth", *map(str, sizes)],
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -285,9 +285,12 @@ def unsloth_rows(taker: Taker, rate: float) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"length"')]
     of_block = 2 * shape.width * (shape.width + shape.narrow) + 3 * shape.width * shape.wide
     counted = shape.layers * of_block + shape.words * shape.width
-    return [
-        taker.row() | {"length": row["length"]} | figures(row["seconds"], row["peak"], counted, rate) for row in found
-    ]
+    rows = []
+    for row in found:
+        uses = (CHECKPOINTED,) if row["checkpointing"] else ()
+        named = Taker(shape, taker.bits, taker.who, uses).row() | {"length": row["length"]}
+        rows.append(named | figures(row["seconds"], row["peak"], counted, rate))
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

@@ -1,12 +1,14 @@
 """Training steps of Unsloth over a Llama of a given shape with random weights, for `bench_gpu`, which starts this.
 
-python -m tests.bench_unsloth CHECKPOINTING WIDTH NARROW WIDE LAYERS WORDS RANK TOKENS LENGTH...
+python -m tests.bench_unsloth WIDTH NARROW WIDE LAYERS WORDS RANK TOKENS LENGTH...
 
-Prints a line of JSON for each length: the median step over TOKENS tokens, all of them targets, and the peak of memory.
+Prints a line of JSON for each length, without and with Unsloth's checkpointing: the median step over TOKENS tokens, all
+of them targets, and the peak of memory.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -47,24 +49,24 @@ def save(folder: Path, width: int, narrow: int, wide: int, layers: int, words: i
         shutil.copy(Path(pissa_cli.__file__).parent / "demo" / "base" / name, folder / name)
 
 
-def main() -> None:
-    width, narrow, wide, layers, words, rank, tokens, *lengths = map(int, sys.argv[2:])
-    checkpointing = False if sys.argv[1] == "none" else sys.argv[1]
-    with tempfile.TemporaryDirectory() as name:
-        save(Path(name), width, narrow, wide, layers, words)
-        torch.cuda.empty_cache()
-        model, _ = FastLanguageModel.from_pretrained(
-            name, max_seq_length=max(lengths), load_in_4bit=True, dtype=torch.bfloat16
-        )
+def rows(folder: str, rank: int, tokens: int, lengths: list[int], checkpointing: bool) -> None:
+    model, _ = FastLanguageModel.from_pretrained(
+        folder, max_seq_length=max(lengths), load_in_4bit=True, dtype=torch.bfloat16
+    )
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = FastLanguageModel.get_peft_model(
-        model, r=rank, lora_alpha=rank, lora_dropout=0, target_modules=targets, use_gradient_checkpointing=checkpointing
+        model,
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0,
+        target_modules=targets,
+        use_gradient_checkpointing="unsloth" if checkpointing else False,
     )
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     for length in lengths:
-        ids = torch.randint(0, words, (tokens // length, length), device="cuda")
+        ids = torch.randint(0, model.config.vocab_size, (tokens // length, length), device="cuda")
         torch.cuda.reset_peak_memory_stats()
         took = []
         for _ in range(STEPS):
@@ -77,8 +79,18 @@ def main() -> None:
             optimizer.zero_grad()
             torch.cuda.synchronize()
             took.append(time.perf_counter() - began)
-        row = {"length": length, "seconds": sorted(took[2:])[1], "peak": torch.cuda.max_memory_allocated()}
-        print(json.dumps(row), flush=True)
+        row = {"length": length, "checkpointing": checkpointing, "seconds": sorted(took[2:])[1]}
+        print(json.dumps(row | {"peak": torch.cuda.max_memory_allocated()}), flush=True)
+
+
+def main() -> None:
+    width, narrow, wide, layers, words, rank, tokens, *lengths = map(int, sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder), width, narrow, wide, layers, words)
+        for checkpointing in (False, True):
+            gc.collect()
+            torch.cuda.empty_cache()
+            rows(folder, rank, tokens, lengths, checkpointing)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def quiet_libraries(debug: bool) -> None:
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("bitsandbytes", "accelerate", "huggingface_hub"):
+    for name in ("bitsandbytes", "accelerate", "huggingface_hub", "liger_kernel"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
