@@ -55,7 +55,8 @@ class LowRankFunction(torch.autograd.Function):
             if own is not None:
                 y.addmm_(_times(own, f.d), _rows_times(f.B.to(ctx.dtype), f.b).T, alpha=part.scale)
             # no view: DeBERTa divides its queries in place
-            ys.append(cast(Tensor, torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)])).to(x.dtype))
+            y = cast(Tensor, torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)])).to(x.dtype)
+            ys.append(y.clone() if torch.compiler.is_compiling() else y)  # torch 2.11 loses the gradient of an alias
             kept.append(W if part.keeps_weight or (merged and len(flat) >= KEPT_FROM * len(W)) else None)
         ctx.save_for_backward(inner, h, *factors, *kept)
         return tuple(ys)
