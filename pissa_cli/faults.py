@@ -24,8 +24,14 @@ class Faults:
     def judge(self, step: int, loss: float, grad_norm: float, saved: int) -> str | None:
         """What is wrong with step `step` (from 1); None if it is sound. `saved`: the step of the last checkpoint, or 0.
 
-        Raises PissaError where the recipe says so, where there is nothing to go back to, and at the tenth in a row.
+        Raises PissaError where the recipe says so, where there is nothing to go back to, at the tenth in a row, and
+        for a first gradient of zero.
         """
+        if grad_norm == 0 and not self._sound:
+            raise PissaError(
+                f"step {step}: the gradient is zero, so that nothing would be learned",
+                "set train.torch_compile and train.use_liger_kernel to false, and please report it with the model",
+            )
         fault = self._fault(loss, grad_norm)
         if fault is None:
             self._sound.append((loss, grad_norm))

@@ -96,6 +96,8 @@ def test_faults_stop_a_run_by_default_and_when_there_is_no_way_back(
 
 def test_what_counts_as_a_fault(models: Callable[[str], Path], recipe: Make) -> None:
     made = recipe(models("llama"), "train.spike=3", "train.on_fault=skip")
+    with pytest.raises(PissaError, match="step 1: the gradient is zero"):
+        Faults(made, []).judge(1, 2.0, 0.0, 0)
     faults = Faults(made, [(1.0, 0.5)] * 9)
     assert faults.judge(10, 100.0, 0.5, 0) is None  # too few to say what is usual
     assert faults.judge(11, 2.9, 1.4, 0) is None
