@@ -51,8 +51,6 @@ COMPILED, LIGER, CHECKPOINTED = "torch_compile", "use_liger_kernel", "gradient_c
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model."""
-
     name: str
     width: int
     narrow: int
