@@ -7,7 +7,8 @@ b (out,); x' is x, or x after dropout.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,30 +41,36 @@ class LowRankFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dropped: Tensor | None, parts: Sequence[Part], *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        inner = x if dropped is None else dropped
-        ctx.dtype, ctx.parts, ctx.shared = product_dtype(x), parts, dropped is None
-        flat, given = x.flatten(0, -2).to(ctx.dtype), _by_layer(factors)
-        ctx.merged = [ctx.shared and _merges(len(flat), f, ctx.dtype) for f in given]
+        dtype = ctx.dtype = product_dtype(x)
+        ctx.parts, ctx.shared, given = parts, dropped is None, _by_layer(factors)
+        flat = _cast(x.flatten(0, -2), dtype)
+        inner, tokens = x if dropped is None else dropped, flat.shape[0]
+        ctx.merged = [ctx.shared and _merges(tokens, f, dtype) for f in given]
         low = [f.A for f, merged in zip(given, ctx.merged, strict=True) if not merged]
-        h = inner.flatten(0, -2).to(ctx.dtype) @ _stacked(low, parts[0].shares_A).to(ctx.dtype).T if low else None
+        h: Tensor | None = None
+        if low:
+            from_A = flat if dropped is None else _cast(dropped.flatten(0, -2), dtype)
+            h = from_A @ _cast(_stacked(low, parts[0].shares_A), dtype).T
         ys, kept = [], []
         for part, f, merged, own in zip(parts, given, ctx.merged, _shares(h, given, ctx), strict=True):
-            W = part.read_weight(ctx.dtype)
+            W = part.read_weight(dtype)
             if merged:
                 W = _merged(W, f, part.scale)
-            y = functional.linear(flat, W, None if part.bias is None else part.bias.to(ctx.dtype))
+            y = functional.linear(flat, W, None if part.bias is None else _cast(part.bias, dtype))
             if own is not None:
-                y.addmm_(_times(own, f.d), _rows_times(f.B.to(ctx.dtype), f.b).T, alpha=part.scale)
+                y.addmm_(_times(own, f.d), _rows_times(_cast(f.B, dtype), f.b).T, alpha=part.scale)
+            num_out = W.shape[0]
             # no view: DeBERTa divides its queries in place
-            y = cast(Tensor, torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)])).to(x.dtype)
+            y = _cast(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], num_out]), x.dtype)
             ys.append(y.clone() if torch.compiler.is_compiling() else y)  # torch 2.11 loses the gradient of an alias
-            kept.append(W if part.keeps_weight or (merged and len(flat) >= KEPT_FROM * len(W)) else None)
+            kept.append(W if part.keeps_weight or (merged and tokens >= KEPT_FROM * num_out) else None)
         ctx.save_for_backward(inner, h, *factors, *kept)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grads[0].device.type, enabled=False):
+        device = grads[0].device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             return LowRankFunction._gradients(ctx, grads)
 
     @staticmethod
@@ -71,12 +78,13 @@ class LowRankFunction(torch.autograd.Function):
         inner, h, *rest = ctx.saved_tensors
         given, kept = _by_layer(rest[: 4 * len(grads)]), rest[4 * len(grads) :]
         needs_x, needs_dropped, _, *needed = ctx.needs_input_grad
-        dtype, flat = ctx.dtype, inner.flatten(0, -2).to(ctx.dtype)
+        dtype = ctx.dtype
+        flat = _cast(inner.flatten(0, -2), dtype)
         grad_x: Tensor | None = None
         grads_h: list[Tensor] = []
         factor_grads: list[Tensor | None] = []
         for number, (part, f, own) in enumerate(zip(ctx.parts, given, _shares(h, given, ctx), strict=True)):
-            grad, W, wants = grads[number].flatten(0, -2).to(dtype), kept[number], needed[4 * number :][:4]
+            grad, W, wants = _cast(grads[number].flatten(0, -2), dtype), kept[number], needed[4 * number :][:4]
             if needs_x:
                 if W is None:
                     W = part.read_weight(dtype)
@@ -84,25 +92,25 @@ class LowRankFunction(torch.autograd.Function):
                 grad_x = grad @ W if grad_x is None else grad_x.addmm_(grad, W)
             grad_hd = None
             if own is not None:
-                grad_hd = (grad @ _rows_times(f.B.to(dtype), f.b)) * part.scale
+                grad_hd = _scaled(grad @ _rows_times(_cast(f.B, dtype), f.b), part.scale)
                 grads_h.append(_times(grad_hd, f.d))
             factor_grads += _factor_gradients(flat, grad, own, grad_hd, f, part.scale, wants)
         low = [number for number, merged in enumerate(ctx.merged) if not merged]
         grad_dropped = None
         if low:
             shares_A = ctx.parts[0].shares_A
-            stack = _stacked([given[number].A for number in low], shares_A)
-            grad_h = sum(grads_h[1:], grads_h[0]) if shares_A else torch.cat(grads_h, 1)
+            stack = _cast(_stacked([given[number].A for number in low], shares_A), dtype)
+            grad_h = sum(grads_h[1:], grads_h[0]) if shares_A else _joined(grads_h, 1)
             if grad_x is not None and ctx.shared:
-                grad_x.addmm_(grad_h, stack.to(dtype))
+                grad_x.addmm_(grad_h, stack)
             if needs_dropped:
-                grad_dropped = (grad_h @ stack.to(dtype)).view_as(inner).to(inner.dtype)
+                grad_dropped = _cast((grad_h @ stack).view_as(inner), inner.dtype)
             if any(needed[4 * number] for number in low):
-                grads_A = (grad_h.T @ flat).split([len(given[number].A) for number in low])
+                grads_A = _split(grad_h.T @ flat, [given[number].A.shape[0] for number in low], 0)
                 for number, grad_A in zip(low, grads_A, strict=True):
-                    factor_grads[4 * number] = grad_A.to(given[number].A.dtype) if needed[4 * number] else None
+                    factor_grads[4 * number] = _cast(grad_A, given[number].A.dtype) if needed[4 * number] else None
         if grad_x is not None:
-            grad_x = grad_x.view_as(inner).to(inner.dtype)
+            grad_x = _cast(grad_x.view_as(inner), inner.dtype)
         return grad_x, grad_dropped, None, *factor_grads
 
 
@@ -119,15 +127,15 @@ def _by_layer(factors: Sequence[Any]) -> list[_Factors]:
 
 def _stacked(As: list[Tensor], shared: bool) -> Tensor:
     """The matrix that gives the products with all As at once."""
-    return As[0] if shared or len(As) == 1 else torch.cat(As)
+    return As[0] if shared else _joined(As, 0)
 
 
 def _shares(h: Tensor | None, given: list[_Factors], ctx: Any) -> list[Tensor | None]:
     """Of h, what each layer has; None for one that is merged."""
     if h is None:
         return [None] * len(given)
-    ranks = [0 if merged else len(f.A) for f, merged in zip(given, ctx.merged, strict=True)]
-    parts = [h] * len(given) if ctx.parts[0].shares_A else h.split(ranks, 1)
+    ranks = [0 if merged else f.A.shape[0] for f, merged in zip(given, ctx.merged, strict=True)]
+    parts = [h] * len(given) if ctx.parts[0].shares_A else _split(h, ranks, 1)
     return [None if merged else part for part, merged in zip(parts, ctx.merged, strict=True)]
 
 
@@ -135,13 +143,13 @@ def _merges(tokens: int, f: _Factors, dtype: torch.dtype) -> bool:
     """Whether to multiply with W and its update in one: where no bits of the update are lost, the factors cost over
     half of what W does (VeRA's), and forming the update twice costs less than taking the tokens through both, twice.
     """
-    rank, inn, out = *f.A.shape, len(f.B)
+    rank, inn, out = *f.A.shape, f.B.shape[0]
     return dtype.itemsize >= 4 and 2 * rank * (inn + out) > inn * out and tokens * (inn + out) > 2 * inn * out
 
 
 def _merged(W: Tensor, f: _Factors, scale: float) -> Tensor:
     """W + s (b B) (d A)."""
-    return torch.addmm(W, _times(_rows_times(f.B.to(W.dtype), f.b), f.d), f.A.to(W.dtype), alpha=scale)
+    return torch.addmm(W, _times(_rows_times(_cast(f.B, W.dtype), f.b), f.d), _cast(f.A, W.dtype), alpha=scale)
 
 
 def _factor_gradients(
@@ -150,44 +158,65 @@ def _factor_gradients(
     """The gradients of A, B, d and b; None for those not `needed`. x (tokens, in), g (tokens, out) the gradient of y;
     h = x A^T and that of h * d are given on two paths, whose gradient of A is not formed here.
 
-    With M = s g^T h and N = s (b B)^T g^T x they are d N, b M d, the sums over out of (b B) M, and those over r of
-    B M d. M and N come from G = g^T x (out, in), where that is cheaper than x A^T and g B.
+    With M = s g^T h, N = s (b B)^T g^T x and P = M * B, number by number, they are d N, b M d, P^T b and P d. M and N
+    come from G = g^T x (out, in), where that is cheaper than x A^T and g B.
     """
     needs_A, needs_B, needs_d, needs_b = needed
     if not any(needed):
         return [None] * 4
     A, B, d, b = f
-    dtype, ways, rank = x.dtype, 2 if needs_A else 1, len(A)
-    pairs, scaled = ways * len(x) * rank * (x.shape[1] + g.shape[1]), _rows_times(B.to(dtype), b)
+    dtype, ways = x.dtype, 2 if needs_A else 1
     N: Tensor | None = None
     if h is not None:
         M: Tensor | None = g.T @ h if needs_B or needs_b else None
-    elif (len(x) + ways * rank) * x.shape[1] * g.shape[1] < pairs:
-        G = g.T @ x
-        M = G @ A.to(dtype).T
-        N = scaled.T @ G * scale if needs_A else None
     else:
-        M = g.T @ (x @ A.to(dtype).T)
-        N = (g @ scaled).T @ x * scale if needs_A else None
-    M = None if M is None else M.to(B.dtype) * scale
+        rank, tokens, inn, out = A.shape[0], *x.shape, g.shape[1]
+        scaled = _rows_times(_cast(B, dtype), b) if needs_A else None
+        if (tokens + ways * rank) * inn * out < ways * tokens * rank * (inn + out):
+            G = g.T @ x
+            M = G @ _cast(A, dtype).T
+            N = None if scaled is None else _scaled(scaled.T @ G, scale)
+        else:
+            M = g.T @ (x @ _cast(A, dtype).T)
+            N = None if scaled is None else _scaled((g @ scaled).T @ x, scale)
+    M = None if M is None else _scaled(_cast(M, B.dtype if d is None else d.dtype), scale)
     grad_A = grad_B = grad_d = grad_b = None
     if N is not None:
-        grad_A = (N if d is None else N * d.to(dtype)[:, None]).to(A.dtype)
+        grad_A = _cast(N if d is None else N * _cast(d, dtype)[:, None], A.dtype)
     if M is not None and needs_B:
         grad_B = _rows_times(_times(M, d), b)
-    if M is not None and needs_b:
-        grad_b = (_times(M, d) * B).sum(1)
-    if needs_d and d is not None:
-        if h is not None and grad_hd is not None:
-            grad_d = (grad_hd * h).sum(0).to(d.dtype)
-        elif M is not None:
-            grad_d = (M * _rows_times(B, b)).sum(0)
+    P = None if M is None or not (needs_b or needs_d) else M * B
+    if P is not None and needs_b:
+        grad_b = P.sum(1) if d is None else P @ d
+    if P is not None and needs_d:
+        grad_d = P.sum(0) if b is None else b @ P
+    elif needs_d and d is not None and h is not None and grad_hd is not None:
+        grad_d = (grad_hd * h).sum(0, dtype=d.dtype)
     return [grad_A, grad_B, grad_d, grad_b]
 
 
 def _times(h: Tensor, d: Tensor | None) -> Tensor:
-    return h if d is None else h * d.to(h.dtype)
+    return h if d is None else h * _cast(d, h.dtype)
 
 
 def _rows_times(B: Tensor, b: Tensor | None) -> Tensor:
-    return B if b is None else B * b.to(B.dtype)[:, None]
+    return B if b is None else B * _cast(b, B.dtype)[:, None]
+
+
+# Of small models a step is the time of the calls from Python: what does nothing is not called.
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x * scale
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _split(x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
+    return [x] if len(sizes) == 1 else x.split(sizes, dim)

@@ -6,6 +6,7 @@ Shapes: x (tokens, in), W (out, in), A (r, in), B (out, r), d (r,), b (out,). W 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -131,14 +132,16 @@ class Siblings:
 
 def compute(layers: Sequence[LowRank], x: Tensor) -> tuple[Tensor, ...]:
     """The outputs of layers for one x; several have no dropout."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(device))
     first, parts, factors = layers[0], [], []
     dropped = functional.dropout(x, first.dropout, first.training) if first.dropout else None
     for layer in layers:
         bias: Tensor | None = layer.base.bias  # type: ignore[assignment]
         parts.append(Part(layer.base_weight, bias, layer.scale, layer.keeps_weight, layer.projections is not None))
         factors += [*layer.pair(x), layer.d, layer.b]
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         outputs: tuple[Tensor, ...] = LowRankFunction.apply(x, dropped, parts, *factors)
     return outputs
