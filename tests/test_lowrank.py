@@ -21,7 +21,12 @@ from pissa_cli.attach import forget_shared, lowrank_layers, share_inputs
 
 TOKENS, IN, OUT, R = (2, 3), 5, 4, 2
 IDS = torch.tensor([[3, 4]])
-WAYS = {"two paths": ((2, 2), R), "merged": (TOKENS, R), "merged, by the gradient of the weight": (TOKENS, 7)}
+WAYS = {
+    "two paths": ((1, 2), R),
+    "two paths, but for the gradient of x": (TOKENS, 1),
+    "merged": (TOKENS, R),
+    "merged, by the gradient of the weight": (TOKENS, 7),
+}
 """Tokens and rank with which a layer goes each way."""
 
 

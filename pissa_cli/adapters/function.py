@@ -54,11 +54,15 @@ class LowRankFunction(torch.autograd.Function):
         ys, kept = [], []
         for part, f, merged, own in zip(parts, given, ctx.merged, _shares(h, given, ctx), strict=True):
             W = part.read_weight(dtype)
-            if merged:
+            bias = None if part.bias is None else _cast(part.bias, dtype)
+            if own is None:
                 W = _merged(W, f, part.scale)
-            y = functional.linear(flat, W, None if part.bias is None else _cast(part.bias, dtype))
-            if own is not None:
-                y.addmm_(_times(own, f.d), _rows_times(_cast(f.B, dtype), f.b).T, alpha=part.scale)
+                y = functional.linear(flat, W, bias)
+            else:
+                # the update first: of what is added to an output that is rounded already, all below half a bit is lost
+                y = _times(own, f.d) @ _rows_times(_cast(f.B, dtype), f.b).T
+                y.addmm_(flat, W.T, beta=part.scale)
+                y = y if bias is None else y.add_(bias)
             num_out = W.shape[0]
             # no view: DeBERTa divides its queries in place
             y = _cast(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], num_out]), x.dtype)
@@ -80,35 +84,35 @@ class LowRankFunction(torch.autograd.Function):
         needs_x, needs_dropped, _, *needed = ctx.needs_input_grad
         dtype = ctx.dtype
         flat = _cast(inner.flatten(0, -2), dtype)
-        grad_x: Tensor | None = None
+        low: list[int] = []  # layers whose gradient of x takes two paths
         grads_h: list[Tensor] = []
         factor_grads: list[Tensor | None] = []
         for number, (part, f, own) in enumerate(zip(ctx.parts, given, _shares(h, given, ctx), strict=True)):
-            grad, W, wants = _cast(grads[number].flatten(0, -2), dtype), kept[number], needed[4 * number :][:4]
-            if needs_x:
-                if W is None:
-                    W = part.read_weight(dtype)
-                    W = _merged(W, f, part.scale) if own is None else W
-                grad_x = grad @ W if grad_x is None else grad_x.addmm_(grad, W)
-            grad_hd = None
-            if own is not None:
-                grad_hd = _scaled(grad @ _rows_times(_cast(f.B, dtype), f.b), part.scale)
+            g, wants, grad_hd = _cast(grads[number].flatten(0, -2), dtype), needed[4 * number :][:4], None
+            if own is not None and not (needs_x and ctx.shared and _merges_back(flat.shape[0], f, wants, ctx.parts)):
+                grad_hd = _scaled(g @ _rows_times(_cast(f.B, dtype), f.b), part.scale)
                 grads_h.append(_times(grad_hd, f.d))
-            factor_grads += _factor_gradients(flat, grad, own, grad_hd, f, part.scale, wants)
-        low = [number for number, merged in enumerate(ctx.merged) if not merged]
+                low.append(number)
+            factor_grads += _factor_gradients(flat, g, own, grad_hd, f, part.scale, wants)
+        grad_x: Tensor | None = None
         grad_dropped = None
         if low:
             shares_A = ctx.parts[0].shares_A
             stack = _cast(_stacked([given[number].A for number in low], shares_A), dtype)
             grad_h = sum(grads_h[1:], grads_h[0]) if shares_A else _joined(grads_h, 1)
-            if grad_x is not None and ctx.shared:
-                grad_x.addmm_(grad_h, stack)
+            if needs_x and ctx.shared:
+                grad_x = grad_h @ stack
             if needs_dropped:
                 grad_dropped = _cast((grad_h @ stack).view_as(inner), inner.dtype)
             if any(needed[4 * number] for number in low):
                 grads_A = _split(grad_h.T @ flat, [given[number].A.shape[0] for number in low], 0)
                 for number, grad_A in zip(low, grads_A, strict=True):
                     factor_grads[4 * number] = _cast(grad_A, given[number].A.dtype) if needed[4 * number] else None
+        for number, (part, f, W) in enumerate(zip(ctx.parts, given, kept, strict=True)) if needs_x else ():
+            g, is_merged = _cast(grads[number].flatten(0, -2), dtype), W is not None and ctx.merged[number]
+            W = part.read_weight(dtype) if W is None else W
+            W = W if is_merged or number in low else _merged(W, f, part.scale)
+            grad_x = g @ W if grad_x is None else grad_x.addmm_(g, W)
         if grad_x is not None:
             grad_x = _cast(grad_x.view_as(inner), inner.dtype)
         return grad_x, grad_dropped, None, *factor_grads
@@ -147,6 +151,16 @@ def _merges(tokens: int, f: _Factors, dtype: torch.dtype) -> bool:
     return dtype.itemsize >= 4 and 2 * rank * (inn + out) > inn * out and tokens * (inn + out) > 2 * inn * out
 
 
+def _merges_back(tokens: int, f: _Factors, needed: Sequence[bool], parts: Sequence[Part]) -> bool:
+    """Whether the gradient of x on two paths is one product with W and its update, rounded as W is: where the tokens
+    need not pass back through B and A for the gradient of A (VeRA, SVFit), and forming the update costs less than that.
+    """
+    needs_A, needs_B, needs_d, needs_b = needed
+    inn, out, layers_of_A = f.A.shape[1], f.B.shape[0], len(parts) if parts[0].shares_A else 1
+    spared = inn / layers_of_A + (0 if needs_d and not needs_B and not needs_b else out)
+    return not needs_A and tokens * spared > inn * out
+
+
 def _merged(W: Tensor, f: _Factors, scale: float) -> Tensor:
     """W + s (b B) (d A)."""
     return torch.addmm(W, _times(_rows_times(_cast(f.B, W.dtype), f.b), f.d), _cast(f.A, W.dtype), alpha=scale)
@@ -156,7 +170,7 @@ def _factor_gradients(
     x: Tensor, g: Tensor, h: Tensor | None, grad_hd: Tensor | None, f: _Factors, scale: float, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients of A, B, d and b; None for those not `needed`. x (tokens, in), g (tokens, out) the gradient of y;
-    h = x A^T and that of h * d are given on two paths, whose gradient of A is not formed here.
+    h = x A^T is given on two paths, whose gradient of A is not formed here; the gradient of h * d where it is known.
 
     With M = s g^T h, N = s (b B)^T g^T x and P = M * B, number by number, they are d N, b M d, P^T b and P d. M and N
     come from G = g^T x (out, in), where that is cheaper than x A^T and g B.
@@ -168,7 +182,7 @@ def _factor_gradients(
     dtype, ways = x.dtype, 2 if needs_A else 1
     N: Tensor | None = None
     if h is not None:
-        M: Tensor | None = g.T @ h if needs_B or needs_b else None
+        M: Tensor | None = g.T @ h if needs_B or needs_b or grad_hd is None else None
     else:
         rank, tokens, inn, out = A.shape[0], *x.shape, g.shape[1]
         scaled = _rows_times(_cast(B, dtype), b) if needs_A else None
