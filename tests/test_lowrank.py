@@ -315,3 +315,33 @@ def test_an_update_below_the_weights_own_precision_is_not_lost() -> None:
     made["A"][0, 0] = 2.0**-4
     layer = LowRank(base, made, frozenset({"A", "B"}), 1.0)
     assert float(layer(x)[0, 0]) == 2.0**-10
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_update_below_the_outputs_own_precision_is_not_lost(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its share in outputs and in gradients of x, to which it adds less than rounding to 16 bits does."""
+    monkeypatch.setattr("pissa_cli.adapters.function.product_dtype", lambda x: x.dtype)
+    torch.manual_seed(0)
+    layers = []
+    for _ in range(2):
+        made = {"A": torch.randn(8, 128).bfloat16().float() / 8, "B": torch.randn(96, 8).bfloat16().float() / 2**15}
+        base = nn.Linear(128, 96, bias=not together).bfloat16()
+        nn.init.normal_(base.weight, std=0.1)
+        layers.append(LowRank(base, made, frozenset({"A", "B"}), 0.5))
+    if together:
+        layers[0].siblings = layers[1].siblings = Siblings(layers)
+    x = torch.randn(2048, 128).bfloat16().requires_grad_()
+    ys = [layer(x) for layer in layers]
+    g = torch.randn(2048, 96).bfloat16()
+    sum((y * g).sum() for y in ys).backward()  # type: ignore[union-attr]
+
+    def share(found: Tensor, of_base: Tensor, update: Tensor) -> float:
+        return float(((found.double() - of_base) * update).sum() / update.square().sum())
+
+    exact = [(layer.base.weight.double(), 0.5 * layer.B.double() @ layer.A.double()) for layer in layers]
+    with torch.no_grad():
+        for y, layer, (W, change) in zip(ys, layers, exact, strict=True):
+            bias = 0 if layer.bias is None else layer.bias.double()
+            assert share(y, x.double() @ W.T + bias, x.double() @ change.T) == pytest.approx(1, abs=0.1)
+        base = sum(g.double() @ W for W, _ in exact)
+        assert share(x.grad, base, sum(g.double() @ change for _, change in exact)) == pytest.approx(1, abs=0.1)
