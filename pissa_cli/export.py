@@ -36,6 +36,7 @@ from pissa_cli.model import (
 )
 from pissa_cli.panels import DROPPED, minus_product, rounded_at_random
 from pissa_cli.pipeline import in_flight, in_order
+from pissa_cli.plan import require_packable
 from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, require_free, whole_folder, write_json, write_text
@@ -127,7 +128,9 @@ def quantize(
     weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe)
     model = skeleton(folder, recipe.model)
     linears = linear_layers(model, weights)
-    if form == "compressed-tensors":
+    if form == "nf4":
+        require_packable(linears)
+    else:
         int4.require_compressed_tensors()
         group = int4.group_size(linears)
     dense_bytes, error, norm = 0, 0.0, 0.0

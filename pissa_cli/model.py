@@ -32,6 +32,8 @@ AUTO_CLASSES: dict[str, Any] = {
 }
 """By `model.task`."""
 KERNELS_READ = ("x_proj", "dt_proj", "out_proj")
+LINEAR_SUBCLASSES = ("FalconLinear",)
+"""They compute what torch's Linear does, but for the rounding; transformers stores none of them in NF4."""
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SMALL_FILES = ["*.json", "*.py"]
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*"]
@@ -42,7 +44,8 @@ class Linear:
     """A linear layer of the model: weight (out, in), stored transposed on disk by GPT-2's Conv1D and by embeddings.
 
     An embedding is the linear map of one-hot vectors: out = its width, in = the size of the vocabulary. Bypassed: the
-    kernels of state-space models (Mamba, Jamba) take the weight alone, passing an adapter by.
+    kernels of state-space models (Mamba, Jamba) take the weight alone, passing an adapter by. Subclass: one of
+    `LINEAR_SUBCLASSES`.
     """
 
     name: str
@@ -52,12 +55,13 @@ class Linear:
     transposed: bool
     embedding: bool = False
     bypassed: bool = False
+    subclass: bool = False
     expert: Expert | None = None
 
     @property
     def packable(self) -> bool:
         """Whether it can be stored in NF4."""
-        return not self.embedding and self.num_out > 1 and quant.packable(self.num_in)
+        return not (self.embedding or self.subclass) and self.num_out > 1 and quant.packable(self.num_in)
 
     @property
     def kind(self) -> str:
@@ -122,7 +126,8 @@ def head_names(model: PreTrainedModel) -> list[str]:
 def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> list[Linear]:
     """Every linear layer but those of the head, and every embedding, with the tensor on disk (if `weights` is given).
 
-    Those that transformers stores in NF4: torch's own Linear and Conv1D, no subclasses that may compute otherwise.
+    Those that transformers stores in NF4, torch's own Linear and Conv1D, and `LINEAR_SUBCLASSES`; other subclasses may
+    compute otherwise.
     Raises UsageError for a tensor that is missing, has another shape, or is no floating-point weight.
     """
     output, head = model.get_output_embeddings(), head_names(model)
@@ -132,7 +137,9 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
     for name, module in model.named_modules():
         embedding = type(module) is nn.Embedding
         transposed = embedding or isinstance(module, Conv1D)
-        if (type(module) is nn.Linear or transposed) and module is not output and name.split(".")[0] not in head:
+        subclass = type(module).__name__ in LINEAR_SUBCLASSES
+        linear = type(module) is nn.Linear or subclass or transposed
+        if linear and module is not output and name.split(".")[0] not in head:
             shape: torch.Size = module.weight.shape
             num_in, num_out = shape if transposed else reversed(shape)
             tensor = f"{name}.weight"
@@ -147,7 +154,7 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
                     )
             mixer, _, kind = name.rpartition(".")
             bypassed = kind in KERNELS_READ and hasattr(model.get_submodule(mixer), "A_log")
-            layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding, bypassed))
+            layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding, bypassed, subclass))
     for name, expert, shape in expert_layers(model):
         packed = weights is not None and f"{name}.weight.absmax" in weights.files
         if weights is None or packed or weights.shapes.get(f"{name}.weight") == tuple(shape):

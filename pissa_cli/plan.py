@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from pissa_cli import quant
 from pissa_cli.adapter_options import AdapterBase, FullOptions, first_match
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import whole_modules
@@ -88,6 +89,8 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     if recipe.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UsageError(f"train.gradient_checkpointing: transformers has none for {type(model).__name__}", "remove it")
     linears = linear_layers(model, weights)
+    if recipe.model.bits == 4:
+        require_packable(linears)
     adapter = recipe.adapter
     head = model.get_output_embeddings()
     sizes = (
@@ -126,6 +129,16 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     in_peft = peft_targets(ranks, linears, model, method.peft_type)
     heads, num_whole = head_names(model), sum(trained.values())
     return Plan(folder, linears, targets, ranks, scales, left_out, in_peft, heads, num_whole, *sizes)
+
+
+def require_packable(linears: list[Linear]) -> None:
+    """UsageError for a model of which 4 bits would leave every layer as it is."""
+    if not any(layer.packable for layer in linears):
+        raise UsageError(
+            "4 bits: none of this model's layers can be stored in NF4, for their class or for rows that are no whole "
+            f"blocks of {quant.BLOCK_SIZE}",
+            "set model.bits to 16",
+        )
 
 
 def _require_one_matrix(targets: list[Linear], ranks: dict[str, int], scales: dict[str, float]) -> None:

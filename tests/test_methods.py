@@ -11,16 +11,19 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
+from conftest import save_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from test_start import started
 from torch import Tensor
-from transformers import AutoModelForCausalLM, FalconMambaConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, FalconConfig, FalconMambaConfig, LlamaConfig
 
 from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
 from pissa_cli.attach import attach, lowrank_layers
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.export import merge, quantize
 from pissa_cli.model import linear_layers, match_targets
 from pissa_cli.peft_files import read_peft
 from pissa_cli.plan import make_plan
@@ -272,6 +275,27 @@ def test_a_zero_matrix_gets_a_factor_that_can_train(bits: int) -> None:
         made = METHODS[method].start(torch.zeros(64, 128), layer, options)
         assert made.factors["A"].any() or made.factors["B"].any(), method
         assert not (made.factors["B"] @ made.factors["A"]).any()
+
+
+def test_falcon_has_linear_layers_of_its_own(recipe: Callable[..., Any], rows: Path, tmp_path: Path) -> None:
+    config = FalconConfig(
+        vocab_size=512, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, bos_token_id=None, eos_token_id=1
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    folder = save_model(model, tmp_path / "falcon")
+    made = recipe(folder, f"data.train={rows}", "adapter.rank=4", "train.steps=2", "train.lr=0.01", "model.bits=32")
+    train(made)
+    peft_model = PeftModel.from_pretrained(model, Path(made.output) / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(merge(made)["path"])
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(peft_model(ids).logits, merged(ids).logits, rtol=1e-3, atol=1e-4)
+        with peft_model.disable_adapter():
+            assert not torch.allclose(peft_model(ids).logits, merged(ids).logits, rtol=1e-3, atol=1e-4)
+    with pytest.raises(UsageError, match="none of this model's layers can be stored in NF4"):
+        make_plan(recipe(folder, "adapter.rank=4", "model.bits=4", f"output={tmp_path / 'four'}"), folder)
+    with pytest.raises(UsageError, match="none of this model's layers can be stored in NF4"):
+        quantize(made, folder, tmp_path / "packed")
 
 
 def test_what_kernels_read_gets_no_adapter_by_itself() -> None:
