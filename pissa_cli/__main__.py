@@ -8,6 +8,13 @@ from pissa_cli.heap import restart_with_lean_heap
 
 def main() -> None:
     """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    try:
+        _main()
+    except KeyboardInterrupt:  # while modules are imported; a command has its own word for it
+        sys.exit(130)
+
+
+def _main() -> None:
     if sys.argv[1:2] == ["train"] or "--dry-run" in sys.argv:
         restart_with_lean_heap()
     gc.disable()

@@ -51,8 +51,11 @@ def prepare(
     watch: called with {"note": text} for what the person watching should know.
     """
     run = Run(Path(recipe.output))
-    for line in schedule_change(run, recipe) if resumes(run, recipe, resume) else []:
+    resumed = resumes(run, recipe, resume)
+    for line in schedule_change(run, recipe) if resumed else []:
         watch({"note": line})
+    if resume and not resumed:
+        watch({"note": f"{run.folder}: no checkpoint was written yet; training begins with the first step"})
     if recipe.data.train is None:
         raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
     if recipe.train.eval_every is not None and recipe.data.eval is None:

@@ -16,6 +16,7 @@ import pytest
 from runs import BASE, adapter, events, same, state_of
 
 from pissa_cli.errors import Interrupted, UsageError
+from pissa_cli.initialize import initialize
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
@@ -44,6 +45,20 @@ def test_ten_and_ten_resumed_are_twenty(
         "m": state_of(Path(halves.output))[str(Path(halves.output) / "manifest.json")]
     }
     assert frozen == after
+
+
+def test_resume_says_where_there_is_no_checkpoint(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made, notes = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=1"), []
+    initialize(made)
+    train(made, resume=True, watch=notes.append)
+    assert any("begins with the first step" in event.get("note", "") for event in notes)
+
+
+def test_an_interrupt_before_any_command_shows_no_traceback() -> None:
+    code = "import sys, _thread; sys.modules['pissa_cli.cli'] = None; import pissa_cli.__main__ as m\n"
+    code += "m.restart_with_lean_heap = _thread.interrupt_main; sys.argv = ['pissa', 'train']; m.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
