@@ -166,3 +166,11 @@ def test_where_a_model_looks_at_its_numbers_the_forecast_is_rough(
     monkeypatch.setattr(LlamaModel, "forward", looks)
     outcome = pissa("train", "--model", models("llama"), "--dry-run", *(w for one in BASE for w in ("--set", one)))
     assert outcome.code == 0 and "roughly (the model cannot be run without content" in outcome.out + outcome.err
+
+
+def test_where_ligers_kernels_would_run_the_forecast_says_that_it_does_not_know_them(
+    models: Callable[[str], Path], pissa: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pissa_cli.kernels.wants_liger", lambda section: True)
+    outcome = pissa("train", "--model", models("llama"), "--dry-run", *(w for one in BASE for w in ("--set", one)))
+    assert outcome.code == 0 and "roughly (Liger's kernels" in outcome.out + outcome.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 def dry_run(loaded: Loaded, as_json: bool, processes: int = 1) -> None:
     """Print the plan; reads the configuration of the base, writes nothing. processes: that would train."""
+    from pissa_cli.kernels import wants_liger
     from pissa_cli.memory import forecast
     from pissa_cli.model import SMALL_FILES, resolve_base
     from pissa_cli.plan import make_plan
@@ -21,6 +23,8 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1) -> None:
     recipe, rows = loaded.recipe, listing(loaded)
     planned = make_plan(recipe, resolve_base(recipe.model, SMALL_FILES))
     memory = forecast(recipe, planned, processes)
+    if memory.rough is None and wants_liger(recipe.train):
+        memory = replace(memory, rough="Liger's kernels, which are not counted, take up to a fifth less")
     result: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "sources": {key: source for key, _, source in rows},
