@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -12,12 +15,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pissa_cli.adapters.function import Gate
 from pissa_cli.adapters.lowrank import LowRank, LowRankEmbedding, Siblings
 from pissa_cli.adapters.start import Adapter, Method
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import expert_layers, part_of, set_part
 from pissa_cli.model import disk_name, head_names
 from pissa_cli.weights import Weights
+
+GATED = (
+    "down_proj = self.down_proj(self.act_fn(self.gate_proj({x})) * self.up_proj({x})); return down_proj",
+    "return self.down_proj(self.act_fn(self.gate_proj({x})) * self.up_proj({x}))",
+)
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool, dropout: float = 0.0) -> None:
@@ -92,6 +101,39 @@ def share_inputs(model: nn.Module, forward: Callable[[], Any]) -> None:
 
 def _parent(layer: LowRank) -> str:
     return layer.name.rpartition(".")[0]
+
+
+def join_gates(model: nn.Module) -> None:
+    """Have the low-rank layer behind a gate form its input itself: what is kept for the backward pass is what it is the
+    product of, and neither it nor the activation.
+
+    For MLPs whose `forward` is the one statement of `GATED`.
+    """
+    for module in model.modules():
+        down = getattr(module, "down_proj", None)
+        if type(down) is not LowRank or down.dropout or "forward" in vars(module) or not _is_gated(type(module).forward):
+            continue
+        if not list(module.act_fn.parameters()):  # type: ignore[union-attr]
+            module.forward = partial(_gated, module)
+
+
+def _gated(mlp: nn.Module, x: Tensor) -> Tensor:
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)  # type: ignore[operator]
+    y: Tensor = mlp.down_proj(up, Gate(mlp.act_fn, gate))  # type: ignore[operator, arg-type]
+    return y
+
+
+@cache
+def _is_gated(forward: Callable[..., Any]) -> bool:
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    except (OSError, TypeError, SyntaxError):  # no source
+        return False
+    if not isinstance(function, ast.FunctionDef) or [argument.arg for argument in function.args.args][:1] != ["self"]:
+        return False
+    given = [argument.arg for argument in function.args.args][1:]
+    said = "; ".join(ast.unparse(statement) for statement in function.body)
+    return len(given) == 1 and said in [way.format(x=given[0]) for way in GATED]
 
 
 def forget_shared(model: nn.Module) -> None:

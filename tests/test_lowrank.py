@@ -12,12 +12,13 @@ import torch
 from test_start import started
 from torch import Tensor, nn
 from transformers import BartConfig, BartForSequenceClassification
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli.adapters import lowrank
 from pissa_cli.adapters.function import LowRankFunction, Part
 from pissa_cli.adapters.lowrank import LowRank, Siblings
-from pissa_cli.attach import forget_shared, lowrank_layers, share_inputs
+from pissa_cli.attach import forget_shared, join_gates, lowrank_layers, share_inputs
 
 TOKENS, IN, OUT, R = (2, 3), 5, 4, 2
 IDS = torch.tensor([[3, 4]])
@@ -61,7 +62,9 @@ def test_gradients_against_finite_differences(with_d: bool, with_b: bool, tokens
 
         def run(x: Tensor, *given: Tensor) -> Tensor:
             f = dict(zip(names, given, strict=True))
-            return LowRankFunction.apply(x, None, [Part(read, bias, 0.7)], f["A"], f["B"], f.get("d"), f.get("b"))[0]
+            return LowRankFunction.apply(
+                x, None, None, None, [Part(read, bias, 0.7)], f["A"], f["B"], f.get("d"), f.get("b")
+            )[0]
 
         assert torch.autograd.gradcheck(run, (x, *inputs))
 
@@ -72,7 +75,9 @@ def test_dropout_path_has_its_own_gradient() -> None:
     x, dropped = (torch.randn(*TOKENS, IN).double().requires_grad_() for _ in range(2))
 
     def run(x: Tensor, dropped: Tensor, A: Tensor) -> Tensor:
-        return LowRankFunction.apply(x, dropped, [Part(W.to, None, 1.5)], A, made["B"], made["d"], made["b"])[0]
+        return LowRankFunction.apply(
+            x, dropped, None, None, [Part(W.to, None, 1.5)], A, made["B"], made["d"], made["b"]
+        )[0]
 
     assert torch.autograd.gradcheck(run, (x, dropped, made["A"].requires_grad_()))
 
@@ -124,7 +129,7 @@ def test_saves_x_once_and_reads_the_weight_again(merged: bool) -> None:
 
     x = torch.randn(2, 3 if merged else 2, IN, requires_grad=True)
     A, B = torch.randn(R, IN, requires_grad=True), torch.randn(OUT, R, requires_grad=True)
-    y = LowRankFunction.apply(x, None, [Part(read)], A, B, None, None)[0]
+    y = LowRankFunction.apply(x, None, None, None, [Part(read)], A, B, None, None)[0]
     kept = [t.shape for t in y.grad_fn.saved_tensors if t is not None]
     assert sorted(kept) == sorted([x.shape, A.shape, B.shape] + [torch.Size((4, R))] * (not merged))
     y.sum().backward()
@@ -169,7 +174,7 @@ def test_gradients_of_layers_of_one_x(shared: bool, tokens: tuple[int, int]) -> 
 
         def run(x: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             f = dict(enumerate(given)) | dict(zip(numbers, inputs, strict=True))  # noqa: B023
-            return LowRankFunction.apply(x, None, parts, *f.values())
+            return LowRankFunction.apply(x, None, None, None, parts, *f.values())
 
         x = torch.randn(*tokens, IN).double().requires_grad_()
         assert torch.autograd.gradcheck(run, (x, *(given[n].clone().requires_grad_() for n in numbers)))  # type: ignore[union-attr]
@@ -345,3 +350,47 @@ def test_an_update_below_the_outputs_own_precision_is_not_lost(together: bool, m
             assert share(y, x.double() @ W.T + bias, x.double() @ change.T) == pytest.approx(1, abs=0.1)
         base = sum(g.double() @ W for W, _ in exact)
         assert share(x.grad, base, sum(g.double() @ change for _, change in exact)) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "qwen2"])
+@pytest.mark.parametrize("method", ["pissa", "vera"])
+def test_a_joined_gate_gives_the_same_and_keeps_less(
+    architecture: str, method: str, models: Callable[[str], Path], recipe: Callable[..., Any]
+) -> None:
+    model = started(recipe(models(architecture), f"adapter.method={method}", "adapter.rank=4", "model.bits=32"))
+    ids = torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        for layer in lowrank_layers(model).values():  # at VeRA's start no gradient comes through b
+            layer.b = None if layer.b is None else nn.Parameter(torch.randn_like(layer.b) / 100)
+
+    def step() -> tuple[Tensor, dict[str, Tensor], int]:
+        kept: dict[int, int] = {}
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), t)[1], lambda t: t
+        ):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return loss.detach(), grads, sum(kept.values())
+
+    loss, grads, kept = step()
+    join_gates(model)
+    joined, joined_grads, joined_kept = step()
+    torch.testing.assert_close(joined, loss, rtol=0, atol=0)
+    torch.testing.assert_close(joined_grads, grads, rtol=1e-6, atol=1e-7)
+    size = ids.numel() * model.config.intermediate_size * 4
+    assert kept - joined_kept == 2 * size * model.config.num_hidden_layers
+
+
+def test_only_the_plain_gate_is_joined(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
+    class More(LlamaMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    model = started(recipe(models("llama"), "adapter.rank=4", "model.bits=32"))
+    first, second = (layer.mlp for layer in model.model.layers)
+    first.__class__ = More
+    second.down_proj.dropout = 0.1
+    join_gates(model)
+    assert "forward" not in vars(first) and "forward" not in vars(second)

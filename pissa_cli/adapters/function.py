@@ -1,7 +1,7 @@
 """The product of the adapter layers and its gradients: ys of one or several layers that have one x.
 
 y = x W^T + bias + s * (((x' A^T) * d) B^T) * b. Shapes: x (tokens, in), W (out, in), A (r, in), B (out, r), d (r,),
-b (out,); x' is x, or x after dropout.
+b (out,); x' is x, or x after dropout. x may be the product of a gate and what it lets through, formed here.
 """
 
 from __future__ import annotations
@@ -29,22 +29,40 @@ class Part(NamedTuple):
     shares_A: bool = False
 
 
+class Gate(NamedTuple):
+    """What x is multiplied by: activation(values), values (tokens, in)."""
+
+    activation: Callable[[Tensor], Tensor]
+    values: Tensor
+
+
 class LowRankFunction(torch.autograd.Function):
-    """Layers of one x: (x, x' or None for x itself, their parts, A, B, d, b of the first, of the second, ...) -> ys.
+    """Layers of one x: (x, x' or None for x itself, the activation and the values of a gate or None twice, their parts,
+    A, B, d, b of the first, of the second, ...) -> ys.
 
     Each is one product with W + s (b B) (d A), where that is sound and the cheaper way (`_merges`); else two paths, of
     which the products with A are one for all layers. Saves x' and, on two paths, h = x' A^T; reads W again in the
-    backward pass, or saves what it multiplied with. Products run in `product_dtype`; y has the dtype of x.
+    backward pass, or saves what it multiplied with. With a gate, saves its values and what they let through, and forms
+    x again. Products run in `product_dtype`; y has the dtype of x.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, parts: Sequence[Part], *factors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        activation: Callable[[Tensor], Tensor] | None,
+        gate: Tensor | None,
+        parts: Sequence[Part],
+        *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        saved, ctx.activation = x if dropped is None else dropped, activation
+        if activation is not None and gate is not None:
+            x = activation(gate) * x
         dtype = ctx.dtype = product_dtype(x)
         ctx.parts, ctx.shared, given = parts, dropped is None, _by_layer(factors)
         flat = _cast(x.flatten(0, -2), dtype)
-        inner, tokens = x if dropped is None else dropped, flat.shape[0]
+        tokens = flat.shape[0]
         ctx.merged = [ctx.shared and _merges(tokens, f, dtype) for f in given]
         low = [f.A for f, merged in zip(given, ctx.merged, strict=True) if not merged]
         h: Tensor | None = None
@@ -68,7 +86,7 @@ class LowRankFunction(torch.autograd.Function):
             y = _cast(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], num_out]), x.dtype)
             ys.append(y.clone() if torch.compiler.is_compiling() else y)  # torch 2.11 loses the gradient of an alias
             kept.append(W if part.keeps_weight or (merged and tokens >= KEPT_FROM * num_out) else None)
-        ctx.save_for_backward(inner, h, *factors, *kept)
+        ctx.save_for_backward(saved, gate, h, *factors, *kept)
         return tuple(ys)
 
     @staticmethod
@@ -79,10 +97,15 @@ class LowRankFunction(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        inner, h, *rest = ctx.saved_tensors
+        inner, gate, h, *rest = ctx.saved_tensors
         given, kept = _by_layer(rest[: 4 * len(grads)]), rest[4 * len(grads) :]
-        needs_x, needs_dropped, _, *needed = ctx.needs_input_grad
-        dtype = ctx.dtype
+        needs_x, needs_dropped, _, needs_gate, _, *needed = ctx.needs_input_grad
+        dtype, gated = ctx.dtype, None
+        if gate is not None:
+            with torch.enable_grad():
+                gated = gate.detach().requires_grad_(), inner.detach().requires_grad_()
+                product = ctx.activation(gated[0]) * gated[1]
+            inner, needs_x = product.detach(), needs_x or needs_gate
         flat = _cast(inner.flatten(0, -2), dtype)
         low: list[int] = []  # layers whose gradient of x takes two paths
         grads_h: list[Tensor] = []
@@ -115,7 +138,10 @@ class LowRankFunction(torch.autograd.Function):
             grad_x = g @ W if grad_x is None else grad_x.addmm_(g, W)
         if grad_x is not None:
             grad_x = _cast(grad_x.view_as(inner), inner.dtype)
-        return grad_x, grad_dropped, None, *factor_grads
+        grad_gate: Tensor | None = None
+        if gated is not None and grad_x is not None:
+            grad_gate, grad_x = torch.autograd.grad(product, gated, grad_x)
+        return grad_x, grad_dropped, None, grad_gate, None, *factor_grads
 
 
 class _Factors(NamedTuple):

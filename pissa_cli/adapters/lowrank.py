@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from pissa_cli.adapters.function import LowRankFunction, Part
+from pissa_cli.adapters.function import Gate, LowRankFunction, Part
 from pissa_cli.adapters.start import Factors, Projections
 from pissa_cli.products import product_dtype
 from pissa_cli.quant import packed_weight, read
@@ -87,9 +87,10 @@ class LowRank(nn.Module):
         weight: Tensor = self.base.weight.to(dtype)  # type: ignore[assignment]
         return weight.T if isinstance(self.base, Conv1D) else weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        alone = self.siblings is None or x.is_inference()
-        return compute([self], x)[0] if alone else self.siblings.output(self, x)  # type: ignore[union-attr]
+    def forward(self, x: Tensor, gate: Gate | None = None) -> Tensor:
+        """The output for x, or for x under a gate."""
+        alone = self.siblings is None or gate is not None or x.is_inference()
+        return compute([self], x, gate)[0] if alone else self.siblings.output(self, x)  # type: ignore[union-attr]
 
 
 class LowRankEmbedding(LowRank):
@@ -99,7 +100,7 @@ class LowRankEmbedding(LowRank):
         weight: Tensor = self.base.weight.to(dtype)  # type: ignore[assignment]
         return weight.T
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, gate: Gate | None = None) -> Tensor:
         y: Tensor = self.base(ids)
         return y + self.scale * functional.embedding(ids, self.A.T).to(y.dtype) @ self.B.T.to(y.dtype)
 
@@ -130,8 +131,8 @@ class Siblings:
         return y
 
 
-def compute(layers: Sequence[LowRank], x: Tensor) -> tuple[Tensor, ...]:
-    """The outputs of layers for one x; several have no dropout."""
+def compute(layers: Sequence[LowRank], x: Tensor, gate: Gate | None = None) -> tuple[Tensor, ...]:
+    """The outputs of layers for one x; several have no dropout, nor has one whose x has a gate."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     if autocast:
@@ -143,5 +144,5 @@ def compute(layers: Sequence[LowRank], x: Tensor) -> tuple[Tensor, ...]:
         parts.append(Part(layer.base_weight, bias, layer.scale, layer.keeps_weight, layer.projections is not None))
         factors += [*layer.pair(x), layer.d, layer.b]
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        outputs: tuple[Tensor, ...] = LowRankFunction.apply(x, dropped, parts, *factors)
+        outputs: tuple[Tensor, ...] = LowRankFunction.apply(x, dropped, *(gate or (None, None)), parts, *factors)
     return outputs
