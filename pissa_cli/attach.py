@@ -111,9 +111,8 @@ def join_gates(model: nn.Module) -> None:
     """
     for module in model.modules():
         down = getattr(module, "down_proj", None)
-        if type(down) is not LowRank or down.dropout or "forward" in vars(module) or not _is_gated(type(module).forward):
-            continue
-        if not list(module.act_fn.parameters()):  # type: ignore[union-attr]
+        plain = type(down) is LowRank and not down.dropout and "forward" not in vars(module)
+        if plain and _is_gated(type(module).forward) and not list(module.act_fn.parameters()):  # type: ignore[union-attr]
             module.forward = partial(_gated, module)
 
 
