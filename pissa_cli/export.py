@@ -24,16 +24,7 @@ from pissa_cli.exported import full_model, load_with, result_files, trained_step
 from pissa_cli.initialize import open_run
 from pissa_cli.integrity import model_facts, read_settings, require_finite, sealed
 from pissa_cli.loading import load_model, load_tokenizer
-from pissa_cli.model import (
-    DTYPES,
-    Linear,
-    best_device,
-    disk_name,
-    head_names,
-    linear_layers,
-    read_weight,
-    skeleton,
-)
+from pissa_cli.model import DTYPES, Linear, best_device, disk_name, head_names, linear_layers, read_weight, skeleton
 from pissa_cli.panels import DROPPED, minus_product, rounded_at_random
 from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.plan import require_packable

@@ -29,7 +29,7 @@ from transformers import (
 from pissa_cli import batches, packing
 from pissa_cli import train as module
 from pissa_cli.adapters.lowrank import LowRank
-from pissa_cli.attach import share_inputs
+from pissa_cli.attach import join_gates, share_inputs
 from pissa_cli.batches import collate, micro_batches
 from pissa_cli.data import load_examples
 from pissa_cli.data_options import DataSection
@@ -199,6 +199,7 @@ def test_gradients_of_the_fast_path_are_those_of_the_plain_one(
         wanted = gradients(model)
     attend_by_sequence(model)
     share_inputs(model, lambda: model(input_ids=torch.tensor([[3, 4]])))
+    join_gates(model)
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -220,6 +221,7 @@ def test_two_hundred_steps_packed_and_fused_are_those_unpacked_and_plain(
 
     fast = losses("fast")
     monkeypatch.setattr(LowRank, "forward", plain_layer)
+    monkeypatch.setattr("pissa_cli.trainer.join_gates", lambda _: None)
     monkeypatch.setattr("pissa_cli.trainer.chunks_loss", lambda *_: False)
     plain = losses("plain", "data.packing=false", "train.micro_batch_size=1")
     assert len(plain) == 200 and plain[-1] < plain[0] - 0.2
