@@ -104,13 +104,13 @@ SETTINGS = [
     Setting("E2E, medium", 1024, 4096, 2, F32, GPT2, 8, 256, 50257 * 2 // 24, 4, (1024,)),
     Setting("E2E, large", 1280, 5120, 2, F32, GPT2, 8, 256, 50257 * 2 // 36, 4, (1024,)),
     Setting("instructions, 4 bits", 4096, 11008, 1, BF16, LINEAR, 4, 256, 32000 // 32, 64, (64, 1024), nf4=True),
-    Setting("all linear", 768, 2048, 2, F32, LINEAR, 8, 256, 1000, 64, (64, 256, 1024)),
-    Setting("all linear", 768, 2048, 2, BF16, LINEAR, 8, 256, 1000, 64, (64, 256, 1024)),
-    Setting("all linear", 2048, 5632, 1, BF16, LINEAR, 8, 256, 1000, 64, (64, 256, 1024)),
+    Setting("all linear", 768, 2048, 2, F32, LINEAR, 8, 256, 1000, 64, (64, 1024)),
+    Setting("all linear", 2048, 5632, 1, BF16, LINEAR, 8, 256, 1000, 64, (64, 1024)),
 ]
 if DEVICE.type == "cuda":  # where they are trained in bf16, with more rows of instructions
     SETTINGS = [replace(setting, dtype=BF16, rows=64 if setting.nf4 else setting.rows) for setting in SETTINGS]
-    SETTINGS = list(dict.fromkeys(SETTINGS))
+elif not has_fast_bf16(DEVICE):
+    SETTINGS = [setting for setting in SETTINGS if setting.dtype == F32 or setting.nf4]
 
 
 def adapted(model: PreTrainedModel, setting: Setting, method: str, rank: int) -> nn.Module:
