@@ -329,7 +329,7 @@ def test_an_update_below_the_outputs_own_precision_is_not_lost(together: bool, m
     torch.manual_seed(0)
     layers = []
     for _ in range(2):
-        made = {"A": torch.randn(8, 128).bfloat16().float() / 8, "B": torch.randn(96, 8).bfloat16().float() / 2**15}
+        made = {"A": torch.randn(8, 128).bfloat16().float() / 8, "B": torch.randn(96, 8).bfloat16().float() / 2**12}
         base = nn.Linear(128, 96, bias=not together).bfloat16()
         nn.init.normal_(base.weight, std=0.1)
         layers.append(LowRank(base, made, frozenset({"A", "B"}), 0.5))

@@ -62,7 +62,7 @@ class LowRankFunction(torch.autograd.Function):
         dtype = ctx.dtype = product_dtype(x)
         ctx.parts, ctx.shared, given = parts, dropped is None, _by_layer(factors)
         flat = _cast(x.flatten(0, -2), dtype)
-        tokens = flat.shape[0]
+        tokens = len(flat)  # here and below: on torch 2.11 the compiler fails over shape[0]
         ctx.merged = [ctx.shared and _merges(tokens, f, dtype) for f in given]
         low = [f.A for f, merged in zip(given, ctx.merged, strict=True) if not merged]
         h: Tensor | None = None
@@ -81,7 +81,7 @@ class LowRankFunction(torch.autograd.Function):
                 y = _times(own, f.d) @ _rows_times(_cast(f.B, dtype), f.b).T
                 y.addmm_(flat, W.T, beta=part.scale)
                 y = y if bias is None else y.add_(bias)
-            num_out = W.shape[0]
+            num_out = len(W)
             # no view: DeBERTa divides its queries in place
             y = _cast(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], num_out]), x.dtype)
             ys.append(y.clone() if torch.compiler.is_compiling() else y)  # torch 2.11 loses the gradient of an alias
@@ -112,7 +112,7 @@ class LowRankFunction(torch.autograd.Function):
         factor_grads: list[Tensor | None] = []
         for number, (part, f, own) in enumerate(zip(ctx.parts, given, _shares(h, given, ctx), strict=True)):
             g, wants, grad_hd = _cast(grads[number].flatten(0, -2), dtype), needed[4 * number :][:4], None
-            if own is not None and not (needs_x and ctx.shared and _merges_back(flat.shape[0], f, wants, ctx.parts)):
+            if own is not None and not (needs_x and ctx.shared and _merges_back(len(flat), f, wants, ctx.parts)):
                 grad_hd = _scaled(g @ _rows_times(_cast(f.B, dtype), f.b), part.scale)
                 grads_h.append(_times(grad_hd, f.d))
                 low.append(number)
@@ -179,12 +179,11 @@ def _merges(tokens: int, f: _Factors, dtype: torch.dtype) -> bool:
 
 def _merges_back(tokens: int, f: _Factors, needed: Sequence[bool], parts: Sequence[Part]) -> bool:
     """Whether the gradient of x on two paths is one product with W and its update, rounded as W is: where the tokens
-    need not pass back through B and A for the gradient of A (VeRA, SVFit), and forming the update costs less than that.
+    need not pass back through B and A for any gradient (VeRA's), and forming the update costs less than that.
     """
-    needs_A, needs_B, needs_d, needs_b = needed
+    needs_A, needs_B, _, needs_b = needed
     inn, out, layers_of_A = f.A.shape[1], f.B.shape[0], len(parts) if parts[0].shares_A else 1
-    spared = inn / layers_of_A + (0 if needs_d and not needs_B and not needs_b else out)
-    return not needs_A and tokens * spared > inn * out
+    return not needs_A and (needs_B or needs_b) and tokens * (inn / layers_of_A + out) > inn * out
 
 
 def _merged(W: Tensor, f: _Factors, scale: float) -> Tensor:
@@ -208,7 +207,7 @@ def _factor_gradients(
     dtype, ways = x.dtype, 2 if needs_A else 1
     N: Tensor | None = None
     if h is not None:
-        M: Tensor | None = g.T @ h if needs_B or needs_b or grad_hd is None else None
+        M: Tensor | None = g.T @ h if needs_B or needs_b else None
     else:
         rank, tokens, inn, out = A.shape[0], *x.shape, g.shape[1]
         scaled = _rows_times(_cast(B, dtype), b) if needs_A else None
