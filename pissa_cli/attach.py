@@ -21,6 +21,7 @@ from pissa_cli.adapters.start import Adapter, Method
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import expert_layers, part_of, set_part
 from pissa_cli.model import disk_name, head_names
+from pissa_cli.recipe import Recipe
 from pissa_cli.weights import Weights
 
 GATED = (
@@ -107,16 +108,32 @@ def join_gates(model: nn.Module) -> None:
     """Have the low-rank layer behind a gate form its input itself: what is kept for the backward pass is what it is the
     product of, and neither it nor the activation.
 
-    For MLPs whose `forward` is the one statement of `GATED`.
+    For MLPs whose `forward` says what `GATED` does and no more.
     """
     for module in model.modules():
         down = getattr(module, "down_proj", None)
-        plain = type(down) is LowRank and not down.dropout and "forward" not in vars(module)
-        if plain and _is_gated(type(module).forward) and not list(module.act_fn.parameters()):  # type: ignore[union-attr]
+        activation = getattr(module, "act_fn", None)
+        if (
+            type(down) is not LowRank
+            or down.dropout
+            or "forward" in vars(module)
+            or not _is_gated(type(module).forward)
+        ):
+            continue
+        if isinstance(activation, nn.Module) and not list(activation.parameters()):
             module.forward = partial(_gated, module)
 
 
-def _gated(mlp: nn.Module, x: Tensor) -> Tensor:
+def joins_gates(recipe: Recipe) -> bool:
+    """Whether `join_gates` is for a training: not under checkpointing and the compiler, which have ways of their own,
+    nor under autocast, where the dtype of an activation depends on its operations."""
+    section = recipe.train
+    autocast = recipe.model.bits == 32 and recipe.precision == "bf16"
+    return not (section.gradient_checkpointing or section.torch_compile or autocast)
+
+
+def _gated(mlp: nn.Module, *given: Tensor, **named: Tensor) -> Tensor:
+    (x,) = (*given, *named.values())
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)  # type: ignore[operator]
     y: Tensor = mlp.down_proj(up, Gate(mlp.act_fn, gate))  # type: ignore[operator, arg-type]
     return y
@@ -125,14 +142,15 @@ def _gated(mlp: nn.Module, x: Tensor) -> Tensor:
 @cache
 def _is_gated(forward: Callable[..., Any]) -> bool:
     try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+        function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
     except (OSError, TypeError, SyntaxError):  # no source
         return False
-    if not isinstance(function, ast.FunctionDef) or [argument.arg for argument in function.args.args][:1] != ["self"]:
+    if hasattr(forward, "__wrapped__") or not isinstance(function, ast.FunctionDef) or function.decorator_list:
         return False
-    given = [argument.arg for argument in function.args.args][1:]
+    names = list(inspect.signature(forward).parameters.values())
     said = "; ".join(ast.unparse(statement) for statement in function.body)
-    return len(given) == 1 and said in [way.format(x=given[0]) for way in GATED]
+    plain = len(names) == 2 and all(name.kind is name.POSITIONAL_OR_KEYWORD for name in names)
+    return plain and said in [way.format(x=names[1].name) for way in GATED]
 
 
 def forget_shared(model: nn.Module) -> None:

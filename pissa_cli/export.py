@@ -120,7 +120,7 @@ def quantize(
     model = skeleton(folder, recipe.model)
     linears = linear_layers(model, weights)
     if form == "nf4":
-        require_packable(linears)
+        require_packable(linears, "leave it in 16 bits: pissa merge")
     else:
         int4.require_compressed_tensors()
         group = int4.group_size(linears)

@@ -90,7 +90,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         raise UsageError(f"train.gradient_checkpointing: transformers has none for {type(model).__name__}", "remove it")
     linears = linear_layers(model, weights)
     if recipe.model.bits == 4:
-        require_packable(linears)
+        require_packable(linears, "set model.bits to 16")
     adapter = recipe.adapter
     head = model.get_output_embeddings()
     sizes = (
@@ -131,13 +131,13 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     return Plan(folder, linears, targets, ranks, scales, left_out, in_peft, heads, num_whole, *sizes)
 
 
-def require_packable(linears: list[Linear]) -> None:
+def require_packable(linears: list[Linear], hint: str) -> None:
     """UsageError for a model of which 4 bits would leave every layer as it is."""
     if not any(layer.packable for layer in linears):
         raise UsageError(
             "4 bits: none of this model's layers can be stored in NF4, for their class or for rows that are no whole "
             f"blocks of {quant.BLOCK_SIZE}",
-            "set model.bits to 16",
+            hint,
         )
 
 

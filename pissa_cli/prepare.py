@@ -55,7 +55,7 @@ def prepare(
     for line in schedule_change(run, recipe) if resumed else []:
         watch({"note": line})
     if resume and not resumed:
-        watch({"note": f"{run.folder}: no checkpoint was written yet; training begins with the first step"})
+        watch({"note": f"{run.folder}: there is no checkpoint; training begins with the first step"})
     if recipe.data.train is None:
         raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
     if recipe.train.eval_every is not None and recipe.data.eval is None:

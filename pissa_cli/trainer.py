@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pissa_cli import zero
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.attach import attach, forget_shared, join_gates, lowrank_layers, share_inputs, train_whole
+from pissa_cli.attach import attach, forget_shared, join_gates, joins_gates, lowrank_layers, share_inputs, train_whole
 from pissa_cli.batches import collate, micro_batches
 from pissa_cli.checkpoint import Names
 from pissa_cli.errors import UsageError
@@ -108,7 +108,7 @@ def set_up(
         train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
         if layout != "zero-3":  # where a layer's parameters are there only while it runs itself
             share_inputs(model, partial(probe, packed))
-            if not (recipe.train.gradient_checkpointing or recipe.train.torch_compile):
+            if joins_gates(recipe):
                 join_gates(model)
         if before is not None:
             require_same_loss(before, probe(packed), recipe.precision)

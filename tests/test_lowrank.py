@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -383,14 +384,38 @@ def test_a_joined_gate_gives_the_same_and_keeps_less(
     assert kept - joined_kept == 2 * size * model.config.num_hidden_layers
 
 
+def doubled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return functools.wraps(forward)(lambda *given: 2 * forward(*given))
+
+
 def test_only_the_plain_gate_is_joined(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
     class More(LlamaMLP):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * 2
 
+    class Wrapped(LlamaMLP):
+        @doubled
+        def forward(self, x: Tensor) -> Tensor:
+            down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return down_proj  # type: ignore[no-any-return]
+
+    class Named(LlamaMLP):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))  # type: ignore[no-any-return]
+
     model = started(recipe(models("llama"), "adapter.rank=4", "model.bits=32"))
     first, second = (layer.mlp for layer in model.model.layers)
-    first.__class__ = More
     second.down_proj.dropout = 0.1
+    for kind in (More, Wrapped):
+        first.__class__ = kind
+        join_gates(model)
+        assert "forward" not in vars(first) and "forward" not in vars(second)
+    first.__class__ = Named
+    x = torch.randn(2, 3, 64)
+    wanted = first(hidden_states=x)
     join_gates(model)
-    assert "forward" not in vars(first) and "forward" not in vars(second)
+    assert "forward" in vars(first)
+    torch.testing.assert_close(first(hidden_states=x), wanted, rtol=0, atol=0)
+    assert first(x.requires_grad_()).grad_fn.name().startswith("LowRank")
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(first(x).sum(), x, create_graph=True)

@@ -296,6 +296,8 @@ def test_falcon_has_linear_layers_of_its_own(recipe: Callable[..., Any], rows: P
         make_plan(recipe(folder, "adapter.rank=4", "model.bits=4", f"output={tmp_path / 'four'}"), folder)
     with pytest.raises(UsageError, match="none of this model's layers can be stored in NF4"):
         quantize(made, folder, tmp_path / "packed")
+    with pytest.raises(UsageError, match="fits compressed-tensors"):
+        quantize(made, folder, tmp_path / "int4", form="compressed-tensors")
 
 
 def test_what_kernels_read_gets_no_adapter_by_itself() -> None:

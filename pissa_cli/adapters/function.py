@@ -100,12 +100,14 @@ class LowRankFunction(torch.autograd.Function):
         inner, gate, h, *rest = ctx.saved_tensors
         given, kept = _by_layer(rest[: 4 * len(grads)]), rest[4 * len(grads) :]
         needs_x, needs_dropped, _, needs_gate, _, *needed = ctx.needs_input_grad
-        dtype, gated = ctx.dtype, None
+        dtype, like, activated = ctx.dtype, inner, None
         if gate is not None:
+            if torch.is_grad_enabled():
+                raise RuntimeError("a joined gate has no second derivative")
             with torch.enable_grad():
-                gated = gate.detach().requires_grad_(), inner.detach().requires_grad_()
-                product = ctx.activation(gated[0]) * gated[1]
-            inner, needs_x = product.detach(), needs_x or needs_gate
+                values = gate.detach().requires_grad_()
+                activated = ctx.activation(values)
+            inner, needs_x = activated.detach() * like, needs_x or needs_gate
         flat = _cast(inner.flatten(0, -2), dtype)
         low: list[int] = []  # layers whose gradient of x takes two paths
         grads_h: list[Tensor] = []
@@ -126,7 +128,7 @@ class LowRankFunction(torch.autograd.Function):
             if needs_x and ctx.shared:
                 grad_x = grad_h @ stack
             if needs_dropped:
-                grad_dropped = _cast((grad_h @ stack).view_as(inner), inner.dtype)
+                grad_dropped = _cast((grad_h @ stack).view_as(like), like.dtype)
             if any(needed[4 * number] for number in low):
                 grads_A = _split(grad_h.T @ flat, [given[number].A.shape[0] for number in low], 0)
                 for number, grad_A in zip(low, grads_A, strict=True):
@@ -137,10 +139,12 @@ class LowRankFunction(torch.autograd.Function):
             W = W if is_merged or number in low else _merged(W, f, part.scale)
             grad_x = g @ W if grad_x is None else grad_x.addmm_(g, W)
         if grad_x is not None:
-            grad_x = _cast(grad_x.view_as(inner), inner.dtype)
+            grad_x = _cast(grad_x.view_as(like), like.dtype)
         grad_gate: Tensor | None = None
-        if gated is not None and grad_x is not None:
-            grad_gate, grad_x = torch.autograd.grad(product, gated, grad_x)
+        del inner, flat  # before there are two gradients of their size
+        if activated is not None and grad_x is not None:
+            (grad_gate,) = torch.autograd.grad(activated, values, grad_x * like)
+            grad_x = grad_x * activated.detach()
         return grad_x, grad_dropped, None, grad_gate, None, *factor_grads
 
 
@@ -224,7 +228,7 @@ def _factor_gradients(
         grad_A = _cast(N if d is None else N * _cast(d, dtype)[:, None], A.dtype)
     if M is not None and needs_B:
         grad_B = _rows_times(_times(M, d), b)
-    P = None if M is None or not (needs_b or needs_d) else M * B
+    P = None if M is None or not (needs_b or needs_d) else _cast(M * B, M.dtype)
     if P is not None and needs_b:
         grad_b = P.sum(1) if d is None else P @ d
     if P is not None and needs_d:
