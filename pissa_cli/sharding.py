@@ -66,7 +66,8 @@ def shard(model: PreTrainedModel, device: torch.device, processes: int) -> None:
     """Spread every parameter of `model`, which lies on `device`, over the processes, block by block.
 
     A block's parameters are whole while it computes. NF4 weights are spread as bytes, their scales stay whole; NF4
-    layers without an adapter stay whole, since bitsandbytes' own forward needs them so.
+    layers without an adapter stay whole, since bitsandbytes' own forward needs them so. Raises UsageError where torch
+    spreads no bytes.
     """
     mesh = init_device_mesh(device.type, (processes,))
     adapted = {layer.base for layer in model.modules() if isinstance(layer, LowRank)}
@@ -74,7 +75,15 @@ def shard(model: PreTrainedModel, device: torch.device, processes: int) -> None:
     kinds = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     for module in [*reversed(blocks), model]:  # inner before outer
-        fully_shard(module, mesh=mesh, ignored_params=ignored)
+        try:
+            fully_shard(module, mesh=mesh, ignored_params=ignored)
+        except RuntimeError as error:
+            if "floating point dtype" not in str(error):
+                raise
+            raise UsageError(
+                f"train.shard: FSDP2 of torch {torch.__version__} cannot spread 4-bit weights",
+                "install a later torch (2.13 can), or set train.shard to false: each process then has the whole model",
+            ) from None
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import BASE, adapter, events
 
 from pissa_cli.errors import UsageError
@@ -77,6 +78,8 @@ def test_two_processes_are_one(models: Callable[[str], Path], rows: Path, tmp_pa
         pytest.importorskip("deepspeed")
         environment = ENVIRONMENT | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": layout[-1]}
     runs = RUNS if layout == "copies" else RUNS | SHARDED
+    if layout == "fsdp2" and torch.__version__ < "2.13":  # which spreads no bytes, and is told so
+        runs = {name: sets for name, sets in runs.items() if "model.bits=4" not in sets}
     made, files = {}, []
     for name, sets in runs.items():
         sets = [*sets, f"train.shard={str(layout == 'fsdp2').lower()}"]
