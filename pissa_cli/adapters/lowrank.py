@@ -100,7 +100,7 @@ class LowRankEmbedding(LowRank):
         weight: Tensor = self.base.weight.to(dtype)  # type: ignore[assignment]
         return weight.T
 
-    def forward(self, ids: Tensor, gate: Gate | None = None) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         y: Tensor = self.base(ids)
         return y + self.scale * functional.embedding(ids, self.A.T).to(y.dtype) @ self.B.T.to(y.dtype)
 

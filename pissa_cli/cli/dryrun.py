@@ -24,7 +24,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1) -> None:
     planned = make_plan(recipe, resolve_base(recipe.model, SMALL_FILES))
     memory = forecast(recipe, planned, processes)
     if memory.rough is None and wants_liger(recipe.train):
-        memory = replace(memory, rough="Liger's kernels, not counted, take up to a fifth less where the model has some")
+        memory = replace(memory, rough="Liger's kernels are not counted")
     result: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "sources": {key: source for key, _, source in rows},
