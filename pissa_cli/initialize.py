@@ -271,7 +271,7 @@ def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
         return {"start_error": relative}
     figures = {"start_error": frobenius_norm(error) / norm}
     figures |= {"frobenius": frobenius_norm(error), "nuclear": nuclear_norm(error)}
-    error = minus(quant.round_trip(W, "largest"), W)
+    error = quant.lost(W, "largest")
     return figures | {"plain_frobenius": frobenius_norm(error), "plain_nuclear": nuclear_norm(error)}
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pissa_cli.orthogonal import Doubts, cholesky_qr, eigenvalues, next_block, qr
+from pissa_cli.orthogonal import Doubts, cholesky_qr, eigenvalues, inverse, next_block, qr
 from pissa_cli.panels import converted, times, transposed_times
 
 APART = 300.0  # how far apart the singular values of columns may be for Cholesky QR in fp32, with a margin
@@ -154,7 +154,7 @@ def _powers(weights: list[Tensor], block: Tensor, doubts: Doubts) -> Tensor:
         infos.append(info)
         if step and W.device.type == "cpu" and not int(info):
             shift = max(shift, (shift + _least_singular_value(gram)) / 2)
-        Q = torch.linalg.solve_triangular(R, found, upper=True, left=False)
+        Q = found @ inverse(R)
         found = _power(W, Q)
         if shift:
             found.sub_(Q, alpha=shift)

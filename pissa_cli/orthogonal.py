@@ -39,6 +39,19 @@ def qr(block: Tensor, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
     return block, second @ first
 
 
+def orthonormal(block: Tensor) -> Tensor:
+    """Q of the columns, once Cholesky QR."""
+    R, info = torch.linalg.cholesky_ex(block.T @ block, upper=True)
+    return torch.linalg.qr(block)[0] if int(info) else block @ inverse(R)
+
+
+def inverse(R: Tensor) -> Tensor:
+    """Of an upper triangular matrix. A product with it takes half as long as solving, but X R^-1 R is off from X by the
+    condition number of R times rounding."""
+    found: Tensor = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+    return found
+
+
 def cholesky_qr(block: Tensor, exact: bool = False, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
     """Q, R of the columns; Q is off from orthonormal by the square of the condition number times rounding.
 

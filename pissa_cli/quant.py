@@ -6,7 +6,6 @@ The only file that imports bitsandbytes. NF4 as in QLoRA (arXiv 2305.14314): blo
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from pissa_cli.panels import converted, in_parallel
-from pissa_cli.scales import SCALE_GRID, fit_scales
+from pissa_cli.scales import Levels, fit_scales
 from pissa_cli.streams import in_turn
 
 Absmax = Literal["fitted", "largest"]
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 COARSE_GRID = (0.88, 0.97)
-TABLE_STEPS = 1024  # cells of the lookup tables in [0, 1]; each holds one midpoint of levels at most
 CHUNK = {"cpu": 2**18, "cuda": 2**24}  # numbers that the search looks at together
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 
@@ -87,15 +85,15 @@ def _pack_fitted(store: Store, weight: Tensor) -> Packed:
 
     See `scales.fit_scales`; the codes are then the nearest levels for the scale as it is stored.
     """
-    tables = _tables(weight.device)
+    levels = _levels(weight.device)
     chunks = _blocks(weight)
-    fitted = in_parallel(lambda chunk: fit_scales(chunk, tables.nearest)[0], chunks)
+    fitted = in_parallel(lambda chunk: fit_scales(chunk, levels.nearest)[0], chunks)
     absmax, kept, nested = _kept(store, torch.cat(fitted))
     pairs = zip(chunks, absmax.split(len(chunks[0])), strict=True)
-    codes = torch.cat(in_parallel(lambda pair: tables.codes(*pair), pairs))
+    codes = torch.cat(in_parallel(lambda pair: levels.codes(*pair), pairs))
     codes = codes.view(-1)[: weight.numel() + weight.numel() % 2]
     data = ((codes[0::2] << 4) | codes[1::2]).unsqueeze(1)
-    return Packed(data, _state(store, weight, tables.levels.clone(), kept, nested))
+    return Packed(data, _state(store, weight, levels.values.clone(), kept, nested))
 
 
 def _kept(store: Store, absmax: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -126,72 +124,45 @@ def _state(store: Store, weight: Tensor, code: Tensor, kept: Tensor, nested: dic
     )
 
 
-def round_trip(weight: Tensor, absmax: Absmax) -> Tensor:
-    """`weight` (out, in) fp32 as NF4 gives it back, not stored in between; fitted scales come from a coarser search."""
-    tables, chunks = _tables(weight.device), _blocks(weight)
-    back = torch.empty(sum(map(len, chunks)), BLOCK_SIZE, device=weight.device)
+def lost(weight: Tensor, absmax: Absmax, B: Tensor | None = None, A: Tensor | None = None) -> Tensor:
+    """W - NF4(W - B A) of a weight (out, in) fp32 whose rows are whole blocks; B (out, k), A (k, in).
 
-    def one(pair: tuple[Tensor, Tensor]) -> None:
-        chunk, out = pair
-        if absmax == "largest":
-            scale = chunk.abs().amax(1)
-            q = torch.index_select(tables.levels, 0, tables.codes(chunk, scale).int().view(-1)).view_as(chunk)
-        else:
-            scale, q = fit_scales(chunk, tables.nearest, COARSE_GRID)
-        torch.mul(q, scale[:, None], out=out)
-
-    in_parallel(one, zip(chunks, back.split(len(chunks[0])), strict=True))
-    return back.view(-1)[: weight.numel()].view(weight.shape)
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """NF4's levels (16,); and by cell, of the levels and beyond, the level nearest to its start, its code, and the
-    midpoint above that. `middle` is the cell of 0, and a half to round by.
+    Nothing is stored in between; fitted scales come from a coarser search.
     """
+    levels, difference = _levels(weight.device), torch.empty(weight.shape, device=weight.device)
+    rows = max(1, CHUNK[weight.device.type] // weight.shape[1])
 
-    levels: Tensor
-    near: Tensor
-    first: Tensor
-    midpoint: Tensor
-    middle: Tensor
+    def one(start: int) -> None:
+        part = slice(start, start + rows)
+        rest = weight[part] if B is None or A is None else torch.addmm(weight[part], B[part], A, alpha=-1)
+        blocks = rest.reshape(-1, BLOCK_SIZE)
+        if absmax == "largest":
+            scale = blocks.abs().amax(1)
+            q = torch.index_select(levels.values, 0, levels.codes(blocks, scale).int().view(-1)).view_as(blocks)
+        else:
+            scale, q = fit_scales(blocks, levels.nearest, COARSE_GRID)
+        torch.sub(weight[part], q.mul_(scale[:, None]).view_as(rest), out=difference[part])
 
-    def nearest(self, unit: Tensor, share: float, out: Tensor) -> Tensor:
-        """The nearest levels of unit / share; within half a cell of a midpoint it may be the next one."""
-        cells = torch.add(self.middle, unit, alpha=TABLE_STEPS / share, out=out).to(torch.int32)
-        torch.index_select(self.near, 0, cells.view(-1), out=out.view(-1))
-        return out
-
-    def codes(self, blocks: Tensor, absmax: Tensor) -> Tensor:
-        """The nearest levels (n, 64) uint8 of blocks under their scales (n,)."""
-        scaled = (blocks / torch.where(absmax > 0, absmax, 1.0)[:, None]).clamp_(-1, 1)
-        cells = torch.add(self.middle - 0.5, scaled, alpha=TABLE_STEPS).to(torch.int32).view(-1)
-        above = scaled.view(-1) > torch.index_select(self.midpoint, 0, cells)
-        return torch.index_select(self.first, 0, cells).add_(above).view_as(blocks)
+    in_parallel(one, range(0, len(weight), rows))
+    return difference
 
 
 @functools.cache
-def _tables(device: torch.device) -> _Tables:
+def _levels(device: torch.device) -> Levels:
     from bitsandbytes import functional
 
-    levels = functional.get_4bit_type("nf4", device=device)
-    middles = (levels[1:] + levels[:-1]) / 2
-    beyond = math.ceil(TABLE_STEPS / min(SCALE_GRID))
-    edges = torch.arange(-beyond, beyond + 2, device=device) / TABLE_STEPS
-    first = torch.bucketize(edges, middles)
-    inside = torch.cat([middles, middles.new_full((1,), torch.inf)])[first]
-    middle = torch.tensor(beyond + 0.5, device=device)
-    tables = _Tables(levels, levels[first], first.to(torch.uint8), inside, middle)
+    levels = Levels.of(functional.get_4bit_type("nf4", device=device))
     if device.type == "cuda":  # other threads, on other streams, use them
         torch.cuda.current_stream().synchronize()
-    return tables
+    return levels
 
 
 def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
     """The blocks (n, 64) of a weight, as many at a time as the search looks at together; the last padded with zeros."""
     flat = weight.reshape(-1).float()
-    blocks = nn.functional.pad(flat, (0, -flat.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
-    chunks: tuple[Tensor, ...] = blocks.split(CHUNK[weight.device.type] // BLOCK_SIZE)
+    if missing := -flat.numel() % BLOCK_SIZE:
+        flat = nn.functional.pad(flat, (0, missing))
+    chunks: tuple[Tensor, ...] = flat.view(-1, BLOCK_SIZE).split(CHUNK[weight.device.type] // BLOCK_SIZE)
     return chunks
 
 

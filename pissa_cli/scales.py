@@ -1,13 +1,17 @@
-"""The scale of a block of numbers that are rounded to a few levels."""
+"""The scale of a block of numbers that are rounded to a few levels, and the nearest of them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 SCALE_GRID = (0.8, 0.88, 0.94, 1.0)
+STEPS = 1024  # cells of the lookup tables in [0, 1]; each holds one midpoint of levels at most
+WHOLE = 2**23  # from here on fp32 has whole numbers alone, by ones: the last bits of WHOLE + k are those of k
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -25,7 +29,7 @@ def fit_scales(
     best = scale = torch.zeros_like(largest)
     for share in shares:
         q = nearest(unit, share, codes if share == shares[0] else room)
-        along = (q * unit).sum(1) if q.is_cuda else torch.bmm(q[:, None], unit[:, :, None]).view(-1)
+        along = (q * unit).sum(1)
         length = torch.linalg.vector_norm(q, dim=1).square_().clamp_min_(TINY)
         gain = along.square() / length
         better = gain > best
@@ -36,3 +40,43 @@ def fit_scales(
             rows = better.nonzero().view(-1)
             codes.index_copy_(0, rows, q.index_select(0, rows))
     return scale * largest, codes
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Levels from -1 to 1, and tables of cells around k / STEPS for all k, beyond 1 as well: the level nearest to k;
+    the code of the cell's start, and the midpoint of two levels above that. `zero` is the cell of 0, and WHOLE.
+    """
+
+    values: Tensor
+    near: Tensor
+    first: Tensor
+    midpoint: Tensor
+    zero: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> Levels:
+        """values (n,): fp32, ascending, up to 256."""
+        middles = (values[1:] + values[:-1]) / 2
+        beyond = math.ceil(STEPS / min(SCALE_GRID))
+        cells = torch.arange(-beyond, beyond + 1, device=values.device)
+        near = values[torch.bucketize(cells / STEPS, middles)]
+        first = torch.bucketize((cells - 0.5) / STEPS, middles)
+        midpoint = torch.cat([middles, middles.new_full((1,), torch.inf)])[first]
+        return cls(values, near, first.to(torch.uint8), midpoint, values.new_tensor(beyond + WHOLE))
+
+    def nearest(self, unit: Tensor, share: float, out: Tensor) -> Tensor:
+        """The nearest levels of unit / share; within half a cell of a midpoint it may be the next one."""
+        torch.index_select(self.near, 0, self._cells(unit, share), out=out.view(-1))
+        return out
+
+    def codes(self, blocks: Tensor, absmax: Tensor) -> Tensor:
+        """The codes (n, size) uint8 of the nearest levels of blocks under their scales (n,)."""
+        scaled = (blocks / torch.where(absmax > 0, absmax, 1.0)[:, None]).clamp_(-1, 1)
+        cells = self._cells(scaled)
+        above = scaled.view(-1) > torch.index_select(self.midpoint, 0, cells)
+        return torch.index_select(self.first, 0, cells).add_(above).view_as(blocks)
+
+    def _cells(self, unit: Tensor, share: float = 1.0) -> Tensor:
+        """The cells (numel,) int32 of unit / share."""
+        return torch.add(self.zero, unit, alpha=STEPS / share).view(torch.int32).bitwise_and_(WHOLE - 1).view(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pissa_cli.graphs import as_graph
 from pissa_cli.krylov import Krylov, doubted, first_blocks, grown, sketch, sketched_blocks, steps_at_once
-from pissa_cli.orthogonal import eigenvalues, qr, small
+from pissa_cli.orthogonal import eigenvalues, orthonormal, qr, small
 from pissa_cli.panels import row_norms, times, transposed_times
 from pissa_cli.products import has_fast_bf16
 
@@ -97,20 +97,21 @@ def truncated_svd(
         return SVD(Vh.T, S, U.T)
 
 
-def project(weight: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """(W V, V) after one power step V <- orth(W^T W V): of all B V^T, B = W V is the nearest to W. V: (in, r)."""
+def project(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """(U, U^T W) for U = orth(W A^T): of all U X the nearest to W. A: (r, in)."""
     with _one_thread():
-        V = qr(transposed_times(weight, times(weight, V)))[0]
-        return times(weight, V), V
+        U = orthonormal(times(weight, A.T))
+        return U, transposed_times(weight, U).T
 
 
-def project_svd(weight: Tensor, V: Tensor) -> SVD:
-    """The SVD of what `project` finds: that of W to rank r, where V is near and its next singular values small."""
-    B, V = project(weight, V)
+def project_svd(weight: Tensor, A: Tensor) -> SVD:
+    """The SVD of what `project` finds: that of W to rank r, where the rows of A span nearly what its first right
+    singular vectors do, and its next singular values are small."""
     with _one_thread():
-        Q, R = qr(B)
-        U, S, Vh = small(torch.linalg.svd, R)
-        return SVD(Q @ U, S, Vh @ V.T)
+        Q = qr(times(weight, A.T))[0]
+        P, R = qr(transposed_times(weight, Q))
+        V, S, Uh = small(torch.linalg.svd, R)
+        return SVD(Q @ Uh.T, S, (P @ V).T)
 
 
 def energies(weight: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pissa_cli import quant
 from pissa_cli.adapters.pissa import start
 from pissa_cli.adapters.start import Layer
 from pissa_cli.initialize import initialize
 from pissa_cli.quant import Packed, Store, pack, packed_weight, read, unpack
 from pissa_cli.rundir import Run
+from pissa_cli.scales import Levels
 
 
 def nf4(weight: Tensor, double_quant: bool = False) -> Tensor:
@@ -61,6 +63,30 @@ def test_round_trip_is_bitsandbytes(double_quant: bool, dtype: torch.dtype) -> N
     assert torch.equal(read(stored), nf4(weight, double_quant).to(dtype).float())
     again = unpack("w", stored.tensors("w"))
     assert torch.equal(read(again), read(stored)) and again.state.dtype == dtype
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_lost_is_what_bitsandbytes_loses(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several chunks, each a whole number of rows and the last a shorter one."""
+    monkeypatch.setitem(quant.CHUNK, "cpu", 7 * 192)
+    source = torch.Generator().manual_seed(0)
+    shape = (192, 100) if transposed else (100, 192)
+    weight, B, A = (torch.randn(size, generator=source) for size in (shape, (100, 8), (8, 192)))
+    weight = weight.T if transposed else weight
+    assert torch.equal(quant.lost(weight, "largest"), weight - nf4(weight))
+    torch.testing.assert_close(quant.lost(weight, "largest", B, A), weight - nf4(weight - B @ A))
+    rest, fitted = weight - B @ A, quant.lost(weight, "fitted", B, A) - B @ A
+    assert float(fitted.norm() / (rest - nf4(rest)).norm()) == pytest.approx(0.95, abs=0.03)
+
+
+def test_codes_are_the_nearest_levels_at_and_around_every_midpoint() -> None:
+    levels = functional.get_4bit_type("nf4", device="cpu")
+    middles = ((levels[1:] + levels[:-1]) / 2).double()
+    near = torch.cat([middles + off for off in (-1e-3, -1e-6, 1e-6, 1e-3)] + [torch.linspace(-1, 1, 4097).double()])
+    numbers = torch.nn.functional.pad(near, (0, -len(near) % 64)).float().view(-1, 64)
+    codes = Levels.of(levels).codes(numbers * 3, torch.full((len(numbers),), 3.0))
+    nearest = (numbers.double()[..., None] - levels.double()).abs().argmin(-1)
+    assert torch.equal(codes.long(), nearest)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

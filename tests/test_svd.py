@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pissa_cli import krylov, svd
 from pissa_cli.orthogonal import next_block, qr
-from pissa_cli.svd import energies, frobenius_norm, nuclear_norm, truncated_svd
+from pissa_cli.svd import energies, frobenius_norm, nuclear_norm, project, project_svd, truncated_svd
 
 
 def decaying(out: int, inn: int, rate: float = 0.98, seed: int = 0) -> Tensor:
@@ -74,6 +74,29 @@ def test_a_start_from_a_matrix_close_by(shape: tuple[int, int]) -> None:
     assert residual(moved, truncated_svd(moved, 24, near=unlike.Vh.T)) <= 1.001 * best_residual(moved, 24)
     zero = truncated_svd(torch.zeros(shape), 24)
     assert residual(moved, truncated_svd(moved, 24, near=zero.Vh.T)) <= 1.001 * best_residual(moved, 24)
+
+
+@pytest.mark.parametrize("shape", [(120, 90), (90, 120)])
+def test_projected_on_what_rows_close_by_reach(shape: tuple[int, int]) -> None:
+    weight, A = decaying(*shape), torch.randn(6, shape[1], generator=torch.Generator().manual_seed(1))
+    Q = np.linalg.qr(weight.double().numpy() @ A.double().numpy().T)[0]
+    U, projected = project(weight, A)
+    np.testing.assert_allclose(U.T @ U, np.eye(6), atol=1e-5)
+    np.testing.assert_allclose(U @ projected, Q @ Q.T @ weight.double().numpy(), atol=1e-5)
+    U, projected = project(weight, torch.zeros_like(A))  # Householder QR's turn
+    np.testing.assert_allclose(U.T @ U, np.eye(6), atol=1e-5)
+    assert torch.isfinite(projected).all()
+
+
+def test_the_svd_of_a_matrix_whose_row_space_is_nearly_known() -> None:
+    weight = decaying(120, 90, rate=0.8)
+    weight = weight + 1e-4 * torch.randn(120, 90, generator=torch.Generator().manual_seed(1))
+    known = torch.linalg.svd(weight).Vh[:8] + 0.01 * torch.randn(8, 90, generator=torch.Generator().manual_seed(2))
+    found = project_svd(weight, torch.randn(8, 8, generator=torch.Generator().manual_seed(3)) @ known)
+    assert residual(weight, found) <= 1.001 * best_residual(weight, 8)
+    np.testing.assert_allclose(found.S, np.linalg.svd(weight.double().numpy(), compute_uv=False)[:8], rtol=1e-3)
+    torch.testing.assert_close(found.U.T @ found.U, torch.eye(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.Vh @ found.Vh.T, torch.eye(8), atol=1e-5, rtol=0)
 
 
 def test_two_singular_values_that_have_crossed() -> None:

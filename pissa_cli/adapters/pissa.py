@@ -49,22 +49,19 @@ def _alternate(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any
 
 
 def _refit(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any]) -> tuple[SVD, Packed | Tensor]:
-    """Looking ahead, T - 1 times Q <- NF4(W - L - 0.8 (L - L_before)), L <- (W - Q) V V^T with V after a power step;
-    then Q <- store(...) likewise, and L <- SVD_r(W - Q), the best for that Q in any unitarily invariant norm
+    """Looking ahead, T - 1 times Q <- NF4(W - L - 0.8 (L - L_before)), L <- U U^T (W - Q) with U after half a power
+    step; then Q <- store(...) likewise, and L <- SVD_r(W - Q), the best for that Q in any unitarily invariant norm
     (Eckart-Young). One power step finds it: all that W - Q has beside L is the rounding of Q."""
-    B, V = svd.U * svd.S, svd.Vh.T
-    rest = minus_product(weight, B, V.T)
+    B, A = ahead = svd.U * svd.S, svd.Vh
     for _ in range(options["passes"] - 1):
-        lost = minus(weight, quant.round_trip(rest, layer.store.absmax))
-        before = B, V
-        B, V = project(lost, V)
-        rest = minus_product(weight, (1 + OVER_RELAXATION) * B, V.T)
-        minus_product(rest, before[0], before[1].T, -OVER_RELAXATION, into=rest)
-    frozen = quant.pack(layer.store, rest)
+        now = project(quant.lost(weight, layer.store.absmax, *ahead), A)
+        looked = torch.cat([(1 + OVER_RELAXATION) * now[0], -OVER_RELAXATION * B], dim=1)
+        ahead, (B, A) = (looked, torch.cat([now[1], A])), now
+    frozen = quant.pack(layer.store, minus_product(weight, *ahead))
     lost = minus(weight, quant.read(frozen))
     if options["svd"] == "exact":
         return truncated_svd(lost, layer.rank, "exact"), frozen
-    return project_svd(lost, V), frozen
+    return project_svd(lost, A), frozen
 
 
 def on_plain_base(now: Factors, start: Factors) -> Factors:
