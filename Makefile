@@ -17,10 +17,11 @@ test-lowest:
 	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -n 2
 
-# Ratios against PEFT and the reference algorithm, written to docs/results; give matrices, rows and models of your own.
+# Ratios against PEFT and the reference algorithm, written to docs/results, in under ten minutes on two cores; give matrices,
+# rows and models of your own.
 BENCH_MATRICES ?= pissa_cli/demo/base/model.safetensors
 BENCH_ROWS ?= pissa_cli/demo/train.jsonl
-BENCH_MODELS ?= pissa_cli/demo/base
+BENCH_MODELS ?= pissa_cli/demo/base:64
 bench: $(STAMP)
 	$(BIN)/python tests/bench_startup.py docs/results/bench-startup.md
 	$(BIN)/python tests/bench_init.py docs/results/bench-init.md $(BENCH_MATRICES)

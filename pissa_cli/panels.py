@@ -110,7 +110,7 @@ def row_norms(W: Tensor) -> Tensor:
 
 
 def _is_large(W: Tensor) -> bool:
-    return W.device.type == "cpu" and W.numel() > PANEL
+    return W.numel() > PANEL and W.device.type == "cpu"
 
 
 def _rows(W: Tensor) -> tuple[Tensor, ...]:

@@ -33,6 +33,7 @@ from pissa_cli.svd import truncated_svd
 RANKS = (16, 64, 128)
 LLAMA_110M = [(768, 768)] * 4 + [(2048, 768)] * 2 + [(768, 2048)]
 ROUNDS = 3
+PACKED = 6  # matrices of a model that are split in 4 bits: the peer takes a full SVD five times
 
 
 def peft_niter_16(W: Tensor, rank: int) -> Tensor:
@@ -157,7 +158,7 @@ def main() -> None:
     for file in map(Path, sys.argv[2:]):
         tensors = {n: t.float() for n, t in load_file(file).items() if t.ndim == 2 and "embed" not in n}
         groups[file.parent.name] = [t for t in tensors.values() if min(t.shape) >= 64]
-    packed = {name: [W for W in matrices if packable(W.shape[1])][:14] for name, matrices in groups.items()}
+    packed = {name: [W for W in matrices if packable(W.shape[1])][:PACKED] for name, matrices in groups.items()}
     packed = {name: matrices for name, matrices in packed.items() if matrices}
     rows: dict[str, list[dict[str, Any]]] = {"dense": [], "nf4": []}
     for kind, chosen, peer, mine, norm in (

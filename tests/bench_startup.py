@@ -16,7 +16,7 @@ from pathlib import Path
 
 from machine import machine
 
-ROUNDS = 25
+ROUNDS = 15
 PISSA = (sys.executable, "-m", "pissa_cli")
 IMPORTS = 'python -c "import typer, rich"'
 COMMANDS = {

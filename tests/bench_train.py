@@ -1,15 +1,15 @@
 """Training against PEFT + transformers' Trainer: the same examples in steps of the same size, ratios in one run.
 
-python tests/bench_train.py PAGE.md TRAIN.jsonl MODEL [MODEL ...]     a MODEL is a folder, or `llama-110m` (random);
-                                                                      llama-110m:1000 takes 1,000 examples: an hour
+python tests/bench_train.py PAGE.md TRAIN.jsonl MODEL[:EXAMPLES] ...    a MODEL is a folder, or `llama-110m` (random)
 
-Rows are GSM8K's (question, answer). Each run has a process of its own.
+Rows are (question, answer), as those of GSM8K. Each run has a process of its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -25,7 +25,7 @@ from machine import machine
 from pissa_cli.heap import KERNELS, TUNABLES
 
 BATCH, MICRO, RANK, RATE, MAX_LENGTH = 32, 8, 16, 1e-3, 512
-EXAMPLES = {"llama-110m": 128}
+EXAMPLES = {"llama-110m": 128}  # of 1,000, which take it an hour
 ROUNDS = {"llama-110m": 1}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TITLES = {"ours": "pissa", "peer": "PEFT + Trainer", "grouped": "PEFT + Trainer, group_by_length"}
@@ -181,9 +181,9 @@ def main() -> None:
     ]
     kept = {}
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = next(Path(model) for model in models if Path(model).is_dir())
-        for asked in models:
-            model, _, count = asked.partition(":") if asked.startswith("llama-110m") else (asked, "", "")
+        asked = [re.fullmatch(r"(.*?)(?::(\d+))?", model).groups() for model in models]
+        tokenizer = next(Path(model) for model, _ in asked if Path(model).is_dir())
+        for model, count in asked:
             name = Path(model).name
             path = str(llama_110m(Path(folder) / model, tokenizer)) if model == "llama-110m" else model
             examples = int(count) if count else EXAMPLES.get(name, 1000)
@@ -201,7 +201,7 @@ def main() -> None:
         "# Training, beside PEFT + transformers' Trainer",
         "",
         f"Made by `tests/bench_train.py` on {time.strftime('%Y-%m-%d')}; {packages}; {machine()}.",
-        f"PiSSA of rank {RANK} on seven linear layers, bf16, one pass over rows of GSM8K in steps of {BATCH} and",
+        f"PiSSA of rank {RANK} on seven linear layers, bf16, one pass over the rows in steps of {BATCH} and",
         f"micro-batches of {MICRO}; from the first step to the last, without init; runs in turn, median of the rounds.",
         "",
         *lines,

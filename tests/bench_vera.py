@@ -43,7 +43,7 @@ from pissa_cli.products import has_fast_bf16
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROUNDS = 5 if DEVICE.type == "cpu" else 20
+ROUNDS = 3 if DEVICE.type == "cpu" else 20
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,17 @@ def in_nf4(model: PreTrainedModel, targets: tuple[str, ...]) -> PreTrainedModel:
 F32, BF16 = torch.float32, torch.bfloat16
 ATTENTION, GPT2 = ("query", "value"), ("c_attn",)
 SETTINGS = [
-    Setting("GLUE, base", 768, 3072, 3, F32, ATTENTION, 64, 64, 1000, 8, (256, 1024)),
-    Setting("GLUE, large", 1024, 4096, 2, F32, ATTENTION, 32, 128, 1000, 8, (256,)),
+    Setting("GLUE, base", 768, 3072, 3, F32, ATTENTION, 32, 64, 1000, 8, (256, 1024)),
+    Setting("GLUE, large", 1024, 4096, 2, F32, ATTENTION, 16, 128, 1000, 8, (256,)),
     Setting("E2E, medium", 1024, 4096, 2, F32, GPT2, 8, 256, 50257 * 2 // 24, 4, (1024,)),
     Setting("E2E, large", 1280, 5120, 2, F32, GPT2, 8, 256, 50257 * 2 // 36, 4, (1024,)),
-    Setting("instructions, 4 bits", 4096, 11008, 1, BF16, LINEAR, 4, 256, 32000 // 32, 64, (64, 1024), nf4=True),
+    Setting("instructions, 4 bits", 4096, 11008, 1, BF16, LINEAR, 2, 256, 32000 // 32, 64, (64, 1024), nf4=True),
     Setting("all linear", 768, 2048, 2, F32, LINEAR, 8, 256, 1000, 64, (64, 1024)),
     Setting("all linear", 2048, 5632, 1, BF16, LINEAR, 8, 256, 1000, 64, (64, 1024)),
 ]
-if DEVICE.type == "cuda":  # where they are trained in bf16, with more rows of instructions
-    SETTINGS = [replace(setting, dtype=BF16, rows=64 if setting.nf4 else setting.rows) for setting in SETTINGS]
+if DEVICE.type == "cuda":  # where they are trained in bf16, with more rows
+    more = {"GLUE, base": 64, "GLUE, large": 32, "instructions, 4 bits": 64}
+    SETTINGS = [replace(setting, dtype=BF16, rows=more.get(setting.name, setting.rows)) for setting in SETTINGS]
 elif not has_fast_bf16(DEVICE):
     SETTINGS = [setting for setting in SETTINGS if setting.dtype == F32 or setting.nf4]
 
