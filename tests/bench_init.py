@@ -32,7 +32,7 @@ from pissa_cli.svd import truncated_svd
 
 RANKS = (16, 64, 128)
 LLAMA_110M = [(768, 768)] * 4 + [(2048, 768)] * 2 + [(768, 2048)]
-ROUNDS = 3
+ROUNDS = {"dense": 7, "nf4": 3}
 PACKED = 6  # matrices of a model that are split in 4 bits: the peer takes a full SVD five times
 
 
@@ -93,9 +93,10 @@ def compare(
     peer: Callable[[Tensor, int], Tensor],
     mine: Callable[[Tensor, int], Tensor],
     norm: Callable[[Tensor], float],
+    rounds: int,
 ) -> dict[str, Any]:
     peers, mines = [], []
-    for _ in range(ROUNDS):  # in turn; the least of each, as others may disturb but never help
+    for _ in range(rounds):  # in turn; the least of each, as others may disturb but never help
         peers.append(seconds(peer, matrices, rank, apart=False))
         mines.append(seconds(mine, matrices, rank, apart=True))
     torch.manual_seed(0)
@@ -128,7 +129,7 @@ def passes_table(groups: dict[str, list[Tensor]]) -> list[str]:
         for rank in RANKS:
             if rank < min(min(W.shape) for W in matrices) / 2:
                 one, five = (
-                    min(seconds(lambda W, r, T=T: our_qpissa(W, r, T), matrices, rank, True) for _ in range(ROUNDS))
+                    min(seconds(lambda W, r, T=T: our_qpissa(W, r, T), matrices, rank, True) for _ in range(3))
                     for T in (1, 5)
                 )
                 lines.append(f"| {name} | {rank} | {one:.3f} | {five:.3f} | {five / one:.2f} |")
@@ -142,7 +143,7 @@ def growth_table() -> list[str]:
         matrices = [torch.randn(width, width) * 0.02 for _ in range(4)] + [
             torch.randn(wide, width) * 0.02 for _ in range(3)
         ]
-        took = min(seconds(ours, matrices, 16, True) for _ in range(ROUNDS))
+        took = min(seconds(ours, matrices, 16, True) for _ in range(3))
         count = sum(W.numel() for W in matrices)
         lines.append(
             f"| 4 of {width}^2, 3 of {wide} x {width}, rank 16 | {count:,} | {took:.3f} | {took / count * 1e9:.1f} |"
@@ -168,13 +169,13 @@ def main() -> None:
         for name, matrices in chosen.items():
             for rank in RANKS:
                 if rank < min(min(W.shape) for W in matrices) / 2:
-                    rows[kind].append(compare(name, matrices, rank, peer, mine, norm))
+                    rows[kind].append(compare(name, matrices, rank, peer, mine, norm, ROUNDS[kind]))
     packages = ", ".join(f"{name} {version(name)}" for name in ("pissa", "torch", "bitsandbytes"))
     text = [
         "# The start, beside its peers",
         "",
         f"Made by `tests/bench_init.py` on {time.strftime('%Y-%m-%d')}; {packages}; "
-        f"{machine()}; the least of {ROUNDS} rounds in turn; compute only.",
+        f"{machine()}; the least of {ROUNDS['dense']} rounds in turn, in 4 bits of {ROUNDS['nf4']}; compute only.",
         "",
         "## Dense: PEFT's `pissa_niter_16` (`torch.svd_lowrank`), residual in the Frobenius norm",
         "",
