@@ -171,7 +171,7 @@ def _powers(weights: list[Tensor], block: Tensor, doubts: Doubts) -> Tensor:
 
 
 def _least_singular_value(gram: Tensor, inverted: Tensor) -> float:
-    """Of X, from X^T X = R^T R and R^-1, by power steps on the inverse of the Gram matrix: 0 to 20 % more than it; 0 where
+    """Of X, from X^T X = R^T R and R^-1, by power steps on the inverse of the Gram matrix: 0 to 20 % too much; 0 where
     that does not tell."""
     v = inverted[:, -1]
     for _ in range(INVERSE_STEPS):
