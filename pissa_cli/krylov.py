@@ -145,7 +145,7 @@ def _product(A: Tensor, B: Tensor) -> Tensor:
 def _powers(weights: list[Tensor], block: Tensor, doubts: Doubts) -> Tensor:
     """A power step block <- (W^T W - a) orth(block) for each W of `weights`, which are one matrix in several dtypes.
 
-    a is half of what W^T W's eigenvalue of the block's width is known to exceed: of all that is not wanted it leaves
+    a is half of what W^T W's eigenvalue of the block's width is known to be about: of all that is not wanted it leaves
     the less (dashSVD: Feng, Yu, Xie and Tang 2024). On a GPU, which would have to be waited for, a is 0.
     """
     found, infos, shift = block, [], 0.0
@@ -176,5 +176,5 @@ def _least_singular_value(gram: Tensor, inverted: Tensor) -> float:
     v = inverted[:, -1]
     for _ in range(INVERSE_STEPS):
         v = inverted @ (inverted.T @ (v / v.norm()))
-    square = 1 / float(v.norm())
-    return square**0.5 if square > SHIFT_ABOVE**2 * float(gram.diagonal().max()) else 0.0
+    length = float(v.norm())
+    return length**-0.5 if 0 < length * SHIFT_ABOVE**2 * float(gram.diagonal().max()) < 1 else 0.0
