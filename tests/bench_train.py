@@ -26,7 +26,7 @@ from pissa_cli.heap import KERNELS, TUNABLES
 
 BATCH, MICRO, RANK, RATE, MAX_LENGTH = 32, 8, 16, 1e-3, 512
 EXAMPLES = {"llama-110m": 128}  # of 1,000, which take it an hour
-ROUNDS = {"llama-110m": 1}
+ROUNDS = {"llama-110m": 1, "base": 2}  # of 3; the base is that of the demo
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TITLES = {"ours": "pissa", "peer": "PEFT + Trainer", "grouped": "PEFT + Trainer, group_by_length"}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pissa_cli import krylov, svd
-from pissa_cli.orthogonal import next_block, qr
+from pissa_cli.orthogonal import inverse, next_block, qr
 from pissa_cli.svd import energies, frobenius_norm, nuclear_norm, project, project_svd, truncated_svd
 
 
@@ -97,6 +97,20 @@ def test_the_svd_of_a_matrix_whose_row_space_is_nearly_known() -> None:
     np.testing.assert_allclose(found.S, np.linalg.svd(weight.double().numpy(), compute_uv=False)[:8], rtol=1e-3)
     torch.testing.assert_close(found.U.T @ found.U, torch.eye(8), atol=1e-5, rtol=0)
     torch.testing.assert_close(found.Vh @ found.Vh.T, torch.eye(8), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.99, 0.95])
+def test_the_least_singular_value_that_shifts_go_by(rate: float) -> None:
+    block = decaying(200, 60, rate) @ torch.linalg.qr(torch.randn(60, 60)).Q
+    R = torch.linalg.cholesky(block.T @ block, upper=True)
+    least = np.linalg.svd(block.double().numpy(), compute_uv=False)[-1]
+    assert least <= krylov._least_singular_value(block.T @ block, inverse(R)) * 1.001 <= 1.25 * least
+
+
+@pytest.mark.parametrize("least", [1e-3, 1e-20, 0.0])
+def test_no_shift_is_known_where_the_least_singular_value_is_rounding(least: float) -> None:
+    R = torch.diag(torch.tensor([1.0, 0.5, least]))
+    assert krylov._least_singular_value(R.T @ R, inverse(R)) == 0
 
 
 def test_two_singular_values_that_have_crossed() -> None:
