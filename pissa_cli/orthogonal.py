@@ -39,12 +39,6 @@ def qr(block: Tensor, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
     return block, second @ first
 
 
-def orthonormal(block: Tensor) -> Tensor:
-    """Q of the columns, once Cholesky QR."""
-    R, info = torch.linalg.cholesky_ex(block.T @ block, upper=True)
-    return torch.linalg.qr(block)[0] if int(info) else block @ inverse(R)
-
-
 def inverse(R: Tensor) -> Tensor:
     """Of an upper triangular matrix. A product with it takes half as long as solving, but X R^-1 R is off from X by the
     condition number of R times rounding."""

@@ -135,7 +135,7 @@ def lost(weight: Tensor, absmax: Absmax, B: Tensor | None = None, A: Tensor | No
     def one(start: int) -> None:
         part = slice(start, start + rows)
         rest = weight[part] if B is None or A is None else torch.addmm(weight[part], B[part], A, alpha=-1)
-        blocks = rest.reshape(-1, BLOCK_SIZE)
+        blocks = rest.contiguous().view(-1, BLOCK_SIZE)
         if absmax == "largest":
             scale = blocks.abs().amax(1)
             q = torch.index_select(levels.values, 0, levels.codes(blocks, scale).int().view(-1)).view_as(blocks)

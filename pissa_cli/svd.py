@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pissa_cli.graphs import as_graph
 from pissa_cli.krylov import Krylov, doubted, first_blocks, grown, sketch, sketched_blocks, steps_at_once
-from pissa_cli.orthogonal import eigenvalues, orthonormal, qr, small
+from pissa_cli.orthogonal import eigenvalues, qr, small
 from pissa_cli.panels import row_norms, times, transposed_times
 from pissa_cli.products import has_fast_bf16
 
@@ -100,7 +100,7 @@ def truncated_svd(
 def project(weight: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """(U, U^T W) for U = orth(W A^T): of all U X the nearest to W. A: (r, in)."""
     with _one_thread():
-        U = orthonormal(times(weight, A.T))
+        U = qr(times(weight, A.T))[0]
         return U, transposed_times(weight, U).T
 
 

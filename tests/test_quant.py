@@ -74,6 +74,7 @@ def test_what_is_lost_is_what_bitsandbytes_loses(transposed: bool, monkeypatch: 
     weight, B, A = (torch.randn(size, generator=source) for size in (shape, (100, 8), (8, 192)))
     weight = weight.T if transposed else weight
     assert torch.equal(quant.lost(weight, "largest"), weight - nf4(weight))
+    assert torch.equal(quant.lost(weight[:, :64], "largest"), weight[:, :64] - nf4(weight[:, :64]))
     torch.testing.assert_close(quant.lost(weight, "largest", B, A), weight - nf4(weight - B @ A))
     rest, fitted = weight - B @ A, quant.lost(weight, "fitted", B, A) - B @ A
     assert float(fitted.norm() / (rest - nf4(rest)).norm()) == pytest.approx(0.95, abs=0.03)

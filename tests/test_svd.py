@@ -88,6 +88,15 @@ def test_projected_on_what_rows_close_by_reach(shape: tuple[int, int]) -> None:
     assert torch.isfinite(projected).all()
 
 
+def test_projected_twice_where_singular_values_lie_far_apart() -> None:
+    weight = torch.linalg.qr(torch.randn(128, 4, generator=torch.Generator().manual_seed(1))).Q @ torch.eye(4, 96)
+    weight = weight + 1e-5 * torch.randn(128, 96, generator=torch.Generator().manual_seed(2))
+    A = truncated_svd(weight, 16).Vh
+    for _ in range(4):
+        U, A = project(weight, A)
+        np.testing.assert_allclose(U.T @ U, np.eye(16), atol=1e-5)
+
+
 def test_the_svd_of_a_matrix_whose_row_space_is_nearly_known() -> None:
     weight = decaying(120, 90, rate=0.8)
     weight = weight + 1e-4 * torch.randn(120, 90, generator=torch.Generator().manual_seed(1))
@@ -101,7 +110,8 @@ def test_the_svd_of_a_matrix_whose_row_space_is_nearly_known() -> None:
 
 @pytest.mark.parametrize("rate", [1.0, 0.99, 0.95])
 def test_the_least_singular_value_that_shifts_go_by(rate: float) -> None:
-    block = decaying(200, 60, rate) @ torch.linalg.qr(torch.randn(60, 60)).Q
+    mixed = torch.randn(60, 60, generator=torch.Generator().manual_seed(1))
+    block = decaying(200, 60, rate) @ torch.linalg.qr(mixed).Q
     R = torch.linalg.cholesky(block.T @ block, upper=True)
     least = np.linalg.svd(block.double().numpy(), compute_uv=False)[-1]
     assert least <= krylov._least_singular_value(block.T @ block, inverse(R)) * 1.001 <= 1.25 * least
