@@ -145,7 +145,7 @@ def _product(A: Tensor, B: Tensor) -> Tensor:
 def _powers(weights: list[Tensor], block: Tensor, doubts: Doubts) -> Tensor:
     """A power step block <- (W^T W - a) orth(block) for each W of `weights`, which are one matrix in several dtypes.
 
-    a is about half of W^T W's eigenvalue of the block's width, as far as that is known: of all that is not wanted it leaves
+    a is about half of W^T W's eigenvalue of the block's width, as far as that is known: of what is not wanted it leaves
     the less (dashSVD: Feng, Yu, Xie and Tang 2024). On a GPU, which would have to be waited for, a is 0.
     """
     found, infos, shift = block, [], 0.0
@@ -171,8 +171,8 @@ def _powers(weights: list[Tensor], block: Tensor, doubts: Doubts) -> Tensor:
 
 
 def _least_singular_value(gram: Tensor, inverted: Tensor) -> float:
-    """Of X, from X^T X = R^T R and R^-1, by power steps on the inverse of the Gram matrix: 0 to 20 % too much, more where
-    it lies apart; 0 where that does not tell."""
+    """Of X, from X^T X = R^T R and R^-1, by power steps on the inverse of the Gram matrix: 0 to 20 % too much, more
+    where it lies apart; 0 where that does not tell."""
     v = inverted[:, -1]
     for _ in range(INVERSE_STEPS):
         v = inverted @ (inverted.T @ (v / v.norm()))
