@@ -21,7 +21,7 @@ test-lowest:
 # rows and models of your own.
 BENCH_MATRICES ?= pissa_cli/demo/base/model.safetensors
 BENCH_ROWS ?= pissa_cli/demo/train.jsonl
-BENCH_MODELS ?= pissa_cli/demo/base:64
+BENCH_MODELS ?= pissa_cli/demo/base:64:2
 bench: $(STAMP)
 	$(BIN)/python tests/bench_startup.py docs/results/bench-startup.md
 	$(BIN)/python tests/bench_init.py docs/results/bench-init.md $(BENCH_MATRICES)

@@ -129,7 +129,10 @@ def passes_table(groups: dict[str, list[Tensor]]) -> list[str]:
         for rank in RANKS:
             if rank < min(min(W.shape) for W in matrices) / 2:
                 one, five = (
-                    min(seconds(lambda W, r, T=T: our_qpissa(W, r, T), matrices, rank, True) for _ in range(3))
+                    min(
+                        seconds(lambda W, r, T=T: our_qpissa(W, r, T), matrices, rank, True)
+                        for _ in range(ROUNDS["nf4"])
+                    )
                     for T in (1, 5)
                 )
                 lines.append(f"| {name} | {rank} | {one:.3f} | {five:.3f} | {five / one:.2f} |")
@@ -143,7 +146,7 @@ def growth_table() -> list[str]:
         matrices = [torch.randn(width, width) * 0.02 for _ in range(4)] + [
             torch.randn(wide, width) * 0.02 for _ in range(3)
         ]
-        took = min(seconds(ours, matrices, 16, True) for _ in range(3))
+        took = min(seconds(ours, matrices, 16, True) for _ in range(ROUNDS["dense"]))
         count = sum(W.numel() for W in matrices)
         lines.append(
             f"| 4 of {width}^2, 3 of {wide} x {width}, rank 16 | {count:,} | {took:.3f} | {took / count * 1e9:.1f} |"

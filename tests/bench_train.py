@@ -1,7 +1,8 @@
 """Training against PEFT + transformers' Trainer: the same examples in steps of the same size, ratios in one run.
 
-python tests/bench_train.py PAGE.md TRAIN.jsonl MODEL[:EXAMPLES] ...    a MODEL is a folder, or `llama-110m` (random)
+python tests/bench_train.py PAGE.md TRAIN.jsonl MODEL[:EXAMPLES[:ROUNDS]] ...
 
+A MODEL is a folder, or `llama-110m` (random).
 Rows are (question, answer), as those of GSM8K. Each run has a process of its own.
 """
 
@@ -26,7 +27,7 @@ from pissa_cli.heap import KERNELS, TUNABLES
 
 BATCH, MICRO, RANK, RATE, MAX_LENGTH = 32, 8, 16, 1e-3, 512
 EXAMPLES = {"llama-110m": 128}  # of 1,000, which take it an hour
-ROUNDS = {"llama-110m": 1, "base": 2}  # of 3; the base is that of the demo
+ROUNDS = {"llama-110m": 1}  # of 3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TITLES = {"ours": "pissa", "peer": "PEFT + Trainer", "grouped": "PEFT + Trainer, group_by_length"}
 
@@ -181,13 +182,13 @@ def main() -> None:
     ]
     kept = {}
     with tempfile.TemporaryDirectory() as folder:
-        asked = [re.fullmatch(r"(.*?)(?::(\d+))?", model).groups() for model in models]
-        tokenizer = next(Path(model) for model, _ in asked if Path(model).is_dir())
-        for model, count in asked:
+        asked = [re.fullmatch(r"(.*?)(?::(\d+))?(?::(\d+))?", model).groups() for model in models]
+        tokenizer = next(Path(model) for model, *_ in asked if Path(model).is_dir())
+        for model, count, times in asked:
             name = Path(model).name
             path = str(llama_110m(Path(folder) / model, tokenizer)) if model == "llama-110m" else model
             examples = int(count) if count else EXAMPLES.get(name, 1000)
-            rounds = ROUNDS.get(name, 3)
+            rounds = int(times) if times else ROUNDS.get(name, 3)
             kept[name] = measure(path, rows, examples, rounds)
             mine = kept[name]["ours"]
             for which, result in kept[name].items():

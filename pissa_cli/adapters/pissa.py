@@ -54,9 +54,10 @@ def _refit(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any]) -
     (Eckart-Young). One power step finds it: all that W - Q has beside L is the rounding of Q."""
     B, A = ahead = svd.U * svd.S, svd.Vh
     for _ in range(options["passes"] - 1):
-        now = project(quant.lost(weight, layer.store.absmax, *ahead), A)
-        looked = torch.cat([(1 + OVER_RELAXATION) * now[0], -OVER_RELAXATION * B], dim=1)
-        ahead, (B, A) = (looked, torch.cat([now[1], A])), now
+        before = B, A
+        B, A = project(quant.lost(weight, layer.store.absmax, *ahead), A)
+        both = torch.cat([(1 + OVER_RELAXATION) * B, -OVER_RELAXATION * before[0]], dim=1)
+        ahead = both, torch.cat([A, before[1]])
     frozen = quant.pack(layer.store, minus_product(weight, *ahead))
     lost = minus(weight, quant.read(frozen))
     if options["svd"] == "exact":
