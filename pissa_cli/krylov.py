@@ -15,7 +15,7 @@ from pissa_cli.panels import converted, times, transposed_times
 APART = 300.0  # how far apart the singular values of columns may be for Cholesky QR in fp32, with a margin
 WITHIN = 60.0  # logarithm of what numbers of bf16 may grow by
 STEPS_AT_ONCE = 1, 2, 6  # few numbers: each is a graph of its own
-INVERSE_STEPS = 4  # until the least singular value is known well enough to shift by half of it
+SQUARINGS = 2  # of an inverse, until the least singular value is known well enough to shift by half of it
 SHIFT_ABOVE = 1e-2  # singular values this far below the largest are rounding, of bf16 or of a Gram matrix
 
 
@@ -171,10 +171,13 @@ def _powers(weights: list[Tensor], block: Tensor, doubts: Doubts) -> Tensor:
 
 
 def _least_singular_value(gram: Tensor, inverted: Tensor) -> float:
-    """Of X, from X^T X = R^T R and R^-1, by power steps on the inverse of the Gram matrix: 0 to 20 % too much, more
+    """Of X, from X^T X = R^T R and R^-1, by powers of the inverse of the Gram matrix: 0 to 20 % too much, more
     where it lies apart; 0 where that does not tell."""
-    v = inverted[:, -1]
-    for _ in range(INVERSE_STEPS):
-        v = inverted @ (inverted.T @ (v / v.norm()))
-    length = float(v.norm())
+    found = inverted @ inverted.T
+    trace = found.trace()
+    powers = unit = found / trace
+    for _ in range(SQUARINGS):
+        powers = powers @ powers
+    v = powers[:, -1]
+    length = float((unit @ v).norm() / v.norm() * trace)
     return length**-0.5 if 0 < length * SHIFT_ABOVE**2 * float(gram.diagonal().max()) < 1 else 0.0

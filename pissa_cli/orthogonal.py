@@ -16,9 +16,9 @@ is worth nothing unless all of them are 0."""
 def next_block(basis: Tensor, image: Tensor, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
     """Q, R with image = basis C + Q R, the basis and Q orthonormal: projected and factored twice, and once more where
     columns were hardly more than rounding. If that does not help, they lie in the basis: Q is any complement of it."""
-    block, R = cholesky_qr(image - basis @ (basis.T @ image), doubts=doubts)
+    block, R = cholesky_qr(_beside(basis, image), doubts=doubts)
     for _ in range(2):
-        block, step = cholesky_qr(block - basis @ (basis.T @ block), exact=True, doubts=doubts)
+        block, step = cholesky_qr(_beside(basis, block), exact=True, doubts=doubts)
         R = step @ R
         off = ~((step.diagonal() - 1).abs().max() < 0.5)  # NaN, too
         if doubts is not None:
@@ -32,6 +32,11 @@ def next_block(basis: Tensor, image: Tensor, doubts: Doubts = None) -> tuple[Ten
     return block, R
 
 
+def _beside(basis: Tensor, block: Tensor) -> Tensor:
+    """What of `block` lies outside of an orthonormal basis."""
+    return torch.addmm(block, basis, basis.T @ block, alpha=-1)
+
+
 def qr(block: Tensor, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
     """Q, R of the columns, twice Cholesky QR."""
     block, first = cholesky_qr(block, doubts=doubts)
@@ -42,7 +47,7 @@ def qr(block: Tensor, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
 def inverse(R: Tensor) -> Tensor:
     """Of an upper triangular matrix. A product with it takes half as long as solving, but X R^-1 R is off from X by the
     condition number of R times rounding."""
-    found: Tensor = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+    found: Tensor = torch.linalg.solve_triangular(R, _identity(R), upper=True)
     return found
 
 
@@ -54,7 +59,7 @@ def cholesky_qr(block: Tensor, exact: bool = False, doubts: Doubts = None) -> tu
     gram = block.T @ block
     R, info = torch.linalg.cholesky_ex(gram, upper=True)
     if exact:
-        info = info + ~(gram.diagonal_scatter(gram.diagonal() - 1).abs().max() <= 0.5)
+        info = info + ~((gram - _identity(gram)).abs().max() <= 0.5)
     if doubts is not None:
         doubts.append(info)
     elif int(info):
@@ -81,3 +86,7 @@ def small(factorize: Callable[[Tensor], Sequence[Tensor]], T: Tensor) -> list[Te
 def eigenvalues(T: Tensor) -> Tensor:
     """Of a symmetric matrix, ascending."""
     return small(lambda T: (torch.linalg.eigvalsh(T),), T)[0]
+
+
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)
