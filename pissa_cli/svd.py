@@ -25,7 +25,8 @@ PROBES = 16  # random combinations of the residuals, from which what is missing 
 SURE = 0.1  # share of what is allowed, up to which the estimate counts as it is
 SIZES = 1e-4, 1e6  # norms between which the fourth powers of singular values neither vanish nor overflow
 RESOLVED = 1e-5  # share of the energy below which a difference of energies is rounding
-KRYLOV_BELOW = 0.23  # width of a block over the smaller dimension, above which the whole Gram matrix is cheaper
+KRYLOV_BELOW = 0.2  # width of a block over the smaller dimension, above which the whole Gram matrix is cheaper
+KRYLOV_ABOVE = 256  # the smaller dimension up to which it always is on a CPU, where many small steps cost more
 GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before that matrix is
 ROUNDED_FROM = 512  # rows and columns from which on bf16 products are worth it
 GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
@@ -148,8 +149,9 @@ def _fast(
 ) -> SVD:
     """For weight (m, n), m >= n, the sum of its squares in `energy`; near (n, rank)."""
     n, width = weight.shape[1], rank + OVERSAMPLING
+    share = GRAM_BELOW if math.isinf(allowed) else KRYLOV_BELOW if n > KRYLOV_ABOVE or weight.is_cuda else 0.0
     found = None
-    if width <= (GRAM_BELOW if math.isinf(allowed) else KRYLOV_BELOW) * n:
+    if width <= share * n:
         found = _block_krylov(weight, energy, rank, allowed, near, source)
     if found is None:
         vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)

@@ -64,7 +64,7 @@ def test_residual_keeps_the_accuracy_asked_for(accuracy: str, share: float, shap
             assert residual(weight, found) <= (1 + share) * best_residual(weight, rank)
 
 
-@pytest.mark.parametrize("shape", [(600, 500), (500, 600), (300, 200)])
+@pytest.mark.parametrize("shape", [(600, 500), (500, 600), (400, 300)])
 def test_a_start_from_a_matrix_close_by(shape: tuple[int, int]) -> None:
     weight = decaying(*shape, rate=0.995)
     moved = weight + 0.003 * torch.randn(shape, generator=torch.Generator().manual_seed(2))
