@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pissa_cli.orthogonal import Doubts, cholesky_qr, inverse, next_block, qr
+from pissa_cli.orthogonal import Doubts, cholesky_qr, identity_of, inverse, next_block, qr
 from pissa_cli.panels import converted, times, transposed_times
 
 APART = 300.0  # how far apart the singular values of columns may be for Cholesky QR in fp32, with a margin
 WITHIN = 60.0  # logarithm of what numbers of bf16 may grow by
 STEPS_AT_ONCE = 1, 2, 6  # few numbers: each is a graph of its own
-SQUARINGS = 2  # of an inverse, until the least singular value is known well enough to shift by half of it
+SQUARINGS = 2  # of an inverse, until its norm tells the least singular value well enough to shift by half of it
 SHIFT_ABOVE = 1e-2  # singular values this far below the largest are rounding, of bf16 or of a Gram matrix
 
 
@@ -101,8 +101,9 @@ def grown(weight: Tensor | Halves, space: Krylov, width: int, doubts: Doubts = N
     basis, images, T = space
     block, R = next_block(basis, _transposed_times(weight, images[:, -width:]), doubts)
     image = _times(weight, block)
-    coupling = torch.cat([R.new_zeros(len(T) - width, width), R.T])
-    T = torch.cat([torch.cat([T, coupling], dim=1), torch.cat([coupling.T, image.T @ image], dim=1)])
+    T = torch.block_diag(T, image.T @ image)
+    T[-2 * width : -width, -width:] = R.T
+    T[-width:, -2 * width : -width] = R
     return Krylov(torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1), T)
 
 
@@ -116,7 +117,8 @@ def _of_blocks(weight: Tensor | Halves, block: Tensor, blocks: int, doubts: Doub
 
 def _power(W: Tensor | Halves, X: Tensor) -> Tensor:
     """W^T W X, fp32."""
-    return _transposed_times(W, _times(W, X)).float()
+    found = _transposed_times(W, _times(W, X))
+    return found if found.dtype == torch.float32 else found.float()
 
 
 def _times(W: Tensor | Halves, X: Tensor) -> Tensor:
@@ -148,22 +150,22 @@ def _powers(weights: list[Tensor], block: Tensor, doubts: Doubts) -> Tensor:
     a is about half of W^T W's eigenvalue of the block's width, as far as that is known: of what is not wanted it leaves
     the less (dashSVD: Feng, Yu, Xie and Tang 2024). On a GPU, which would have to be waited for, a is 0.
     """
-    found, infos, shift = block, [], 0.0
+    found, shift, identity = block, 0.0, identity_of(block)
     for step, W in enumerate(weights):
         gram = found.T @ found
         R, info = torch.linalg.cholesky_ex(gram, upper=True)
-        inverted = inverse(R)
-        infos.append(info)
-        if step and W.device.type == "cpu" and not int(info):
+        inverted = inverse(R, identity)
+        if doubts is not None:
+            doubts.append(info)
+        elif int(info):
+            break
+        elif step and W.device.type == "cpu":
             shift = max(shift, (shift + _least_singular_value(gram, inverted)) / 2)
         Q = found @ inverted
         found = _power(W, Q)
         if shift:
             found.sub_(Q, alpha=shift)
-    if doubts is not None:
-        doubts += infos
-        return found
-    if not int(torch.stack(infos).sum()):
+    else:
         return found
     for W in weights:
         block = _power(W, cholesky_qr(block)[0])
@@ -171,13 +173,12 @@ def _powers(weights: list[Tensor], block: Tensor, doubts: Doubts) -> Tensor:
 
 
 def _least_singular_value(gram: Tensor, inverted: Tensor) -> float:
-    """Of X, from X^T X = R^T R and R^-1, by powers of the inverse of the Gram matrix: 0 to 20 % too much, more
-    where it lies apart; 0 where that does not tell."""
+    """Of X (n, k), from X^T X = R^T R and R^-1, by the norm of a power of the Gram matrix's inverse: too small by at most
+    k^(1/16); 0 where that does not tell."""
     found = inverted @ inverted.T
     trace = found.trace()
-    powers = unit = found / trace
+    powers = found / trace
     for _ in range(SQUARINGS):
         powers = powers @ powers
-    v = powers[:, -1]
-    length = float((unit @ v).norm() / v.norm() * trace)
+    length = float(trace) * float(torch.linalg.vector_norm(powers)) ** 0.5**SQUARINGS
     return length**-0.5 if 0 < length * SHIFT_ABOVE**2 * float(gram.diagonal().max()) < 1 else 0.0

@@ -16,9 +16,9 @@ is worth nothing unless all of them are 0."""
 def next_block(basis: Tensor, image: Tensor, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
     """Q, R with image = basis C + Q R, the basis and Q orthonormal: projected and factored twice, and once more where
     columns were hardly more than rounding. If that does not help, they lie in the basis: Q is any complement of it."""
-    block, R = cholesky_qr(_beside(basis, image), doubts=doubts)
+    block, R = cholesky_qr(beside(basis, image), doubts=doubts)
     for _ in range(2):
-        block, step = cholesky_qr(_beside(basis, block), exact=True, doubts=doubts)
+        block, step = cholesky_qr(beside(basis, block), exact=True, doubts=doubts)
         R = step @ R
         off = ~((step.diagonal() - 1).abs().max() < 0.5)  # NaN, too
         if doubts is not None:
@@ -32,7 +32,7 @@ def next_block(basis: Tensor, image: Tensor, doubts: Doubts = None) -> tuple[Ten
     return block, R
 
 
-def _beside(basis: Tensor, block: Tensor) -> Tensor:
+def beside(basis: Tensor, block: Tensor) -> Tensor:
     """What of `block` lies outside of an orthonormal basis."""
     return torch.addmm(block, basis, basis.T @ block, alpha=-1)
 
@@ -44,10 +44,10 @@ def qr(block: Tensor, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
     return block, second @ first
 
 
-def inverse(R: Tensor) -> Tensor:
+def inverse(R: Tensor, identity: Tensor) -> Tensor:
     """Of an upper triangular matrix. A product with it takes half as long as solving, but X R^-1 R is off from X by the
     condition number of R times rounding."""
-    found: Tensor = torch.linalg.solve_triangular(R, _identity(R), upper=True)
+    found: Tensor = torch.linalg.solve_triangular(R, identity, upper=True)
     return found
 
 
@@ -59,14 +59,15 @@ def cholesky_qr(block: Tensor, exact: bool = False, doubts: Doubts = None) -> tu
     gram = block.T @ block
     R, info = torch.linalg.cholesky_ex(gram, upper=True)
     if exact:
-        info = info + ~((gram - _identity(gram)).abs().max() <= 0.5)
+        identity = identity_of(block)
+        info = info + ~(torch.dist(gram, identity, p=torch.inf) <= 0.5)
     if doubts is not None:
         doubts.append(info)
     elif int(info):
         Q, R = torch.linalg.qr(block)
         return Q, R
     if exact:  # R is near 1, and its inverse as good as solving
-        return block @ inverse(R), R
+        return block @ inverse(R, identity), R
     return torch.linalg.solve_triangular(R, block, upper=True, left=False), R
 
 
@@ -88,5 +89,6 @@ def eigenvalues(T: Tensor) -> Tensor:
     return small(lambda T: (torch.linalg.eigvalsh(T),), T)[0]
 
 
-def _identity(like: Tensor) -> Tensor:
-    return torch.eye(len(like), dtype=like.dtype, device=like.device)
+def identity_of(block: Tensor) -> Tensor:
+    """The identity that leaves the columns of `block` as they are."""
+    return torch.eye(block.shape[1], dtype=block.dtype, device=block.device)

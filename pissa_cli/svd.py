@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pissa_cli.graphs import as_graph
 from pissa_cli.krylov import Krylov, doubted, first_blocks, grown, sketch, sketched_blocks, steps_at_once
-from pissa_cli.orthogonal import eigenvalues, qr, small
+from pissa_cli.orthogonal import beside, eigenvalues, qr, small
 from pissa_cli.panels import row_norms, times, transposed_times
 from pissa_cli.products import has_fast_bf16
 
@@ -154,7 +154,7 @@ def _fast(
     if width <= share * n:
         found = _block_krylov(weight, energy, rank, allowed, near, source)
     if found is None:
-        vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:].flip(1)
+        vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:]
         found = times(weight, vectors), vectors
     U, V = found
     S, order = U.norm(dim=0).sort(descending=True)
@@ -175,7 +175,7 @@ def _block_krylov(
     width, unchecked = rank + OVERSAMPLING, math.isinf(allowed)
     space = _begin(weight, width, allowed, near, 1 if near is not None or unchecked else KRYLOV_BLOCKS, source)
     while True:
-        values, vectors = (part[..., -rank:].flip(-1) for part in small(torch.linalg.eigh, space.T))
+        values, vectors = (part[..., -rank:] for part in small(torch.linalg.eigh, space.T))
         U, V = space.images @ vectors, space.basis @ vectors
         if unchecked:
             return U, V
@@ -233,12 +233,11 @@ def _missing(weight: Tensor, U: Tensor, V: Tensor, values: Tensor, source: torch
     lies along V is rounding.
     """
     signs = torch.randint(0, 2, (len(values), PROBES), generator=source).to(V) * 2 - 1
-    r = transposed_times(weight, U @ signs) - V @ (values[:, None] * signs)
-    r = r - V @ (V.T @ r)
-    image = transposed_times(weight, times(weight, r))
-    r, image = r.double(), (image - V @ (V.T @ image)).double()
-    products = [(x * y).sum() for x, y in ((r, r), (r, image), (image, image))]
-    zeroth, first, second, value = torch.stack([*products, values[-1]]).tolist()
+    r = beside(V, torch.addmm(transposed_times(weight, U @ signs), V, values[:, None] * signs, alpha=-1))
+    image = beside(V, transposed_times(weight, times(weight, r)))
+    both = torch.stack([r, image]).flatten(1).double()
+    (zeroth, first), (_, second) = (both @ both.T).tolist()
+    value = float(values[0])
     if not first * second > 0:
         return 0.0
     point, share = second / first, first**2 / second
