@@ -173,8 +173,8 @@ def _powers(weights: list[Tensor], block: Tensor, doubts: Doubts) -> Tensor:
 
 
 def _least_singular_value(gram: Tensor, inverted: Tensor) -> float:
-    """Of X (n, k), from X^T X = R^T R and R^-1, by the norm of a power of the Gram matrix's inverse: too small by at most
-    k^(1/16); 0 where that does not tell."""
+    """Of X (n, k), from X^T X = R^T R and R^-1, by the norm of a power of the Gram matrix's inverse: too small by at
+    most k^(1/16); 0 where that does not tell."""
     found = inverted @ inverted.T
     trace = found.trace()
     powers = found / trace
