@@ -117,8 +117,7 @@ def _of_blocks(weight: Tensor | Halves, block: Tensor, blocks: int, doubts: Doub
 
 def _power(W: Tensor | Halves, X: Tensor) -> Tensor:
     """W^T W X, fp32."""
-    found = _transposed_times(W, _times(W, X))
-    return found if found.dtype == torch.float32 else found.float()
+    return _transposed_times(W, _times(W, X)).float()
 
 
 def _times(W: Tensor | Halves, X: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ def qr(block: Tensor, doubts: Doubts = None) -> tuple[Tensor, Tensor]:
 
 
 def inverse(R: Tensor, identity: Tensor) -> Tensor:
-    """Of an upper triangular matrix. A product with it takes half as long as solving, but X R^-1 R is off from X by the
-    condition number of R times rounding."""
+    """Of an upper triangular matrix, given the identity of its size. A product with it takes half as long as solving,
+    but X R^-1 R is off from X by the condition number of R times rounding."""
     found: Tensor = torch.linalg.solve_triangular(R, identity, upper=True)
     return found
 

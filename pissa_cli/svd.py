@@ -149,7 +149,9 @@ def _fast(
 ) -> SVD:
     """For weight (m, n), m >= n, the sum of its squares in `energy`; near (n, rank)."""
     n, width = weight.shape[1], rank + OVERSAMPLING
-    share = GRAM_BELOW if math.isinf(allowed) else KRYLOV_BELOW if n > KRYLOV_ABOVE or weight.is_cuda else 0.0
+    share = KRYLOV_BELOW if n > KRYLOV_ABOVE or weight.is_cuda else 0.0
+    if math.isinf(allowed):
+        share = GRAM_BELOW
     found = None
     if width <= share * n:
         found = _block_krylov(weight, energy, rank, allowed, near, source)
