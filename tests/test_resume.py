@@ -55,8 +55,8 @@ def test_resume_says_where_there_is_no_checkpoint(models: Callable[[str], Path],
 
 
 def test_an_interrupt_before_any_command_shows_no_traceback() -> None:
-    code = "import sys, _thread; sys.modules['pissa_cli.cli'] = None; import pissa_cli.__main__ as m\n"
-    code += "m.restart_with_lean_heap = _thread.interrupt_main; sys.argv = ['pissa', 'train']; m.main()"
+    code = "import sys, pissa_cli.__main__ as m\ndef interrupted():\n    raise KeyboardInterrupt\n"
+    code += "m.restart_with_lean_heap = interrupted; sys.argv = ['pissa', 'train']; m.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -314,8 +316,9 @@ def test_fast_survives_low_rank_and_zero_matrices(true_rank: int) -> None:
 @pytest.mark.parametrize("rate", [0.8, 0.5])
 def test_fast_survives_extreme_condition_numbers(rate: float) -> None:
     weight = decaying(400, 400, rate=rate)
+    rounding = 32 * torch.finfo(torch.float32).eps * float(weight.norm())  # of LAPACK's own, which takes over at 0.5
     found = truncated_svd(weight, 16)
-    assert residual(weight, found) <= 1.001 * best_residual(weight, 16)
+    assert residual(weight, found) <= math.hypot(1.001 * best_residual(weight, 16), rounding)
 
 
 @pytest.mark.parametrize("rank", [0, 31])
