@@ -81,8 +81,8 @@ def merge(
         provenance |= {"base_fingerprint": manifest["base"]["fingerprint"], **model_facts(target)}
         write_json(target / PROVENANCE, sealed(provenance))
         tolerance = max(MERGE_TOLERANCE[dtype] for dtype in dtypes)
-        model = load_with(recipe, folder, adapter, best_device())
-        difference = _compare(recipe, model, tokenizer, target, tolerance)
+        apart = _adapter_logits(recipe, folder, adapter, tokenizer)
+        difference = _compare(recipe, apart, tokenizer, target, tolerance)
     return {"path": str(target_folder), "bytes": writer.total_bytes, **difference}
 
 
@@ -93,10 +93,12 @@ def quantize(
     progress: Progress = lambda *_: None,
     step: int | None = None,
     form: Literal["nf4", "compressed-tensors"] = "nf4",
-    double_quant: bool = False,
-    absmax: quant.Absmax = "fitted",
+    double_quant: bool | None = None,
+    absmax: quant.Absmax | None = None,
 ) -> dict[str, Any]:
     """Write a 4-bit transformers folder of a run (its result, or checkpoint `step`), or of a dense model folder.
+
+    double_quant, absmax: of NF4; where they are None, as `model` has them.
 
     Returns sizes, the relative Frobenius error over the quantized weights, differences of logits, and perplexity before
     and after: on `data.eval` where the recipe has it, else on four built-in prompts, which says little; None for a
@@ -124,6 +126,8 @@ def quantize(
     else:
         int4.require_compressed_tensors()
         group = int4.group_size(linears)
+    double_quant = recipe.model.double_quant if double_quant is None else double_quant
+    absmax = absmax or recipe.model.absmax
     dense_bytes, error, norm = 0, 0.0, 0.0
 
     def pack(name: str, linear: Linear | None, tensor: Tensor) -> tuple[str, dict[str, Tensor], int, float, float]:
@@ -186,8 +190,7 @@ def _dense_tensors(
 ) -> Iterator[T]:
     """then(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone.
 
-    What was trained over a dense base is rounded at random, by the seed: to the nearest, 16 bits would lose most of a
-    small change.
+    What was trained is rounded at random, by the seed: to the nearest, 16 bits would lose most of a small change.
     Last the head of a classifier, in fp32, if the base has none. Several threads call `then`.
     """
     model = skeleton(folder, recipe.model)
@@ -214,9 +217,7 @@ def _dense_tensors(
         W, dtype = read_weight(weights, linear, device)
         if linear.name in adapter.factors:
             A, B = adapter.pair(linear.name, W.shape, device)
-            W = minus_product(W, B, A, -1.0)
-            if f"{name}.absmax" not in weights.files:
-                W = rounded(name, W, dtype)
+            W = rounded(name, minus_product(W, B, A, -1.0), dtype)
         return then(name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu())
 
     names = [name for name in weights.files if name in whole or not any(owner in linears for owner in _owners(name))]
@@ -250,15 +251,18 @@ def _owners(name: str) -> Iterator[str]:
         yield name
 
 
-def _compare(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, merged: Path, tolerance: float
-) -> dict[str, float]:
-    """Logits of the adapter on its base, `model`, against those of the merged model."""
-    device = best_device()
-    apart = probe_logits(model, tokenizer, recipe)
-    del model
+def _adapter_logits(recipe: Recipe, folder: Path, adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    """Of the adapter on its base, which is gone from memory then."""
+    logits = probe_logits(load_with(recipe, folder, adapter, best_device()), tokenizer, recipe)
     gc.collect()
-    together = load_model(merged, recipe.dense_model, recipe.precision, recipe.seed).to(device).eval()
+    return logits
+
+
+def _compare(
+    recipe: Recipe, apart: list[Tensor], tokenizer: PreTrainedTokenizerBase, merged: Path, tolerance: float
+) -> dict[str, float]:
+    """Logits of the adapter on its base, `apart`, against those of the merged model."""
+    together = load_model(merged, recipe.dense_model, recipe.precision, recipe.seed).to(best_device()).eval()
     merged_logits = probe_logits(together, tokenizer, recipe)
     difference = logit_difference(apart, merged_logits)
     relative = difference["relative_logit_difference"]

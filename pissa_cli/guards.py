@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import shlex
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -177,7 +178,8 @@ def packs(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: in
         return False
     if takes_positions(model):
         for attend in (attend_by_sequence, attend_by_mask):
-            attend(model)
+            with suppress(ValueError):  # parts of the model may have no SDPA
+                attend(model)
             if (wanted is True or without_mask(model)) and _packs_soundly(recipe, model, examples, pad_id, device):
                 return True
     if wanted == "auto":

@@ -263,7 +263,7 @@ def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
     norm = max(frobenius_norm(W), 1e-30)
     if layer.store.bits != 4:
         relative = frobenius_norm(error) / norm
-        if relative > START_TOLERANCE[layer.store.dtype]:
+        if not relative <= START_TOLERANCE[layer.store.dtype]:
             raise PissaError(
                 f"{layer.name}: the split does not give the weight back (relative error {relative:.1e})",
                 "try --svd exact, and please report it with the model",

@@ -38,7 +38,7 @@ def group_size(layers: list[Linear]) -> int:
 
 def takes(layer: Linear, group: int) -> bool:
     """Whether a layer can be stored so: torch's own Linear with rows of whole groups."""
-    return not (layer.transposed or layer.subclass) and layer.num_in % group == 0
+    return not (layer.transposed or layer.bypassed or layer.dense) and layer.num_in % group == 0
 
 
 def _nearest(unit: Tensor, share: float, out: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         grad_x, grad_W, grad_b = ctx.saved_tensors
         dtype_W, dtype_b = ctx.dtypes
         return (
-            None if grad_x is None else grad_x * grads[0].to(grad_x.dtype),
+            None if grad_x is None else (grad_x.float() * grads[0]).to(grad_x.dtype),
             None if grad_W is None else (grad_W * grads[0]).to(dtype_W),
             None if grad_b is None else (grad_b * grads[0]).to(dtype_b),
             None,

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
+from pissa_cli.bypassed import is_bypassed
 from pissa_cli.configuration import first_line, read_config
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import (
@@ -31,7 +32,6 @@ AUTO_CLASSES: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
 }
 """By `model.task`."""
-KERNELS_READ = ("x_proj", "dt_proj", "out_proj")
 LINEAR_SUBCLASSES = ("FalconLinear",)
 """They compute what torch's Linear does, but for the rounding; transformers stores none of them in NF4."""
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -43,9 +43,8 @@ HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "
 class Linear:
     """A linear layer of the model: weight (out, in), stored transposed on disk by GPT-2's Conv1D and by embeddings.
 
-    An embedding is the linear map of one-hot vectors: out = its width, in = the size of the vocabulary. Bypassed: the
-    kernels of state-space models (Mamba, Jamba) take the weight alone, passing an adapter by. Subclass: one of
-    `LINEAR_SUBCLASSES`.
+    An embedding is the linear map of one-hot vectors: out = its width, in = the size of the vocabulary. Bypassed: see
+    `is_bypassed`. Dense: transformers never stores it in NF4.
     """
 
     name: str
@@ -55,13 +54,13 @@ class Linear:
     transposed: bool
     embedding: bool = False
     bypassed: bool = False
-    subclass: bool = False
+    dense: bool = False
     expert: Expert | None = None
 
     @property
     def packable(self) -> bool:
         """Whether it can be stored in NF4."""
-        return not (self.embedding or self.subclass) and self.num_out > 1 and quant.packable(self.num_in)
+        return not (self.embedding or self.bypassed or self.dense) and self.num_out > 1 and quant.packable(self.num_in)
 
     @property
     def kind(self) -> str:
@@ -152,9 +151,10 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
                         f"{tuple(shape)}",
                         "the weights and config.json do not belong together; download the model again",
                     )
-            mixer, _, kind = name.rpartition(".")
-            bypassed = kind in KERNELS_READ and hasattr(model.get_submodule(mixer), "A_log")
-            layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding, bypassed, subclass))
+            holder, _, kind = name.rpartition(".")
+            bypassed = not embedding and is_bypassed(model.get_submodule(holder), kind)
+            dense = subclass or name.endswith(tuple(model._keep_in_fp32_modules or ()))
+            layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding, bypassed, dense))
     for name, expert, shape in expert_layers(model):
         packed = weights is not None and f"{name}.weight.absmax" in weights.files
         if weights is None or packed or weights.shapes.get(f"{name}.weight") == tuple(shape):
@@ -232,7 +232,7 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
     bypassed = next((layer.name for layer in chosen.values() if layer.bypassed), None)
     if bypassed is not None:
         raise UsageError(
-            f"adapter.targets: {bypassed} would train nothing: the model's kernels take its weight past an adapter",
+            f"adapter.targets: {bypassed} would train nothing: the model takes its weight past an adapter",
             "leave it out",
         )
     return [layer for layer in layers if layer.name in chosen]
@@ -256,8 +256,8 @@ def peft_targets(
     seen = {
         layer.name for layer in layers if layer.kind in kinds and (layer.kind in remapped) == (layer.expert is not None)
     }
-    heads = head_names(model)
-    seen |= {name for name, _ in model.named_modules() if name.split(".")[0] in heads and name.split(".")[-1] in kinds}
+    known = {layer.name for layer in layers}
+    seen |= {name for name, _ in model.named_modules() if name.rpartition(".")[2] in kinds and name not in known}
     parameters = {f"{name}.weight" for name in apart}
     if experts and not remapped:
         parameters |= set(EXPERT_PARAMETERS)

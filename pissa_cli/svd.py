@@ -84,7 +84,7 @@ def truncated_svd(
     weight, allowed = weight.float(), math.inf if accuracy == UNCHECKED else tolerance(accuracy)
     norm = frobenius_norm(weight)
     if not SIZES[0] < norm < SIZES[1] and 0 < (largest := float(weight.abs().max())) < math.inf:
-        scale = 2.0 ** round(math.log2(largest))
+        scale = 2.0 ** math.floor(math.log2(largest))
         U, S, Vh = truncated_svd(weight / scale, rank, accuracy, seed, name, near)
         return SVD(U, S * scale, Vh)
     with _one_thread():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import _prompt, _without_folders, model_card
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.exported import load_result
+from pissa_cli.exported import load_result, result_files
+from pissa_cli.model import linear_layers, read_weight, skeleton
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
+from pissa_cli.weights import open_weights
 
 Make = Callable[..., Any]
 IDS = torch.randint(2, 512, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -110,6 +114,58 @@ def test_a_change_below_the_last_bit_is_merged(
 
     assert share((W + D).to(dtype).double()) < 0.2
     assert 0.7 < share(found) < 1.3 and float((found - W - D).norm() / W.norm()) < 2e-3
+
+
+def test_a_change_below_the_last_bit_is_merged_over_nf4(recipe: Make, rows: Path, tmp_path: Path) -> None:
+    """NF4 reads back numbers of bf16, too; to the nearest a tenth was left."""
+    folder = save_model(make_model("llama").bfloat16(), tmp_path / "model")
+    made = trained(recipe, folder, rows, "model.bits=4", "adapter.method=lora", "train.lr=2e-5")
+    merged = open_weights(Path(export.merge(made)["path"]))
+    base, adapter = result_files(made, None)
+    weights, among, whole = open_weights(base), 0.0, 0.0
+    for layer in linear_layers(skeleton(base, made.model), weights):
+        if layer.name in adapter.factors:
+            W, _ = read_weight(weights, layer, torch.device("cpu"))
+            A, B = adapter.pair(layer.name, W.shape, W.device)
+            D = (B @ A).double()
+            among += float((D * (merged.read(layer.tensor).double() - W.double())).sum())
+            whole += float(D.square().sum())
+    assert 0.8 < among / whole < 1.2
+
+
+def test_merge_holds_one_model_at_a_time(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, loaded = trained(recipe, models("llama"), rows, "model.bits=32"), []
+    with_adapter, merged = export.load_with, export.load_model
+
+    def first(*args: Any) -> Any:
+        model = with_adapter(*args)
+        loaded.append(weakref.ref(model))
+        return model
+
+    def second(*args: Any) -> Any:
+        assert len(loaded) == 1 and loaded[0]() is None
+        loaded.clear()
+        return merged(*args)
+
+    monkeypatch.setattr(export, "load_with", first)
+    monkeypatch.setattr(export, "load_model", second)
+    export.merge(made)
+    assert not loaded
+
+
+def test_quantize_stores_as_the_recipe_says(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    sets = ("model.bits=4", "model.double_quant=true", "model.absmax=largest")
+    made = trained(recipe, models("llama"), rows, *sets)
+    folder, name = Path(made.output) / "quantized", "model.layers.0.mlp.up_proj.weight"
+    export.quantize(made, None, folder)
+    assert f"{name}.nested_absmax" in load_file(folder / "model.safetensors")
+    shutil.rmtree(folder)
+    export.quantize(made, None, folder, double_quant=False)
+    found = load_file(folder / "model.safetensors")
+    W = load_file(Path(export.merge(made)["path"]) / "model.safetensors")[name]
+    assert torch.equal(found[f"{name}.absmax"], W.abs().view(-1, quant.BLOCK_SIZE).amax(1))
 
 
 def test_tied_weights_stay_tied(recipe: Make, rows: Path, tmp_path: Path) -> None:

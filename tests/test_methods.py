@@ -12,19 +12,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_model
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_start import started
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FalconConfig, FalconMambaConfig, LlamaConfig
+from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextAltUp
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
 
 from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
 from pissa_cli.attach import attach, lowrank_layers
+from pissa_cli.bypassed import is_bypassed
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.export import merge, quantize
-from pissa_cli.model import linear_layers, match_targets
+from pissa_cli.model import Linear, linear_layers, match_targets, peft_targets
 from pissa_cli.peft_files import read_peft
 from pissa_cli.plan import make_plan
 from pissa_cli.recipe_file import load
@@ -308,3 +314,36 @@ def test_what_kernels_read_gets_no_adapter_by_itself() -> None:
     assert {layer.kind for layer in match_targets(layers, "all-linear")} == {"in_proj"}
     with pytest.raises(UsageError, match="would train nothing"):
         match_targets(layers, ["in_proj", "out_proj"])
+
+
+def test_a_weight_that_is_read_past_its_layer_gets_no_adapter() -> None:
+    """LongCat's router never calls its layer; Gemma 3n clamps two weights in training."""
+    with torch.device("meta"):
+        router = LongcatFlashTopkRouter(LongcatFlashConfig(num_local_experts=4))
+        altup = Gemma3nTextAltUp(Gemma3nTextConfig())
+        attention = LlamaAttention(LlamaConfig(), 0)
+    assert is_bypassed(router, "classifier")
+    kinds = {"correction_coefs", "prediction_coefs", "modality_router"}
+    assert {kind for kind in kinds if is_bypassed(altup, kind)} == kinds - {"modality_router"}
+    assert not any(is_bypassed(attention, kind) for kind in ("q_proj", "o_proj"))
+    assert not Linear("dt_proj", "dt_proj.weight", 64, 64, False, bypassed=True).packable
+
+
+def test_what_transformers_keeps_dense_is_not_packed() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1))
+    model._keep_in_fp32_modules = {"mlp.up_proj"}
+    kept = [layer.kind for layer in linear_layers(model) if not (layer.packable or layer.embedding)]
+    assert kept == ["up_proj"]
+
+
+def test_peft_gets_full_names_where_a_short_one_is_of_another_module() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1, **sizes))
+    model.model.layers[0].extra = torch.nn.ModuleList([torch.nn.Linear(16, 16)])
+    layers = [layer for layer in linear_layers(model) if not layer.embedding]
+    found = peft_targets([layer.name for layer in layers], layers, model, "LORA")
+    adapted = get_peft_model(model, LoraConfig(r=2, **found))
+    names = {name.removeprefix("base_model.model.") for name, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    assert names == {layer.name for layer in layers} and "model.layers.0.extra.0" in names

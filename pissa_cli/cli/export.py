@@ -31,8 +31,8 @@ def export_command(
     checkpoint: Annotated[
         int | None, typer.Option("--checkpoint", help="Step of the checkpoint; default: the result.")
     ] = None,
-    double_quant: DoubleQuant = False,
-    absmax: Absmax = "fitted",
+    double_quant: DoubleQuant = None,
+    absmax: Absmax = None,
     check: Annotated[bool, typer.Option("--check", help="Compare the logits before and after.")] = False,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="The folder to write; default: inside the run.")
@@ -50,7 +50,7 @@ def export_command(
     show.quiet_libraries(debug)
     if form != "lora" and (rank is not None or uniform or server is not None):
         raise UsageError(f"--rank, --uniform and --for are about LoRA files, not --as {form}", "leave them out")
-    if form != "nf4" and (double_quant or absmax != "fitted"):
+    if form != "nf4" and (double_quant is not None or absmax is not None):
         raise UsageError(f"--double-quant and --absmax are about NF4, not --as {form}", "leave them out")
     if dry_run:
         dryrun.dry_run(loaded, as_json)

@@ -26,10 +26,18 @@ Rank = Annotated[str | None, typer.Option("--rank", "-r", metavar="N|auto", help
 Svd = Annotated[str | None, typer.Option("--svd", help="exact, or accuracy of the residual: fast (0.1%) or e.g. 1%.")]
 Bits = Annotated[int | None, typer.Option("--bits", help="Storage of frozen weights: 4 (NF4), 16 or 32.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
-DoubleQuant = Annotated[bool, typer.Option("--double-quant", help="NF4: quantize the block scales as well.")]
+DoubleQuant = Annotated[
+    bool | None,
+    typer.Option(
+        "--double-quant/--no-double-quant", help="NF4: quantize the block scales as well; default: the recipe's."
+    ),
+]
 Absmax = Annotated[
-    Literal["fitted", "largest"],
-    typer.Option("--absmax", help="NF4 block scales: fitted for the least error, or bitsandbytes' own."),
+    Literal["fitted", "largest"] | None,
+    typer.Option(
+        "--absmax",
+        help="NF4 block scales: fitted for the least error, or largest, bitsandbytes' own; default: the recipe's.",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; touch nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
