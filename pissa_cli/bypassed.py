@@ -8,19 +8,16 @@ import re
 
 from torch import nn
 
-KERNELS_READ = ("x_proj", "dt_proj", "out_proj")
-"""Of state-space models (Mamba, Jamba), whose kernels take the weights alone."""
 CLAMPED = ("correction_coefs", "prediction_coefs")
-"""Of Gemma 3n, which clamps the weights while it trains."""
+"""Of Gemma 3n, which clamps their weights while it trains."""
 
 
 def is_bypassed(holder: nn.Module, kind: str) -> bool:
-    """Whether the layer `kind` of a module is one of these, or the module's code reads its weight and never calls it
-    (LongCat's router)."""
-    if kind in CLAMPED or (kind in KERNELS_READ and hasattr(holder, "A_log")):
-        return True
+    """Whether the code of a module reads the weight of its layer `kind` and never calls that (LongCat's router), or
+    hands it to a kernel where there is one (state-space models: Mamba, Jamba, Falcon-H1)."""
     code = _code(type(holder))  # type: ignore[arg-type]
-    return re.search(rf"\bself\.{re.escape(kind)}\.weight\b", code) is not None and f"self.{kind}(" not in code
+    reads = re.search(rf"\bself\.{re.escape(kind)}\.weight\b(?!\.(dtype|device|shape))", code) is not None
+    return kind in CLAMPED or (reads and (hasattr(holder, "A_log") or f"self.{kind}(" not in code))
 
 
 @functools.cache

@@ -111,6 +111,8 @@ def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBa
         return "no assistant message"
     if not all(message.get("content") or message.get("tool_calls") for message in said):
         return "the assistant says nothing"
+    if any(message.get("weight", 1) != 1 for message in messages):
+        return "a message has a weight that is not 1: all that the assistant says is learned"
     system = value_of(row, section.optional_column("system") or "")
     if isinstance(system, str) and system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})

@@ -208,6 +208,9 @@ def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = PLAIN
     assert encode_chat(conversation("Hi"), SECTION, tokenizer) == "no assistant message"
     assert encode_chat(conversation("Hi", ""), SECTION, tokenizer) == "the assistant says nothing"
+    row = conversation("Hi", "Yes", "And", "No")
+    row["messages"][1]["weight"] = 0
+    assert "weight that is not 1" in str(encode_chat(row, SECTION, tokenizer))
     for messages in (None, "Hi", ["Hi"], [{"role": "user"}], [{"content": "Hi"}]):
         assert "is not a list of messages" in str(encode_chat({"messages": messages}, SECTION, tokenizer))
     assert "surrogate" in str(encode_chat(conversation("\ud800", "Yes"), SECTION, tokenizer))

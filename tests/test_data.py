@@ -80,6 +80,7 @@ def test_bad_rows_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) 
         [1],
         {**good, "output": ["x"]},
         {**good, "output": 7},
+        {**good, "output": " \n"},
     ]
     examples = load_examples(write(tmp_path / "r.jsonl", rows), DataSection(), tokenizer, None)
     assert len(examples) == 2
@@ -88,6 +89,7 @@ def test_bad_rows_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) 
         "'output' is missing": [3, 4],
         "not a JSON object": [5],
         "'output' is not text": [6],
+        "'output' is empty": [8],
     }
     assert examples.notes("data.train")[0].startswith("data.train: 2 examples, ")
     assert examples.notes("data.train")[3] == "data.train: rows not used: 2, 'output' is missing (row 3, 4)"

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_start import started
 from torch import Tensor
-from transformers import AutoModelForCausalLM, FalconConfig, FalconMambaConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, FalconConfig, FalconMambaConfig, LlamaConfig, Qwen3NextConfig
 from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextAltUp
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -314,6 +314,10 @@ def test_what_kernels_read_gets_no_adapter_by_itself() -> None:
     assert {layer.kind for layer in match_targets(layers, "all-linear")} == {"in_proj"}
     with pytest.raises(UsageError, match="would train nothing"):
         match_targets(layers, ["in_proj", "out_proj"])
+    config = Qwen3NextConfig(num_hidden_layers=2, num_experts=4, layer_types=["linear_attention", "full_attention"])
+    with torch.device("meta"):
+        layers = linear_layers(AutoModelForCausalLM.from_config(config))
+    assert "model.layers.0.linear_attn.out_proj" in {layer.name for layer in match_targets(layers, "all-linear")}
 
 
 def test_a_weight_that_is_read_past_its_layer_gets_no_adapter() -> None:
