@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from pissa_cli.adapters.function import Gate
 from pissa_cli.adapters.lowrank import LowRank, LowRankEmbedding, Siblings
 from pissa_cli.adapters.start import Adapter, Method
+from pissa_cli.disk_names import names_on_disk
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import expert_layers, part_of, set_part
-from pissa_cli.model import disk_name, head_names
+from pissa_cli.model import head_names
 from pissa_cli.recipe import Recipe
 from pissa_cli.weights import Weights
 
@@ -198,7 +199,7 @@ def train_whole(model: PreTrainedModel, names: list[str], weights: Weights) -> N
     for name in own & {name for name, _ in model.named_parameters()}:  # of tied ones, the first
         parameter = model.get_parameter(name)
         if weights.shapes.get(name) == tuple(parameter.shape) or name.split(".")[0] not in head_names(model):
-            parameter.data.copy_(weights.read(disk_name(name, model.base_model_prefix, weights)))
+            parameter.data.copy_(weights.read(names_on_disk(model, weights)(name)))
 
 
 def make_trainable(model: PreTrainedModel, names: list[str]) -> dict[str, nn.Module]:

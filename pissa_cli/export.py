@@ -18,13 +18,14 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import model_card
 from pissa_cli.chat import write_stops
+from pissa_cli.disk_names import names_on_disk
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.exported import full_model, load_with, result_files, trained_steps
 from pissa_cli.initialize import open_run
 from pissa_cli.integrity import model_facts, read_settings, require_finite, sealed
 from pissa_cli.loading import load_model, load_tokenizer
-from pissa_cli.model import DTYPES, Linear, best_device, disk_name, head_names, linear_layers, read_weight, skeleton
+from pissa_cli.model import DTYPES, Linear, best_device, head_names, linear_layers, read_weight, skeleton
 from pissa_cli.panels import DROPPED, minus_product, rounded_at_random
 from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.plan import require_packable
@@ -231,12 +232,13 @@ def _dense_tensors(
 def _on_disk(model: PreTrainedModel, weights: Weights, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """(name on disk, tensor) of what trained whole. Of a tied parameter some files hold one name, some both."""
     first, head = {name for name, _ in model.named_parameters()}, head_names(model)
+    disk_name = names_on_disk(model, weights)
     for name, tensor in adapter.saved.items():
         if name.split(".")[0] in head:
             yield name, tensor
             continue
         with suppress(UsageError):
-            yield disk_name(name, model.base_model_prefix, weights), tensor
+            yield disk_name(name), tensor
             continue
         if name in first:
             raise UsageError(

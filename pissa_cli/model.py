@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from pissa_cli import quant
 from pissa_cli.bypassed import is_bypassed
 from pissa_cli.configuration import first_line, read_config
+from pissa_cli.disk_names import names_on_disk
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import (
     EXPERT_PARAMETERS,
@@ -132,6 +133,7 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
     output, head = model.get_output_embeddings(), head_names(model)
     layers = []
     if weights is not None:
+        disk_name = names_on_disk(model, weights)
         _require_numbers(model, weights)
     for name, module in model.named_modules():
         embedding = type(module) is nn.Embedding
@@ -143,7 +145,7 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
             num_in, num_out = shape if transposed else reversed(shape)
             tensor = f"{name}.weight"
             if weights is not None:
-                tensor = disk_name(tensor, model.base_model_prefix, weights)
+                tensor = disk_name(tensor)
                 packed = f"{tensor}.absmax" in weights.files
                 if not packed and weights.shapes[tensor] != tuple(shape):
                     raise UsageError(
@@ -164,14 +166,15 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
 
 def _require_numbers(model: PreTrainedModel, weights: Weights) -> None:
     """UsageError for a parameter whose tensor is of a dtype that has to be decoded first, and is not NF4."""
+    disk_name = names_on_disk(model, weights)
     for parameter, _ in model.named_parameters():
-        for name in _disk_names(parameter, model.base_model_prefix):
-            dtype = weights.dtypes.get(name)
-            if dtype not in (None, *WEIGHT_DTYPES) and f"{name}.absmax" not in weights.files:
-                raise UsageError(
-                    f"{weights.files[name]}: {name} is {str(dtype).removeprefix('torch.')}",
-                    "weights have to be floating-point numbers of 16, 32 or 64 bits",
-                )
+        name = disk_name(parameter, required=False)
+        dtype = weights.dtypes.get(name)
+        if dtype not in (None, *WEIGHT_DTYPES) and f"{name}.absmax" not in weights.files:
+            raise UsageError(
+                f"{weights.files[name]}: {name} is {str(dtype).removeprefix('torch.')}",
+                "weights have to be floating-point numbers of 16, 32 or 64 bits",
+            )
 
 
 def read_stored(weights: Weights, layer: Linear, device: torch.device) -> quant.Packed | Tensor:
@@ -189,21 +192,6 @@ def read_weight(weights: Weights, layer: Linear, device: torch.device) -> tuple[
         return quant.read(stored), stored.state.dtype
     W = stored.float()
     return (W.T if layer.transposed else W), stored.dtype
-
-
-def disk_name(parameter: str, prefix: str, weights: Weights) -> str:
-    """The tensor of a parameter: by its own name, or without the base model's prefix (GPT-2's `transformer.`)."""
-    for name in _disk_names(parameter, prefix):
-        if name in weights.files:
-            return name
-    raise UsageError(
-        f"{weights.folder}: no tensor for {parameter}: it is missing, or not under transformers' name",
-        "the files are incomplete, or of another model than config.json; download the model again",
-    )
-
-
-def _disk_names(parameter: str, prefix: str) -> tuple[str, ...]:
-    return parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"
 
 
 def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear]:

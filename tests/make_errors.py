@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 AREAS = {
     "Any command": "cli.edge",
     "Recipe and flags": "yamlfile recipe_file recipe_errors recipe adapter_options data_options cli",
-    "Base model": "model configuration loading weights plan attach ranks experts side_files",
+    "Base model": "model configuration loading weights disk_names plan attach ranks experts side_files",
     "Data": "data rows examples chat turns classification",
     "Run folder": "rundir names integrity initialize checkpoint exported peft_files optim",
     "Training": "train trainer prepare guards kernels launch faults sharding zero",

@@ -16,7 +16,7 @@ from conftest import MOE_CONFIGS, exact_scales, save_model
 from safetensors.torch import load_file, save_file
 from test_start import logits, relative, started
 from torch import nn
-from transformers import AutoModelForCausalLM, GraniteMoeConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3Config, GraniteMoeConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import export
@@ -299,3 +299,26 @@ def test_weights_that_get_no_adapter_are_named(
     assert "1 linear layer stays in 16 bits, as gates" in outcome.out + outcome.err
     sets = ("--set", f"data.train={rows}", "--set", "train.steps=1")
     assert "1 linear layer stays in 16 bits, as gates" in pissa("train", tmp_path / "moe", *sets).err
+
+
+def test_names_that_transformers_changes_as_it_loads(recipe: Make, rows: Path, tmp_path: Path) -> None:
+    """Gemma 3's files begin with language_model., its parameters with model.language_model."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 512, "num_key_value_heads": 1, "head_dim": 32}
+    vision = sizes | {"image_size": 56, "patch_size": 14}
+    model = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision))
+    folder = save_model(model, tmp_path / "gemma3")
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in load_file(folder / "model.safetensors")
+    sets = ("model.bits=32", "adapter.rank=4", "train.lr=0.01", f"data.train={rows}", "train.steps=2")
+    made = recipe(folder, *sets, "adapter.modules_to_save=[embed_tokens]")
+    train(made)
+    path = export.merge(made)["path"]
+    merged, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(info.values()) and set(load_file(Path(path) / "model.safetensors")) == set(
+        load_file(folder / "model.safetensors")
+    )
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    assert relative(logits(base), logits(merged)) > 1e-3
+    adapted = peft.PeftModel.from_pretrained(base, Path(made.output) / "adapter")
+    assert relative(logits(adapted), logits(merged)) < 1e-5

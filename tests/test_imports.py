@@ -26,7 +26,7 @@ LAYERS = [
     "examples",
     "loading side_files steps ledger pipeline",
     "model peft_files report optim process",
-    "sharding",
+    "sharding disk_names",
     "rundir experts integrity configuration",
     "rows loss weights packing turns",
     "zero",

@@ -1,0 +1,56 @@
+"""Under which names the files of a checkpoint hold a model's parameters."""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from pissa_cli.errors import UsageError
+from pissa_cli.weights import Weights
+
+
+class DiskName(Protocol):
+    """The tensor of a parameter; where there is none, UsageError, or if it is not `required`, ''."""
+
+    def __call__(self, parameter: str, required: bool = True) -> str: ...
+
+
+def names_on_disk(model: PreTrainedModel, weights: Weights) -> DiskName:
+    """By the parameter's own name, without the base model's prefix (GPT-2's `transformer.`) or with it, or by one that
+    transformers renames as it loads (Gemma 3's `language_model.model.`)."""
+    prefix = model.base_model_prefix
+
+    @functools.cache
+    def renamed() -> dict[str, str]:
+        found = {}
+        transforms = get_model_conversion_mapping(model)
+        for name in weights.files:
+            given = name
+            for transform in transforms:
+                given, matched = transform.rename_source_key(given)
+                if matched is not None and not isinstance(transform, WeightRenaming):
+                    break  # its content is converted as well
+            else:
+                found[given] = name
+        return found
+
+    def disk_name(parameter: str, required: bool = True) -> str:
+        forms = parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"
+        for name in forms:
+            if name in weights.files:
+                return name
+        for name in forms:
+            if name in renamed():
+                return renamed()[name]
+        if required:
+            raise UsageError(
+                f"{weights.folder}: no tensor for {parameter}: it is missing, or under a name that is not understood",
+                "if transformers loads this folder, save it from there (save_pretrained); else download it again",
+            )
+        return ""
+
+    return disk_name
