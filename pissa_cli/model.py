@@ -35,7 +35,7 @@ AUTO_CLASSES: dict[str, Any] = {
 """By `model.task`."""
 LINEAR_SUBCLASSES = ("FalconLinear",)
 """They compute what torch's Linear does, but for the rounding; transformers stores none of them in NF4."""
-WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALL_FILES = ["*.json", "*.py"]
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*"]
 
@@ -173,7 +173,7 @@ def _require_numbers(model: PreTrainedModel, weights: Weights) -> None:
         if dtype not in (None, *WEIGHT_DTYPES) and f"{name}.absmax" not in weights.files:
             raise UsageError(
                 f"{weights.files[name]}: {name} is {str(dtype).removeprefix('torch.')}",
-                "weights have to be floating-point numbers of 16, 32 or 64 bits",
+                "weights have to be floating-point numbers of 16 or 32 bits: load it in transformers and save it so",
             )
 
 

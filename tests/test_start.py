@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import attach, lowrank_layers
+from pissa_cli.errors import UsageError
 from pissa_cli.initialize import initialize, read_start
 from pissa_cli.loading import load_model
 from pissa_cli.peft_files import read_peft
@@ -144,3 +147,15 @@ def test_manifest_records_the_start(models: Callable[[str], Path], recipe: Calla
         assert layer["energy"] == pytest.approx(float(s[:8].square().sum() / s.square().sum()), rel=1e-4)
         assert layer["nuclear"] < layer["plain_nuclear"]
     assert initialize(made) == manifest
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_weights_of_64_and_8_bits_are_refused(
+    dtype: torch.dtype, models: Callable[[str], Path], recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models("llama"), folder)
+    name, tensors = "model.layers.1.mlp.up_proj.weight", load_file(folder / "model.safetensors")
+    save_file(tensors | {name: tensors[name].to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=f"{name} is {str(dtype).removeprefix('torch.')}"):
+        initialize(recipe(folder, "adapter.rank=4"))
