@@ -194,12 +194,12 @@ def train_whole(model: PreTrainedModel, names: list[str], weights: Weights) -> N
 
     A classifier's head that is not on disk, or has other classes there, keeps the values it has.
     """
-    chosen = make_trainable(model, names)
+    chosen, disk_name = make_trainable(model, names), names_on_disk(model, weights)
     own = {f"{name}.{key}" for name, module in chosen.items() for key, _ in module.named_parameters(recurse=False)}
     for name in own & {name for name, _ in model.named_parameters()}:  # of tied ones, the first
         parameter = model.get_parameter(name)
         if weights.shapes.get(name) == tuple(parameter.shape) or name.split(".")[0] not in head_names(model):
-            parameter.data.copy_(weights.read(names_on_disk(model, weights)(name)))
+            parameter.data.copy_(weights.read(disk_name(name)))
 
 
 def make_trainable(model: PreTrainedModel, names: list[str]) -> dict[str, nn.Module]:

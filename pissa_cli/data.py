@@ -57,8 +57,9 @@ def render(row: Row, section: DataSection) -> tuple[str, str]:
     """(prompt, answer) of a row that is not a chat. Raises ValueError, with the reason, for an unusable row."""
     fields = {name: text_of(row, section.columns.get(name, name)) for name in FIELDS[section.format]}
     learned = FIELDS[section.format][-1]
+    column: str | None = section.columns.get(learned, learned)
     if not fields[learned].strip():
-        raise ValueError(f"'{section.columns.get(learned, learned)}' is empty")
+        raise ValueError(f"'{column}' is empty")
     if section.format == "text":
         return "", fields["text"]
     if section.format == "prompt":

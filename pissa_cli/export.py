@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -236,11 +235,9 @@ def _on_disk(model: PreTrainedModel, weights: Weights, adapter: Adapter) -> Iter
     for name, tensor in adapter.saved.items():
         if name.split(".")[0] in head:
             yield name, tensor
-            continue
-        with suppress(UsageError):
-            yield disk_name(name), tensor
-            continue
-        if name in first:
+        elif on_disk := disk_name(name, required=False):
+            yield on_disk, tensor
+        elif name in first:
             raise UsageError(
                 f"{weights.folder}: no tensor for {name}, which trained whole",
                 "its files name it in a way of their own; please report it with the model",

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from pissa_cli import quant
 from pissa_cli.bypassed import is_bypassed
 from pissa_cli.configuration import first_line, read_config
-from pissa_cli.disk_names import names_on_disk
+from pissa_cli.disk_names import DiskName, names_on_disk
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import (
     EXPERT_PARAMETERS,
@@ -134,7 +134,7 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
     layers = []
     if weights is not None:
         disk_name = names_on_disk(model, weights)
-        _require_numbers(model, weights)
+        _require_numbers(model, weights, disk_name)
     for name, module in model.named_modules():
         embedding = type(module) is nn.Embedding
         transposed = embedding or isinstance(module, Conv1D)
@@ -164,9 +164,8 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
     return layers
 
 
-def _require_numbers(model: PreTrainedModel, weights: Weights) -> None:
+def _require_numbers(model: PreTrainedModel, weights: Weights, disk_name: DiskName) -> None:
     """UsageError for a parameter whose tensor is of a dtype that has to be decoded first, and is not NF4."""
-    disk_name = names_on_disk(model, weights)
     for parameter, _ in model.named_parameters():
         name = disk_name(parameter, required=False)
         dtype = weights.dtypes.get(name)

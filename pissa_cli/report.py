@@ -72,7 +72,8 @@ def left_dense(names: list[str]) -> str | None:
     if not names:
         return None
     what, more = ("1 linear layer stays", "") if len(names) == 1 else (f"{len(names)} linear layers stay", ", ...")
-    return f"{what} in 16 bits, as gates or for rows that are no whole NF4 blocks of 64: {names[0]}{more}"
+    why = "as gates, for rows that are no whole NF4 blocks of 64, or as the model reads them otherwise"
+    return f"{what} in 16 bits, {why}: {names[0]}{more}"
 
 
 def summarize(manifest: dict[str, Any]) -> list[dict[str, Any]]:
