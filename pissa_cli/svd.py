@@ -29,7 +29,8 @@ KRYLOV_BELOW = 0.2  # width of a block over the smaller dimension, above which t
 KRYLOV_ABOVE = 192  # the smaller dimension up to which it always is on a CPU, where many small steps cost more
 GRAM_BELOW = 0.7  # share of the smaller dimension that a Krylov basis may take before that matrix is
 ROUNDED_FROM = 512  # rows and columns from which on bf16 products are worth it
-GRAM_ACCURATE_ABOVE = 3e-3  # singular values this far below the largest are wrong by 1 % after squaring in fp32
+SQUARES_ACCURATE_ABOVE = 3e-2  # singular values this far below the largest are wrong by 1e-4 after squaring in fp32
+SQUARES_TELL_ABOVE = 3e-3  # ... by 1 %: they still tell where the first ones lie, but not how
 FAST = 1e-3
 UNCHECKED = "unchecked"  # an accuracy for passes to begin with: one block, of which nothing is estimated
 EXACT_NUCLEAR_BELOW = 256
@@ -40,7 +41,7 @@ DOUBTED_SKETCHED_BLOCKS = doubted(sketched_blocks)
 class SVD(NamedTuple):
     """The r largest singular triplets: U (out, r), S (r,) descending, Vh (r, in).
 
-    If not `exact`, the columns of U are orthogonal up to rounding times (S[0] / S[-1])^2, at most a few 1e-2.
+    If not `exact`, the columns of U are orthogonal up to rounding times (S[0] / S[-1])^2, at most a few 1e-4.
     """
 
     U: Tensor
@@ -156,12 +157,15 @@ def _fast(
     if width <= share * n:
         found = _block_krylov(weight, energy, rank, allowed, near, source)
     if found is None:
-        vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -rank:]
-        found = times(weight, vectors), vectors
+        vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -width:]
+        found = times(weight, vectors[:, -rank:]), vectors
     U, V = found
     S, order = U.norm(dim=0).sort(descending=True)
-    if S[-1] > GRAM_ACCURATE_ABOVE * S[0]:
-        return SVD(U[:, order] / S, S, V.T[order])
+    if S[-1] > SQUARES_ACCURATE_ABOVE * S[0]:
+        return SVD(U[:, order] / S, S, V[:, -rank:].T[order])
+    if S[-1] > SQUARES_TELL_ABOVE * S[0]:
+        U, S, Vh = project_svd(weight, V.T)
+        return SVD(U[:, :rank], S[:rank], Vh[:rank])
     return _exact(weight, rank)  # squaring has cost the small singular values
 
 
@@ -177,13 +181,13 @@ def _block_krylov(
     width, unchecked = rank + OVERSAMPLING, math.isinf(allowed)
     space = _begin(weight, width, allowed, near, 1 if near is not None or unchecked else KRYLOV_BLOCKS, source)
     while True:
-        values, vectors = (part[..., -rank:] for part in small(torch.linalg.eigh, space.T))
-        U, V = space.images @ vectors, space.basis @ vectors
+        values, vectors = (part[..., -width:] for part in small(torch.linalg.eigh, space.T))
+        U, V, values = space.images @ vectors[:, -rank:], space.basis @ vectors, values[-rank:]
         if unchecked:
             return U, V
         captured = float(values.sum(dtype=torch.float64))
         most = allowed * max(energy - captured, RESOLVED * energy)
-        missing, before = _missing(weight, U, V, values, source), len(space.T) - width
+        missing, before = _missing(weight, U, V[:, -rank:], values, source), len(space.T) - width
         if before and SURE * most < missing <= most:
             gain = captured - float(eigenvalues(space.T[:before, :before])[-rank:].sum(dtype=torch.float64))
             missing = missing * (1 + missing / gain) ** 2 if gain > 0 else math.inf

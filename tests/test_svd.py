@@ -321,6 +321,21 @@ def test_fast_survives_extreme_condition_numbers(rate: float) -> None:
     assert residual(weight, found) <= math.hypot(1.001 * best_residual(weight, 16), rounding)
 
 
+@pytest.mark.parametrize("shape", [(1000, 300), (700, 2000), (20000, 128)], ids=["gram", "krylov", "narrow"])
+@pytest.mark.parametrize("last", [4e-3, 1e-2, 2e-2])
+def test_small_singular_values_beside_an_outlier(shape: tuple[int, int], last: float) -> None:
+    """In fp32 the square of one leaves few digits to those of the others."""
+    rank, source = 32, torch.Generator().manual_seed(0)
+    spectrum = torch.full((min(shape),), 0.1 * last, dtype=torch.float64)
+    spectrum[:rank] = last * torch.linspace(1.2, 1, rank, dtype=torch.float64)
+    spectrum[0] = 1
+    U, V = (torch.linalg.qr(torch.randn(n, min(shape), generator=source, dtype=torch.float64))[0] for n in shape)
+    weight = ((U * spectrum) @ V.T).float()
+    found = truncated_svd(weight, rank)
+    assert residual(weight, found) <= 1.001 * float(spectrum[rank:].norm())
+    torch.testing.assert_close(found.U.T @ found.U, torch.eye(rank), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("rank", [0, 31])
 def test_impossible_rank(rank: int) -> None:
     with pytest.raises(ValueError, match="outside"):
