@@ -74,7 +74,7 @@ def _attention(
 def _flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None) -> Tensor:
     """Causal attention within each sequence of a row: q, k, v (1, heads, tokens, dim) -> (1, tokens, heads, dim)."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    begins = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q.device)
+    begins = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(q.device, non_blocking=True)
     longest = max(lengths)
     output: Tensor = FLASH(q, k, v, begins, begins, longest, longest, 0.0, True, False, scale=scale)[0]
     return output[None]
