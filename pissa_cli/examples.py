@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pissa_cli.weights import load_tensors, save_tensors
 
 CUT = "answer cut off entirely by data.max_length"
 REASONS = 10
+SHOWN, TURNS = 60, 4  # of the first example: characters at either end of a text, texts
 
 
 class Encoded(NamedTuple):
@@ -86,6 +88,17 @@ class Examples:
         return lines
 
 
+def first_example(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What of the first example is read and what is learned, in turns, each shortened in the middle."""
+    end, turns = examples.length(0), []
+    tokens = zip(examples.targets[:end].tolist(), examples.ids[:end].tolist(), strict=True)
+    for learned, part in itertools.groupby(tokens, key=lambda token: token[0]):
+        text = str(tokenizer.decode([token for _, token in part]))
+        text = text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} ... {text[-SHOWN:]}"
+        turns.append(f"{'learned' if learned else 'read'} {json.dumps(text, ensure_ascii=False)}")
+    return ", ".join(turns[:TURNS]) + (", ..." if len(turns) > TURNS else "")
+
+
 def refuse(unusable: dict[str, list[int]], reason: str, number: int) -> None:
     """Add a row that cannot be used; what is beyond REASONS different reasons, as of values, is counted together."""
     known = reason in unusable or len(unusable) < REASONS
@@ -115,7 +128,7 @@ def cache_key(content: str, section: DataSection, tokenizer: PreTrainedTokenizer
     whole = xxhash.xxh3_128(content.encode())
     for part in (json.dumps(options, sort_keys=True), identity, str(tokenizer.chat_template), str(tokenizer.eos_token)):
         whole.update(part.encode())
-    return f"v4-{whole.hexdigest()}"
+    return f"v5-{whole.hexdigest()}"
 
 
 def write_cache(path: Path, examples: Examples) -> None:

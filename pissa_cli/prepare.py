@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data import load_examples, require_columns
 from pissa_cli.errors import UsageError
-from pissa_cli.examples import Examples
+from pissa_cli.examples import Examples, first_example
 from pissa_cli.guards import require_context, require_reach, resumes, schedule_change
 from pissa_cli.initialize import Progress, initialize, open_run, require_base
 from pissa_cli.kernels import require_kernels
@@ -22,7 +22,7 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.report import left_dense
 from pissa_cli.rows import is_file, read_rows
 from pissa_cli.rundir import Run
-from pissa_cli.steps import count_steps
+from pissa_cli.steps import count_steps, step_examples
 
 FIRST_ROWS = 100  # that a dry run looks at
 
@@ -66,6 +66,8 @@ def prepare(
     cache = Path(HF_HOME) / "pissa" / "tokens"
     examples = load_examples(recipe.data.train, recipe.data, tokenizer, cache, recipe.model.labels)
     require_reach(run, count_steps(len(examples), recipe))
+    if len(step_examples(0, len(examples), recipe)) > len(examples):
+        watch({"note": f"train.batch_size: a step of {recipe.train.batch_size} has each example more than once"})
     whole = recipe.data.model_copy(update={"limit": None})
     held_out = None
     if recipe.data.eval is not None:
@@ -76,6 +78,8 @@ def prepare(
             require_tokens(name, [int(loaded.ids.max())], read_config(folder, recipe.model))
             for line in loaded.notes(name):
                 watch({"note": line})
+    if not recipe.data.classifies:
+        watch({"note": f"data.train: the first example: {first_example(examples, tokenizer)}"})
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
     if note := left_dense(manifest.get("kept_dense", [])):
         watch({"note": note})

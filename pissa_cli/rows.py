@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import math
@@ -112,10 +113,12 @@ def _require_unlike(path: Path, columns: Sequence[str]) -> None:
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
     with path.open("rb") as file:
+        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise UsageError(f"{path}: UTF-16 text", "save it as UTF-8")
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode("utf-8-sig"))
                 except (ValueError, RecursionError):
                     yield number, "not JSON in UTF-8"
                     continue

@@ -63,6 +63,10 @@ class Run:
         return self.folder / "quantized"
 
     @property
+    def made_from_result(self) -> list[Path]:
+        return [self.merged, self.quantized, self.folder / "exported", self.folder / "eval"]
+
+    @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
 

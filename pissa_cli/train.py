@@ -72,6 +72,9 @@ def train(
             if first:
                 result = write_result(recipe, model, trainer.names, trained, trainer.total_steps, facts)
                 figures["result"] = str(result)
+                before = [folder.name for folder in run.made_from_result if folder.is_dir() and folder != result]
+                if before and first_step < trainer.total_steps:
+                    watch({"note": f"{', '.join(before)}: of before these steps; make them again"})
                 report.loss_picture(run.metrics, run.folder / PICTURE)
     return figures | {"data": facts}
 

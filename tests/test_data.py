@@ -16,7 +16,7 @@ from pissa_cli import data as module
 from pissa_cli.data import TEMPLATE, load_examples, question_prompt
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
-from pissa_cli.examples import Examples
+from pissa_cli.examples import Examples, first_example
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -93,6 +93,24 @@ def test_bad_rows_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) 
     }
     assert examples.notes("data.train")[0].startswith("data.train: 2 examples, ")
     assert examples.notes("data.train")[3] == "data.train: rows not used: 2, 'output' is missing (row 3, 4)"
+
+
+def test_utf16_is_refused_as_such(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of its lines every second one would be read."""
+    path = tmp_path / "r.jsonl"
+    text = "".join(json.dumps({"instruction": "a", "output": str(number)}) + "\n" for number in range(4))
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text(text, encoding=encoding)
+        assert len(load_examples(str(path), DataSection(), tokenizer, None)) == 4
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(UsageError, match="UTF-16"):
+        load_examples(str(path), DataSection(), tokenizer, None)
+
+
+def test_the_first_example_is_shown(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": "Anna\n", "completion": "x" * 200}, {"prompt": "b", "completion": "c"}]
+    examples = load_examples(write(tmp_path / "r.jsonl", rows), DataSection(format="prompt"), tokenizer, None)
+    assert first_example(examples, tokenizer) == f'read "Anna\\n", learned "{"x" * 60} ... {"x" * 55}<eos>"'
 
 
 def test_inputs_are_never_dropped(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

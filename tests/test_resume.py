@@ -54,6 +54,21 @@ def test_resume_says_where_there_is_no_checkpoint(models: Callable[[str], Path],
     assert any("begins with the first step" in event.get("note", "") for event in notes)
 
 
+def test_what_was_made_before_more_steps_is_named(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    notes: list[Any] = []
+    sets = (*BASE, f"data.train={rows}", "train.batch_size=1000")
+    made = recipe(models("llama"), *sets, "train.steps=1")
+    train(made, watch=notes.append)
+    Run(Path(made.output)).merged.mkdir()
+    (Path(made.output) / "eval").mkdir()
+    train(made, resume=True, watch=notes.append)
+    assert not any("before these steps" in event.get("note", "") for event in notes)
+    train(recipe(models("llama"), *sets, "train.steps=2"), resume=True, watch=notes.append)
+    said = [event["note"] for event in notes if "note" in event]
+    assert "merged, eval: of before these steps; make them again" in said
+    assert "train.batch_size: a step of 1000 has each example more than once" in said
+
+
 def test_an_interrupt_before_any_command_shows_no_traceback() -> None:
     code = "import sys, pissa_cli.__main__ as m\ndef interrupted():\n    raise KeyboardInterrupt\n"
     code += "m.restart_with_lean_heap = interrupted; sys.argv = ['pissa', 'train']; m.main()"
