@@ -109,6 +109,13 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
     return lines
 
 
+def key_of_flag(flag: str) -> str | None:
+    """The key that a flag means which no command has: --lr, --learning-rate -> train.lr."""
+    name = flag.lstrip("-").replace("-", "_")
+    owners = [section for section in SECTIONS if name in _keys((section,), {"adapter": {}})]
+    return SYNONYMS[name].partition(" ")[0] if name in SYNONYMS else f"{owners[0]}.{name}" if owners else None
+
+
 def _unknown_key(path: KeyPath, tree: dict[str, Any]) -> str:
     section, key = path[:-1], path[-1]
     known = _keys(section, tree)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -214,3 +217,14 @@ def test_impossible_accuracy_of_the_svd(svd: str) -> None:
 def test_a_mapping_without_spaces_is_explained() -> None:
     with pytest.raises(UsageError, match="YAML wants a space after the colon"):
         load(None, {}, ["model.name=m", "adapter.rank_pattern={q_proj:8}"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "key"),
+    [("--lr=1", "train.lr"), ("--learning-rate", "train.lr"), ("--packing", "data.packing"), ("--nonsense", None)],
+)
+def test_flags_that_are_keys_of_a_recipe(flag: str, key: str | None, pissa: Callable[..., Any]) -> None:
+    outcome = pissa("train", flag, "--json")
+    hint = f"keys of a recipe are set like this: --set {key}=VALUE" if key else None
+    assert outcome.code == 2 and json.loads(outcome.out)["hint"] == hint
+    assert (f"next:  {hint}" in outcome.err) == (key is not None)

@@ -49,9 +49,15 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
             _show(f"{error.filename or 'the disk'}: cannot write: {error.strerror}", hint, 1, as_json)
             return 1
         if isinstance(error, ClickException):
+            from pissa_cli.recipe_errors import key_of_flag
+
+            key = key_of_flag(getattr(error, "option_name", None) or "")
+            advice = f"keys of a recipe are set like this: --set {key}=VALUE" if key else None
             error.show()  # type: ignore[attr-defined]
+            if advice:
+                Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold]next:[/]  {advice}")
             if as_json:
-                _print_json(error.format_message(), None, 2)  # type: ignore[attr-defined]
+                _print_json(error.format_message(), advice, 2)  # type: ignore[attr-defined]
             return 2
         if debug:
             Console(stderr=True).print_exception()
