@@ -27,7 +27,7 @@ from pissa_cli.loading import load_model, load_tokenizer
 from pissa_cli.model import DTYPES, Linear, best_device, head_names, linear_layers, read_weight, skeleton
 from pissa_cli.panels import DROPPED, minus_product, rounded_at_random
 from pissa_cli.pipeline import in_flight, in_order
-from pissa_cli.plan import require_packable
+from pissa_cli.plan import require_packable, require_same_layout
 from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, require_free, whole_folder, write_json, write_text
@@ -37,6 +37,7 @@ from pissa_cli.weights import ShardWriter, Weights, open_weights
 
 T = TypeVar("T")
 Progress = Callable[[int, int, str], None]
+DENSE = "leave it in 16 bits: pissa merge"
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest ||difference of logits|| / ||logits|| that merged weights, or products, of this dtype explain."""
 
@@ -121,8 +122,9 @@ def quantize(
     weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe)
     model = skeleton(folder, recipe.model)
     linears = linear_layers(model, weights)
+    require_same_layout(model, DENSE)
     if form == "nf4":
-        require_packable(linears, "leave it in 16 bits: pissa merge")
+        require_packable(linears, DENSE)
     else:
         int4.require_compressed_tensors()
         group = int4.group_size(linears)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from pissa_cli import quant
 from pissa_cli.adapter_options import AdapterBase, FullOptions, first_match
@@ -90,6 +91,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         raise UsageError(f"train.gradient_checkpointing: transformers has none for {type(model).__name__}", "remove it")
     linears = linear_layers(model, weights)
     if recipe.model.bits == 4:
+        require_same_layout(model, "set model.bits to 16")
         require_packable(linears, "set model.bits to 16")
     adapter = recipe.adapter
     head = model.get_output_embeddings()
@@ -129,6 +131,13 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     in_peft = peft_targets(ranks, linears, model, method.peft_type)
     heads, num_whole = head_names(model), sum(trained.values())
     return Plan(folder, linears, targets, ranks, scales, left_out, in_peft, heads, num_whole, *sizes)
+
+
+def require_same_layout(model: PreTrainedModel, hint: str) -> None:
+    """UsageError for a model of which transformers makes another one for quantized weights."""
+    for module in model.modules():
+        if (kind := type(module).__name__) in MODULES_TO_PATCH_FOR_QUANTIZATION:
+            raise UsageError(f"4 bits: transformers puts layers of another layout in the place of {kind}", hint)
 
 
 def require_packable(linears: list[Linear], hint: str) -> None:

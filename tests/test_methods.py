@@ -16,7 +16,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_start import started
 from torch import Tensor
-from transformers import AutoModelForCausalLM, FalconConfig, FalconMambaConfig, LlamaConfig, Qwen3NextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconMambaConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    Qwen3NextConfig,
+)
 from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextAltUp
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -304,6 +311,19 @@ def test_falcon_has_linear_layers_of_its_own(recipe: Callable[..., Any], rows: P
         quantize(made, folder, tmp_path / "packed")
     with pytest.raises(UsageError, match="fits compressed-tensors"):
         quantize(made, folder, tmp_path / "int4", form="compressed-tensors")
+
+
+def test_4_bits_are_refused_where_transformers_makes_another_model_of_it(
+    recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128}
+    config = Llama4TextConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "llama4")
+    with pytest.raises(UsageError, match="in the place of Llama4TextExperts"):
+        make_plan(recipe(folder, "adapter.rank=4", "model.bits=4"), folder)
+    for form in ("nf4", "compressed-tensors"):
+        with pytest.raises(UsageError, match="in the place of Llama4TextExperts"):
+            quantize(recipe(folder), folder, tmp_path / form, form=form)
 
 
 def test_what_kernels_read_gets_no_adapter_by_itself() -> None:
