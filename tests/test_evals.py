@@ -112,6 +112,22 @@ def test_generation_is_that_of_transformers_and_ignores_the_batch(demo_base: tup
     assert stopped[0] == " 12 + 5 = " and all(alone[index].startswith(text) for index, text in stopped.items())
 
 
+@pytest.mark.parametrize("stop", [(), ("7.",)])
+def test_an_answer_that_goes_on_is_joined_by_other_prompts(
+    stop: tuple[str, ...], demo_base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one does not end by itself, the others after some 18 tokens."""
+    model, tokenizer = demo_base
+    texts = [f"Anna has {number} apples. Anna finds 5 apples. Count the apples:" for number in range(23)]
+    prompts = [tokenizer(text)["input_ids"] for text in [" ".join(["Anna"] * 20), *texts]]
+    alone = dict(generate(model, tokenizer, prompts, 1, 60, stop=stop))
+    rows: list[int] = []
+    original = model.generate
+    monkeypatch.setattr(model, "generate", lambda ids, **rest: rows.append(len(ids)) or original(ids, **rest))
+    assert dict(generate(model, tokenizer, prompts, 8, 60, stop=stop)) == alone
+    assert rows[:3] == [8, 8, 8] and sum(rows) > len(prompts)
+
+
 def test_a_stop_string_in_the_prompt_stops_nothing(demo_base: tuple[Any, Any]) -> None:
     model, tokenizer = demo_base
     prompt = [tokenizer("Anna has 12 apples. Anna finds 5 apples. Count the apples:")["input_ids"]]

@@ -21,6 +21,7 @@ TOP_P = 0.95
 MOST = 256
 ON_CPU = 32
 FREE_SHARE = 0.6
+FEW = 4  # of a batch this share
 
 
 @torch.no_grad()
@@ -43,8 +44,8 @@ def generate(
     `max_new_tokens` or at the end of the context. Nothing else of the model's generation_config counts: a repetition
     penalty there would change the score. Above temperature 0 answers are sampled from the likeliest tokens that make
     95 %, by `seed` and the place of a batch. batch_size: None for as many as should fit (`fitting`); batches that do
-    not are halved. What the longest prompt of a batch has no room for, the others write after it. The answer to a
-    prompt that leaves no room is empty.
+    not are halved. A batch ends when few answers of it are left, or one has no more room: the others go on in the next.
+    The answer to a prompt that leaves no room is empty.
     """
     require_tokens("the questions", (token for prompt in prompts for token in prompt), model.config)
     eos = tokenizer.eos_token_id
@@ -70,21 +71,24 @@ def generate(
     waiting, done, most = waiting[len(full) :], len(full), batch_size or MOST
     going: list[int] = []
     while going or waiting:
-        if not going:
-            num = min(most, batch_size or fitting(model, min(len(prompts[waiting[0]]) + max_new_tokens, context)))
-            going, waiting = waiting[:num], waiting[num:]
+        most_tokens = max(len(prompts[index]) for index in [*going, *waiting[:1]]) + max_new_tokens
+        num = min(most, batch_size or fitting(model, min(most_tokens, context))) - len(going)
+        if num > 0 and waiting:
+            going, waiting = going + waiting[:num], waiting[num:]
             torch.manual_seed(seed + done)
         texts = [prompts[index] + written[index] for index in going]
         longest = max(map(len, texts))
         ids = torch.tensor([[pad] * (longest - len(text)) + text for text in texts])
         mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
         config.max_new_tokens = min(map(room, going))
+        few = len(going) // FEW if waiting else 0
+        ends = [_Ends(tokenizer, longest, stop, torch.tensor(stops, device=model.device), few)] if stop or few else []
         try:
             output = model.generate(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=config,
-                stopping_criteria=StoppingCriteriaList([_Stop(tokenizer, longest, stop)] if stop else []),
+                stopping_criteria=StoppingCriteriaList(ends),
             )
         except torch.OutOfMemoryError:
             if len(going) == 1:
@@ -110,20 +114,28 @@ def generate(
         progress(done, len(prompts))
 
 
-class _Stop(StoppingCriteria):  # type: ignore[misc]
+class _Ends(StoppingCriteria):  # type: ignore[misc]
     """Ends an answer that has one of the stop strings; what the prompt says does not count, as transformers' own would.
+    And the whole batch, when all but `few` answers have ended: what goes on alone costs as much as all together.
 
     The string may begin some tokens back: every token but a part of a character adds at least one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, begin: int, stop: Sequence[str]) -> None:
-        self.tokenizer, self.begin, self.stop = tokenizer, begin, stop
-        self.tokens = 4 * max(map(len, stop)) + 4
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, begin: int, stop: Sequence[str], stops: torch.Tensor, few: int
+    ) -> None:
+        self.tokenizer, self.begin, self.stop, self.stops, self.few = tokenizer, begin, stop, stops, few
+        self.tokens = 4 * max(map(len, stop), default=0) + 4
+        self.ended: torch.Tensor | bool = False
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        tail = input_ids[:, max(self.begin, input_ids.shape[1] - self.tokens) :]
-        texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
-        return torch.tensor([any(one in text for one in self.stop) for text in texts], device=input_ids.device)
+        ended = torch.isin(input_ids[:, -1], self.stops) | self.ended
+        if self.stop:
+            tail = input_ids[:, max(self.begin, input_ids.shape[1] - self.tokens) :]
+            texts = self.tokenizer.batch_decode(tail, skip_special_tokens=True)
+            ended |= torch.tensor([any(one in text for one in self.stop) for text in texts], device=input_ids.device)
+        self.ended = ended
+        return ended | ((~ended).sum() <= self.few) if self.few else ended
 
 
 def fitting(model: PreTrainedModel, tokens: int) -> int:
