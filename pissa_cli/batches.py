@@ -27,9 +27,10 @@ def micro_batches(examples: Examples, indices: list[int], size: int, packed: boo
 
 
 def padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills up a batch; a classifier that looks for the last token before it has its own."""
+    """The token that fills up a batch; a classifier that looks for the last token before it has its own. The tokenizer
+    may have one that was added to it alone, of which the model has no embedding."""
     own = model.config.pad_token_id if model.get_output_embeddings() is None else tokenizer.pad_token_id
-    return int(own or 0)
+    return own if own is not None and 0 <= own < model.config.get_text_config().vocab_size else 0
 
 
 @torch.no_grad()

@@ -57,6 +57,10 @@ class Examples:
         """Tokens of one example."""
         return int(self.offsets[index + 1] - self.offsets[index])
 
+    def tokens(self, index: int) -> Tensor:
+        """Those of one example, int32."""
+        return self.ids[int(self.offsets[index]) : int(self.offsets[index + 1])]
+
     def num_targets(self, index: int) -> int:
         """Tokens of one example that are predicted, of which the first never is; of a text to classify, one label."""
         if self.labels is not None:

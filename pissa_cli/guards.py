@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +27,7 @@ from pissa_cli.rundir import Run
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 PACKING_TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
 EDGE = 64  # tokens
+LEAK_TOKENS = 512  # of an example at most, where it is looked for what leaks into the next
 LEAK_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
     f"train.{key}"
@@ -116,9 +118,11 @@ def probe_loss(
     pad_id: int,
     device: torch.device,
     packing: bool = False,
+    chosen: Sequence[int] = (),
 ) -> float:
-    """The loss on the first few examples, without dropout; in no more memory than a step of training takes."""
-    few = list(range(min(4, max(2, recipe.train.micro_batch_size), len(examples))))
+    """The loss on `chosen` examples, or the first few, without dropout; in no more memory than a step of training
+    takes."""
+    few = chosen or range(min(4, max(2, recipe.train.micro_batch_size), len(examples)))
     batch = collate(examples, few, pad_id, packing)
     chunked = not recipe.data.classifies and chunks_loss(model, examples)
     with autocast(recipe.model.bits, recipe.precision, device):
@@ -187,31 +191,44 @@ def packs(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: in
     raise UsageError("data.packing: this model lets packed examples see each other", "set data.packing to false")
 
 
-@torch.no_grad()
 def _packs_soundly(
     recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device
 ) -> bool:
-    """Whether the loss is that of padded examples, no position of an example depends on the one before it, and the
-    longest row that a step can have goes through."""
-    size = recipe.train.micro_batch_size
-    longest = sorted(range(len(examples)), key=examples.length)[-size:]
+    """Whether the loss is that of padded examples, on the first few and in the longest row that a step can have, and no
+    position of an example depends on the one before it."""
+    longest = sorted(range(len(examples)), key=examples.length)[-recipe.train.micro_batch_size :]
+    first, second = examples.tokens(longest[-1])[:LEAK_TOKENS], examples.tokens(longest[0])[:LEAK_TOKENS]
+    others = examples.ids.roll(-int(examples.offsets[longest[-1]]) - len(examples.ids) // 2 - 1)[: len(first)]
+    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None].to(device)
     try:
-        padded, packed = (probe_loss(recipe, model, examples, pad_id, device, packing) for packing in (False, True))
-        if not abs(packed - padded) <= PACKING_TOLERANCE[recipe.precision] * max(1.0, abs(padded)):
+        if not all(_same_packed(recipe, model, examples, pad_id, device, chosen) for chosen in ([], longest)):
             return False
-        row = collate(examples, [0, min(1, len(examples) - 1)], pad_id, packing=True)
-        ids, positions = row["input_ids"].to(device), row["position_ids"].to(device)
-        other, begin = ids.clone(), examples.length(0)
-        other[:, :begin] = other[:, :begin].flip(1).roll(1)
+        rows = [torch.cat([before, second]).long()[None].to(device) for before in (first, others)]
         with autocast(recipe.model.bits, recipe.precision, device):
-            logits, changed = (_logits_from(model, begin, given, positions) for given in (ids, other))
-            batch = collate(examples, longest, pad_id, packing=True)
-            summed_loss(model, {key: tensor.to(device) for key, tensor in batch.items()}, chunks_loss(model, examples))
+            logits, changed = (_logits_from(model, len(first), ids, positions) for ids in rows)
+    except torch.OutOfMemoryError:  # which says nothing of the model
+        raise
     except (RuntimeError, IndexError, TypeError, ValueError):  # a model that takes its mask or its positions otherwise
         return False
     return float((logits - changed).abs().max()) <= LEAK_TOLERANCE[recipe.precision] * float(logits.abs().max())
 
 
+def _same_packed(
+    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device, chosen: Sequence[int]
+) -> bool:
+    """Whether the loss on `chosen` examples, or on as many as memory has room for, is the same packed and padded."""
+    while True:
+        try:
+            padded, packed = (probe_loss(recipe, model, examples, pad_id, device, way, chosen) for way in (False, True))
+            return abs(packed - padded) <= PACKING_TOLERANCE[recipe.precision] * max(1.0, abs(padded))
+        except torch.OutOfMemoryError:
+            if len(chosen) < 2:
+                raise
+        chosen = chosen[len(chosen) // 2 :]
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
 def _logits_from(model: PreTrainedModel, begin: int, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Logits in fp32 of the first and the last `EDGE` positions from `begin` on, where the model can leave others out.
 

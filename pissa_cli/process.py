@@ -25,10 +25,13 @@ WAIT_SECONDS = 6 * 3600
 
 
 def process_state() -> PartialState:
-    """Which process of how many this is; they wait long for the first, which does what all of them need."""
+    """Which process of how many this is; they wait long for the first, which does what all of them need.
+
+    Of accelerators only those count that torch calls CUDA, as in `model.best_device`: Accelerate would take Apple's.
+    """
     deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # which would start the processes' group itself
     try:
-        cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
         return PartialState(cpu=cpu, timeout=timedelta(seconds=WAIT_SECONDS))
     finally:
         if deepspeed is not None:

@@ -72,6 +72,7 @@ def set_up(
     unused = bool(holders_of_3d_weights(model))  # an expert may get no token
     ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ways])
+    accelerator.gradient_accumulation_steps = 1  # whatever the environment says: it would divide every gradient
     if layout != "copies" and accelerator.num_processes == 1:
         watch({"note": "a single process has the whole model"})
         layout = "copies"

@@ -14,6 +14,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from pissa_cli.batches import padding
 from pissa_cli.chat import special_tokens
 from pissa_cli.configuration import require_tokens
 
@@ -22,6 +23,7 @@ MOST = 256
 ON_CPU = 32
 FREE_SHARE = 0.6
 FEW = 4  # of a batch this share
+BESIDE = 32  # tokens that a prompt beside another has more at most, where both are compared
 
 
 @torch.no_grad()
@@ -52,7 +54,7 @@ def generate(
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     stops = sorted({eos, *stop_ids, *(own if isinstance(own, list) else [own] if own is not None else [])})
     model.generation_config = GenerationConfig(eos_token_id=own)
-    context, pad = context_of(model), tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
+    context, pad = context_of(model), padding(model, tokenizer)
     sampled = {"do_sample": True, "temperature": temperature, "top_p": TOP_P, "top_k": 0}
     config = GenerationConfig(
         **(sampled if temperature else {"do_sample": False}),
@@ -77,9 +79,8 @@ def generate(
             going, waiting = going + waiting[:num], waiting[num:]
             torch.manual_seed(seed + done)
         texts = [prompts[index] + written[index] for index in going]
-        longest = max(map(len, texts))
-        ids = torch.tensor([[pad] * (longest - len(text)) + text for text in texts])
-        mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+        ids, mask = _padded(texts, pad)
+        longest = ids.shape[1]
         config.max_new_tokens = min(map(room, going))
         few = len(going) // FEW if waiting else 0
         ends = [_Ends(tokenizer, longest, stop, torch.tensor(stops, device=model.device), few)] if stop or few else []
@@ -112,6 +113,36 @@ def generate(
         done += len(going) - len(unfinished)
         going = unfinished
         progress(done, len(prompts))
+
+
+@torch.no_grad()
+def same_in_batches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], tolerance: float
+) -> bool:
+    """Whether the scores of the two tokens after a prompt are the same beside a longer one as alone, but for
+    `tolerance` of the largest. Some models take no mask, or have a state that a batch shares."""
+    short, long = min(prompts, key=len), max(prompts, key=len)
+    pad = padding(model, tokenizer)
+    config = GenerationConfig(max_new_tokens=2, min_new_tokens=2, do_sample=False, pad_token_id=pad)
+
+    def scores(texts: list[list[int]]) -> list[torch.Tensor]:
+        ids, mask = (part.to(model.device) for part in _padded(texts, pad))
+        found = model.generate(
+            ids, attention_mask=mask, generation_config=config, output_logits=True, return_dict_in_generate=True
+        )
+        return [step[0].float() for step in found.logits]
+
+    alone, beside = scores([short]), scores([short, long[: len(short) + BESIDE]])
+    compared = 2 if int(alone[0].argmax()) == int(beside[0].argmax()) else 1
+    pairs = zip(alone[:compared], beside, strict=False)
+    return all(float((a - b).abs().max()) <= tolerance * float(a.abs().max()) for a, b in pairs)
+
+
+def _padded(texts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens padded on the left, and which are no padding."""
+    longest = max(map(len, texts))
+    ids = torch.tensor([[pad] * (longest - len(text)) + text for text in texts])
+    return ids, torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
 
 
 class _Ends(StoppingCriteria):  # type: ignore[misc]
@@ -161,7 +192,8 @@ def special_stops(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tu
 
 def context_of(model: PreTrainedModel) -> int:
     """Tokens that the model can see."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else 2**31
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

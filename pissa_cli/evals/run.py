@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pissa_cli.data import question_prompt
 from pissa_cli.evals import classify, harness, held_out, mt_bench
 from pissa_cli.evals.bench import Progress as Count
 from pissa_cli.evals.benches import GENERATED, check_benches, load_bench, runs_code
-from pissa_cli.evals.generate import generate, special_stops
+from pissa_cli.evals.generate import generate, same_in_batches, special_stops
 from pissa_cli.evals.judge import Judge
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.published import published
@@ -31,11 +32,14 @@ from pissa_cli.initialize import open_run, require_base
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.loss import autocast
 from pissa_cli.model import best_device, context_length
+from pissa_cli.probes import PROBES
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row
 
 UNSCORED = {"metric": "not run", "note": "--allow-code-execution scores the answers, which are kept"}
 CLASSIFIED = 32
+BATCH_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+"""Of the largest score: by how much those of a prompt may differ in a batch."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,15 @@ class _Session:
         """For what is not generated; `check_benches` lets nothing of that through to a server."""
         assert not isinstance(self.writer, Server)
         return self.writer
+
+    @cached_property
+    def one_by_one(self) -> bool:
+        """Whether answers of this model change with what is asked beside them."""
+        if isinstance(self.writer, Server) or self.recipe.eval.batch_size == 1:
+            return False
+        prompts = [self.tokenizer(text)["input_ids"] for text in PROBES]
+        with autocast(self.recipe.model.bits, self.recipe.precision, self.model.device):
+            return not same_in_batches(self.model, self.tokenizer, prompts, BATCH_TOLERANCE[self.recipe.precision])
 
 
 def evaluate(
@@ -204,6 +217,7 @@ def _settings(session: _Session, bench: str, n: int) -> dict[str, Any]:
     """What stands behind the score of generated answers."""
     section = session.recipe.data
     settings = {"engine": session.recipe.eval.engine, "template": section.template or section.format}
+    settings |= {"batch_size": "1: what is asked beside it changes its answers"} if session.one_by_one else {}
     return settings | _published(session, bench, n)
 
 
@@ -242,7 +256,7 @@ def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]],
             answers = session.writer.generate(asked, length, warmth, seeds, stop, stop_ids, counted)
         else:
             seed += len(kept.outputs)  # after an interruption not the same numbers again
-            settings = (section.batch_size, length, warmth, seed, stop, stop_ids, counted)
+            settings = (1 if session.one_by_one else section.batch_size, length, warmth, seed, stop, stop_ids, counted)
             answers = generate(session.writer, session.tokenizer, asked, *settings)
         with autocast(session.recipe.model.bits, session.recipe.precision, best_device()):
             for index, output in answers:
