@@ -99,7 +99,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Encoded | str:
     """Tokens of a conversation, or why it cannot be used."""
     column = section.columns.get("messages", "messages")
-    messages = _messages(value_of(row, column))
+    messages = _messages(value_of(row, column), "tool_calls" in str(tokenizer.chat_template))
     if messages is None:
         return f"'{column}' is not a list of messages with role and content, or from and value"
     try:
@@ -127,6 +127,8 @@ def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBa
     if isinstance(found, str):
         return found
     messages, whole = found
+    if not all(str(tool.get("function", tool).get("name", "")) in whole for tool in tools or ()):
+        return "the chat template leaves out the tools"
     if has_surrogate(whole):
         return f"'{column}' holds a broken character (a lone surrogate)"
     spans = []
@@ -183,8 +185,9 @@ def _written(arguments: Any) -> Any:
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
-def _messages(value: Any) -> list[Message] | None:
-    """Messages with role and content, from ShareGPT's as well; without None, with which parquet files fill up."""
+def _messages(value: Any, calls: bool) -> list[Message] | None:
+    """Messages with role and content, from ShareGPT's as well; without None, with which parquet files fill up. calls:
+    what ShareGPT has as a function_call, in JSON, becomes one."""
     if not isinstance(value, list):
         return None
     messages = []
@@ -192,7 +195,9 @@ def _messages(value: Any) -> list[Message] | None:
         if not isinstance(one, dict):
             return None
         if {"from", "value"} <= set(one) and "role" not in one:
+            called = _called(one["value"]) if calls and one["from"] == "function_call" else None
             one = {"role": SHAREGPT.get(str(one["from"]), one["from"]), "content": one["value"]}
+            one = one if called is None else {"role": "assistant", "tool_calls": called}
         if "role" not in one or not {"content", "tool_calls"} & set(one):
             return None
         parts = one.get("content")
@@ -200,6 +205,18 @@ def _messages(value: Any) -> list[Message] | None:
             one = {**one, "content": "".join(str(part["text"]) for part in parts)}
         messages.append({key: value for key, value in one.items() if value is not None or key == "content"})
     return messages
+
+
+def _called(value: Any) -> list[dict[str, Any]] | None:
+    """The tool calls of a JSON text of one, or of a list; None if it is something else."""
+    try:
+        found = json.loads(value)
+    except (ValueError, TypeError):
+        return None
+    found = found if isinstance(found, list) else [found]
+    if not found or not all(isinstance(call, dict) and {"name", "arguments"} <= set(call) for call in found):
+        return None
+    return [{"type": "function", "function": call} for call in found]
 
 
 def _tools(row: Row, section: DataSection) -> list[Any] | None:

@@ -56,7 +56,9 @@ def restore_checkpoint(folder: Path, names: Names, optimizer: torch.optim.Optimi
     state = read_json(folder / "state.json")
     if state["data"] != data:
         raise UsageError(
-            f"{folder}: trained on other data than data.train holds now", "bring the old rows back to resume"
+            f"{folder}: trained on other data than data.train holds now",
+            "bring the old rows back to resume; to go on with other rows, `pissa merge` it and start a new run with "
+            "--model RUN/merged",
         )
     trained, moments = (load_tensors(folder / name) for name in _TENSORS)
     if set(trained) != set(names.values()):

@@ -17,7 +17,7 @@ from pissa_cli.card import model_card
 from pissa_cli.chat import write_stops
 from pissa_cli.checkpoint import Names, checkpoint_tensors, latest_checkpoint, step_of
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.initialize import open_run, read_start, require_base
+from pissa_cli.initialize import frozen_base, open_run, read_start, require_base
 from pissa_cli.integrity import DISTRUST, hashes, model_facts, not_finite, require_files, require_sealed, sealed
 from pissa_cli.loading import load_model
 from pissa_cli.model import head_names, skeleton
@@ -65,7 +65,7 @@ def write_result(
     result = _result(recipe, start, now, saved)
     config = peft_config(
         peft_type="VERA" if result.projections else "LORA",
-        base=config["base_model_name_or_path"],
+        base=frozen_base(recipe),
         ranks={name: rank_of(factors) for name, factors in result.factors.items()},
         scales=start.scales,
         targets={key: config[key] for key in ("target_modules", "target_parameters") if key in config},
@@ -81,7 +81,7 @@ def write_result(
         "data": data,
         "trained_rank": adapter.rank,
         "exported_rank": config["r"],
-        "valid_on": config["base_model_name_or_path"],
+        "valid_on": frozen_base(recipe),
         "base_fingerprint": manifest["base"]["stored_fingerprint" if recipe.model.bits == 4 else "fingerprint"],
     }
     with whole_folder(run.adapter) as folder:
@@ -122,8 +122,14 @@ def load_with(recipe: Recipe, folder: Path, adapter: Adapter, device: torch.devi
 def trained_steps(recipe: Recipe) -> int:
     """Steps behind the result of a run that was trained to its end."""
     run = Run(Path(recipe.output))
-    folder = run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter
+    folder = full_model(recipe) if isinstance(recipe.adapter, FullOptions) else _trained_adapter(run)
     return int(_provenance(folder, _remedy(run))["step"])
+
+
+def _trained_adapter(run: Run) -> Path:
+    if not run.adapter.is_dir():
+        raise UsageError(f"{run.folder}: no trained adapter yet", "run `pissa train` to its end first")
+    return run.adapter
 
 
 def _require_whole(folder: Path, hint: str) -> Path:
@@ -164,9 +170,7 @@ def result_files(recipe: Recipe, step: int | None = None) -> tuple[Path, Adapter
 def adapter_files(recipe: Recipe) -> tuple[Path, Adapter]:
     """(folder of the base, adapter) of `adapter/`, after checking that they belong together."""
     run, manifest = open_run(recipe)
-    if not run.adapter.is_dir():
-        raise UsageError(f"{run.folder}: no trained adapter yet", "run `pissa train` to its end first")
-    provenance = _provenance(run.adapter, _remedy(run))
+    provenance = _provenance(_trained_adapter(run), _remedy(run))
     require_files(run.adapter, provenance["hashes"], _remedy(run))
     _, adapter = read_peft(run.adapter, manifest["widest"])
     folder = require_base(run, manifest, recipe)

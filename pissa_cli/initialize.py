@@ -96,6 +96,11 @@ def require_base(run: Run, manifest: dict[str, Any], recipe: Recipe) -> Path:
     return require_model(resolve_base(recipe.model), manifest["base"])
 
 
+def frozen_base(recipe: Recipe) -> str:
+    """What an adapter is valid on, as PEFT has it: the plain base, or `base/` where the run is now."""
+    return str(Run(Path(recipe.output)).base.absolute()) if recipe.model.bits == 4 else recipe.model.name
+
+
 def read_start(run: Run, manifest: dict[str, Any]) -> tuple[dict[str, Any], Adapter]:
     """The configuration and adapter of `init/`, refused if they are not those that init wrote."""
     require_files(run.init, manifest["init_hashes"])
@@ -146,7 +151,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, 
     method, four = METHODS[recipe.adapter.method], recipe.model.bits == 4
     config = peft_config(
         peft_type=method.peft_type,
-        base=str(run.base.absolute()) if four else recipe.model.name,
+        base=frozen_base(recipe),
         ranks=plan.ranks,
         scales=plan.scales,
         targets=plan.peft_targets,

@@ -83,7 +83,10 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
             raise UsageError(f"{odd}: neither a file nor a folder, and would be waited for", "remove it")
         return path
     if path.is_absolute() or section.name.startswith(".") or section.name.count("/") > 1:
-        raise UsageError(f"{section.name}: no such folder", "check the path; a model on the Hub is user/name")
+        raise UsageError(
+            f"{section.name}: no such folder",
+            "check the path; one that has moved: --set model.name=FOLDER; on the Hub a model is user/name",
+        )
     from huggingface_hub import snapshot_download
 
     try:

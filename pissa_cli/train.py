@@ -57,7 +57,6 @@ def train(
                 watch({"note": line})
             if first:
                 remove_old(run, recipe.train.keep)  # as a training killed just before it would have done
-                write_text(run.recipe, dump(recipe))
         model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed)
         trainer = set_up(
             run, manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, layout, watch
@@ -65,6 +64,10 @@ def train(
         first_step = _restore(trainer, checkpoint) if checkpoint else 0
         with state.main_process_first():
             seen = _trim_metrics(run, first_step, first)
+            if first:  # nothing is left that could refuse it
+                write_text(run.recipe, dump(recipe))
+        if first_step == trainer.total_steps:
+            watch({"note": f"all {first_step} steps are taken; for more raise train.steps or train.epochs"})
         figures = _loop(run, trainer, held_out, first_step, Faults(recipe, seen), watch)
         facts = {name: part.facts() for name, part in (("train", examples), ("eval", held_out)) if part is not None}
         trained = trained_values(trainer.names, first)

@@ -184,6 +184,17 @@ def test_calls_are_learned_as_the_template_writes_them(tokenizer: PreTrainedToke
     assert encode_chat(row, SECTION, tokenizer) == "the chat template leaves out what the assistant says"
 
 
+def test_calls_of_sharegpt_are_calls_where_the_template_knows_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    call = '{"name": "add", "arguments": {"a": 1}}'
+    turns = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": call}]
+    for text in (call, f"[{call}]"):
+        row = {"messages": [turns[0], {**turns[1], "value": text}]}
+        tokenizer.chat_template = ASKED.replace("m.tool_calls | tojson", "m.tool_calls[0].function.name + '!'")
+        assert learned(row, tokenizer) == ["<user>Hi<end><assistant>", "add!<end><eos>"]
+        tokenizer.chat_template = PLAIN
+        assert learned(row, tokenizer)[1] == f"{text}<eos>"
+
+
 def test_tools_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = "{% if tools %}{{ tools[0].name }}{% endif %}" + PLAIN
     row = conversation("Hi", "Yes")
@@ -193,6 +204,9 @@ def test_tools_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
         assert learned(row | {"tools": tools}, tokenizer)[0] == "<user>Hi<assistant>"
     for tools in ("add", 3, ["add"], "{}"):
         assert encode_chat(row | {"tools": tools}, SECTION, tokenizer) == "'tools' is not a list of tools"
+    tokenizer.chat_template = PLAIN
+    for tools in ([{"name": "add"}], [{"type": "function", "function": {"name": "add"}}]):
+        assert encode_chat(row | {"tools": tools}, SECTION, tokenizer) == "the chat template leaves out the tools"
 
 
 def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -7,19 +7,28 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import DEMO
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from pissa_cli.data import question_prompt
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals import run as module
-from pissa_cli.evals.generate import cut, generate
+from pissa_cli.evals.generate import context_of, cut, generate, same_in_batches
 from pissa_cli.evals.run import evaluate
 from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run
@@ -126,6 +135,22 @@ def test_an_answer_that_goes_on_is_joined_by_other_prompts(
     monkeypatch.setattr(model, "generate", lambda ids, **rest: rows.append(len(ids)) or original(ids, **rest))
     assert dict(generate(model, tokenizer, prompts, 8, 60, stop=stop)) == alone
     assert rows[:3] == [8, 8, 8] and sum(rows) > len(prompts)
+
+
+def test_what_is_asked_beside_a_prompt_may_change_its_answer(demo_base: tuple[Any, Any]) -> None:
+    model, tokenizer = demo_base
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    assert same_in_batches(model, tokenizer, prompts, 1e-4)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64, "context_length": 256}
+    assert not same_in_batches(
+        RwkvForCausalLM(RwkvConfig(vocab_size=len(tokenizer), **shape)).eval(), tokenizer, prompts, 0.05
+    )
+
+
+def test_a_context_without_end(demo_base: tuple[Any, Any]) -> None:
+    config = LlamaConfig(max_position_embeddings=-1)
+    assert context_of(SimpleNamespace(config=config)) == 2**31 and context_of(demo_base[0]) == 256
 
 
 def test_a_stop_string_in_the_prompt_stops_nothing(demo_base: tuple[Any, Any]) -> None:

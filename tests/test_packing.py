@@ -18,6 +18,10 @@ from test_start import started
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -26,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pissa_cli import batches, packing
+from pissa_cli import batches, guards, packing
 from pissa_cli import train as module
 from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.attach import join_gates, share_inputs
@@ -35,6 +39,7 @@ from pissa_cli.data import load_examples
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
+from pissa_cli.guards import packs
 from pissa_cli.loss import IGNORED, summed_loss
 from pissa_cli.packing import attend_by_sequence
 
@@ -52,6 +57,66 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor], share: float) -> 
     assert set(found) == set(wanted) and wanted
     for name, gradient in wanted.items():
         assert float((found[name] - gradient).norm()) <= share * float(gradient.norm()) + 1e-9, name
+
+
+@pytest.fixture
+def leaking() -> PreTrainedModel:
+    """Short convolutions see across where an example begins; weights so large that it shows."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Lfm2Config(vocab_size=512, **shape, layer_types=["conv", "full_attention"], num_hidden_layers=2)
+    model = Lfm2ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 4
+    return model
+
+
+@pytest.mark.parametrize("first", [2, 3, 20])
+def test_a_leak_shows_whatever_the_first_example(first: int, leaking: PreTrainedModel, recipe: Make) -> None:
+    lengths = torch.tensor([first, 30, 30, 30, 30])
+    ids = torch.randint(3, 512, (int(lengths.sum()),), dtype=torch.int32)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    examples = Examples(ids, torch.ones(len(ids), dtype=torch.bool), offsets)
+    made = recipe(Path("none"), "train.precision=bf16")
+    assert not packs(made, leaking.bfloat16(), examples, 0, torch.device("cpu"))
+
+
+def test_the_longest_row_is_compared_as_well(recipe: Make) -> None:
+    """Llama 4 counts positions by their place in the row, and heats attention up from some length on."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64, "num_attention_heads": 4}
+    config = Llama4TextConfig(
+        vocab_size=512, **shape, num_key_value_heads=2, num_hidden_layers=2, no_rope_layers=[0, 0], floor_scale=256
+    )
+    model = Llama4ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ids = torch.randint(3, 512, (8 * 40,), dtype=torch.int32)
+    examples = Examples(ids, torch.ones(len(ids), dtype=torch.bool), torch.arange(0, 8 * 40 + 1, 40))
+    for size, sound in (("2", True), ("8", False)):
+        made = recipe(Path("none"), "model.bits=32", "train.precision=fp32", f"train.micro_batch_size={size}")
+        assert packs(made, model, examples, 0, torch.device("cpu")) == sound
+
+
+def test_memory_that_does_not_suffice_says_nothing_of_packing(
+    recipe: Make, tokenizer: PreTrainedTokenizerBase, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = make_model("llama"), list[int]()
+    examples = load_examples(str(rows), DataSection(), tokenizer, None)
+
+    def full(model: nn.Module, batch: dict[str, Tensor], chunked: bool) -> Tensor:
+        seen.append(batch["input_ids"].numel())
+        if batch["input_ids"].numel() > 800:
+            raise torch.OutOfMemoryError("full")
+        return summed_loss(model, batch, chunked)
+
+    monkeypatch.setattr(guards, "summed_loss", full)
+    made = recipe(Path("none"), "model.bits=32", "train.precision=fp32")
+    assert packs(made, model, examples, 0, torch.device("cpu")) and max(seen) > 800
+    monkeypatch.setattr(guards, "summed_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("never")))
+    with pytest.raises(torch.OutOfMemoryError):
+        packs(made, model, examples, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("architecture", [*CONFIGS, *MOE_CONFIGS])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,8 +138,28 @@ def test_changed_data_and_fewer_steps_are_refused_on_resume(
         with pytest.raises(UsageError, match="less than the run has taken"):
             train(recipe(models("llama"), *sets, fewer), resume=True)
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[::-1]))
+    longer = recipe(models("llama"), *sets, "train.steps=6")
+    before = Run(Path(longer.output)).recipe.read_text()
     with pytest.raises(UsageError, match="other data"):
-        train(recipe(models("llama"), *sets, "train.steps=6"), resume=True)
+        train(longer, resume=True)
+    assert Run(Path(longer.output)).recipe.read_text() == before
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_an_adapter_names_its_base_where_it_is_now(
+    bits: int, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    sets = (*BASE[1:], f"model.bits={bits}", f"data.train={rows}")
+    base = tmp_path / "base"
+    shutil.copytree(models("llama"), base)
+    made = recipe(base, *sets, "train.steps=1")
+    train(made)
+    moved = tmp_path / "moved"
+    Path(made.output).rename(moved)
+    base = base.rename(tmp_path / "new")
+    train(recipe(base, *sets, "train.steps=2", f"output={moved}"), resume=True)
+    named = json.loads((moved / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(moved / "base" if bits == 4 else base)
 
 
 def test_an_adapter_older_than_its_run_is_refused(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import make_model
 from runs import BASE, events
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from pissa_cli import loss
 from pissa_cli import trainer as module
+from pissa_cli.batches import padding
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.evals.generate import generate
 from pissa_cli.exported import adapter_files
 from pissa_cli.initialize import initialize
 from pissa_cli.optim import learning_rate
@@ -138,6 +143,36 @@ def test_schedules_are_those_of_transformers_after_the_warmup(schedule: str, war
         assert learning_rate(step, steps, section, 0.5) == pytest.approx(wanted, abs=1e-12)
         optimizer.step()
         oracle.step()
+
+
+def test_the_environment_does_not_divide_gradients(
+    models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = (*BASE, f"data.train={rows}", "train.steps=1")
+    plain, divided = (recipe(models("llama"), *sets, f"output={tmp_path / name}") for name in ("plain", "divided"))
+    train(plain)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    train(divided)
+    assert [e["grad_norm"] for e in events(plain)] == [e["grad_norm"] for e in events(divided)]
+
+
+def test_padding_is_a_token_that_the_model_knows(models: Callable[[str], Path], rows: Path) -> None:
+    model, tokenizer = make_model("llama"), AutoTokenizer.from_pretrained(models("llama"))
+    assert padding(model, tokenizer) == tokenizer.pad_token_id
+    tokenizer.add_tokens([f"<{number}>" for number in range(512 - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= model.config.vocab_size and padding(model, tokenizer) == 0
+    prompts = [[5] * 9, [7] * 4]
+    assert dict(generate(model, tokenizer, prompts, 2, 4)) == dict(generate(model, tokenizer, prompts, 1, 4))
+
+
+def test_apples_gpu_is_no_gpu_here() -> None:
+    """Accelerate would take it, and the loss could not be formed there."""
+    code = "import torch; torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True; "
+    code += "from accelerate import Accelerator; from pissa_cli.process import process_state; "
+    code += "print(process_state().device.type, Accelerator().device.type)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["cpu", "cpu"]
 
 
 def test_only_the_newest_checkpoints_are_kept(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
