@@ -46,8 +46,8 @@ def generate(
     `max_new_tokens` or at the end of the context. Nothing else of the model's generation_config counts: a repetition
     penalty there would change the score. Above temperature 0 answers are sampled from the likeliest tokens that make
     95 %, by `seed` and the place of a batch. batch_size: None for as many as should fit (`fitting`); batches that do
-    not are halved. A batch ends when few answers of it are left, or one has no more room: the others go on in the next.
-    The answer to a prompt that leaves no room is empty.
+    not are halved. When few answers of a batch are left, they are put aside and go on together. What the longest prompt
+    of a batch has no room for, the others write after it. The answer to a prompt that leaves no room is empty.
     """
     require_tokens("the questions", (token for prompt in prompts for token in prompt), model.config)
     eos = tokenizer.eos_token_id
@@ -72,17 +72,20 @@ def generate(
     yield from ((index, "") for index in full)
     waiting, done, most = waiting[len(full) :], len(full), batch_size or MOST
     going: list[int] = []
-    while going or waiting:
-        most_tokens = max(len(prompts[index]) for index in [*going, *waiting[:1]]) + max_new_tokens
-        num = min(most, batch_size or fitting(model, min(most_tokens, context))) - len(going)
-        if num > 0 and waiting:
-            going, waiting = going + waiting[:num], waiting[num:]
+    aside: list[int] = []
+    while going or waiting or aside:
+        if not going:
+            if not waiting:
+                waiting, aside = sorted(aside, key=lambda i: -len(prompts[i]) - len(written[i])), []
+            longest = max(len(prompts[index]) for index in waiting)
+            num = min(most, batch_size or fitting(model, min(longest + max_new_tokens, context)))
+            going, waiting = waiting[:num], waiting[num:]
             torch.manual_seed(seed + done)
         texts = [prompts[index] + written[index] for index in going]
         ids, mask = _padded(texts, pad)
         longest = ids.shape[1]
         config.max_new_tokens = min(map(room, going))
-        few = len(going) // FEW if waiting else 0
+        few = len(going) // FEW if waiting or aside else 0
         ends = [_Ends(tokenizer, longest, stop, torch.tensor(stops, device=model.device), few)] if stop or few else []
         try:
             output = model.generate(
@@ -111,7 +114,7 @@ def generate(
             else:
                 unfinished.append(index)
         done += len(going) - len(unfinished)
-        going = unfinished
+        going, aside = (unfinished, aside) if len(unfinished) > few else ([], aside + unfinished)
         progress(done, len(prompts))
 
 
