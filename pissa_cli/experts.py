@@ -91,6 +91,12 @@ def holders_of_3d_weights(model: PreTrainedModel) -> set[str]:
     }
 
 
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether a module holds the weights of several experts, of which one may get no token."""
+    holders = (model.get_submodule(name) for name in holders_of_3d_weights(model))
+    return any(hasattr(module, "num_experts") or hasattr(module, EXPERT_PARAMETERS[0]) for module in holders)
+
+
 def without_expert_weights(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass of a model class whose experts have no weights of their own, so that loading makes none.
 

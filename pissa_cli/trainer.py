@@ -21,7 +21,7 @@ from pissa_cli.batches import collate, micro_batches
 from pissa_cli.checkpoint import Names
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
-from pissa_cli.experts import holders_of_3d_weights
+from pissa_cli.experts import has_experts
 from pissa_cli.guards import START_TOLERANCE, chunks_loss, packs, probe_loss, require_padding_unseen, require_same_loss
 from pissa_cli.initialize import read_start, require_base
 from pissa_cli.kernels import compile_blocks, use_liger, wants_liger
@@ -69,7 +69,7 @@ def set_up(
 
     layout: what each of several processes has of it.
     """
-    unused = bool(holders_of_3d_weights(model))  # an expert may get no token
+    unused = has_experts(model)
     ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ways])
     accelerator.gradient_accumulation_steps = 1  # whatever the environment says: it would divide every gradient
@@ -137,6 +137,8 @@ def set_up(
     frozen = [*(name for name, p in model.named_parameters() if not p.requires_grad), *dict(model.named_buffers())]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # each process has read its own
     optimizer = make_optimizer(names, recipe)
+    if accelerator.num_processes > 1 and not sharded and not unused:
+        ways.find_unused_parameters = not _reaches_all(recipe, model, examples, pad_id, accelerator.device, chunked)
     if deepspeed:
         _autocast_inside(model, recipe, accelerator.device)
         prepared = zero.initialize(model, optimizer, int(layout[-1]), recipe.train.max_grad_norm, accelerator.device)
@@ -146,6 +148,19 @@ def set_up(
         prepared = model if sharded else accelerator.prepare_model(model, device_placement=False)
     parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
     return Trainer(*parts, watch, recipe.train.micro_batch_size)
+
+
+def _reaches_all(
+    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device, chunked: bool
+) -> bool:
+    """Whether an example gives every parameter that trains a gradient. A model may have parts that no text reaches."""
+    batch = {key: tensor.to(device) for key, tensor in collate(examples, [0], pad_id, packing=False).items()}
+    with autocast(recipe.model.bits, recipe.precision, device):
+        loss = summed_loss(model.eval(), batch, chunked)
+    loss.backward()
+    reached = all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    model.zero_grad()
+    return reached
 
 
 def form_gradients(trainer: Trainer, step: int) -> tuple[float, float, int]:

@@ -14,9 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import MOE_CONFIGS, make_model, save_model
 from runs import BASE, adapter, events
+from transformers import (
+    AutoModelForCausalLM,
+    BigBirdConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from pissa_cli.errors import UsageError
+from pissa_cli.experts import has_experts, holders_of_3d_weights
 from pissa_cli.recipe_file import dump, load, shipped
 from pissa_cli.rundir import Run
 from pissa_cli.sharding import asked_by_accelerate
@@ -113,6 +121,32 @@ def test_two_processes_are_one(models: Callable[[str], Path], rows: Path, tmp_pa
         assert losses[1] == pytest.approx(losses[0], rel=1e-5), name
         for key, wanted in one.items():
             assert float((two[key] - wanted).norm() / wanted.norm().clamp_min(1e-30)) < CLOSE, f"{name} {key}"
+
+
+def test_a_part_that_text_does_not_reach(rows: Path, tmp_path: Path) -> None:
+    """BigBird's pooler has an adapter that gets no gradient, which DDP does not take by itself."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    dropout = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}  # drawn by each process for itself
+    config = BigBirdConfig(vocab_size=512, **shape, **dropout, is_decoder=True, attention_type="original_full")
+    folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "bigbird")
+    sets = ["adapter={method: lora, rank: 4}", "train.steps=2", "model.bits=32", f"data.train={rows}"]
+    losses = []
+    for count in ("1", "2"):
+        output = ["--output", str(tmp_path / count), "--processes", count]
+        command = [sys.executable, "-m", "pissa_cli", "train", "--model", str(folder), *output]
+        flags = [word for one in sets for word in ("--set", one)]
+        subprocess.run([*command, *flags], env=ENVIRONMENT, check=True, capture_output=True)
+        lines = (tmp_path / count / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_only_3d_weights_of_experts_are_experts() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=28, patch_size=14))
+    assert holders_of_3d_weights(vision) and not has_experts(vision)
+    assert all(has_experts(make_model(name)) for name in MOE_CONFIGS)
 
 
 def test_the_command_survives_a_killed_process_and_goes_on_alone(
