@@ -91,7 +91,7 @@ def restore_optimizer(
         if tensor.dtype == torch.float64 and tensor.ndim == 0:
             value: Any = int(tensor) if float(tensor).is_integer() else float(tensor)
         else:  # AdamW keeps its step count on the CPU
-            value = tensor if tensor.ndim == 0 else spread_as(parameter, tensor)
+            value = tensor if tensor.ndim == 0 else _placed(optimizer, parameter, key, spread_as(parameter, tensor))
         states.setdefault(parameter, {})[key] = value
     if zero.spreads(optimizer):
         zero.put_states(optimizer, states)
@@ -99,3 +99,14 @@ def restore_optimizer(
     optimizer.state.clear()  # what a checkpoint does not hold was not there when it was written
     for parameter, state in states.items():
         optimizer.state[parameter] = state
+
+
+def _placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, value: Tensor) -> Tensor:
+    """A part of the state in the buffer that is there, or in one as bitsandbytes makes them on a GPU: it pages those
+    alone, and does not free them."""
+    there = optimizer.state.get(parameter, {}).get(key)
+    make = getattr(optimizer, "get_state_buffer", None)
+    if there is None and make is not None and parameter.is_cuda and key in ("state1", "state2"):
+        there = make(parameter, dtype=value.dtype)
+    fits = isinstance(there, Tensor) and (there.shape, there.dtype) == (value.shape, value.dtype)
+    return there.copy_(value) if fits else value
