@@ -217,7 +217,9 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
         found = [layer for layer in layers if layer.name == target or layer.name.endswith(f".{target}")]
         if not found:
             kinds = ", ".join(sorted({layer.kind for layer in linears}))
-            raise UsageError(f"adapter.targets: '{target}' matches no linear layer", f"this model has: {kinds}")
+            raise UsageError(
+                f"adapter.targets: '{target}' matches no linear layer", f"ends of names, no patterns: {kinds}"
+            )
         chosen |= {layer.name: layer for layer in found}
     bypassed = next((layer.name for layer in chosen.values() if layer.bypassed), None)
     if bypassed is not None:

@@ -71,7 +71,9 @@ def is_file(source: str) -> bool:
         return True
     if kind == "other":
         raise UsageError(f"{source}: not a file of data, but a pipe or device", "write its rows into a file first")
-    if kind == "folder" or path.is_absolute() or path.suffix in SUFFIXES or source.startswith("."):
+    if kind == "folder":
+        raise UsageError(f"{source}: a folder", f"name a file in it ({', '.join(SUFFIXES)})")
+    if path.is_absolute() or path.suffix in SUFFIXES or source.startswith("."):
         raise UsageError(f"{source}: no such data file", "check the path, which counts from the working directory")
     return False
 

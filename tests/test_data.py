@@ -107,6 +107,16 @@ def test_utf16_is_refused_as_such(tmp_path: Path, tokenizer: PreTrainedTokenizer
         load_examples(str(path), DataSection(), tokenizer, None)
 
 
+def test_a_folder_and_other_separators_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UsageError, match="a folder"):
+        load_examples(str(tmp_path), DataSection(), tokenizer, None)
+    path = tmp_path / "r.csv"
+    path.write_text("instruction;output\na;b\n")
+    with pytest.raises(UsageError) as raised:
+        load_examples(str(path), DataSection(), tokenizer, None)
+    assert "separated by commas" in str(raised.value.hint)
+
+
 def test_the_first_example_is_shown(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"prompt": "Anna\n", "completion": "x" * 200}, {"prompt": "b", "completion": "c"}]
     examples = load_examples(write(tmp_path / "r.jsonl", rows), DataSection(format="prompt"), tokenizer, None)

@@ -56,6 +56,7 @@ def evaluate_command(
 
     show.quiet_libraries(debug)
     from pissa_cli.evals.benches import check_benches, runs_code
+    from pissa_cli.evals.classify import METRICS
     from pissa_cli.evals.results import score_samples
     from pissa_cli.evals.run import evaluate
     from pissa_cli.evals.sandbox import protection
@@ -85,6 +86,9 @@ def evaluate_command(
                 show.say(
                     f"{name}: {r['prompts_without_room']} prompts fill the model's context; their answers are empty"
                 )
+            if r["metric"].endswith("a text"):  # of a classifier
+                beside = ", ".join(f"{kind} {r[kind]:.2f} %" for kind in METRICS if kind in r)
+                show.say(f"{r['model']}, {name}: {beside}")
             if "note" in r:
                 show.say(f"{name}: {r['note']}")
     from rich.table import Table
