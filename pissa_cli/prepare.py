@@ -43,6 +43,16 @@ def check_inputs(recipe: Recipe) -> None:
             require_columns(source, recipe.data, columns)
 
 
+def steps_to_take(recipe: Recipe) -> list[str]:
+    """How many steps the rows of a local file make, in words."""
+    source = recipe.data.train
+    if source is None or not is_file(source):
+        return []
+    rows = sum(isinstance(row, dict) for _, row in read_rows(source, recipe.data.limit))
+    steps = count_steps(rows, recipe)
+    return [f"{steps:,} steps of {recipe.train.batch_size} examples, if all {rows:,} rows can be used"]
+
+
 def prepare(
     recipe: Recipe, resume: bool, watch: Watch = lambda _: None, init_progress: Progress = lambda *_: None
 ) -> Prepared:

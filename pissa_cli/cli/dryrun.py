@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,11 @@ from pissa_cli.recipe_file import Loaded, listing
 
 if TYPE_CHECKING:
     from pissa_cli.memory import Forecast
-    from pissa_cli.recipe import Recipe
 
 
-def dry_run(loaded: Loaded, as_json: bool, processes: int = 1) -> None:
-    """Print the plan; reads the configuration of the base, writes nothing. processes: that would train."""
+def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, notes: Sequence[str] = ()) -> None:
+    """Print the plan; reads the configuration of the base, writes nothing. processes: that would train. notes: what
+    else there is to say."""
     from pissa_cli.kernels import wants_liger
     from pissa_cli.memory import forecast
     from pissa_cli.model import SMALL_FILES, resolve_base
@@ -51,24 +52,11 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1) -> None:
         f"{result['layers']} layers of {planned.folder}",
         *([f"3-D weights that get no adapter: {', '.join(planned.left_out)}"] if planned.left_out else []),
         *(["ranks are chosen at init from the spectra; counted here: rank 1"] if auto else []),
-        *_length(recipe),
+        *notes,
         _memory_line(memory, processes),
         "dry run: nothing was written",
     ]
     print_result(result, as_json, lines)
-
-
-def _length(recipe: Recipe) -> list[str]:
-    """How many steps the rows of a local file make."""
-    from pissa_cli.rows import is_file, read_rows
-    from pissa_cli.steps import count_steps
-
-    source = recipe.data.train
-    if source is None or not is_file(source):
-        return []
-    rows = sum(isinstance(row, dict) for _, row in read_rows(source, recipe.data.limit))
-    steps = count_steps(rows, recipe)
-    return [f"{steps:,} steps of {recipe.train.batch_size} examples, if all {rows:,} rows can be used"]
 
 
 def _memory_line(memory: Forecast, processes: int) -> str:

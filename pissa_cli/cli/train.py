@@ -48,10 +48,10 @@ def train_command(
 
     show.quiet_libraries(debug)
     if dry_run:
-        from pissa_cli.prepare import check_inputs
+        from pissa_cli.prepare import check_inputs, steps_to_take
 
         check_inputs(loaded.recipe)
-        dryrun.dry_run(loaded, as_json, processes or 1)
+        dryrun.dry_run(loaded, as_json, processes or 1, steps_to_take(loaded.recipe))
         return
     recipe = loaded.recipe
     if processes is not None and processes > 1:

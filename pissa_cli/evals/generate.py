@@ -77,8 +77,8 @@ def generate(
         if not going:
             if not waiting:
                 waiting, aside = sorted(aside, key=lambda i: -len(prompts[i]) - len(written[i])), []
-            longest = max(len(prompts[index]) for index in waiting)
-            num = min(most, batch_size or fitting(model, min(longest + max_new_tokens, context)))
+            tokens_of_one = min(max(len(prompts[index]) for index in waiting) + max_new_tokens, context)
+            num = min(most, batch_size or fitting(model, tokens_of_one))
             going, waiting = waiting[:num], waiting[num:]
             torch.manual_seed(seed + done)
         texts = [prompts[index] + written[index] for index in going]
