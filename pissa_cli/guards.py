@@ -122,12 +122,16 @@ def probe_loss(
 ) -> float:
     """The loss on `chosen` examples, or the first few, without dropout; in no more memory than a step of training
     takes."""
-    few = chosen or range(min(4, max(2, recipe.train.micro_batch_size), len(examples)))
+    few = chosen or _first_few(recipe, examples)
     batch = collate(examples, few, pad_id, packing)
     chunked = not recipe.data.classifies and chunks_loss(model, examples)
     with autocast(recipe.model.bits, recipe.precision, device):
         total = summed_loss(model.eval(), {key: tensor.to(device) for key, tensor in batch.items()}, chunked)
     return float(total) / sum(examples.num_targets(i) for i in few)
+
+
+def _first_few(recipe: Recipe, examples: Examples) -> Sequence[int]:
+    return range(min(4, max(2, recipe.train.micro_batch_size), len(examples)))
 
 
 @torch.no_grad()
@@ -197,11 +201,13 @@ def _packs_soundly(
     """Whether the loss is that of padded examples, on the first few and in the longest row that a step can have, and no
     position of an example depends on the one before it."""
     longest = sorted(range(len(examples)), key=examples.length)[-recipe.train.micro_batch_size :]
+    tried = _first_few(recipe, examples), longest
     first, second = examples.tokens(longest[-1])[:LEAK_TOKENS], examples.tokens(longest[0])[:LEAK_TOKENS]
+    # tokens from half of the data away, and one more for rows that are there twice
     others = examples.ids.roll(-int(examples.offsets[longest[-1]]) - len(examples.ids) // 2 - 1)[: len(first)]
     positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None].to(device)
     try:
-        if not all(_same_packed(recipe, model, examples, pad_id, device, chosen) for chosen in ([], longest)):
+        if not all(_same_packed(recipe, model, examples, pad_id, device, chosen) for chosen in tried):
             return False
         rows = [torch.cat([before, second]).long()[None].to(device) for before in (first, others)]
         with autocast(recipe.model.bits, recipe.precision, device):

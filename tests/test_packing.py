@@ -107,13 +107,13 @@ def test_memory_that_does_not_suffice_says_nothing_of_packing(
 
     def full(model: nn.Module, batch: dict[str, Tensor], chunked: bool) -> Tensor:
         seen.append(batch["input_ids"].numel())
-        if batch["input_ids"].numel() > 800:
+        if batch["input_ids"].numel() > 600:
             raise torch.OutOfMemoryError("full")
         return summed_loss(model, batch, chunked)
 
     monkeypatch.setattr(guards, "summed_loss", full)
     made = recipe(Path("none"), "model.bits=32", "train.precision=fp32")
-    assert packs(made, model, examples, 0, torch.device("cpu")) and max(seen) > 800
+    assert packs(made, model, examples, 0, torch.device("cpu")) and seen[0] > 600  # on the first few already
     monkeypatch.setattr(guards, "summed_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("never")))
     with pytest.raises(torch.OutOfMemoryError):
         packs(made, model, examples, 0, torch.device("cpu"))
