@@ -50,6 +50,8 @@ def write_result(
             parameters = dict(model.named_parameters(remove_duplicate=False))
             state = {n: trained[names[parameters[n]]] if n in parameters else t for n, t in model.state_dict().items()}
             model.save_pretrained(folder, state_dict=state)
+            for file in folder.glob("*.safetensors"):
+                file.chmod(folder.stat().st_mode & 0o666)  # safetensors writes 0600
             write_stops(folder, recipe)
             provenance = {"method": "full", "step": step, "data": data}
             provenance |= {"base_fingerprint": manifest["base"]["fingerprint"], **model_facts(folder)}

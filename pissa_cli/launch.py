@@ -30,11 +30,14 @@ SHUTDOWN_SECONDS = "600"
 """What torchrun grants a process that was asked to stop: the step it is in and a checkpoint."""
 
 
-def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_progress: Progress) -> None:
+def launch(
+    recipe: Recipe, resume: bool, processes: int, flags: list[str], stdout: int | None, init_progress: Progress
+) -> None:
     """Prepare the run here, where errors are plain, and train it in `processes` processes; the first one says the rest.
 
-    flags: of `pissa train`, handed on. On GPUs each process has one, on CPUs they speak gloo. Raises UsageError for bad
-    input, PissaError if a process failed, Interrupted after the checkpoint that follows SIGINT or SIGTERM.
+    flags: of `pissa train`, handed on; stdout: the descriptor for what they print, if not this process's. On GPUs each
+    process has one, on CPUs they speak gloo. Raises UsageError for bad input, PissaError if a process failed,
+    Interrupted after the checkpoint that follows SIGINT or SIGTERM.
     """
     if 0 < torch.cuda.device_count() < processes:
         raise UsageError(
@@ -56,7 +59,7 @@ def launch(recipe: Recipe, resume: bool, processes: int, flags: list[str], init_
         file.write_text(dump(recipe), encoding="utf-8")
         command += ["-m", "pissa_cli", "train", str(file), *(["--resume"] if resume else []), *flags]
         environment |= {LAUNCHED: str(failure)}
-        code, stopped = _wait(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
+        code, stopped = _wait(subprocess.Popen(command, stdout=stdout, env=environment, preexec_fn=_end_with_parent))
         told = json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else {}
     if stopped and code and told.get("exit_code", STOPPED) == STOPPED:
         raise Interrupted("stopped", go_on(recipe.output))

@@ -270,7 +270,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file; a failing disk is a PissaError that names the file."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors writes 0600
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes 0600
     except (OSError, SafetensorError) as error:
         raise _cannot_write(path, error) from None
 

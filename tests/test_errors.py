@@ -312,6 +312,19 @@ def test_json_errors_are_json(pissa: Pissa) -> None:
     assert outcome.code == 2 and outcome.json["exit_code"] == 2 and "adapter.rank" in outcome.json["error"]
 
 
+@pytest.mark.parametrize("words", [["init", "--rank", "0"], ["init", "--dry-run"]])
+def test_json_is_alone_on_stdout(words: list[str]) -> None:
+    """Libraries print there too, and so do the programs that they start."""
+    code = (
+        "import os, sys; import pissa_cli.cli as cli; from pissa_cli.cli import edge; before = edge.run_guarded\n"
+        "def noisy(*given):\n    print('chatter'); os.system('echo chatter'); return before(*given)\n"
+        "cli.run_guarded = noisy; cli.run()"
+    )
+    command = [sys.executable, "-c", code, *words, "--json", "--model", str(Path(__file__).parents[1] / "none")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and json.loads(done.stdout)["exit_code"] == 2 and done.stderr.count("chatter") == 2
+
+
 def test_a_full_disk_costs_only_the_new_checkpoint(
     models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, tmp_path: Path
 ) -> None:

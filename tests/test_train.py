@@ -255,6 +255,8 @@ def test_full_fine_tuning_trains_everything(models: Callable[[str], Path], recip
     before = AutoModelForCausalLM.from_pretrained(models("llama")).state_dict()
     after = AutoModelForCausalLM.from_pretrained(figures["result"]).state_dict()
     assert all(not torch.equal(before[name], after[name]) for name in before if "norm" not in name)
+    modes = {path.stat().st_mode for path in Path(figures["result"]).iterdir()}
+    assert len(modes) == 1, "files that not all may read who may read the others"
 
 
 @pytest.mark.parametrize("sets", [["model.bits=4"], ["model.bits=16"], ["model.bits=32", "train.precision=bf16"]])

@@ -20,6 +20,26 @@ from pissa_cli.errors import LAUNCHED, PissaError
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 ClickException = typer.BadParameter.__mro__[2]
 """The root of the parser's errors, wherever typer keeps its click."""
+document: int | None = None
+"""The descriptor that was stdout, where that is left to one JSON document."""
+
+
+def keep_stdout_for_document() -> None:
+    """Send what libraries, and programs that are started, write to stdout to stderr instead."""
+    global document
+    if sys.stdout is not None and sys.stderr is not None:
+        document = os.dup(sys.stdout.fileno())
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+
+def print_document(content: dict[str, Any]) -> None:
+    """The one JSON document, on stdout."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    if document is None:
+        sys.stdout.write(text)
+        return
+    with os.fdopen(os.dup(document), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors) as stream:
+        stream.write(text)
 
 
 def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
@@ -57,7 +77,7 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
             if advice:
                 Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold]next:[/]  {advice}")
             if as_json:
-                _print_json(error.format_message(), advice, 2)  # type: ignore[attr-defined]
+                print_document(_failure(error.format_message(), advice, 2))  # type: ignore[attr-defined]
             return 2
         if debug:
             Console(stderr=True).print_exception()
@@ -76,11 +96,10 @@ def _show(message: str, hint: str | None, code: int, as_json: bool) -> None:
         console.print(f"[bold]next:[/]  {escape(hint)}")
     if LAUNCHED in os.environ:
         with contextlib.suppress(OSError), Path(os.environ[LAUNCHED]).open("x", encoding="utf-8") as file:
-            json.dump({"error": message, "hint": hint, "exit_code": code}, file)
+            json.dump(_failure(message, hint, code), file)
     elif as_json:
-        _print_json(message, hint, code)
+        print_document(_failure(message, hint, code))
 
 
-def _print_json(message: str, hint: str | None, code: int) -> None:
-    json.dump({"error": message, "hint": hint, "exit_code": code}, sys.stdout)
-    sys.stdout.write("\n")
+def _failure(message: str, hint: str | None, code: int) -> dict[str, Any]:
+    return {"error": message, "hint": hint, "exit_code": code}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from pissa_cli.cli.edge import print_document
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -48,8 +48,7 @@ def print_result(
 ) -> None:
     """The outcome: one JSON document, or a table and lines."""
     if as_json:
-        json.dump(result, sys.stdout, indent=2, ensure_ascii=False, default=str)
-        sys.stdout.write("\n")
+        print_document(result)
         return
     if table is not None:
         print_table(table)

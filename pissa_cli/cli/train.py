@@ -44,7 +44,7 @@ def train_command(
     loaded = load_recipe(
         target, set_, model=model, method=method, rank=rank, svd=svd, bits=bits, seed=seed, output=output
     )
-    from pissa_cli.cli import dryrun, show
+    from pissa_cli.cli import dryrun, edge, show
 
     show.quiet_libraries(debug)
     if dry_run:
@@ -59,7 +59,7 @@ def train_command(
 
         flags = [*(["--json"] if as_json else []), *(["--debug"] if debug else [])]
         with show.counting("init") as progress:
-            launch(recipe, resume, processes, flags, progress)
+            launch(recipe, resume, processes, flags, edge.document, progress)
         return
     from pissa_cli.process import one_of_several
     from pissa_cli.report import mean_losses
