@@ -43,14 +43,13 @@ def check_inputs(recipe: Recipe) -> None:
             require_columns(source, recipe.data, columns)
 
 
-def steps_to_take(recipe: Recipe) -> list[str]:
-    """How many steps the rows of a local file make, in words."""
+def steps_to_take(recipe: Recipe) -> tuple[int, int] | None:
+    """(steps, rows): how many steps the rows of a local file make, if all of them can be used."""
     source = recipe.data.train
     if source is None or not is_file(source):
-        return []
+        return None
     rows = sum(isinstance(row, dict) for _, row in read_rows(source, recipe.data.limit))
-    steps = count_steps(rows, recipe)
-    return [f"{steps:,} steps of {recipe.train.batch_size} examples, if all {rows:,} rows can be used"]
+    return count_steps(rows, recipe), rows
 
 
 def prepare(

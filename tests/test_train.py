@@ -53,15 +53,18 @@ def test_the_loss_falls_and_everything_is_recorded(models: Callable[[str], Path]
 def test_dry_run_and_training_count_the_same(
     sets: list[str], models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Any]
 ) -> None:
-    words = [f"data.train={rows}", "train.steps=3", "train.batch_size=2", "adapter.rank=4", "model.bits=32", *sets]
+    words = [f"data.train={rows}", "train.epochs=0.2", "train.batch_size=3", "adapter.rank=4", "model.bits=32", *sets]
     words = [word for word in words if "full" not in str(sets) or "rank" not in word]
     arguments = ["--model", models("qwen2"), *(part for word in words for part in ("--set", word))]
     planned = pissa("train", *arguments, "--dry-run").out
     (counts,) = re.findall(r"[\d,]+ parameters train, the base has [\d,]+", planned)
+    (steps,) = re.findall(r"\n(\d+) steps of 3 examples, if all 40 rows can be used", planned)
+    listed = pissa("train", *arguments, "--dry-run", "--json").json
+    assert (listed["steps"], listed["rows"]) == (int(steps), 40)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(rows.parent)
         done = pissa("train", *arguments)
-    assert done.code == 0 and counts in done.err
+    assert done.code == 0 and f"{counts}; {steps} steps" in " ".join(done.err.split())
     assert "(first and last step)" in done.out
     base = AutoModelForCausalLM.from_pretrained(models("qwen2"))
     assert counts.endswith(f" {sum(p.numel() for p in base.parameters()):,}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,8 @@ if TYPE_CHECKING:
     from pissa_cli.memory import Forecast
 
 
-def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, notes: Sequence[str] = ()) -> None:
-    """Print the plan; reads the configuration of the base, writes nothing. processes: that would train. notes: what
-    else there is to say."""
+def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int, int] | None = None) -> None:
+    """Print the plan; reads the configuration of the base, writes nothing. processes: that train; (steps, rows)."""
     from pissa_cli.kernels import wants_liger
     from pissa_cli.memory import forecast
     from pissa_cli.model import SMALL_FILES, resolve_base
@@ -37,6 +35,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, notes: Sequence[s
         "ranks": "chosen at init; counted as 1" if getattr(recipe.adapter, "rank", None) == "auto" else "final",
         "parameters": planned.num_total,
         "memory_bytes": memory.bytes,
+        **({} if steps is None else dict(zip(("steps", "rows"), steps, strict=True))),
         "memory": {"rough": memory.rough, "device": memory.device, "processes": processes},
     }
     auto = getattr(recipe.adapter, "rank", None) == "auto"
@@ -52,11 +51,15 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, notes: Sequence[s
         f"{result['layers']} layers of {planned.folder}",
         *([f"3-D weights that get no adapter: {', '.join(planned.left_out)}"] if planned.left_out else []),
         *(["ranks are chosen at init from the spectra; counted here: rank 1"] if auto else []),
-        *notes,
+        *([_steps_line(*steps, recipe.train.batch_size)] if steps else []),
         _memory_line(memory, processes),
         "dry run: nothing was written",
     ]
     print_result(result, as_json, lines)
+
+
+def _steps_line(steps: int, rows: int, batch_size: int) -> str:
+    return f"{steps:,} steps of {batch_size} examples, if all {rows:,} rows can be used"
 
 
 def _memory_line(memory: Forecast, processes: int) -> str:
