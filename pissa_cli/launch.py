@@ -19,6 +19,7 @@ from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError
 from pissa_cli.guards import go_on
 from pissa_cli.initialize import Progress
 from pissa_cli.prepare import prepare
+from pissa_cli.process import NOHUP
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, locked
@@ -81,10 +82,11 @@ def _wait(process: subprocess.Popen[bytes]) -> tuple[int, bool]:
 
     def handle(number: int, _frame: Any) -> None:
         asked.append(number)
-        if number == signal.SIGTERM:
-            process.send_signal(number)
+        if number != signal.SIGINT:
+            process.send_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = {n: signal.signal(n, handle) for n in numbers if (n, signal.getsignal(n)) != NOHUP}
     try:
         return process.wait(), bool(asked)
     finally:

@@ -22,6 +22,7 @@ from pissa_cli.errors import Interrupted
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES = 2**30
 WAIT_SECONDS = 6 * 3600
+NOHUP = (signal.SIGHUP, signal.SIG_IGN)
 
 
 def process_state() -> PartialState:
@@ -55,7 +56,10 @@ def one_of_several() -> Iterator[PartialState]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT stops at once."""
+    """SIGINT, SIGTERM and SIGHUP ask for a stop after the current step; a second SIGINT stops at once.
+
+    SIGHUP (the terminal is gone) does not where the process was started to outlive that (nohup).
+    """
     received: list[int] = []
 
     def handle(number: int, _frame: Any) -> None:
@@ -63,9 +67,11 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         received.append(number)
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"stopping after this step, with a checkpoint; once more stops at once, without\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"stopping after this step, with a checkpoint; once more stops at once, without\n")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = {n: signal.signal(n, handle) for n in numbers if (n, signal.getsignal(n)) != NOHUP}
     try:
         yield lambda: bool(received)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -78,7 +79,7 @@ def test_an_interrupt_before_any_command_shows_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (130, "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_resume_finishes_bit_for_bit(
     number: int, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
 ) -> None:
@@ -99,6 +100,28 @@ def test_a_signal_saves_and_resume_finishes_bit_for_bit(
         train(stopped)
     train(stopped, resume=True)
     assert same(adapter(whole), adapter(stopped))
+
+
+def test_nohup_outlives_the_terminal(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=2")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train(made, watch=lambda _: os.kill(os.getpid(), signal.SIGHUP))["steps"] == 2
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "2> >(exit)", "0<&- 1>&- 2>&-"])
+def test_nobody_has_to_watch(
+    closed: str, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=3", f"output={tmp_path / 'out'}")
+    (tmp_path / "recipe.yaml").write_text(dump(made))
+    words = [sys.executable, "-m", "pissa_cli", "train", str(tmp_path / "recipe.yaml"), "--json"]
+    done = subprocess.run(["bash", "-c", f"{shlex.join(words)} {closed}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and (tmp_path / "out" / "adapter").is_dir()
+    assert "1>&-" in closed or json.loads(done.stdout)["steps"] == 3
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pissa_cli import __version__
-from pissa_cli.cli.edge import keep_stdout_for_document, run_guarded
+from pissa_cli.cli.edge import keep_stdout_for_document, run_guarded, settle_streams
 from pissa_cli.cli.evaluate import evaluate_command
 from pissa_cli.cli.export import export_command
 from pissa_cli.cli.init import init_command
@@ -50,6 +50,9 @@ def run() -> None:
     """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not by nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    settle_streams()
     if "--json" in sys.argv and "--help" not in sys.argv:
         keep_stdout_for_document()
     sys.exit(run_guarded(lambda: app(standalone_mode=False), sys.argv[1:]))

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import typer
 from rich.console import Console
@@ -27,9 +27,35 @@ document: int | None = None
 def keep_stdout_for_document() -> None:
     """Send what libraries, and programs that are started, write to stdout to stderr instead."""
     global document
-    if sys.stdout is not None and sys.stderr is not None:
-        document = os.dup(sys.stdout.fileno())
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    document = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+
+class _Lasting:
+    """A stream whose reader may go: what is written then is lost, and nothing else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def settle_streams() -> None:
+    """Go on working where a stream is closed, or the terminal or program that shows the progress is gone."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the next file that is opened would take its descriptor
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    sys.stderr = cast(TextIO, _Lasting(sys.stderr))
 
 
 def print_document(content: dict[str, Any]) -> None:
@@ -77,7 +103,7 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
             if advice:
                 Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold]next:[/]  {advice}")
             if as_json:
-                print_document(_failure(error.format_message(), advice, 2))  # type: ignore[attr-defined]
+                _print_failure(error.format_message(), advice, 2)  # type: ignore[attr-defined]
             return 2
         if debug:
             Console(stderr=True).print_exception()
@@ -96,10 +122,11 @@ def _show(message: str, hint: str | None, code: int, as_json: bool) -> None:
         console.print(f"[bold]next:[/]  {escape(hint)}")
     if LAUNCHED in os.environ:
         with contextlib.suppress(OSError), Path(os.environ[LAUNCHED]).open("x", encoding="utf-8") as file:
-            json.dump(_failure(message, hint, code), file)
+            json.dump({"error": message, "hint": hint, "exit_code": code}, file)
     elif as_json:
-        print_document(_failure(message, hint, code))
+        _print_failure(message, hint, code)
 
 
-def _failure(message: str, hint: str | None, code: int) -> dict[str, Any]:
-    return {"error": message, "hint": hint, "exit_code": code}
+def _print_failure(message: str, hint: str | None, code: int) -> None:
+    with contextlib.suppress(OSError):  # the exit code says it, too
+        print_document({"error": message, "hint": hint, "exit_code": code})
