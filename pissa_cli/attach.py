@@ -154,6 +154,14 @@ def _is_gated(forward: Callable[..., Any]) -> bool:
     return plain and said in [way.format(x=names[1].name) for way in GATED]
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have blocks run again in the backward pass instead of saving what is in them (gradient checkpointing)."""
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.24; the other name goes with 6
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    for layer in lowrank_layers(model).values():
+        layer.keeps_weight = True
+
+
 def forget_shared(model: nn.Module) -> None:
     """Drop what layers of one x have computed and nobody asked for: after a forward pass that failed midway."""
     for module in model.modules():

@@ -17,7 +17,7 @@ from pissa_cli import quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Method, Projections
-from pissa_cli.attach import attach, join_gates, joins_gates, lowrank_layers, make_trainable, share_inputs
+from pissa_cli.attach import attach, checkpoint_activations, join_gates, joins_gates, make_trainable, share_inputs
 from pissa_cli.batches import row_length
 from pissa_cli.configuration import first_line
 from pissa_cli.ledger import Heap, Ledger, Operations
@@ -159,9 +159,7 @@ def _model(recipe: Recipe, plan: Plan, ledger: Ledger) -> tuple[PreTrainedModel,
         if joins_gates(recipe):
             join_gates(model)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for lowrank in lowrank_layers(model).values():
-            lowrank.keeps_weight = True
+        checkpoint_activations(model)
     return model, loading
 
 

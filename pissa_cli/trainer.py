@@ -16,7 +16,16 @@ from transformers import PreTrainedModel
 from pissa_cli import zero
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.attach import attach, forget_shared, join_gates, joins_gates, lowrank_layers, share_inputs, train_whole
+from pissa_cli.attach import (
+    attach,
+    checkpoint_activations,
+    forget_shared,
+    join_gates,
+    joins_gates,
+    lowrank_layers,
+    share_inputs,
+    train_whole,
+)
 from pissa_cli.batches import collate, micro_batches
 from pissa_cli.checkpoint import Names
 from pissa_cli.errors import UsageError
@@ -118,9 +127,7 @@ def set_up(
     aside = (unused and accelerator.num_processes > 1) or layout == "zero-3"  # neither finds it outside of the model
     chunked = chunks_loss(model, examples) and not (aside and trains_head)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for layer in lowrank_layers(model).values():
-            layer.keeps_weight = True
+        checkpoint_activations(model)
     if recipe.train.torch_compile:
         compile_blocks(model, accelerator.device)
     if layout == "fsdp2":

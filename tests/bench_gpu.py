@@ -33,7 +33,7 @@ from pissa_cli import quant
 from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
-from pissa_cli.attach import forget_shared, lowrank_layers, share_inputs
+from pissa_cli.attach import checkpoint_activations, forget_shared, share_inputs
 from pissa_cli.kernels import LIGER as LIGER_PARTS
 from pissa_cli.kernels import compile_blocks
 from pissa_cli.loss import IGNORED, summed_loss
@@ -244,9 +244,7 @@ def training_rows(taker: Taker, rate: float) -> list[dict[str, Any]]:
     if COMPILED in taker.uses:
         compile_blocks(model, DEVICE)
     if CHECKPOINTED in taker.uses:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in lowrank_layers(model).values():
-            layer.keeps_weight = True
+        checkpoint_activations(model)
     model = model if ours else with_peft(model)
     model.train()
     rows = []

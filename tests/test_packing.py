@@ -33,7 +33,7 @@ from transformers import (
 from pissa_cli import batches, causal, guards, packing
 from pissa_cli import train as module
 from pissa_cli.adapters.lowrank import LowRank
-from pissa_cli.attach import join_gates, share_inputs
+from pissa_cli.attach import checkpoint_activations, join_gates, share_inputs
 from pissa_cli.batches import collate, micro_batches
 from pissa_cli.data import load_examples
 from pissa_cli.data_options import DataSection
@@ -300,7 +300,7 @@ def test_gradients_of_the_fast_path_are_those_of_the_plain_one(
     join_gates(model)
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
             model.train()
         summed_loss(model, collate(examples, INDICES, 0, packing=True), chunked=True).backward()
         close(gradients(model), wanted, 1e-6)
