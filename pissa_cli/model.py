@@ -77,6 +77,8 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
     path = Path(section.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "manifest.json").is_file():
+                raise UsageError(f"{path}: a run, not a model", f"pissa merge {path}, and start from {path}/merged")
             raise UsageError(f"{path}: not a model folder (no config.json)", "give the folder that holds it")
         odd = next((inside for inside in sorted(path.iterdir()) if kind_of(inside) == "other"), None)
         if odd is not None:

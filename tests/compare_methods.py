@@ -19,7 +19,7 @@ from typing import Any
 
 from pissa_cli.report import compare_losses
 
-RATES = {"pissa": ("1e-3", "2e-3"), "lora": ("4e-3", "8e-3")}
+RATES = {"pissa": ("2e-3", "4e-3", "8e-3"), "lora": ("4e-3", "8e-3", "1.6e-2")}
 
 
 def pissa(*arguments: str) -> dict[str, Any]:

@@ -231,6 +231,7 @@ def test_adapter_on_the_wrong_base(
     assert "not the model this run was made on" in message
     assert "adapter.rank = 4, the recipe says 5" in refused("merge", made.output, "--set", "adapter.rank=5")
     folder.rename(tmp_path / "moved")
+    assert f"a run, not a model next: pissa merge {made.output}" in refused("init", "--model", made.output)
     assert "no such folder" in refused("merge", made.output)
     save_model(make_model("llama"), tmp_path / "moved")
     assert pissa("merge", made.output, "--set", f"model.name={tmp_path / 'moved'}").code == 0
