@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 import typer
 from rich.console import Console
@@ -29,6 +29,14 @@ def keep_stdout_for_document() -> None:
     global document
     document = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End the process without what the interpreter does at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # a reader that is gone
+            stream.flush()
+    os._exit(code)
 
 
 class _Lasting:
