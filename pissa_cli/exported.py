@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def _remedy(run: Run) -> str:
     """What to do where the result of a run is not as it was written."""
     if latest_checkpoint(run) is None:
         return DISTRUST
-    return f"`pissa train {run.folder} --resume` writes it anew from the newest checkpoint"
+    return f"`pissa train {shlex.quote(str(run.folder))} --resume` writes it anew from the newest checkpoint"
 
 
 def merged_files(recipe: Recipe) -> Path:

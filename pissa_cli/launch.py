@@ -54,6 +54,8 @@ def launch(
     if not torch.cuda.is_available():
         environment |= {"ACCELERATE_USE_CPU": "true"}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    if Path.cwd() != Path(__file__).parents[1]:  # a checkout has to be there for them
+        environment["PYTHONSAFEPATH"] = "1"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     with tempfile.TemporaryDirectory() as folder:
         file, failure = Path(folder) / "recipe.yaml", Path(folder) / "failure.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +77,7 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
     """
     path = Path(section.name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            if (path / "manifest.json").is_file():
-                raise UsageError(f"{path}: a run, not a model", f"pissa merge {path}, and start from {path}/merged")
-            raise UsageError(f"{path}: not a model folder (no config.json)", "give the folder that holds it")
-        odd = next((inside for inside in sorted(path.iterdir()) if kind_of(inside) == "other"), None)
-        if odd is not None:
-            raise UsageError(f"{odd}: neither a file nor a folder, and would be waited for", "remove it")
-        return path
+        return _require_model_folder(path)
     if path.is_absolute() or section.name.startswith(".") or section.name.count("/") > 1:
         raise UsageError(
             f"{section.name}: no such folder",
@@ -91,11 +85,10 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    unwanted = ["consolidated*", "adapter_*", "*/*"]
     try:
-        return Path(
-            snapshot_download(
-                section.name, revision=section.revision, allow_patterns=files, ignore_patterns=["consolidated*", "*/*"]
-            )
+        found = snapshot_download(
+            section.name, revision=section.revision, allow_patterns=files, ignore_patterns=unwanted
         )
     except Exception as error:  # the network and the Hub raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -103,6 +96,24 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
             f"{section.name}: cannot get this model from the Hub ({type(error).__name__}: {reason})",
             "check the id and the network, or give a local folder: --model path/to/folder",
         ) from None
+    return _require_model_folder(Path(found))
+
+
+def _require_model_folder(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        if (path / "manifest.json").is_file():
+            merge = f"pissa merge {shlex.quote(str(path))}"
+            raise UsageError(f"{path}: a run, not a model", f"{merge}, and start from {path}/merged")
+        raise UsageError(f"{path}: not a model folder (no config.json)", "give the folder that holds it")
+    if (path / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{path}: a model and an adapter in one folder; transformers would add that to the model unasked",
+            "remove adapter_config.json and adapter_model.safetensors, or merge them into the model first",
+        )
+    odd = next((inside for inside in sorted(path.iterdir()) if kind_of(inside) == "other"), None)
+    if odd is not None:
+        raise UsageError(f"{odd}: neither a file nor a folder, and would be waited for", "remove it")
+    return path
 
 
 def skeleton(folder: Path, section: ModelSection) -> PreTrainedModel:

@@ -46,7 +46,8 @@ def compare_losses(runs: dict[str, Path], picture: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    for number, (label, metrics) in enumerate(runs.items()):
+    for number, (name, metrics) in enumerate(runs.items()):
+        label = name.replace("$", r"\$")  # between two of them would be a formula
         events = read_metrics(metrics)
         steps = [event["step"] for event in events]
         losses = [math.nan if event["loss"] is None else event["loss"] for event in events]

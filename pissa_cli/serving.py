@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,8 +80,9 @@ def check_served(folder: Path, server: str) -> str:
     _require_plain_keys(list(load_tensors(folder / PEFT_WEIGHTS)), rules.name)
     allowed = min((r for r in rules.ranks if r >= rank), default=rank)
     if server == "llama.cpp" and not Path(config["base_model_name_or_path"]).is_dir():
-        return f"python convert_lora_to_gguf.py {folder}"  # it finds a base of the Hub by itself
-    return rules.serve.format(base=config["base_model_name_or_path"], folder=folder, rank=allowed)
+        return f"python convert_lora_to_gguf.py {shlex.quote(str(folder))}"  # it finds a base of the Hub by itself
+    base, lora = (shlex.quote(str(path)) for path in (config["base_model_name_or_path"], folder))
+    return rules.serve.format(base=base, folder=lora, rank=allowed)
 
 
 def _require_plain_keys(names: list[str], server: str) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import Outcome, make_model, save_model
 
+from pissa_cli import recipe_file
 from pissa_cli.errors import LAUNCHED
 from pissa_cli.initialize import initialize
 from pissa_cli.rundir import Run
@@ -324,6 +327,39 @@ def test_json_is_alone_on_stdout(words: list[str]) -> None:
     command = [sys.executable, "-c", code, *words, "--json", "--model", str(Path(__file__).parents[1] / "none")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and json.loads(done.stdout)["exit_code"] == 2 and done.stderr.count("chatter") == 2
+
+
+def test_an_interrupt_is_said(pissa: Pissa, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe_file, "load", interrupted)
+    outcome = pissa("init", "--json")
+    assert outcome.code == outcome.json["exit_code"] == 130 and "error: interrupted" in outcome.err
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_output_for_readers_that_know_ascii_alone_or_are_gone(
+    flags: list[str], models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "auß"
+    command = [sys.executable, "-m", "pissa_cli", "init", "--model", str(models("llama")), "--rank", "2"]
+    command += ["--output", str(folder), *flags]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and (folder / "manifest.json").is_file()
+    assert "auß" in json.loads(done.stdout)["path"] if flags else b"au\\xdf: ready" in done.stdout
+    done = subprocess.run(["bash", "-c", f"{shlex.join(command)} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True)
+    assert done.returncode == 0
+
+
+def test_a_model_with_an_adapter_beside_it(refused: Callable[..., str], tmp_path: Path) -> None:
+    """transformers adds such an adapter to the model, whatever is asked for."""
+    model = save_model(make_model("llama"), tmp_path / "base")
+    adapted = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "other")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "other" / name, model)
+    assert "a model and an adapter in one folder" in refused("init", "--model", model)
 
 
 def test_a_full_disk_costs_only_the_new_checkpoint(

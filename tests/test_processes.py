@@ -172,6 +172,7 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
         os.kill(victims[-1], signal.SIGKILL)
     _, said = started.communicate(timeout=120)
     assert said.count(b"cut at data.max_length") == 1
+    assert b"in 2 processes failed: " in said and b"please report it" not in said
     outcome = pissa(*command, "--resume", "--json")
     assert outcome.code == 0, outcome.err
     one, two = (adapter(load(str(tmp_path / name), {}).recipe) for name in ("whole", "out"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -122,6 +123,16 @@ def test_nobody_has_to_watch(
     done = subprocess.run(["bash", "-c", f"{shlex.join(words)} {closed}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and (tmp_path / "out" / "adapter").is_dir()
     assert "1>&-" in closed or json.loads(done.stdout)["steps"] == 3
+
+
+def test_a_file_gets_lines_and_no_bar(models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path) -> None:
+    """Whatever the environment says of it; and a name with two dollar signs is no formula of the picture's."""
+    made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=3", f"output={tmp_path / 'a$1_$2'}")
+    (tmp_path / "recipe.yaml").write_text(dump(made))
+    command = [sys.executable, "-m", "pissa_cli", "train", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FORCE_COLOR": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "step 3/3" in re.sub(r"\x1b\[[\d;]*m", "", done.stderr) and "\x1b[2K" not in done.stderr
 
 
 @pytest.mark.parametrize("seed", [1, 2])

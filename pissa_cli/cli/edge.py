@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ from rich.markup import escape
 from pissa_cli.errors import LAUNCHED, PissaError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+INTERRUPTED = 130
+NO_MEMORY = r"(can't|[Cc]annot) allocate memory"
+LOST = ("gloo", "NCCL", "Connection closed by peer")
+"""Of what torch says where another process is gone."""
 ClickException = typer.BadParameter.__mro__[2]
 """The root of the parser's errors, wherever typer keeps its click."""
 document: int | None = None
@@ -59,10 +64,13 @@ class _Lasting:
 
 
 def settle_streams() -> None:
-    """Go on working where a stream is closed, or the terminal or program that shows the progress is gone."""
+    """Go on working where a stream is closed or knows no such letters, or nobody reads the progress any more."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # the next file that is opened would take its descriptor
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.stderr = cast(TextIO, _Lasting(sys.stderr))
 
 
@@ -72,7 +80,10 @@ def print_document(content: dict[str, Any]) -> None:
     if document is None:
         sys.stdout.write(text)
         return
-    with os.fdopen(os.dup(document), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors) as stream:
+    with (
+        contextlib.suppress(BrokenPipeError),  # the reader has seen enough
+        os.fdopen(os.dup(document), "w", encoding="utf-8", errors="backslashreplace") as stream,
+    ):
         stream.write(text)
 
 
@@ -83,6 +94,8 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments and not later
     try:
         code = run()
+        if code == INTERRUPTED:  # newer typer's own answer to an interrupt
+            _show("interrupted", None, INTERRUPTED, as_json)
         return code if isinstance(code, int) else 0
     except PissaError as error:
         if debug:
@@ -90,11 +103,8 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
         _show(error.message, error.hint, error.exit_code, as_json)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _show("interrupted", None, 130, as_json)
-        return 130
-    except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stdout = None
-        return 0
+        _show("interrupted", None, INTERRUPTED, as_json)
+        return INTERRUPTED
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:
             if debug:
@@ -115,11 +125,16 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
             return 2
         if debug:
             Console(stderr=True).print_exception()
-        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
+        text = str(error)
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or re.search(NO_MEMORY, text):
             _show("out of memory", "lower train.micro_batch_size or set train.gradient_checkpointing", 1, as_json)
-            return 1
-        hint = "run again with --debug for the traceback, and please report it"
-        _show(f"unexpected {type(error).__name__}: {error}", hint, 1, as_json)
+        elif "No usable temporary directory" in text:
+            _show("there is no folder for temporary files", "set TMPDIR to one that can be written", 1, as_json)
+        elif LAUNCHED in os.environ and any(word in text for word in LOST):
+            _show("another process is gone: killed, or out of memory (the launcher says which)", None, 1, as_json)
+        else:
+            hint = "run again with --debug for the traceback, and please report it"
+            _show(f"unexpected {type(error).__name__}: {error}", hint, 1, as_json)
         return 1
 
 

@@ -1,5 +1,6 @@
 """`pissa init`."""
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -70,7 +71,7 @@ def init_command(
         counts = f"; {manifest['trainable']:,} numbers train (LoRA of rank 16: {manifest['trainable_lora_r16']:,})"
     lines = [
         f"{recipe.output}: ready in {manifest['seconds']:.1f} s{counts}",
-        f"next: pissa train {recipe.output}{'' if recipe.data.train else ' --set data.train=FILE'}",
+        f"next: pissa train {shlex.quote(recipe.output)}{'' if recipe.data.train else ' --set data.train=FILE'}",
     ]
     if report:
         from pissa_cli.layer_report import by_kind, layer_report

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +13,15 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from pissa_cli.cli.edge import print_document
@@ -28,7 +38,7 @@ def quiet_libraries(debug: bool) -> None:
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("bitsandbytes", "accelerate", "huggingface_hub", "liger_kernel"):
+    for name in ("bitsandbytes", "accelerate", "huggingface_hub", "liger_kernel", "matplotlib"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
@@ -52,20 +62,56 @@ def print_result(
         return
     if table is not None:
         print_table(table)
-    console = Console(highlight=False)
+    console = _Stdout(highlight=False)
     for line in lines or []:
         console.print(line, markup=False, soft_wrap=True)
 
 
 def print_table(table: Table) -> None:
     """A table on stdout."""
-    Console(highlight=False).print(table)
+    _Stdout(highlight=False).print(table)
+
+
+class _Stdout(Console):
+    """Where a reader that has seen enough is no failure."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _draws() -> bool:
+    """Whether there is a terminal that can draw a bar; the environment may say so of a file (FORCE_COLOR)."""
+    return sys.stderr.isatty() and not stderr.is_dumb_terminal
+
+
+class _Bar:
+    """A bar that is there from its first figure until all is done; a second one cannot be drawn beside it."""
+
+    def __init__(self, title: str, *columns: ProgressColumn) -> None:
+        self._title, self._columns = title, columns
+        self._drawn: Progress | None = None
+
+    def update(self, done: int, total: int, status: str = "") -> None:
+        if self._drawn is None:
+            self._drawn = Progress(*self._columns, console=stderr, transient=True)
+            self._drawn.add_task(self._title, status=status)
+            self._drawn.start()
+        self._drawn.update(TaskID(0), completed=done, total=total, status=status)
+        if done == total:
+            self.end()
+
+    def end(self) -> None:
+        if self._drawn is not None:
+            self._drawn.stop()
+            self._drawn = None
 
 
 @contextmanager
 def counting(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """A bar over `update(done, total, name)`; without a terminal a line at most every ten seconds."""
-    if not stderr.is_terminal:
+    if not _draws():
         last = time.monotonic()
 
         def line(done: int, total: int, name: str = "") -> None:
@@ -76,41 +122,38 @@ def counting(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True) as progress:
-        task = progress.add_task(title, total=None)
+    bar = _Bar(title, TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
-        def update(done: int, total: int, _name: str = "") -> None:
-            progress.update(task, completed=done, total=total)
+    def update(done: int, total: int, _name: str = "") -> None:
+        bar.update(done, total)
 
+    try:
         yield update
+    finally:
+        bar.end()
 
 
 @contextmanager
 def training() -> Iterator[Callable[[dict[str, Any]], None]]:
     """A bar with loss, tokens a second, memory and time left, fed with the events of `pissa_cli.train`."""
-    if not stderr.is_terminal:
+    if not _draws():
         yield _training_lines()
         return
-    columns = (
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=stderr, transient=True) as progress:
-        task = progress.add_task("train", total=None, status="")
+    status = TextColumn("{task.fields[status]}")
+    bar = _Bar("train", TextColumn("train"), BarColumn(), MofNCompleteColumn(), status, TimeRemainingColumn())
 
-        def update(event: dict[str, Any]) -> None:
-            if "note" in event:
-                say(event["note"])
-                return
-            if "eval_loss" in event:
-                say(f"step {event['step']}: held-out loss {event['eval_loss']:.4f}")
-            progress.update(task, completed=event["step"], total=event["steps"], status=_status(event))
+    def update(event: dict[str, Any]) -> None:
+        if "note" in event:
+            say(event["note"])
+            return
+        if "eval_loss" in event:
+            say(f"step {event['step']}: held-out loss {event['eval_loss']:.4f}")
+        bar.update(event["step"], event["steps"], _status(event))
 
+    try:
         yield update
+    finally:
+        bar.end()
 
 
 def _training_lines() -> Callable[[dict[str, Any]], None]:
