@@ -250,7 +250,9 @@ def _locate_paths(values: dict[KeyPath, Value], file: Path | None) -> None:
         if _is_name(key) and key != ("output",) and isinstance(value.value, str) and value.value:
             found = next((root / value.value for root in roots if kind_of(root / value.value, value.source)), None)
             if found is not None:
-                values[key] = Value(str(found.resolve()), value.source)
+                # a file keeps the name that it has here, which tells its kind, also where that is a link
+                located = found.resolve() if found.is_dir() else found.parent.resolve() / found.name
+                values[key] = Value(str(located), value.source)
 
 
 def _validate(values: Mapping[KeyPath, Value]) -> Recipe:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import time
@@ -21,6 +23,8 @@ from pissa_cli.errors import PissaError, UsageError
 
 PROVENANCE = "pissa.json"
 PICTURE = "loss.png"
+LAST = ("manifest.json", "config.json", "adapter_config.json")  # by which others know a folder
+LEFTOVER = re.compile(r"\.(\.?lock|tmp-[0-9a-f]{8})")  # within a folder that is filled where it is
 UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
@@ -115,11 +119,27 @@ def write_json(path: Path, content: Any) -> None:
 
 def require_free(output: Path, own: Path) -> None:
     """UsageError for an output folder with something in it, unless it is `own`, the run's place for this."""
-    if output.absolute() != own.absolute() and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.absolute() != own.absolute() and not is_vacant(output):
         raise UsageError(f"{output}: exists already", "remove it, or name another with --output")
 
 
+def require_writable(folder: Path) -> None:
+    """PissaError for a folder that cannot be written, or made: before the work whose result is for it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise _disk_error(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether there is nothing, or an empty folder, but for what a killed process left in it."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir())
+
+
 def _lock_of(folder: Path) -> Path:
+    if folder.is_dir() and not os.access(folder.parent, os.W_OK):
+        return folder / ".lock"
     return folder.parent / f".{folder.name}.lock"
 
 
@@ -163,18 +183,22 @@ def whole_folder(final: Path) -> Iterator[Path]:
     `final` is replaced if it is there. What a killed process left is cleared first: half-made folders are removed, and
     a `final` that was set aside but not yet replaced is put back. UsageError if another process is at it.
     """
+    final = final.resolve() if final.is_symlink() else final
     with locked(final):
         yield from _whole_folder(final)
 
 
 def _whole_folder(final: Path) -> Iterator[Path]:
-    aside = final.parent / f".{final.name}.aside"
+    inside = final.is_dir() and is_vacant(final)  # it may be a mount, a working directory, or all that one may write
+    aside, beside = final.parent / f".{final.name}.aside", f".{final.name}.tmp-"
     try:
         if aside.is_dir() and not final.exists():
             aside.rename(final)
-        for leftover in (aside, *final.parent.glob(f".{final.name}.tmp-*")):
+        found = [aside, *final.parent.glob(f"{glob.escape(beside)}*"), *(final.glob(".tmp-*") if inside else ())]
+        for leftover in found:
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary = final.parent / f".{final.name}.tmp-{secrets.token_hex(4)}"
+        number = secrets.token_hex(4)
+        temporary = final / f".tmp-{number}" if inside else final.parent / f"{beside}{number}"
         temporary.mkdir()
     except OSError as error:
         raise _disk_error(final, error) from None
@@ -188,6 +212,10 @@ def _whole_folder(final: Path) -> Iterator[Path]:
 def _put_in_place(temporary: Path, final: Path, aside: Path) -> None:
     try:
         _sync(temporary)
+        if temporary.parent == final:
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name in LAST):
+                path.rename(final / path.name)
+            return
         if final.is_dir() and any(final.iterdir()):
             final.rename(aside)
         temporary.rename(final)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from transformers import (
 
 from pissa_cli.data import question_prompt
 from pissa_cli.data_options import DataSection
-from pissa_cli.errors import UsageError
+from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals import run as module
 from pissa_cli.evals.generate import context_of, cut, generate, same_in_batches
@@ -140,6 +141,7 @@ def test_an_answer_that_goes_on_is_put_aside(
 def test_what_is_asked_beside_a_prompt_may_change_its_answer(demo_base: tuple[Any, Any]) -> None:
     model, tokenizer = demo_base
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    model.generation_config.stop_strings = ["####"]  # of which generate() would ask for a tokenizer
     assert same_in_batches(model, tokenizer, prompts, 1e-4)
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64, "context_length": 256}
@@ -303,6 +305,13 @@ def test_the_base_scores_apart(finished: Any) -> None:
     assert base["gsm8k"]["model"] == "base"
     assert (Path(finished.output) / "eval" / "base" / "gsm8k" / "result.json").is_file()
     assert base["loss"]["score"] > evaluate(finished)["loss"]["score"]
+
+
+def test_a_run_that_cannot_be_written_is_said_before_the_work(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: "eval" not in str(path))
+    monkeypatch.setattr(module, "load_result", None)
+    with pytest.raises(PissaError, match="eval: cannot write: Permission denied"):
+        evaluate(finished)
 
 
 def test_chat_without_a_template_is_refused(demo_base: tuple[Any, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from pissa_cli import train as module
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.exported import checkpoint_files
 from pissa_cli.faults import IN_A_ROW, Faults
+from pissa_cli.initialize import initialize, open_run
 from pissa_cli.rundir import Run, locked, whole_folder
 from pissa_cli.train import train
 
@@ -160,6 +162,7 @@ def test_with_no_whole_checkpoint_left_it_begins_again(models: Callable[[str], P
 HOLD = """
 import sys, time
 from pathlib import Path
+from pissa_cli.initialize import initialize, open_run
 from pissa_cli.rundir import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
@@ -191,6 +194,38 @@ def test_a_second_process_is_kept_out_and_a_killed_one_holds_nothing(
     with locked(run.checkpoints), pytest.raises(UsageError, match="is writing here"):
         train(made, resume=True)
     assert [p.name for p in run.folder.rglob(".*")] == []
+
+
+@pytest.mark.parametrize("place", ["link", "dangling", "mount", "here", "foreign", "a*"])
+def test_folders_that_are_there_are_filled(
+    place: str, models: Callable[[str], Path], recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Links, mounts (no folder can be renamed to those), the working directory, and those in a folder of others."""
+    output, real = tmp_path / place, tmp_path / "real"
+    other = tmp_path / ".abc.tmp-01234567"  # of another run
+    other.mkdir()
+    if place in ("link", "dangling"):
+        output.symlink_to(real)
+    if place != "dangling":
+        (real if place == "link" else output).mkdir()
+        (output / ".tmp-89abcdef").mkdir()  # of an init that was killed
+    rename = Path.rename
+
+    def move(path: Path, target: Path) -> Path:
+        if target.resolve() == output and place in ("mount", "here"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", move)
+    if place == "here":
+        monkeypatch.chdir(output)
+    if place == "foreign":
+        monkeypatch.setattr(os, "access", lambda path, _mode: path != tmp_path)
+    made = recipe(models("llama"), "adapter.rank=2", f"output={'.' if place == 'here' else output}")
+    initialize(made)
+    assert open_run(made)[0].exists() and output.is_symlink() == (place in ("link", "dangling"))
+    assert sorted(path.name for path in output.iterdir()) == ["init", "manifest.json", "recipe.yaml"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [other.name]
 
 
 def test_locks_that_a_killed_process_left_are_cleared_and_held_ones_stay(

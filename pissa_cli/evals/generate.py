@@ -51,9 +51,8 @@ def generate(
     """
     require_tokens("the questions", (token for prompt in prompts for token in prompt), model.config)
     eos = tokenizer.eos_token_id
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    own = _forget_settings(model)
     stops = sorted({eos, *stop_ids, *(own if isinstance(own, list) else [own] if own is not None else [])})
-    model.generation_config = GenerationConfig(eos_token_id=own)
     context, pad = context_of(model), padding(model, tokenizer)
     sampled = {"do_sample": True, "temperature": temperature, "top_p": TOP_P, "top_k": 0}
     config = GenerationConfig(
@@ -126,6 +125,7 @@ def same_in_batches(
     `tolerance` of the largest. Some models take no mask, or have a state that a batch shares."""
     short, long = min(prompts, key=len), max(prompts, key=len)
     pad = padding(model, tokenizer)
+    _forget_settings(model)
     config = GenerationConfig(max_new_tokens=2, min_new_tokens=2, do_sample=False, pad_token_id=pad)
 
     def scores(texts: list[list[int]]) -> list[torch.Tensor]:
@@ -139,6 +139,13 @@ def same_in_batches(
     compared = 2 if int(alone[0].argmax()) == int(beside[0].argmax()) else 1
     pairs = zip(alone[:compared], beside, strict=False)
     return all(float((a - b).abs().max()) <= tolerance * float(a.abs().max()) for a, b in pairs)
+
+
+def _forget_settings(model: PreTrainedModel) -> int | list[int] | None:
+    """Leave of the model's own generation_config, which transformers adds to any other, the ends of a text alone."""
+    ends: int | list[int] | None = model.generation_config.eos_token_id if model.generation_config is not None else None
+    model.generation_config = GenerationConfig(eos_token_id=ends)
+    return ends
 
 
 def _padded(texts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

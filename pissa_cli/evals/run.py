@@ -35,6 +35,7 @@ from pissa_cli.model import best_device, context_length
 from pissa_cli.probes import PROBES
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row
+from pissa_cli.rundir import require_writable
 
 UNSCORED = {"metric": "not run", "note": "--allow-code-execution scores the answers, which are kept"}
 CLASSIFIED = 32
@@ -100,6 +101,7 @@ def evaluate(
         "precision": recipe.precision,
     }
     folder = run.folder / "eval" / ("base" if base else "")
+    require_writable(folder)
     with _writer(recipe, base, base_folder, context) as writer:
         session = _Session(recipe, writer, tokenizer, folder, context, facts, allow_code)
         return _score_all(session, data, progress)
