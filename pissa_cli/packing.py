@@ -20,7 +20,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pissa_cli.causal import causal_attention
 from pissa_cli.products import attention_dtype
 
 BY_SEQUENCE = "sdpa_by_sequence"
@@ -67,14 +66,8 @@ def _attention(
     alike = len({(x.dtype, x.shape[3]) for x in (query, key, value)}) == 1
     if query.is_cuda and plain and alike and _flash_agrees(query.dtype, query.shape[1], key.shape[1], query.shape[3]):
         return _flash(query, key, value, lengths, options.get("scaling")), None
-    on_cpu = plain and alike and query.device.type == "cpu"
-    if on_cpu and query.shape[1] > key.shape[1]:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    if on_cpu:
-        outputs = [causal_attention(q, k, v, options.get("scaling")).transpose(1, 2) for q, k, v in parts]
-    else:
-        outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in parts]
+    parts = [x.split(lengths, dim=2) for x in (query, key, value)]
+    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in zip(*parts, strict=True)]
     return torch.cat(outputs, dim=1).to(dtype), None
 
 

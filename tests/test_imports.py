@@ -36,7 +36,7 @@ LAYERS = [
     "adapters.start adapters.function",
     "svd quant products",
     "krylov",
-    "panels scales streams orthogonal graphs causal",
+    "panels scales streams orthogonal graphs",
     "recipe_file",
     "recipe_errors",
     "recipe",

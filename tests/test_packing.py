@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pissa_cli import batches, causal, guards, packing
+from pissa_cli import batches, guards, packing
 from pissa_cli import train as module
 from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.attach import checkpoint_activations, join_gates, share_inputs
@@ -70,37 +70,6 @@ def leaking() -> PreTrainedModel:
         if parameter.ndim > 1:
             parameter.data *= 4
     return model
-
-
-@pytest.mark.parametrize("key_heads", [6, 2])
-def test_blocks_of_queries_attend_as_all_at_once(key_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients included, in sequences of one block, of a block and a token, and of many; torch's own is the oracle."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    torch.manual_seed(0)
-    lengths = torch.tensor([causal.ROWS, causal.ROWS + 1, 5, 300])
-    inputs = [torch.randn(1, int(lengths.sum()), heads, 24) for heads in (6, key_heads, key_heads)]
-    inputs = [x.transpose(1, 2).requires_grad_() for x in inputs]
-    wanted, mixed = [], torch.randn(1, int(lengths.sum()), 6, 24)
-    for q, k, v in zip(*(x.split(lengths.tolist(), 2) for x in inputs), strict=True):
-        wanted.append(functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True))
-    wanted = [torch.cat(wanted, 2).transpose(1, 2)]
-    found = [packing._attention(nn.Module(), *inputs, lengths, scaling=0.3)[0]]
-    assert "_InBlocks" in str(graph_of(found[0]))
-    for outputs in (wanted, found):
-        outputs += torch.autograd.grad((outputs[0] * mixed).sum(), inputs)
-    for one, other in zip(found, wanted, strict=True):
-        assert float((one - other).norm()) < 1e-6 * float(other.norm())
-
-
-def graph_of(y: Tensor) -> set[str]:
-    """Names of the operations that made y."""
-    nodes, left = set(), [y.grad_fn]
-    while left:
-        node = left.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            left += [before for before, _ in node.next_functions]
-    return {node.name() for node in nodes}
 
 
 @pytest.mark.parametrize("first", [2, 3, 20])
@@ -167,8 +136,6 @@ def test_each_example_sees_itself_alone(
     seen: list[Any] = []
     original = packing.sdpa_attention_forward
     monkeypatch.setattr(packing, "sdpa_attention_forward", lambda *a, **k: (seen.append(a[4]), original(*a, **k))[1])
-    plain = packing.causal_attention
-    monkeypatch.setattr(packing, "causal_attention", lambda *a: (seen.append(None), plain(*a))[1])
     total = summed_loss(model, collate(examples, INDICES, 0, packing=True))
     total.backward()
     assert float(total) == pytest.approx(float(alone), rel=1e-6)
