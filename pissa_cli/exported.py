@@ -129,6 +129,12 @@ def trained_steps(recipe: Recipe) -> int:
     return int(_provenance(folder, _remedy(run))["step"])
 
 
+def is_trained(recipe: Recipe) -> bool:
+    """Whether a training has reached its end in the run of a recipe."""
+    run = Run(Path(recipe.output))
+    return (run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter).is_dir()
+
+
 def _trained_adapter(run: Run) -> Path:
     if not run.adapter.is_dir():
         raise UsageError(f"{run.folder}: no trained adapter yet", "run `pissa train` to its end first")

@@ -307,6 +307,16 @@ def test_the_base_scores_apart(finished: Any) -> None:
     assert base["loss"]["score"] > evaluate(finished)["loss"]["score"]
 
 
+def test_the_base_is_scored_where_nothing_is_trained(finished: Any, pissa: Any, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    sets = ["--set", "eval.limit=6", "--set", "eval.bench=[loss]"]
+    assert pissa("init", "demo/pissa", "--output", start, *sets).code == 0
+    assert "no trained adapter yet" in pissa("eval", start).err
+    outcome = pissa("eval", start, "--compare-base", "--json")
+    assert outcome.json["results"] == {} and "the base alone is scored" in outcome.err
+    assert outcome.json["base"]["loss"]["score"] == evaluate(finished, base=True)["loss"]["score"]
+
+
 def test_a_run_that_cannot_be_written_is_said_before_the_work(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: "eval" not in str(path))
     monkeypatch.setattr(module, "load_result", None)

@@ -131,10 +131,11 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
         elif "No usable temporary directory" in text:
             _show("there is no folder for temporary files", "set TMPDIR to one that can be written", 1, as_json)
         elif LAUNCHED in os.environ and any(word in text for word in LOST):
-            _show("another process is gone: killed, or out of memory (the launcher says which)", None, 1, as_json)
+            go_on = "pissa train RUN --resume goes on; where memory ran out, with a lower train.micro_batch_size"
+            _show("another process is gone: killed, or out of memory (the launcher says which)", go_on, 1, as_json)
         else:
-            hint = "run again with --debug for the traceback, and please report it"
-            _show(f"unexpected {type(error).__name__}: {error}", hint, 1, as_json)
+            report = "run again with --debug for the traceback, and please report it"
+            _show(f"unexpected {type(error).__name__}: {error}", report, 1, as_json)
         return 1
 
 

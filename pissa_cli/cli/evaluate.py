@@ -21,7 +21,9 @@ def evaluate_command(
         typer.Option("--data", metavar="BENCH=FILE", help="A local data file for a benchmark. Repeatable."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Score the first N questions.")] = None,
-    compare_base: Annotated[bool, typer.Option("--compare-base", help="Score the model before training, too.")] = False,
+    compare_base: Annotated[
+        bool, typer.Option("--compare-base", help="Score the model before training, too; alone, if nothing is trained.")
+    ] = False,
     samples: Annotated[
         str | None,
         typer.Option("--samples", metavar="FILE", help="Score these outputs (jsonl: id or task_id, output), no model."),
@@ -60,6 +62,7 @@ def evaluate_command(
     from pissa_cli.evals.results import score_samples
     from pissa_cli.evals.run import evaluate
     from pissa_cli.evals.sandbox import protection
+    from pissa_cli.exported import is_trained
 
     if samples is not None and compare_base:
         raise UsageError("--samples: there is no model to compare", "leave --compare-base out")
@@ -76,6 +79,9 @@ def evaluate_command(
 
         if samples is not None:
             result = {"results": score_samples(loaded.recipe, samples, allow_code_execution, progress)}
+        elif compare_base and not is_trained(loaded.recipe):
+            show.say(f"{loaded.recipe.output}: nothing is trained yet; the base alone is scored")
+            result = {"results": {}}
         else:
             result = {"results": evaluate(loaded.recipe, allow_code=allow_code_execution, progress=progress)}
         if compare_base:
