@@ -19,7 +19,6 @@ from rich.markup import escape
 from pissa_cli.errors import LAUNCHED, PissaError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-INTERRUPTED = 130
 NO_MEMORY = r"(can't|[Cc]annot) allocate memory"
 LOST = ("gloo", "NCCL", "Connection closed by peer")
 """Of what torch says where another process is gone."""
@@ -94,8 +93,8 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments and not later
     try:
         code = run()
-        if code == INTERRUPTED:  # newer typer's own answer to an interrupt
-            _show("interrupted", None, INTERRUPTED, as_json)
+        if code == 130:  # what newer versions of typer make of it
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except PissaError as error:
         if debug:
@@ -103,8 +102,8 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
         _show(error.message, error.hint, error.exit_code, as_json)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _show("interrupted", None, INTERRUPTED, as_json)
-        return INTERRUPTED
+        _show("interrupted", None, 130, as_json)
+        return 130
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:
             if debug:
