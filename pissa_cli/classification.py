@@ -42,6 +42,9 @@ def encode_classified(
         except ValueError as error:
             results.append(str(error))
             continue
+        if not texts[0].strip():
+            results.append("no text")
+            continue
         encoded: Any = tokenizer(*texts, verbose=False)
         cut = len(encoded["input_ids"]) > section.max_length
         if cut:

@@ -155,11 +155,15 @@ def _unused(section: DataSection, columns: dict[str, None]) -> list[str]:
     return [column for column in columns if column not in {section.columns.get(name, name) for name in fields}]
 
 
-def require_columns(source: str, section: DataSection, columns: dict[str, None]) -> None:
-    """UsageError if `columns`, those that there are, lack one that the recipe needs."""
+def require_columns(source: str, section: DataSection, columns: dict[str, None], whole: bool = True) -> None:
+    """UsageError if `columns`, those that there are, lack one that the recipe needs, or maps in vain. A field that need
+    not be there may come in later rows, where they are not of the `whole` file."""
     wanted = {name: section.columns.get(name, name) for name in FIELDS.get(section.format, ())}
     if section.classifies:
         wanted = label_columns(section, list(columns))
+    if whole:
+        optional = OPTIONAL_FIELDS.get(section.format, ())
+        wanted |= {name: section.columns[name] for name in optional if name in section.columns}
     for name, column in wanted.items():
         if columns and column not in columns:
             form = "" if section.glue is None else "format: classification, "

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pissa_cli.adapter_options import FullOptions
 from pissa_cli.batches import collate
 from pissa_cli.checkpoint import latest_checkpoint, step_of
 from pissa_cli.errors import PissaError, UsageError
@@ -47,6 +48,12 @@ def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
     open_run(recipe)
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
+        result = run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter
+        if result.is_dir():
+            raise UsageError(
+                f"{run.folder}: {result.name}/ is there, the checkpoints that it came from are gone",
+                f"remove {result} to train anew, or use another --output",
+            )
         return False
     if not resume:
         raise UsageError(

@@ -38,9 +38,11 @@ def check_inputs(recipe: Recipe) -> None:
     require_kernels(recipe.train)
     for source in (recipe.data.train, recipe.data.eval):
         if source is not None and is_file(source):
-            rows = (row for _, row in read_rows(source, FIRST_ROWS))
+            rows = [row for _, row in read_rows(source, FIRST_ROWS)]
             columns = dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)
-            require_columns(source, recipe.data, columns)
+            require_columns(source, recipe.data, columns, whole=len(rows) < FIRST_ROWS)
+            if not columns:
+                raise UsageError(f"{source}: no row in the first {len(rows)} that can be used", "is this the file?")
 
 
 def steps_to_take(recipe: Recipe) -> tuple[int, int] | None:

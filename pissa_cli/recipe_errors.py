@@ -99,11 +99,10 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
         by_path.setdefault(path, []).append(text)
     lines = []
     for path, texts in by_path.items():
-        source = (
-            values[path].source
-            if path in values
-            else next((v.source for k, v in values.items() if k[: len(path)] == path), "")
-        )
+        within = [key for key in values if key[: len(path)] == path]
+        about = (*path, texts[0].split(":")[0])  # what is wrong with a section begins with a key of it
+        near = [path] if path in values else [key for key in within if key[: len(about)] == about] or within
+        source = values[near[0]].source if near else ""
         parts = (source if path else "", ".".join(path), " or ".join(dict.fromkeys(texts)))
         lines.append(": ".join(part for part in parts if part))
     return lines

@@ -98,13 +98,19 @@ def _table_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
     tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}  # a quotation mark is only that
     csv.field_size_limit(LONGEST_CELL)
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, **tabs if path.suffix == ".tsv" else {})
+        reader = csv.DictReader(file, strict=True, **tabs if path.suffix == ".tsv" else {})
         columns = list(reader.fieldnames or [])
         if any("\0" in column for column in columns):
             raise UsageError(f"{path}: NUL characters in its first line", "is it UTF-16? save it as UTF-8")
         _require_unlike(path, columns)
-        for number, row in enumerate(reader, start=1):
-            yield number, row if None not in row and None not in row.values() else "wrong number of columns"
+        try:
+            for number, row in enumerate(reader, start=1):
+                yield number, row if None not in row and None not in row.values() else "wrong number of columns"
+        except csv.Error as error:
+            raise UsageError(
+                f"{path}: after line {reader.line_num}: {error}",
+                "in csv a cell with a quotation mark is in quotation marks, and that mark written twice",
+            ) from None
 
 
 def _require_unlike(path: Path, columns: Sequence[str]) -> None:

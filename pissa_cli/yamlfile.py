@@ -96,14 +96,16 @@ KeyPath = tuple[str, ...]
 
 
 SHELL = (
-    "text with : or { in it, or * or & before it, needs quotes that the shell leaves: --set 'key=\"a: b\"'; single "
-    "ones where it has a backslash"
+    "text with : or { or # in it, or * or & before it, needs quotes that the shell leaves: --set 'key=\"a: b\"'; "
+    "single ones where it has a backslash"
 )
 
 
 def parse_scalar(text: str, source: str) -> Any:
     """The value of `c` in `--set a.b=c`, read by the rules of the files; source: `--set a.b`."""
     node = _compose(text, source, SHELL)
+    if (text if node is None else text[node.end_mark.index :]).lstrip().startswith("#"):
+        raise UsageError(f"{source}={text}: in YAML what follows # is a comment", SHELL)
     value = None if node is None else _construct(node, source)
     if isinstance(value, dict) and any(v is None and ":" in str(key) for key, v in value.items()):
         raise UsageError(f"{source}={text}: YAML wants a space after the colon", "as in {q_proj: 8}")

@@ -362,6 +362,40 @@ def test_a_model_with_an_adapter_beside_it(refused: Callable[..., str], tmp_path
     assert "a model and an adapter in one folder" in refused("init", "--model", model)
 
 
+@pytest.mark.parametrize("text", ["### Q {instruction}", "Q {instruction} # x", "#1.jsonl"])
+def test_a_comment_in_set_is_no_value(text: str, refused: Callable[..., str]) -> None:
+    assert "what follows # is a comment" in refused("init", "--model", "x", "--set", f"data.template={text}")
+
+
+def test_a_column_mapped_in_vain(refused: Callable[..., str], models: Callable[[str], Path], rows: Path) -> None:
+    words = ["--set", f"data.train={rows}", "--set", "data.columns={input: contxt}"]
+    assert "no column 'contxt' ('input' of format alpaca)" in refused("train", "--model", models("llama"), *words)
+    assert "no column 'contxt'" in refused("train", "--model", models("llama"), *words, "--dry-run")
+
+
+def test_a_quotation_mark_that_swallows_the_rest(
+    refused: Callable[..., str], models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file = write(tmp_path / "rows.csv", 'instruction,output\nfirst,one\nsecond,"two\nthird,three\n')
+    message = refused("train", "--model", models("llama"), "--set", f"data.train={file}")
+    assert "rows.csv: after line 2: unexpected end of data" in message
+
+
+def test_errors_of_a_section_name_the_line_of_the_key(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = write(tmp_path / "one.yaml", "model: {name: x}\ndata:\n  train: rows.jsonl\n  columns: {query: q}\n")
+    assert "one.yaml:4: data: columns: format alpaca has no field 'query'" in refused("train", file)
+
+
+def test_a_result_whose_checkpoints_are_gone_is_not_replaced(
+    refused: Callable[..., str], models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, tmp_path: Path
+) -> None:
+    made = recipe(models("llama"), "adapter.rank=4", f"data.train={rows}", "train.steps=1", "train.batch_size=2")
+    train(made)
+    shutil.rmtree(Run(Path(made.output)).checkpoints)
+    for flags in ([], ["--resume"]):
+        assert "adapter/ is there, the checkpoints that it came from are gone" in refused("train", made.output, *flags)
+
+
 def test_a_full_disk_costs_only_the_new_checkpoint(
     models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, tmp_path: Path
 ) -> None:

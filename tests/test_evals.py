@@ -317,6 +317,14 @@ def test_the_base_is_scored_where_nothing_is_trained(finished: Any, pissa: Any, 
     assert outcome.json["base"]["loss"]["score"] == evaluate(finished, base=True)["loss"]["score"]
 
 
+def test_rows_that_are_not_scored_are_said(finished: Any, pissa: Any, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "2 + 2?", "answer": ""}\nno row\n')
+    outcome = pissa("eval", finished.output, "--bench", "loss", "--data", f"loss={file}", "--json")
+    assert (outcome.json["results"]["loss"]["n"], outcome.json["results"]["loss"]["rows_not_used"]) == (1, 2)
+    assert outcome.err.count("loss: rows not used: 1, ") == 2
+
+
 def test_a_run_that_cannot_be_written_is_said_before_the_work(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: "eval" not in str(path))
     monkeypatch.setattr(module, "load_result", None)

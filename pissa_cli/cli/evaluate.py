@@ -97,6 +97,10 @@ def evaluate_command(
                 show.say(f"{r['model']}, {name}: {beside}")
             if "note" in r:
                 show.say(f"{name}: {r['note']}")
+            if r.get("unrated"):
+                show.say(f"{name}: {r['unrated']} judgments have no rating, and do not count")
+            for line in r.get("notes", []):
+                show.say(line)
     from rich.table import Table
 
     table = Table()

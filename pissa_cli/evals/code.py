@@ -12,7 +12,7 @@ INSTRUCTION = (
     "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
 )
 """EvalPlus's own words (arXiv 2305.01210)."""
-PROTOCOL = "pass@1, greedy; the first ```python block, cut at its own main, example usage and asserts; base tests"
+PROTOCOL = "pass@1; the first ```python block, cut at its own main, example usage and asserts; base tests"
 FENCE, CUTS = "```python", ('if __name__ == "__main__":', "# Example usage", "assert")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pissa_cli.errors import UsageError
+from pissa_cli.yamlfile import shown
 
 TRIES, TIMEOUT, LONGEST_WAIT = 8, 300.0, 60.0
 FIRST_WAIT = 1.0
@@ -67,6 +68,7 @@ class Judge:
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {error.reason}"
                 if error.code not in (408, 409, 429) and error.code < 500:
+                    reason += _said(error)
                     raise UsageError(f"{url}: {reason}", f"check eval.judge_model and the key in {KEYS[0]}") from None
                 wait = _retry_after(error.headers.get("Retry-After"), wait)
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -88,6 +90,14 @@ def _text(answer: Any, url: str) -> str:
             f"{url}: the answer is not that of a chat completion",
             "eval.judge_url names a server of OpenAI's chat completions, up to /v1",
         ) from None
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The server's own words, where they are those of OpenAI's servers."""
+    try:
+        return f": {shown(json.load(error)['error']['message'])}"
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _retry_after(header: str | None, otherwise: float) -> float:

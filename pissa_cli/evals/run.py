@@ -143,20 +143,25 @@ _Scored = tuple[dict[str, Any], list[dict[str, Any]], Kept | None]
 """A result, its samples, and what was kept on the way and is not needed any more."""
 
 
-def _score_loss(session: _Session, _bench: str, examples: Examples, count: Count) -> _Scored:
+def _score_loss(session: _Session, bench: str, examples: Examples, count: Count) -> _Scored:
     if examples.labels is not None:
-        return _classify(session, examples, None, count)
+        result, samples, kept = _classify(session, examples, None, count)
+        return result | _rows(bench, examples), samples, kept
     with autocast(session.recipe.model.bits, session.recipe.precision, session.model.device):
-        return *held_out.score(session.model, session.tokenizer, examples, count), None
+        result, samples = held_out.score(session.model, session.tokenizer, examples, count)
+    return result | _rows(bench, examples), samples, None
+
+
+def _rows(bench: str, examples: Examples) -> dict[str, Any]:
+    """What became of the rows: how many cannot be used, and all that there is to say."""
+    return {"rows_not_used": sum(map(len, examples.unusable.values())), "notes": examples.notes(bench)}
 
 
 def _score_glue(session: _Session, bench: str, examples: Examples, count: Count) -> _Scored:
     result, samples, kept = _classify(session, examples, GLUE[SETS[bench].task].metric, count)
-    known, n, unused = SETS[bench].rows, result["n"], sum(map(len, examples.unusable.values()))
-    result |= {
-        "rows": known.get(n, f"not a published set ({', '.join(map(str, known))} rows)"),
-        "rows_not_used": unused,
-    }
+    known, n = SETS[bench].rows, result["n"]
+    result |= {"rows": known.get(n, f"not a published set ({', '.join(map(str, known))} rows)")}
+    result |= _rows(bench, examples)
     return result | _published(session, bench, n), samples, kept
 
 
@@ -217,8 +222,10 @@ _SCORERS: dict[str, Callable[..., _Scored | None]] = {
 
 def _settings(session: _Session, bench: str, n: int) -> dict[str, Any]:
     """What stands behind the score of generated answers."""
-    section = session.recipe.data
-    settings = {"engine": session.recipe.eval.engine, "template": section.template or section.format}
+    section, asked = session.recipe.data, session.recipe.eval
+    settings: dict[str, Any] = {"engine": asked.engine, "template": section.template or section.format}
+    settings |= {"temperature": asked.temperature, "samples": asked.samples, "seed": session.recipe.seed}
+    settings |= {"max_new_tokens": asked.max_new_tokens, "stop": asked.stop}
     settings |= {"batch_size": "1: what is asked beside it changes its answers"} if session.one_by_one else {}
     return settings | _published(session, bench, n)
 
