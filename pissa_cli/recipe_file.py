@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pissa_cli.adapter_options import ScaledBase
 from pissa_cli.errors import UsageError
 from pissa_cli.names import kind_of
-from pissa_cli.recipe import Recipe
+from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.recipe_errors import SECTIONS, SYNONYMS, messages
 from pissa_cli.yamlfile import KeyPath, Value, parse_scalar, read_flat, require_plain, shown, write_yaml
 
@@ -277,7 +277,8 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
         else:
             node[key[-1]] = value.value
     model = tree.get("model", {})
-    if isinstance(model, dict) and "name" not in model and not SYNONYMS.keys() & tree.keys():
+    unnamed = isinstance(model, dict) and "name" not in model and model.keys() <= ModelSection.model_fields.keys()
+    if unnamed and not SYNONYMS.keys() & tree.keys():
         known = ", ".join(_names(shipped("configs") / "model"))
         raise UsageError(
             "model.name: no model given",

@@ -6,14 +6,16 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import Outcome, exact_scales, save_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -33,7 +35,9 @@ from pissa_cli.data import load_examples
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import classify
+from pissa_cli.examples import Examples
 from pissa_cli.exported import load_result
+from pissa_cli.guards import require_padding_unseen
 from pissa_cli.loading import load_model
 from pissa_cli.loss import summed_loss
 from pissa_cli.plan import make_plan
@@ -203,6 +207,21 @@ def test_what_divides_in_place_trains(classifier: Callable[..., Any], tmp_path: 
     folder = save_model(AutoModel.from_config(DebertaConfig(**_SHAPE, type_vocab_size=0)), tmp_path / "deberta-v1")
     made = classifier(folder, "model.bits=32", "adapter.targets=[in_proj]")
     assert train(made)["steps"] == 4
+
+
+@pytest.mark.parametrize(("change", "refused"), [(5e-4, False), (1e-2, True)])
+def test_the_rounding_of_a_new_head_is_no_padding(change: float, refused: bool, classifier: Callable[..., Any]) -> None:
+    """Its logits are near zero, and sums of much larger numbers."""
+
+    class Rounded(nn.Module):
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.full((len(input_ids), 2), 0.01 + change * (len(input_ids) > 1)))
+
+    ids, offsets = torch.ones(7, dtype=torch.int32), torch.tensor([0, 2, 7])
+    examples = Examples(ids, torch.ones(7, dtype=torch.bool), offsets, labels=torch.tensor([0.0, 1.0]))
+    made = classifier(Path("none"), "model.bits=16", "train.precision=bf16")
+    with pytest.raises(UsageError, match="changes with the padding") if refused else nullcontext():
+        require_padding_unseen(made, Rounded(), examples, 0, torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def test_what_sees_its_padding_is_refused(classifier: Callable[..., Any], tmp_path: Path) -> None:

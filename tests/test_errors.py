@@ -386,6 +386,11 @@ def test_errors_of_a_section_name_the_line_of_the_key(refused: Callable[..., str
     assert "one.yaml:4: data: columns: format alpaca has no field 'query'" in refused("train", file)
 
 
+def test_a_misspelt_name_of_the_model_is_an_unknown_key(refused: Callable[..., str], tmp_path: Path) -> None:
+    file = write(tmp_path / "one.yaml", "model:\n  name_or_path: x\n")
+    assert "one.yaml:2: model.name_or_path: unknown key" in refused("init", file)
+
+
 def test_a_result_whose_checkpoints_are_gone_is_not_replaced(
     refused: Callable[..., str], models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, tmp_path: Path
 ) -> None:
