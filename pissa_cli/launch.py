@@ -19,7 +19,7 @@ from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError
 from pissa_cli.guards import go_on
 from pissa_cli.initialize import Progress
 from pissa_cli.prepare import prepare
-from pissa_cli.process import NOHUP
+from pissa_cli.process import handling_stops
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, locked
@@ -38,7 +38,7 @@ def launch(
 
     flags: of `pissa train`, handed on; stdout: the descriptor for what they print, if not this process's. On GPUs each
     process has one, on CPUs they speak gloo. Raises UsageError for bad input, PissaError if a process failed,
-    Interrupted after the checkpoint that follows SIGINT or SIGTERM.
+    Interrupted after the checkpoint that follows SIGINT, SIGTERM or SIGHUP.
     """
     if 0 < torch.cuda.device_count() < processes:
         raise UsageError(
@@ -87,10 +87,5 @@ def _wait(process: subprocess.Popen[bytes]) -> tuple[int, bool]:
         if number != signal.SIGINT:
             process.send_signal(signal.SIGTERM)
 
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    before = {n: signal.signal(n, handle) for n in numbers if (n, signal.getsignal(n)) != NOHUP}
-    try:
+    with handling_stops(handle):
         return process.wait(), bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

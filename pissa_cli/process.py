@@ -70,10 +70,17 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             with contextlib.suppress(OSError):
                 os.write(2, b"stopping after this step, with a checkpoint; once more stops at once, without\n")
 
+    with handling_stops(handle):
+        yield lambda: bool(received)
+
+
+@contextlib.contextmanager
+def handling_stops(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    """Have `handle` called for the signals that ask for a stop."""
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     before = {n: signal.signal(n, handle) for n in numbers if (n, signal.getsignal(n)) != NOHUP}
     try:
-        yield lambda: bool(received)
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

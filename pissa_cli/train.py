@@ -37,8 +37,8 @@ def train(
 ) -> dict[str, Any]:
     """Train by the recipe, initializing first where that was not done. Returns the figures of the run.
 
-    Raises UsageError for bad input, Interrupted after the checkpoint that follows SIGINT or SIGTERM, and PissaError
-    for a loss that is not finite and for a disk that fails; earlier checkpoints stay whole.
+    Raises UsageError for bad input, Interrupted after the checkpoint that follows SIGINT, SIGTERM or SIGHUP, and
+    PissaError for a loss that is not finite and for a disk that fails; earlier checkpoints stay whole.
     """
     state = process_state()
     keep_freed_memory()
