@@ -16,6 +16,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.examples import CUT, Encoded, Examples, cache_key, no_usable_row, read_cache, refuse, write_cache
 from pissa_cli.loading import no_panic
 from pissa_cli.rows import Row, content_hash, read_rows, text_of, value_of
+from pissa_cli.turns import tokens_of, tokens_within
 
 INTRO = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 INTRO_INPUT = (
@@ -80,7 +81,7 @@ def question_prompt(
     """
     if section.format == "chat":
         text = question_text(question, before, tokenizer)
-        return text, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return text, tokens_of(text, tokenizer)
 
     def ask(question: str) -> str:
         return _fill(section, question, "", "")[0] if section.format == "alpaca" else question
@@ -225,7 +226,7 @@ def _join(
     prompt_ids = prompt_ids if prompt else []
     answer_ids = whole_ids[len(prompt_ids) :]
     if whole_ids[: len(prompt_ids)] != prompt_ids:
-        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        answer_ids = tokens_within(answer, tokenizer)
     if not answer_ids or answer_ids[-1] != eos:
         answer_ids = [*answer_ids, eos]
     return Encoded([*prompt_ids, *answer_ids], [False] * len(prompt_ids) + [True] * len(answer_ids))

@@ -109,19 +109,47 @@ def tokens_apart(text: str, bounds: list[int], tokenizer: PreTrainedTokenizerBas
 
     At a bound within a token of the whole text, both sides are tokenized apart.
     """
-
-    def tokenize(*parts: str) -> list[list[int]]:
-        return list(tokenizer(list(parts), add_special_tokens=False, verbose=False)["input_ids"])
-
-    whole, *pieces = tokenize(text, *(text[begin:end] for begin, end in pairwise([0, *bounds, len(text)])))
+    whole, *pieces = _tokens([text, *(text[begin:end] for begin, end in pairwise([0, *bounds, len(text)]))], tokenizer)
     if list(chain(*pieces)) == whole:
         return whole, list(accumulate(map(len, pieces[:-1])))
     done: list[int] = []
-    start, counts = 0, []
+    start, counts, tokens = 0, [], tokens_of
     for bound, following in pairwise([*bounds, len(text)]):
-        head, both, after = tokenize(text[start:bound], text[start:following], text[bound:following])
+        head, both, after = (
+            tokens(text[start:bound], tokenizer),
+            tokens(text[start:following], tokenizer),
+            tokens_of(text[bound:following], tokenizer),
+        )
         counts.append(len(done) + len(head))
-        if both[: len(head)] != head or both == head + after:
+        parted = both[: len(head)] != head
+        if parted or both == head + after:
             done += head
-            start = bound
-    return done + tokenize(text[start:])[0], counts
+            start, tokens = bound, tokens_within if parted else tokens_of
+    return done + tokens(text[start:], tokenizer), counts
+
+
+def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return _tokens([text], tokenizer)[0]
+
+
+def tokens_within(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a text that follows other text: without the space that some tokenizers (Llama 2, Mistral) put first."""
+    return _tokens_after(text, tokenizer) if _puts_a_space(tokenizer) else tokens_of(text, tokenizer)
+
+
+@lru_cache(1)
+def _puts_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return _tokens_after("a", tokenizer) != tokens_of("a", tokenizer)
+
+
+def _tokens_after(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of the text after those of one that does not grow together with it."""
+    for before in ("\n", ":"):
+        alone, both = _tokens([before, before + text], tokenizer)
+        if both[: len(alone)] == alone:
+            return both[len(alone) :]
+    return tokens_of(text, tokenizer)
+
+
+def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
