@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +27,10 @@ def trained_values(names: Names, first: bool) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    run: Run, step: int, names: Names, optimizer: torch.optim.Optimizer, data: str, keep: int, first: bool
+    run: Run, step: int, names: Names, optimizer: torch.optim.Optimizer, facts: dict[str, Any], keep: int, first: bool
 ) -> None:
-    """Write checkpoints/step-N: trained values, optimizer state, and `data`, the hash of the examples.
+    """Write checkpoints/step-N: trained values, optimizer state, and `facts`: `data`, the hash of the examples, and
+    `sections` of the recipe, by which it was trained.
 
     All processes take part, the `first` writes. Only the newest `keep` remain.
 
@@ -40,7 +43,7 @@ def save_checkpoint(
         for name, content in zip(_TENSORS, tensors, strict=True):
             save_tensors(folder / name, content)
         hashes = {name: hash_file(folder / name) for name in _TENSORS}
-        write_json(folder / "state.json", {"step": step, "data": data, "hashes": hashes})
+        write_json(folder / "state.json", {"step": step, "hashes": hashes} | facts)
     remove_old(run, keep)
 
 
@@ -121,6 +124,15 @@ def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
     if fault is not None:
         raise UsageError(f"{folder}: damaged ({fault})", "use another checkpoint, or train again with --resume")
     return load_tensors(folder / _TENSORS[0])
+
+
+def trained_by(run: Run) -> dict[str, dict[str, Any]]:
+    """The sections of the recipe that the newest checkpoint was trained by, of those whose state can be read."""
+    for folder in reversed(_folders(run)):
+        with suppress(UsageError, KeyError, TypeError):
+            sections: dict[str, dict[str, Any]] = read_json(folder / "state.json")["sections"]
+            return sections
+    return {}
 
 
 def step_of(folder: Path) -> int:

@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.batches import collate
-from pissa_cli.checkpoint import latest_checkpoint, step_of
+from pissa_cli.checkpoint import latest_checkpoint, step_of, trained_by
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.initialize import open_run
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.packing import attend_by_mask, attend_by_sequence, takes_positions, without_mask
 from pissa_cli.recipe import Recipe
-from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run
 
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
@@ -32,10 +31,11 @@ LEAK_TOKENS = 512  # of an example at most, where it is looked for what leaks in
 LEAST_LOGITS = {"fp32": 1e-2, "bf16": 1e-1}
 """Those of a new head are smaller, and in 16 bits the rounding of what they are sums of is most of them."""
 LEAK_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+LENGTH = ("steps", "epochs")
 MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
     f"train.{key}"
     for key in (
-        *("steps", "epochs", "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing"),
+        *(*LENGTH, "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing"),
         *("spike", "on_fault", "shard", "torch_compile", "use_liger_kernel"),
     )
 }
@@ -62,26 +62,22 @@ def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
             f"{run.folder}: this run has reached {checkpoint.name}",
             f"{go_on(str(run.folder))} (at its end: with more steps), or use another --output",
         )
-    before = load(str(run.folder), {}).recipe
-    for name in ("data", "train"):
-        old, new = _effective(before, name), _effective(recipe, name)
-        for key in old:
-            if old[key] != new[key] and f"{name}.{key}" not in MAY_CHANGE:
+    now = sections_of(recipe)
+    for name, section in trained_by(run).items():
+        for key, old in section.items():
+            if old != now[name][key] and f"{name}.{key}" not in MAY_CHANGE:
                 raise UsageError(
-                    f"{run.folder}: {name}.{key} was {old[key]!r} so far and is {new[key]!r} now",
+                    f"{run.folder}: {name}.{key} was {old!r} so far and is {now[name][key]!r} now",
                     "resume with the same value, or start a new run with another --output",
                 )
     return True
 
 
-def _effective(recipe: Recipe, section: str) -> dict[str, Any]:
-    """The values of a section, with the defaults that follow from other keys."""
-    values: dict[str, Any] = getattr(recipe, section).model_dump()
-    return values | (
-        {"lr": recipe.lr, "head_lr": recipe.train.head_lr or recipe.lr, "precision": recipe.precision}
-        if section == "train"
-        else {}
-    )
+def sections_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What a training goes by, as in JSON, with the defaults that follow from other keys."""
+    data, train = recipe.data.model_dump(mode="json"), recipe.train.model_dump(mode="json")
+    follow = {"lr": recipe.lr, "head_lr": recipe.train.head_lr or recipe.lr, "precision": recipe.precision}
+    return {"data": data, "train": train | follow}
 
 
 def go_on(folder: str) -> str:
@@ -101,11 +97,13 @@ def require_reach(run: Run, steps: int) -> None:
 
 def schedule_change(run: Run, recipe: Recipe) -> list[str]:
     """A line for the person watching if the run was begun with another length: the learning rates change with it."""
-    before = load(str(run.folder), {}).recipe.train
-    now = recipe.train
-    if (before.steps, before.epochs) == (now.steps, now.epochs) or now.schedule == "constant":
+    before, now = trained_by(run).get("train"), recipe.train
+    if before is None or now.schedule == "constant" or all(before[key] == getattr(now, key) for key in LENGTH):
         return []
-    was, will = (f"{t.steps} steps" if t.steps else f"{t.epochs or 1} epochs" for t in (before, now))
+    was, will = (
+        f"{steps} steps" if steps else f"{epochs or 1} epochs"
+        for steps, epochs in ([before[key] for key in LENGTH], [getattr(now, key) for key in LENGTH])
+    )
     return [f"the run was begun for {was} and goes on for {will}: the {now.schedule} schedule is stretched to fit"]
 
 

@@ -19,7 +19,7 @@ from pissa_cli.errors import Interrupted
 from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result
 from pissa_cli.faults import Faults
-from pissa_cli.guards import go_on
+from pissa_cli.guards import go_on, sections_of
 from pissa_cli.initialize import Progress, require_base
 from pissa_cli.loading import load_model
 from pissa_cli.optim import learning_rate
@@ -115,8 +115,9 @@ def _loop(
             note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
             stopped = _any(accelerator, asked())
             if done or stopped or (section.save_every and (step + 1) % section.save_every == 0):
-                digest, first = trainer.examples.digest(), accelerator.is_main_process
-                save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), digest, section.keep, first)
+                facts = {"data": trainer.examples.digest(), "sections": sections_of(trainer.recipe)}
+                first = accelerator.is_main_process
+                save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), facts, section.keep, first)
                 accelerator.wait_for_everyone()
                 saved = step + 1
             if stopped and not done:

@@ -270,6 +270,13 @@ def test_resume_with_another_recipe(
     assert "train.lr was 2e-05 so far and is 0.1 now" in refused(
         "train", made.output, "--resume", "--set", "train.lr=1e-1"
     )
+    run = Run(Path(made.output))
+    run.recipe.write_text(run.recipe.read_text().replace("batch_size: 2", "batch_size: 3"))
+    assert "train.batch_size was 2 so far and is 3 now" in refused("train", made.output, "--resume")
+    later = run.checkpoints / "step-2"
+    shutil.copytree(run.checkpoints / "step-1", later)
+    (later / "state.json").write_text("{")
+    assert "train.batch_size was 2 so far and is 3 now" in refused("train", made.output, "--resume")
 
 
 def test_unreachable_hub(
