@@ -281,18 +281,34 @@ def test_rows_without_a_field_are_refused(made: Callable[..., Any], tmp_path: Pa
 
 
 def test_kept_outputs_survive_a_cut_line_and_belong_to_one_model(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "outputs.jsonl"
-    with Kept(path, ("model", 1)) as kept:
+    path, asked = tmp_path / "a" / "outputs.jsonl", ["a", "b", "a", "c"]
+    with Kept(path, ("model", 1), asked) as kept:
         kept.add(3, "three\n")
+        kept.add(2, "two")
         kept.add(1, "one")
     path.write_text(path.read_text()[:-5])
-    with Kept(path, ("model", 1)) as kept:
-        assert kept.outputs == {3: "three\n"}
+    with Kept(path, ("model", 1), asked) as kept:
+        assert kept.outputs == {3: "three\n", 2: "two"}, "the second answer to 'a' is not the first"
         kept.add(1, "again")
-    with Kept(path, ("model", 1)) as kept:
-        assert kept.outputs == {3: "three\n", 1: "again"}
-    with Kept(path, ("model", 2)) as kept:
+    with Kept(path, ("model", 1), asked) as kept:
+        assert kept.outputs == {3: "three\n", 2: "two", 1: "again"}
+    with Kept(path, ("model", 2), asked) as kept:
         assert kept.outputs == {}
+
+
+def test_a_smaller_evaluation_leaves_the_outputs_of_a_greater_one(tmp_path: Path) -> None:
+    path = tmp_path / "outputs.jsonl"
+    with Kept(path, "model", ["a", "b", "c"]) as kept:
+        kept.add(0, "one")
+        kept.add(2, "three")
+    with Kept(path, "model", ["c", "b"]) as smaller:
+        assert smaller.outputs == {0: "three"}
+        smaller.add(1, "two")
+    smaller.remove()
+    with Kept(path, "model", ["a", "b", "c"]) as kept:
+        assert kept.outputs == {0: "one", 1: "two", 2: "three"}
+    kept.remove()
+    assert not path.exists()
 
 
 def test_published_figures_stand_beside_the_same_model_method_and_rows() -> None:

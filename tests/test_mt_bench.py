@@ -158,14 +158,15 @@ def test_both_turns_are_judged_and_an_interruption_costs_nothing(
     stand_in.script = [(200, "[[4]]"), (200, "I cannot judge this."), (401, "x")]
     with pytest.raises(UsageError, match="401"):
         evaluate(made)
-    stand_in.script = [(200, "[[9]]"), (200, "Rating: [5]")]
+    stand_in.script = [(200, "I cannot judge this."), (200, "[[9]]"), (200, "Rating: [5]")]
     result = evaluate(made)["mt_bench"]
-    assert len(stand_in.asked) == 5
+    assert len(stand_in.asked) == 6
     assert result["score"] == 6 and (result["n"], result["unrated"]) == (3, 1)
     assert result["turns"] == [6.5, 5] and result["categories"] == {"writing": 4, "math": 7}
-    assert evaluate(made)["mt_bench"]["score"] == 6 and len(stand_in.asked) == 5
+    assert evaluate(made)["mt_bench"]["score"] == (4 + 7 + 9 + 5) / 4 and len(stand_in.asked) == 7, "what has no rating"
+    assert evaluate(made)["mt_bench"]["unrated"] == 0 and len(stand_in.asked) == 7
     again = evaluate(recipe(models("llama"), *sets, "eval.judge_model=another"))["mt_bench"]
-    assert again["score"] == 7 and len(stand_in.asked) == 9
+    assert again["score"] == 7 and len(stand_in.asked) == 11
     folder = tmp_path / "out" / "eval" / "mt_bench"
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [(s["id"], s["turn"]) for s in samples] == [(81, 1), (81, 2), (111, 1), (111, 2)]

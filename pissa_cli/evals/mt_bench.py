@@ -135,7 +135,7 @@ def grade(
         for turn in (0, 1):
             place = 2 * number + turn
             judgment = kept.get(place) or judge.ask(*judge_prompt(data, question, pair, turn))
-            if judgment and place not in kept:  # an empty one may be a fault that passes
+            if rating(judgment) is not None and place not in kept:  # what else it says may be a fault that passes
                 keep(place, judgment)
             sample = {"id": question["question_id"], "category": question["category"], "turn": turn + 1}
             sample |= {"output": pair[turn], "judgment": judgment, "rating": rating(judgment)}

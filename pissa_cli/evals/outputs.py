@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,26 +25,43 @@ def _writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-class Kept:
-    """Outputs by question in a file, valid for one `identity` (of model, prompts and settings)."""
+def _hash(content: object) -> str:
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def __init__(self, path: Path, identity: Sequence[object]) -> None:
+
+class Kept:
+    """Outputs in a file, for what is `asked` by one `identity` (of model and settings), by number.
+
+    Answers to other questions of the same identity (of an evaluation of more rows, that was interrupted) stay there.
+    """
+
+    def __init__(self, path: Path, identity: object, asked: Sequence[object]) -> None:
         self._path = path
-        self._key = xxhash.xxh3_128(json.dumps(list(identity), sort_keys=True).encode()).hexdigest()
+        self._identity = _hash(identity)
+        seen: Counter[str] = Counter()
+        self._keys = []
+        for key in map(_hash, asked):
+            self._keys.append(f"{key}-{seen[key]}")
+            seen[key] += 1
         self.outputs: dict[int, str] = {}
+        self._others = False
 
     def __enter__(self) -> Kept:
         """Read what an earlier evaluation left, up to a line that was cut off; what has another identity is dropped."""
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.is_file() else []
-        good = 0
-        if lines and lines[0].decode(errors="replace").strip() == self._key:
+        good, numbers = 0, {key: number for number, key in enumerate(self._keys)}
+        if lines and lines[0].decode(errors="replace").strip() == self._identity:
             good = len(lines[0])
             for line in lines[1:]:
                 try:
                     row = json.loads(line)
-                    self.outputs[row["id"]] = row["output"]
+                    key, output = row["key"], row["output"]
                 except (ValueError, KeyError, TypeError):
                     break
+                if key in numbers:
+                    self.outputs[numbers[key]] = output
+                else:
+                    self._others = True
                 good += len(line)
         with _writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +69,7 @@ class Kept:
             self._file.seek(good)
             self._file.truncate()
             if not good:
-                self._file.write(f"{self._key}\n".encode())
+                self._file.write(f"{self._identity}\n".encode())
                 self._file.flush()
         return self
 
@@ -59,15 +77,16 @@ class Kept:
         """Keep one more."""
         self.outputs[number] = output
         with _writing(self._path):
-            self._file.write(json.dumps({"id": number, "output": output}).encode() + b"\n")
+            self._file.write(json.dumps({"key": self._keys[number], "output": output}).encode() + b"\n")
             self._file.flush()
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def remove(self) -> None:
-        """Once the results are written."""
-        self._path.unlink(missing_ok=True)
+        """Once the results are written; not what an evaluation of other rows goes on from."""
+        if not self._others:
+            self._path.unlink(missing_ok=True)
 
 
 def read_samples(source: str, bench: Bench, rows: Sequence[Row]) -> list[str]:

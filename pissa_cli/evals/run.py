@@ -198,7 +198,7 @@ def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count
     asked = [
         mt_bench.judge_prompt(data, q, a, turn) for q, a in zip(data.questions, answers, strict=True) for turn in (0, 1)
     ]
-    with Kept(session.folder / f".{bench}.judgments.jsonl", (judge.url, judge.model, asked)) as kept:
+    with Kept(session.folder / f".{bench}.judgments.jsonl", (judge.url, judge.model), asked) as kept:
         result, samples = mt_bench.grade(data, answers, judge, kept.outputs, kept.add, count)
     return result | _settings(session, bench, len(samples)) | _without_room(session, first + second), samples, None
 
@@ -251,8 +251,7 @@ def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]],
     turn = end_of_turn(session.tokenizer) if session.recipe.data.format == "chat" else []
     stop, stop_ids = special_stops([*section.stop, *turn], session.tokenizer)
     sampling = (section.engine, section.max_new_tokens, section.temperature, session.recipe.seed, stop, stop_ids)
-    identity = (session.facts, [text for text, _ in prompts], *sampling)
-    with Kept(session.folder / file, identity) as kept:
+    with Kept(session.folder / file, (session.facts, *sampling), [text for text, _ in prompts]) as kept:
         left = [number for number in range(len(prompts)) if number not in kept.outputs]
         asked = [prompts[number][1] for number in left]
 
