@@ -32,17 +32,24 @@ Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | N
 """The manifest, the tokenizer, examples to train and to hold out."""
 
 
-def check_inputs(recipe: Recipe) -> None:
-    """Raise UsageError for what shows before any work: kernels that cannot run here, files of data that are not there
-    or lack a column in their first rows. Data on the Hub is not looked at."""
+def check_inputs(recipe: Recipe, resume: bool) -> None:
+    """Raise UsageError for what shows before any work: a run that is there already or goes by another recipe, kernels
+    that cannot run here, files of data that are not there or lack a column in their first rows. Data on the Hub is not
+    looked at."""
+    resumes(Run(Path(recipe.output)), recipe, resume)
     require_kernels(recipe.train)
     for source in (recipe.data.train, recipe.data.eval):
         if source is not None and is_file(source):
-            rows = [row for _, row in read_rows(source, FIRST_ROWS)]
-            columns = dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)
-            require_columns(source, recipe.data, columns, whole=len(rows) < FIRST_ROWS)
-            if not columns:
-                raise UsageError(f"{source}: no row in the first {len(rows)} that can be used", "is this the file?")
+            check_columns(source, recipe)
+
+
+def check_columns(source: str, recipe: Recipe) -> None:
+    """Raise UsageError for a file that lacks a column in its first rows."""
+    rows = [row for _, row in read_rows(source, FIRST_ROWS)]
+    columns = dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)
+    require_columns(source, recipe.data, columns, whole=len(rows) < FIRST_ROWS)
+    if not columns:
+        raise UsageError(f"{source}: no row in the first {len(rows)} that can be used", "is this the file?")
 
 
 def steps_to_take(recipe: Recipe) -> tuple[int, int] | None:

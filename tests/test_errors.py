@@ -162,6 +162,15 @@ def test_what_a_dry_run_finds(refused: Callable[..., str], models: Callable[[str
     assert "no column 'instruction'" in dry(f"data.train={file}")
     if not torch.cuda.is_available():
         assert "Liger's kernels need a GPU" in dry(f"data.train={file}", MAPPED, "train.use_liger_kernel=true")
+    for bench, message in (
+        ("gsm8k", "row 1 is no row of gsm8k: 'answer' is not text"),
+        ("humaneval", "it has no prompt, test, entry_point"),
+        ("loss", "no column 'instruction'"),
+    ):
+        words = ("--set", f"model.name={models('llama')}", "--dry-run", "--bench", bench)
+        numbers = write(tmp_path / "numbers.jsonl", '{"question": "a", "answer": [1]}\n')
+        assert message in refused("eval", *words, "--data", f"{bench}={numbers}")
+        assert "no.jsonl: no such data file" in refused("eval", *words, "--data", f"{bench}=no.jsonl")
     assert "--repo and --force are about an upload" in refused(
         "merge", "--set", f"model.name={models('llama')}", "--repo", "a/b", "--dry-run"
     )
@@ -269,6 +278,9 @@ def test_resume_with_another_recipe(
     assert f"go on with: pissa train {made.output} --resume" in refused("train", made.output)
     assert "train.lr was 2e-05 so far and is 0.1 now" in refused(
         "train", made.output, "--resume", "--set", "train.lr=1e-1"
+    )
+    assert "train.batch_size was 2" in refused(
+        "train", made.output, "--resume", "--dry-run", "--set", "train.batch_size=3"
     )
     run = Run(Path(made.output))
     run.recipe.write_text(run.recipe.read_text().replace("batch_size: 2", "batch_size: 3"))

@@ -57,7 +57,7 @@ def evaluate_command(
     from pissa_cli.cli import dryrun, show
 
     show.quiet_libraries(debug)
-    from pissa_cli.evals.benches import check_benches, runs_code
+    from pissa_cli.evals.benches import check_benches, check_files, runs_code
     from pissa_cli.evals.classify import METRICS
     from pissa_cli.evals.results import score_samples
     from pissa_cli.evals.run import evaluate
@@ -68,6 +68,7 @@ def evaluate_command(
         raise UsageError("--samples: there is no model to compare", "leave --compare-base out")
     check_benches(loaded.recipe, compare_base, loaded.sources)
     if dry_run:
+        check_files(loaded.recipe)
         dryrun.dry_run(loaded, as_json)
         return
     if allow_code_execution and runs_code(loaded.recipe):

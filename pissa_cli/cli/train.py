@@ -50,7 +50,7 @@ def train_command(
     if dry_run:
         from pissa_cli.prepare import check_inputs, steps_to_take
 
-        check_inputs(loaded.recipe)
+        check_inputs(loaded.recipe, resume)
         dryrun.dry_run(loaded, as_json, processes or 1, steps_to_take(loaded.recipe))
         return
     recipe = loaded.recipe

@@ -16,8 +16,9 @@ from pissa_cli.evals import competition_math, gsm8k, harness, humaneval, mbpp, m
 from pissa_cli.evals.bench import Bench
 from pissa_cli.glue import GLUE, SETS
 from pissa_cli.guards import require_context
+from pissa_cli.prepare import check_columns
 from pissa_cli.recipe import Recipe
-from pissa_cli.rows import Row, read_rows, text_of
+from pissa_cli.rows import Row, is_file, read_rows, text_of
 from pissa_cli.yamlfile import KeyPath
 
 GENERATED: dict[str, Bench] = {
@@ -111,6 +112,19 @@ def source_of(bench: str, recipe: Recipe) -> str:
     if recipe.data.eval is None:
         raise UsageError("eval loss: no held-out data", "set data.eval, or --data loss=file.jsonl")
     return recipe.data.eval
+
+
+def check_files(recipe: Recipe) -> None:
+    """Raise UsageError for a local file of a benchmark that is not there or is no such file."""
+    for bench in recipe.eval.bench:
+        if bench.startswith(harness.PREFIX):
+            continue
+        source = source_of(bench, recipe)
+        if bench == "mt_bench":
+            if Path(source).is_dir():
+                mt_bench.load(source, recipe.eval.limit)
+        elif is_file(source):
+            read_bench(bench, recipe) if bench in GENERATED else check_columns(source, recipe)
 
 
 def load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> Any:
