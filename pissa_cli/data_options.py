@@ -35,7 +35,7 @@ class DataSection(Section):
         description="alpaca: text with {instruction} and {output}, default PiSSA's; chat: Jinja, default the model's",
     )
     max_length: int = Field(512, ge=8, description="tokens an example may have; longer ones are cut at the end")
-    limit: int | None = Field(None, ge=1, description="use the first N rows")
+    limit: int | None = Field(None, ge=1, description="train on the first N rows; data.eval is used whole")
     packing: bool | Literal["auto"] = Field(
         "auto", description="lay the examples of a micro-batch out in one row without padding; auto: where it is sound"
     )
