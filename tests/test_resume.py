@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,15 @@ def test_an_interrupt_before_any_command_shows_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (130, "")
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """The tests may themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_resume_finishes_bit_for_bit(
     number: int, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path

@@ -68,14 +68,13 @@ def export_command(
             result = convert.export_lora(recipe, folder, rank, uniform, server, checkpoint, check)
     lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
     if form == "lora":
-        (least, most), method = result["ranks"], recipe.adapter.method
+        least, most = result["ranks"]
         ranks = f"rank {most}" if least == most else f"ranks {least} to {most}"
         lines.append(f"LoRA of {ranks} for {result['base']}, {_error(result['relative_error'])}")
-        if recipe.model.bits == 4 and result["relative_error"] > 0.1:
+        if recipe.model.bits == 4:
             lines.append(
-                "the change holds what 4-bit storage lost, too, and most of that has no low rank; exact: --as merged, "
-                f"or {recipe.output}/adapter on {recipe.output}/base"
-                + ("; on the plain base that one is off by what 4 bits lost" if method == "lora" else "")
+                "what 4-bit storage lost of the base is no part of it; exactly as it was trained, with that loss: "
+                f"--as merged, or {recipe.output}/adapter on {recipe.output}/base"
             )
     elif form != "merged":
         lines.append(f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)")
