@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,11 @@ from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Encoded
 from pissa_cli.loading import load_tokenizer
+from pissa_cli.messages import THOUGHTS, forms_of, is_learned, messages_of, tools_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, has_surrogate, value_of
 from pissa_cli.rundir import read_json, write_json
 from pissa_cli.turns import MARK, Message, Render, span_of, tokens_apart
-
-SHAREGPT = {"human": "user", "observation": "tool"} | dict.fromkeys(
-    ("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"
-)
-"""Roles of ShareGPT's rows; others are called as elsewhere."""
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -99,11 +94,12 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Encoded | str:
     """Tokens of a conversation, or why it cannot be used."""
     column = section.columns.get("messages", "messages")
-    messages = _messages(value_of(row, column), "tool_calls" in str(tokenizer.chat_template))
-    if messages is None:
-        return f"'{column}' is not a list of messages with role and content, or from and value"
     try:
-        tools = _tools(row, section)
+        messages = messages_of(value_of(row, column), "tool_calls" in str(tokenizer.chat_template))
+        tools = tools_of(row, section)
+        if messages is None:
+            return f"'{column}' is not a list of messages with role and content, or from and value"
+        learned = [is_learned(message) for message in messages]
     except ValueError as error:
         return str(error)
     said = [message for message in messages if message["role"] == "assistant"]
@@ -111,14 +107,13 @@ def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBa
         return "no assistant message"
     if not all(message.get("content") or message.get("tool_calls") for message in said):
         return "the assistant says nothing"
-    if any(message.get("weight", 1) != 1 for message in messages):
-        return "a message has a weight that is not 1: all that the assistant says is learned"
     system = value_of(row, section.optional_column("system") or "")
     if isinstance(system, str) and system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
+        learned.insert(0, False)
     render = _render(tokenizer, tools)
     found: tuple[list[Message], str] | str = ""
-    for form in _forms(messages):
+    for form in forms_of(messages):
         try:
             found = form, render(form, False)
             break
@@ -140,96 +135,20 @@ def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBa
             except ValueError as error:
                 return str(error)
             spans.append(span)
-        if not _shown(message, whole[slice(*span)], last=turn == len(messages) - 1):
+        last = turn == len(messages) - 1
+        if not _shown(message, whole[slice(*span)], last):
             return f"the chat template leaves out what the {message['role']} says"
+        thoughts = [key for key in THOUGHTS if last and not _has(whole[slice(*span)], message.get(key))]
+        if thoughts:
+            return f"the chat template leaves out what the assistant thinks ('{thoughts[0]}')"
     ids, counts = tokens_apart(whole, [place for span in spans for place in span], tokenizer)
     targets = [False] * len(ids)
-    for begin, end in zip(counts[::2], counts[1::2], strict=True):
-        targets[begin:end] = [True] * (end - begin)
+    turns = [one for one, message in zip(learned, messages, strict=True) if message["role"] == "assistant"]
+    for begin, end, one in zip(counts[::2], counts[1::2], turns, strict=True):
+        targets[begin:end] = [one] * (end - begin)
     if targets[-1] and not end_of_turn(tokenizer):
         ids, targets = [*ids, tokenizer.eos_token_id], [*targets, True]
     return Encoded(ids, targets)
-
-
-def _forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """The messages as templates may want them: arguments of tool calls as mappings, else as JSON text; without the
-    content that is None, else with an empty one."""
-    for empty in (None, ""):
-        for convert in (_parsed, _written):
-            yield [_form(message, convert, empty) for message in messages]
-
-
-def _form(message: Message, convert: Callable[[Any], Any], empty: str | None) -> Message:
-    calls = message.get("tool_calls")
-    if isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
-        message = {**message, "tool_calls": [_call(call, convert) for call in calls]}
-    return {**message, "content": empty} if message.get("content", "") is None else message
-
-
-def _call(call: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _call(call["function"], convert)}
-    return {**call, "arguments": convert(call["arguments"])} if "arguments" in call else call
-
-
-def _parsed(arguments: Any) -> Any:
-    """OpenAI's arguments are a JSON text, which templates would write as one, in quotes."""
-    try:
-        found = json.loads(arguments)
-    except (ValueError, TypeError):
-        return arguments
-    return found if isinstance(found, dict) else arguments
-
-
-def _written(arguments: Any) -> Any:
-    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
-
-
-def _messages(value: Any, calls: bool) -> list[Message] | None:
-    """Messages with role and content, from ShareGPT's as well; without None, with which parquet files fill up. calls:
-    what ShareGPT has as a function_call, in JSON, becomes one."""
-    if not isinstance(value, list):
-        return None
-    messages = []
-    for one in value:
-        if not isinstance(one, dict):
-            return None
-        if {"from", "value"} <= set(one) and "role" not in one:
-            called = _called(one["value"]) if calls and one["from"] == "function_call" else None
-            one = {"role": SHAREGPT.get(str(one["from"]), one["from"]), "content": one["value"]}
-            one = one if called is None else {"role": "assistant", "tool_calls": called}
-        if "role" not in one or not {"content", "tool_calls"} & set(one):
-            return None
-        parts = one.get("content")
-        if isinstance(parts, list) and all(isinstance(part, dict) and set(part) == {"type", "text"} for part in parts):
-            one = {**one, "content": "".join(str(part["text"]) for part in parts)}
-        messages.append({key: value for key, value in one.items() if value is not None or key == "content"})
-    return messages
-
-
-def _called(value: Any) -> list[dict[str, Any]] | None:
-    """The tool calls of a JSON text of one, or of a list; None if it is something else."""
-    try:
-        found = json.loads(value)
-    except (ValueError, TypeError):
-        return None
-    found = found if isinstance(found, list) else [found]
-    if not found or not all(isinstance(call, dict) and {"name", "arguments"} <= set(call) for call in found):
-        return None
-    return [{"type": "function", "function": call} for call in found]
-
-
-def _tools(row: Row, section: DataSection) -> list[Any] | None:
-    column = section.optional_column("tools")
-    tools = None if column is None else value_of(row, column)
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
-            tools = tools or None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"'{column}' is not a list of tools")
-    return tools or None
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> Render:
@@ -252,5 +171,10 @@ def _shown(message: Message, text: str, last: bool) -> bool:
         )
         if any(isinstance(one, dict) and str(one.get("name", "")) not in text for one in called):
             return False
-    says = isinstance(content, str) and (last if role == "assistant" else role in ("user", "system", "developer"))
-    return not says or "".join(str(content).split()) in "".join(text.split())
+    says = last if role == "assistant" else role in ("user", "system", "developer")
+    return not says or _has(text, content)
+
+
+def _has(text: str, said: Any) -> bool:
+    """Whether a text is in another, but for white space; what is no text counts as such."""
+    return not isinstance(said, str) or "".join(said.split()) in "".join(text.split())

@@ -15,6 +15,7 @@ from pissa_cli.data_options import FIELDS, OPTIONAL_FIELDS, DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import CUT, Encoded, Examples, cache_key, no_usable_row, read_cache, refuse, write_cache
 from pissa_cli.loading import no_panic
+from pissa_cli.messages import unused_keys
 from pissa_cli.rows import Row, content_hash, read_rows, text_of, value_of
 from pissa_cli.turns import tokens_of, tokens_within
 
@@ -127,12 +128,15 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
         batch.clear()
 
     columns: dict[str, None] = {}
+    inner: dict[str, None] = {}
     for number, row in read_rows(source, section.limit):
         if isinstance(row, str):
             refuse(unusable, row, number)
             continue
         if len(columns) < 100:
             columns |= dict.fromkeys(row)
+        if section.format == "chat" and len(inner) < 100:
+            inner |= dict.fromkeys(unused_keys(row, section, tokenizer))
         batch.append((number, row))
         if len(batch) == BATCH:
             require_columns(source, section, columns)
@@ -145,7 +149,7 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
     flat = torch.tensor([token for tokens in ids for token in tokens], dtype=torch.int32)
     mask = torch.tensor([target for flags in targets for target in flags], dtype=torch.bool)
     numbers = torch.tensor(classes) if classes else None
-    return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut, numbers, _unused(section, columns))
+    return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut, numbers, [*_unused(section, columns), *inner])
 
 
 def _unused(section: DataSection, columns: dict[str, None]) -> list[str]:

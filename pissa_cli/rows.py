@@ -153,7 +153,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         file = parquet.ParquetFile(path)
         _require_unlike(path, file.schema_arrow.names)
         for batch in file.iter_batches():
-            yield from batch.to_pylist()
+            yield from map(_pruned, batch.to_pylist())
     except UnicodeDecodeError:
         raise
     except (ArrowException, OverflowError, ValueError) as error:  # the latter two of dates that Python cannot hold
@@ -161,7 +161,18 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
-    yield from enumerate(_hub_data(source), start=1)
+    yield from enumerate(map(_pruned, _hub_data(source)), start=1)
+
+
+def _pruned(row: Row) -> Row:
+    """Without the None that such tables fill a row's inner objects up with, so that all have the same keys."""
+    return {column: _without_none(value) for column, value in row.items()}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _hub_data(source: str) -> Any:

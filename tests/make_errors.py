@@ -15,7 +15,7 @@ AREAS = {
     "Any command": "cli.edge",
     "Recipe and flags": "yamlfile recipe_file recipe_errors recipe adapter_options data_options cli",
     "Base model": "model configuration loading weights disk_names plan attach ranks experts side_files",
-    "Data": "data rows examples chat turns classification",
+    "Data": "data rows examples chat messages turns classification",
     "Run folder": "rundir names integrity initialize checkpoint exported peft_files optim",
     "Training": "train trainer prepare guards kernels launch faults sharding zero",
     "Evaluation": "evals",
@@ -25,7 +25,7 @@ AREAS = {
 """By the modules that say them."""
 IN_MESSAGE = ("recipe", "adapter_options", "data_options")
 """Their ValueErrors are messages on a recipe's keys, with the remedy in them; those of IN_ROWS are on a row of data."""
-IN_ROWS = ("data", "rows", "chat", "turns", "classification")
+IN_ROWS = ("data", "rows", "chat", "messages", "turns", "classification")
 RETURNED = {
     "recipe_errors": ("messages", "_unknown_key"),
     "chat": ("encode_chat",),

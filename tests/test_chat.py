@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from pissa_cli.data import load_examples, question_prompt
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.evals.generate import special_stops
+from pissa_cli.examples import Encoded
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.side_files import copy_side_files
@@ -223,8 +225,23 @@ def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
     assert encode_chat(conversation("Hi"), SECTION, tokenizer) == "no assistant message"
     assert encode_chat(conversation("Hi", ""), SECTION, tokenizer) == "the assistant says nothing"
     row = conversation("Hi", "Yes", "And", "No")
-    row["messages"][1]["weight"] = 0
-    assert "weight that is not 1" in str(encode_chat(row, SECTION, tokenizer))
+    row["messages"][1]["weight"] = 0.5
+    assert "weight that is neither 0 nor 1" in str(encode_chat(row, SECTION, tokenizer))
+    row["messages"][1] |= {"weight": 1, "reasoning_content": "So it is."}
+    assert isinstance(encode_chat(row, SECTION, tokenizer), Encoded), "thoughts of earlier turns may be left out"
+    row["messages"][3]["reasoning_content"] = "So it is."
+    assert "what the assistant thinks ('reasoning_content')" in str(encode_chat(row, SECTION, tokenizer))
+    row["messages"][0]["train"] = True
+    assert "not the assistant's has train: true" in str(encode_chat(row, SECTION, tokenizer))
+    for content, reason in (
+        ([{"type": "text", "text": "Hi"}, {"type": "image", "image": "x.png"}], "a part that is no text (image)"),
+        ([{"type": "text", "text": None}], "a part that is no text (text)"),
+        (["Hi"], "a part that is no text (Hi)"),
+        ({"a": 1}, "content is neither text nor a list of parts"),
+    ):
+        row = conversation("Hi", "Yes")
+        row["messages"][0]["content"] = content
+        assert reason in str(encode_chat(row, SECTION, tokenizer))
     for messages in (None, "Hi", ["Hi"], [{"role": "user"}], [{"content": "Hi"}]):
         assert "is not a list of messages" in str(encode_chat({"messages": messages}, SECTION, tokenizer))
     assert "surrogate" in str(encode_chat(conversation("\ud800", "Yes"), SECTION, tokenizer))
@@ -272,6 +289,49 @@ def test_other_programs_know_where_an_answer_ends(models: Callable[[str], Path],
         write_stops(folder, recipe)
         found = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
         assert found == (ids or 1)
+
+
+@pytest.mark.parametrize("skip", [{"weight": 0}, {"train": False}])
+def test_a_turn_that_is_not_learned(skip: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = PLAIN
+    row = conversation("Hi", "Bad", "And", "No")
+    row["messages"][1] |= skip
+    row["system"] = "S"
+    assert learned(row, tokenizer) == ["<system>S<user>Hi<assistant>Bad<eos><user>And<assistant>", "No<eos>"]
+    asked, said = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Bad"}
+    row = {"messages": [asked, said | skip, asked, said]}
+    assert learned(row, tokenizer) == ["<user>Hi<assistant>Bad<eos><user>Hi<assistant>", "Bad<eos>"]
+
+
+def test_tables_fill_up_with_none_which_is_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Parquet gives all objects of a column the same keys; jsonl, in which null is meant, does not."""
+    tokenizer.chat_template = ASKED.replace("m.tool_calls | tojson", "m.tool_calls | tojson | string")
+    rows = []
+    for arguments in ({"city": "Paris"}, {"sum": "1 + 1"}):
+        row = conversation("Hi", "x")
+        row["messages"][1] = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+        row["messages"][0]["content"] = [{"type": "text", "text": "Hi"} | ({"cache": "x"} if rows else {})]
+        rows.append(row)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    plain, table = (
+        load_examples(str(tmp_path / f"rows.{kind}"), SECTION, tokenizer, None) for kind in ("jsonl", "parquet")
+    )
+    assert "None" not in tokenizer.decode(table.ids) and "null" not in tokenizer.decode(table.ids)
+    assert table.ids.tolist() == plain.ids.tolist() and len(table) == 2
+    rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["city"] = None
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+    assert "null" in tokenizer.decode(load_examples(str(tmp_path / "rows.jsonl"), SECTION, tokenizer, None).ids)
+
+
+def test_keys_of_messages_that_nothing_asks_for_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = PLAIN.replace("{{ m.content }}", "{{ m.mood }}{{ m.content }}")
+    row = conversation("Hi", "Yes")
+    row["messages"][0] |= {"mood": "glad ", "time": "now", "weight": 1}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    for _ in range(2):
+        found = load_examples(str(tmp_path / "rows.jsonl"), SECTION, tokenizer, tmp_path)
+        assert found.notes("data.train")[1] == "data.train: columns not used: messages.time"
 
 
 def test_a_system_column_and_parts_of_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -28,7 +28,7 @@ LAYERS = [
     "model peft_files report optim process",
     "sharding disk_names",
     "rundir experts integrity configuration",
-    "rows loss weights packing turns",
+    "rows loss weights packing turns messages",
     "zero",
     "adapters.lowrank",
     "adapters.methods",
