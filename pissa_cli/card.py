@@ -84,11 +84,12 @@ def default_repo(recipe: Recipe) -> str:
 
 
 def _figures(run: Run, step: int | None) -> list[tuple[str, str]]:
-    """Loss of training and on held-out data, and what `eval` found; up to a step, without what was scored later."""
+    """Loss of training and on held-out data up to a step (default: the last), and what `eval` found of that one."""
     rows: list[tuple[str, str]] = []
     if run.metrics.is_file():
         events = [event for event in read_metrics(run.metrics) if step is None or event["step"] <= step]
         losses = [event["loss"] for event in events if event["loss"] is not None]
+        step = events[-1]["step"] if events else step
         if losses:
             rows.append(("steps", str(events[-1]["step"])))
             rows.append(("training loss, first and last step", f"{losses[0]:.4f}, {losses[-1]:.4f}"))
@@ -96,11 +97,13 @@ def _figures(run: Run, step: int | None) -> list[tuple[str, str]]:
         if held_out:
             rows.append(("held-out loss", f"{held_out[-1]:.4f}"))
     scored = run.folder / "eval"
-    for path in sorted(scored.rglob("result.json")) if step is None else []:
+    for path in sorted(scored.rglob("result.json")):
         if path.relative_to(scored).parts[0] in ("base", "samples"):
             continue
         result = read_json(path)
         try:
+            if result["step"] != step:
+                continue
             spread = f" ± {result['stderr']:.2f}" if result["stderr"] is not None else ""
             name = f"{path.parent.relative_to(scored)}, {result['metric']}, n = {result['n']}"
             rows.append((name, f"{result['score']:.2f}{spread}"))

@@ -22,6 +22,7 @@ from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import _prompt, _without_folders, model_card
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.evals.run import evaluate
 from pissa_cli.exported import load_result, result_files
 from pissa_cli.model import linear_layers, read_weight, skeleton
 from pissa_cli.rundir import Run
@@ -250,6 +251,20 @@ def test_the_adapter_has_its_tokenizer_and_a_card(models: Callable[[str], Path],
     assert "conversation in the tokenizer" in "\n".join(_prompt(other))
     assert _without_folders({"a": [long]}) == {"a": [long]}
     assert "library_name: peft" in card and "held-out loss" in card and str(folder.parent) not in card
+
+
+def test_the_model_card_shows_scores_of_its_own_step_alone(
+    models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    sets = ("model.bits=32", f"data.train={rows}", f"data.eval={rows}", "eval.bench=[loss]", "train.save_every=1")
+    made = recipe(models("llama"), *sets, "train.steps=1")
+    train(made)
+    evaluate(made)
+    assert "| loss, loss, nats a token, n = 40 |" in model_card(made, "merged")
+    more = recipe(models("llama"), *sets, "train.steps=2")
+    train(more, resume=True)
+    assert "n = 40" not in model_card(more, "merged") and "n = 40" in model_card(more, "merged", step=1)
+    assert "n = 40" not in (Run(Path(more.output)).adapter / "README.md").read_text()
 
 
 def test_the_model_card_keeps_folders_to_itself(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
