@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from pissa_cli.errors import UsageError
 from pissa_cli.optim import optimizer_tensors, restore_optimizer
+from pissa_cli.report import read_metrics
 from pissa_cli.rundir import Run, read_json, remove_folder, set_aside, whole_folder, write_json
 from pissa_cli.sharding import put, whole
 from pissa_cli.weights import hash_file, load_tensors, save_tensors
@@ -32,7 +34,7 @@ def save_checkpoint(
     """Write checkpoints/step-N: trained values, optimizer state, and `facts`: `data`, the hash of the examples, and
     `sections` of the recipe, by which it was trained.
 
-    All processes take part, the `first` writes. Only the newest `keep` remain.
+    All processes take part, the `first` writes. Of those before, `remove_old` leaves some.
 
     Raises PissaError for a disk that fails; older checkpoints are intact then.
     """
@@ -48,9 +50,23 @@ def save_checkpoint(
 
 
 def remove_old(run: Run, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep`."""
-    for old in _folders(run)[:-keep]:
-        remove_folder(old)
+    """Remove all checkpoints but the newest `keep`, and the one with the lowest held-out loss."""
+    folders = _folders(run)
+    best = lowest_held_out(run, [step_of(folder) for folder in folders])
+    for old in folders[:-keep]:
+        if best is None or step_of(old) != best[0]:
+            remove_folder(old)
+
+
+def lowest_held_out(run: Run, steps: Sequence[int] | None = None) -> tuple[int, float] | None:
+    """(step, loss) of the lowest loss on held-out data, of these steps (default: all); None where none was taken."""
+    events = read_metrics(run.metrics) if run.metrics.is_file() else []
+    taken = {event["step"]: event["eval_loss"] for event in events if "eval_loss" in event}
+    return min(
+        ((step, loss) for step, loss in taken.items() if steps is None or step in steps),
+        key=lambda found: found[1],
+        default=None,
+    )
 
 
 @torch.no_grad()

@@ -58,8 +58,12 @@ class TrainSection(Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     eval_every: int | None = Field(None, ge=1, description="steps between losses on data.eval; default: at the end")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at the end")
-    keep: int = Field(2, ge=1, description="checkpoints kept, the newest")
+    save_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; default: every 10 minutes; there is one at the end, too"
+    )
+    keep: int = Field(
+        2, ge=1, description="checkpoints kept, the newest; the one with the lowest held-out loss is kept as well"
+    )
     spike: float | None = Field(
         None, gt=1, description="a loss or gradient norm this many times the median of 50 steps is a fault, too"
     )

@@ -14,7 +14,14 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from pissa_cli import report
 from pissa_cli.batches import padding
-from pissa_cli.checkpoint import remove_old, restore_checkpoint, save_checkpoint, trained_values, whole_checkpoint
+from pissa_cli.checkpoint import (
+    lowest_held_out,
+    remove_old,
+    restore_checkpoint,
+    save_checkpoint,
+    trained_values,
+    whole_checkpoint,
+)
 from pissa_cli.errors import Interrupted
 from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result
@@ -30,6 +37,9 @@ from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, write_text
 from pissa_cli.sharding import asked_by_accelerate
 from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, set_up, update
+
+SAVE_SECONDS, SAVE_SHARE = 600, 20
+"""Where the recipe does not say when: so long after a checkpoint comes the next, and so many times what it took."""
 
 
 def train(
@@ -75,6 +85,11 @@ def train(
             if first:
                 result = write_result(recipe, model, trainer.names, trained, trainer.total_steps, facts)
                 figures["result"] = str(result)
+                lowest = lowest_held_out(run)
+                if lowest is not None and lowest[0] != trainer.total_steps:
+                    saved = run.checkpoints / f"step-{lowest[0]}"
+                    figures["lowest"] = {"step": lowest[0], "eval_loss": lowest[1]}
+                    figures["lowest"]["checkpoint"] = str(saved) if saved.is_dir() else None
                 before = [folder.name for folder in run.made_from_result if folder.is_dir() and folder != result]
                 if before and first_step < trainer.total_steps:
                     watch({"note": f"{', '.join(before)}: of before these steps; make them again"})
@@ -87,6 +102,7 @@ def _loop(
 ) -> dict[str, Any]:
     section, accelerator, began, tokens = trainer.recipe.train, trainer.accelerator, time.monotonic(), 0
     saved, losses, held_out_loss = first_step, [], None
+    saved_at, saving = began, 0.0
     with stop_signals() as asked, run.metrics.open("a", encoding="utf-8") as metrics:
 
         def note(event: dict[str, Any]) -> None:
@@ -113,13 +129,17 @@ def _loop(
             if held_out and (done or (section.eval_every and (step + 1) % section.eval_every == 0)):
                 event["eval_loss"] = held_out_loss = evaluate_loss(trainer, held_out)
             note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
-            stopped = _any(accelerator, asked())
-            if done or stopped or (section.save_every and (step + 1) % section.save_every == 0):
+            lasts = max(SAVE_SECONDS, SAVE_SHARE * saving)
+            overdue = section.save_every is None and time.monotonic() - saved_at > lasts
+            stopped, overdue = _any(accelerator, asked(), overdue)
+            if done or stopped or overdue or (section.save_every and (step + 1) % section.save_every == 0):
+                save_began = time.monotonic()
                 facts = {"data": trainer.examples.digest(), "sections": sections_of(trainer.recipe)}
                 first = accelerator.is_main_process
                 save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), facts, section.keep, first)
                 accelerator.wait_for_everyone()
-                saved = step + 1
+                saved, saved_at = step + 1, time.monotonic()
+                saving = saved_at - save_began
             if stopped and not done:
                 raise Interrupted(f"stopped at step {step + 1} of {trainer.total_steps}", go_on(trainer.recipe.output))
     return {
@@ -150,11 +170,12 @@ def _restore(trainer: Trainer, checkpoint: Path) -> int:
     return restore_checkpoint(checkpoint, trainer.names, _plain(trainer.optimizer), trainer.examples.digest())
 
 
-def _any(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether it is true in any process."""
+def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Whether each is true in any process."""
     if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))
+        return list(flags)
+    count = accelerator.reduce(torch.tensor(flags, dtype=torch.float, device=accelerator.device), "sum")
+    return [bool(number) for number in count]
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

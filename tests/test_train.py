@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import Outcome, make_model
 from runs import BASE, events
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from pissa_cli import loss
+from pissa_cli import train as loop
 from pissa_cli import trainer as module
 from pissa_cli.batches import padding
 from pissa_cli.errors import PissaError, UsageError
@@ -182,6 +183,46 @@ def test_only_the_newest_checkpoints_are_kept(models: Callable[[str], Path], rec
     made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=7", "train.save_every=2", "train.keep=2")
     train(made)
     assert sorted(p.name for p in Run(Path(made.output)).checkpoints.iterdir()) == ["step-6", "step-7"]
+
+
+def test_a_checkpoint_is_due_after_ten_minutes(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = (*BASE, f"data.train={rows}", "train.steps=4")
+    made = recipe(models("llama"), *sets)
+    train(made)
+    assert [p.name for p in Run(Path(made.output)).checkpoints.iterdir()] == ["step-4"]
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", 0)
+    for sometimes, names in (("null", ["step-3", "step-4"]), ("3", ["step-3", "step-4"]), ("4", ["step-4"])):
+        made = recipe(models("llama"), *sets, f"train.save_every={sometimes}", f"output={made.output}{sometimes}")
+        train(made)
+        assert sorted(p.name for p in Run(Path(made.output)).checkpoints.iterdir()) == names
+
+
+def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(
+    models: Callable[[str], Path],
+    recipe: Make,
+    rows: Path,
+    pissa: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sets = (*BASE, f"data.train={rows}", f"data.eval={rows}", "train.steps=6", "train.keep=1")
+    sets += ("train.save_every=1", "train.eval_every=1")
+    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr(loop, "evaluate_loss", lambda *_: next(losses))
+    made = recipe(models("llama"), *sets)
+    figures = train(made)
+    kept = Run(Path(made.output)).checkpoints
+    assert sorted(p.name for p in kept.iterdir()) == ["step-2", "step-6"]
+    assert figures["lowest"] == {"step": 2, "eval_loss": 1.0, "checkpoint": str(kept / "step-2")}
+    losses = iter([7.0])
+    out = pissa("train", made.output, "--resume", "--set", "train.steps=7").out
+    assert f"pissa export {made.output} --as merged --checkpoint 2" in out.replace("\n", " ")
+    assert sorted(p.name for p in kept.iterdir()) == ["step-2", "step-7"]
+    losses = iter([0.5])
+    assert "lowest" not in pissa("train", made.output, "--resume", "--set", "train.steps=8", "--json").json
+    assert [p.name for p in kept.iterdir()] == ["step-8"]
 
 
 def test_a_diverging_run_stops_with_a_reason(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:

@@ -82,4 +82,12 @@ def train_command(
     lines.append(
         f"{figures['steps']} steps, {figures['tokens']:,} tokens in {figures['seconds']:.1f} s; {figures['result']}"
     )
+    if (lowest := figures.get("lowest")) is not None:
+        use = f"pissa export {recipe.output} --as merged --checkpoint {lowest['step']}"
+        kept = (
+            f"it is kept: {use}"
+            if lowest["checkpoint"]
+            else "not kept; with train.save_every as train.eval_every it is"
+        )
+        lines.append(f"held-out loss was lowest at step {lowest['step']}: {lowest['eval_loss']:.4f}; {kept}")
     show.print_result(figures, as_json, lines)
