@@ -19,6 +19,7 @@ from pissa_cli.weights import hash_file, load_tensors, save_tensors
 
 Names = dict[nn.Parameter, str]
 """The parameters that train, by name."""
+FACTS: dict[str, Any] = {"data": "", "sections": {}, "missed": 0}
 _TENSORS = ("trained.safetensors", "optimizer.safetensors")
 
 
@@ -31,8 +32,8 @@ def trained_values(names: Names, first: bool) -> dict[str, Tensor]:
 def save_checkpoint(
     run: Run, step: int, names: Names, optimizer: torch.optim.Optimizer, facts: dict[str, Any], keep: int, first: bool
 ) -> None:
-    """Write checkpoints/step-N: trained values, optimizer state, and `facts`: `data`, the hash of the examples, and
-    `sections` of the recipe, by which it was trained.
+    """Write checkpoints/step-N: trained values, optimizer state, and `facts`: `data`, the hash of the examples,
+    `sections` of the recipe by which it was trained, and `missed`, by how many examples its steps were short.
 
     All processes take part, the `first` writes. Of those before, `remove_old` leaves some.
 
@@ -142,13 +143,18 @@ def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
     return load_tensors(folder / _TENSORS[0])
 
 
-def trained_by(run: Run) -> dict[str, dict[str, Any]]:
-    """The sections of the recipe that the newest checkpoint was trained by, of those whose state can be read."""
+def newest_facts(run: Run) -> dict[str, Any]:
+    """The facts in the newest checkpoint whose state can be read; nothing where there is none."""
     for folder in reversed(_folders(run)):
-        with suppress(UsageError, KeyError, TypeError):
-            sections: dict[str, dict[str, Any]] = read_json(folder / "state.json")["sections"]
-            return sections
+        with suppress(UsageError):
+            return facts_of(folder)
     return {}
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was told. Raises UsageError for a state that cannot be read."""
+    state = read_json(folder / "state.json")
+    return {key: state.get(key, nothing) for key, nothing in FACTS.items()}
 
 
 def step_of(folder: Path) -> int:

@@ -43,7 +43,7 @@ def write_result(
     if spoilt is not None:
         raise PissaError(
             f"training has diverged at its end: {spoilt} holds NaN or infinite values",
-            f"lower train.lr (now {recipe.lr:g})",
+            f"begin a new run (another --output) with a lower train.lr (now {recipe.lr:g})",
         )
     if isinstance(adapter, FullOptions):
         with whole_folder(run.merged) as folder:

@@ -44,8 +44,8 @@ class Faults:
             kept = f"step {saved} is saved" if saved else "no checkpoint was saved yet"
             raise PissaError(
                 f"step {step}: training has diverged ({fault}{times}); {kept}",
-                f"lower train.lr (now {self._recipe.lr:g}) or train.max_grad_norm, and check the data; "
-                "train.on_fault: skip leaves such steps out",
+                f"begin a new run (another --output) with a lower train.lr (now {self._recipe.lr:g}) or "
+                "train.max_grad_norm, and check the data; with train.on_fault: skip, --resume leaves such steps out",
             )
         return fault
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.batches import collate
-from pissa_cli.checkpoint import latest_checkpoint, step_of, trained_by
+from pissa_cli.checkpoint import latest_checkpoint, newest_facts, step_of
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.initialize import open_run
@@ -23,6 +23,7 @@ from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.packing import attend_by_mask, attend_by_sequence, takes_positions, without_mask
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import Run
+from pissa_cli.steps import count_steps
 
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 PACKING_TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
@@ -63,7 +64,7 @@ def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
             f"{go_on(str(run.folder))} (at its end: with more steps), or use another --output",
         )
     now = sections_of(recipe)
-    for name, section in trained_by(run).items():
+    for name, section in newest_facts(run).get("sections", {}).items():
         for key, old in section.items():
             if old != now[name][key] and f"{name}.{key}" not in MAY_CHANGE:
                 raise UsageError(
@@ -85,9 +86,9 @@ def go_on(folder: str) -> str:
     return f"go on with: pissa train {shlex.quote(folder)} --resume"
 
 
-def require_reach(run: Run, steps: int) -> None:
-    """Refuse a recipe by which the run would have ended before where it is."""
-    checkpoint = latest_checkpoint(run)
+def require_reach(run: Run, num: int, recipe: Recipe) -> None:
+    """Refuse a recipe by which the run over `num` examples would have ended before where it is."""
+    checkpoint, steps = latest_checkpoint(run), count_steps(num, recipe, newest_facts(run).get("missed", 0))
     if checkpoint is not None and steps < step_of(checkpoint):
         raise UsageError(
             f"train.steps, train.epochs: {steps} steps are less than the run has taken ({checkpoint.name})",
@@ -97,8 +98,9 @@ def require_reach(run: Run, steps: int) -> None:
 
 def schedule_change(run: Run, recipe: Recipe) -> list[str]:
     """A line for the person watching if the run was begun with another length: the learning rates change with it."""
-    before, now = trained_by(run).get("train"), recipe.train
-    if before is None or now.schedule == "constant" or all(before[key] == getattr(now, key) for key in LENGTH):
+    before, now = newest_facts(run).get("sections", {}).get("train"), recipe.train
+    same = now.schedule == "constant" and not 0 < now.warmup < 1
+    if before is None or same or all(before[key] == getattr(now, key) for key in LENGTH):
         return []
     was, will = (
         f"{steps} steps" if steps else f"{epochs or 1} epochs"

@@ -83,7 +83,7 @@ def prepare(
     tokenizer = load_tokenizer(folder, recipe)
     cache = Path(HF_HOME) / "pissa" / "tokens"
     examples = load_examples(recipe.data.train, recipe.data, tokenizer, cache, recipe.model.labels)
-    require_reach(run, count_steps(len(examples), recipe))
+    require_reach(run, len(examples), recipe)
     if len(step_examples(0, len(examples), recipe)) > len(examples):
         watch({"note": f"train.batch_size: a step of {recipe.train.batch_size} has each example more than once"})
     whole = recipe.data.model_copy(update={"limit": None})

@@ -10,9 +10,13 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.svd import generator
 
 
-def step_examples(step: int, num: int, recipe: Recipe) -> list[int]:
-    """The examples of a step: `num` of them shuffled anew each epoch by (seed, epoch), cut into batches."""
-    begin, stop = step * recipe.train.batch_size, (step + 1) * recipe.train.batch_size
+def step_examples(step: int, num: int, recipe: Recipe, missed: int = 0) -> list[int]:
+    """The examples of a step: `num` of them shuffled anew each epoch by (seed, epoch), cut into batches.
+
+    missed: by how many the steps before were short, as the last is of a run that goes on for more epochs.
+    """
+    begin = step * recipe.train.batch_size - missed
+    stop = begin + recipe.train.batch_size
     if recipe.train.steps is None:
         stop = min(stop, _examples_in_all(num, recipe))
     chosen: list[int] = []
@@ -22,9 +26,9 @@ def step_examples(step: int, num: int, recipe: Recipe) -> list[int]:
     return chosen
 
 
-def count_steps(num: int, recipe: Recipe) -> int:
+def count_steps(num: int, recipe: Recipe, missed: int = 0) -> int:
     """Optimizer steps of the whole run over `num` examples."""
-    return recipe.train.steps or math.ceil(_examples_in_all(num, recipe) / recipe.train.batch_size)
+    return recipe.train.steps or math.ceil((_examples_in_all(num, recipe) + missed) / recipe.train.batch_size)
 
 
 def _examples_in_all(num: int, recipe: Recipe) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from pissa_cli import report
 from pissa_cli.batches import padding
 from pissa_cli.checkpoint import (
+    facts_of,
     lowest_held_out,
     remove_old,
     restore_checkpoint,
@@ -36,6 +38,7 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, write_text
 from pissa_cli.sharding import asked_by_accelerate
+from pissa_cli.steps import step_examples
 from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, set_up, update
 
 SAVE_SECONDS, SAVE_SHARE = 600, 20
@@ -67,9 +70,10 @@ def train(
                 watch({"note": line})
             if first:
                 remove_old(run, recipe.train.keep)  # as a training killed just before it would have done
+        missed = facts_of(checkpoint)["missed"] if checkpoint else 0
         model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed)
         trainer = set_up(
-            run, manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, layout, watch
+            run, manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, missed, layout, watch
         )
         first_step = _restore(trainer, checkpoint) if checkpoint else 0
         with state.main_process_first():
@@ -127,14 +131,23 @@ def _loop(
             seconds = time.monotonic() - step_began
             done = step + 1 == trainer.total_steps
             if held_out and (done or (section.eval_every and (step + 1) % section.eval_every == 0)):
-                event["eval_loss"] = held_out_loss = evaluate_loss(trainer, held_out)
+                held_out_loss = evaluate_loss(trainer, held_out)
+                if math.isfinite(held_out_loss):
+                    event["eval_loss"] = held_out_loss
+                else:
+                    watch({"note": f"step {step + 1}: the held-out loss is {held_out_loss}"})
+                    held_out_loss = None
             note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
             lasts = max(SAVE_SECONDS, SAVE_SHARE * saving)
             overdue = section.save_every is None and time.monotonic() - saved_at > lasts
             stopped, overdue = _any(accelerator, asked(), overdue)
             if done or stopped or overdue or (section.save_every and (step + 1) % section.save_every == 0):
                 save_began = time.monotonic()
-                facts = {"data": trainer.examples.digest(), "sections": sections_of(trainer.recipe)}
+                short = section.batch_size - len(
+                    step_examples(step, len(trainer.examples), trainer.recipe, trainer.missed)
+                )
+                facts: dict[str, Any] = {"data": trainer.examples.digest(), "sections": sections_of(trainer.recipe)}
+                facts["missed"] = trainer.missed + short
                 first = accelerator.is_main_process
                 save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), facts, section.keep, first)
                 accelerator.wait_for_everyone()
@@ -144,6 +157,7 @@ def _loop(
                 raise Interrupted(f"stopped at step {step + 1} of {trainer.total_steps}", go_on(trainer.recipe.output))
     return {
         "steps": trainer.total_steps,
+        "steps_taken": trainer.total_steps - first_step,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "eval_loss": held_out_loss,

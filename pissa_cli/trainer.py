@@ -57,6 +57,7 @@ class Trainer:
     examples: Examples
     pad_id: int
     total_steps: int
+    missed: int
     packed: bool
     chunked: bool
     watch: Watch
@@ -71,12 +72,13 @@ def set_up(
     examples: Examples,
     pad_id: int,
     fresh: bool,
+    missed: int,
     layout: Layout,
     watch: Watch,
 ) -> Trainer:
     """Put the model on its device, make it train what the method trains, and give that an optimizer.
 
-    layout: what each of several processes has of it.
+    missed: as in `step_examples`. layout: what each of several processes has of it.
     """
     unused = has_experts(model)
     ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
@@ -135,7 +137,7 @@ def set_up(
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, layer in lowrank_layers(model).items():
         names |= {p: f"{name}.{key}" for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
-    total_steps = count_steps(len(examples), recipe)
+    total_steps = count_steps(len(examples), recipe, missed)
     trainable = sum(parameter.numel() for parameter in names)
     steps = f"{total_steps} steps of {recipe.train.batch_size} examples"
     processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
@@ -153,7 +155,7 @@ def set_up(
     else:
         optimizer = accelerator.prepare(optimizer)
         prepared = model if sharded else accelerator.prepare_model(model, device_placement=False)
-    parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, packed, chunked)
+    parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, missed, packed, chunked)
     return Trainer(*parts, watch, recipe.train.micro_batch_size)
 
 
@@ -177,7 +179,7 @@ def form_gradients(trainer: Trainer, step: int) -> tuple[float, float, int]:
     Micro-batches that do not fit into memory are halved from here on; the step stays the same.
     """
     accelerator, examples, section = trainer.accelerator, trainer.examples, trainer.recipe.train
-    indices = step_examples(step, len(examples), trainer.recipe)
+    indices = step_examples(step, len(examples), trainer.recipe, trainer.missed)
     while True:
         try:
             total = _accumulate(trainer, step, indices)

@@ -20,6 +20,7 @@ import pytest
 from runs import BASE, adapter, events, same, state_of
 
 from pissa_cli.errors import Interrupted, UsageError
+from pissa_cli.guards import schedule_change
 from pissa_cli.initialize import initialize
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run
@@ -221,5 +222,8 @@ def test_an_adapter_older_than_its_run_is_refused(models: Callable[[str], Path],
     with pytest.raises(Interrupted):
         train(longer, resume=True, watch=stop)
     assert notes[0] == "the run was begun for 2 steps and goes on for 8 steps: the cosine schedule is stretched to fit"
+    for warmup, said in ((0.5, 1), (0, 0), (3, 0)):
+        even = recipe(models("llama"), *BASE, "train.schedule=constant", f"train.warmup={warmup}", "train.steps=9")
+        assert len(schedule_change(Run(Path(longer.output)), even)) == said
     with pytest.raises(UsageError, match="holds step 2, but the run has gone on to step-4"):
         adapter_files(longer)

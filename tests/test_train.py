@@ -133,6 +133,37 @@ def test_every_epoch_takes_every_example_once(recipe: Make) -> None:
     assert [len(step_examples(step, 2, counted)) for step in range(4)] == [5] * 4
 
 
+@pytest.mark.parametrize("batch_size", [3, 5, 20])
+def test_more_epochs_pass_over_no_example(
+    batch_size: int, models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7 examples: the last step of a run of less epochs is short, and those of the next go on from there."""
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:7]))
+    sets = (*BASE, f"data.train={rows}", f"train.batch_size={batch_size}", "train.schedule=constant", "train.warmup=0")
+    taken: list[int] = []
+
+    def noted(*arguments: Any) -> list[int]:
+        taken.extend(step_examples(*arguments))
+        return step_examples(*arguments)
+
+    monkeypatch.setattr(module, "step_examples", noted)
+    for epochs in (1, 1.5, 3, 4):
+        train(recipe(models("llama"), *sets, f"train.epochs={epochs}"), resume=epochs > 1)
+    straight = recipe(models("llama"), *sets, "train.epochs=4")
+    steps = range(count_steps(7, straight))
+    assert taken == [i for step in steps for i in step_examples(step, 7, straight)]
+
+
+def test_a_held_out_loss_that_is_no_number_is_said(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "evaluate_loss", lambda *_: float("nan"))
+    made, notes = recipe(models("llama"), *BASE, f"data.train={rows}", f"data.eval={rows}", "train.steps=1"), []
+    figures = train(made, watch=notes.append)
+    assert figures["eval_loss"] is None and "NaN" not in Run(Path(made.output)).metrics.read_text()
+    assert {"note": "step 1: the held-out loss is nan"} in notes
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(("warmup", "steps"), [(0.1, 20), (4, 20), (0.0, 7)])
 def test_schedules_are_those_of_transformers_after_the_warmup(schedule: str, warmup: float, steps: int) -> None:

@@ -79,9 +79,9 @@ def train_command(
         begin, end, few = mean_losses(Path(recipe.output) / "metrics.jsonl")
         steps = "first and last step" if few == 1 else f"means of the first and last {few} steps"
         lines.append(f"loss {begin:.4f} -> {end:.4f} ({steps}){held_out}")
-    lines.append(
-        f"{figures['steps']} steps, {figures['tokens']:,} tokens in {figures['seconds']:.1f} s; {figures['result']}"
-    )
+    taken = f"{figures['steps_taken']} of " if figures["steps_taken"] < figures["steps"] else ""
+    cost = f"{figures['tokens']:,} tokens in {figures['seconds']:.1f} s"
+    lines.append(f"{taken}{figures['steps']} steps, {cost}; {figures['result']}")
     if (lowest := figures.get("lowest")) is not None:
         use = f"pissa export {recipe.output} --as merged --checkpoint {lowest['step']}"
         kept = (
