@@ -28,9 +28,11 @@ from pissa_cli.steps import count_steps
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 PACKING_TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
 EDGE = 64  # tokens
+FEW_TOKENS = 16  # of an example, where all but the first few are changed
 LEAK_TOKENS = 512  # of an example at most, where it is looked for what leaks into the next
 LEAST_LOGITS = {"fp32": 1e-2, "bf16": 1e-1}
 """Those of a new head are smaller, and in 16 bits the rounding of what they are sums of is most of them."""
+CAUSAL_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 LEAK_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 LENGTH = ("steps", "epochs")
 MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
@@ -182,6 +184,22 @@ def require_padding_unseen(
         raise UsageError(
             f"{type(model).__name__}: its answer to a text changes with the padding on the right of it",
             "models of this kind cannot be trained here, where texts are padded on the right; use another",
+        )
+
+
+@torch.no_grad()
+def require_causal(recipe: Recipe, model: PreTrainedModel, examples: Examples, device: torch.device) -> None:
+    """Raise UsageError for a model whose tokens see those after them, from which it would copy what to predict."""
+    ids = examples.tokens(0)[:FEW_TOKENS].long()[None].to(device)
+    before = -(-ids.shape[1] // 4)
+    other = torch.cat([ids[:, :before], (ids[:, before:] == 0).long()], dim=1)
+    with autocast(recipe.model.bits, recipe.precision, device):
+        logits, changed = (model.eval()(input_ids=x, use_cache=False).logits[0, :before].float() for x in (ids, other))
+    differences = (logits - changed).norm(dim=1) / logits.norm(dim=1)  # experts near a tie may change a few
+    if float(differences.median()) > CAUSAL_TOLERANCE[recipe.precision]:
+        raise UsageError(
+            f"{type(model).__name__}: its tokens see those that follow, which are what it would learn to predict",
+            "train this kind with model.task: sequence-classification, or use a model that writes from left to right",
         )
 
 

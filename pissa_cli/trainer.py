@@ -31,7 +31,15 @@ from pissa_cli.checkpoint import Names
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.experts import has_experts
-from pissa_cli.guards import START_TOLERANCE, chunks_loss, packs, probe_loss, require_padding_unseen, require_same_loss
+from pissa_cli.guards import (
+    START_TOLERANCE,
+    chunks_loss,
+    packs,
+    probe_loss,
+    require_causal,
+    require_padding_unseen,
+    require_same_loss,
+)
 from pissa_cli.initialize import read_start, require_base
 from pissa_cli.kernels import compile_blocks, use_liger, wants_liger
 from pissa_cli.loss import autocast, summed_loss
@@ -108,6 +116,8 @@ def set_up(
     packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
     if recipe.data.classifies:
         require_padding_unseen(recipe, model, examples, pad_id, accelerator.device)
+    else:
+        require_causal(recipe, model, examples, accelerator.device)
     if recipe.data.packing == "auto" and not packed and not recipe.data.classifies:
         watch({"note": "examples are padded: packed ones would see each other, or cost more, in this model"})
     if isinstance(recipe.adapter, FullOptions):

@@ -18,6 +18,7 @@ from conftest import Outcome, exact_scales, save_model
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -229,6 +230,22 @@ def test_what_sees_its_padding_is_refused(classifier: Callable[..., Any], tmp_pa
     folder = save_model(AutoModel.from_config(XLNetConfig(**shape)), tmp_path / "xlnet")
     with pytest.raises(UsageError, match="changes with the padding"):
         train(classifier(folder, "model.bits=32", "adapter.targets=[layer_1]"))
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_an_encoder_does_not_write(
+    architecture: str, bits: int, recipe: Callable[..., Any], rows: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForMaskedLM.from_config(CONFIGS[architecture]())
+    for name, parameter in model.named_parameters():
+        if "attention" in name and parameter.dim() == 2:
+            parameter.data *= 20  # which attends to more than itself, as a trained model does
+    folder = save_model(model, tmp_path / "model")
+    sets = (f"model.bits={bits}", "adapter.rank=4", f"data.train={rows}", "data.max_length=128")
+    made = recipe(folder, *sets, "data.format=text", "data.columns={text: output}", "train.steps=1")
+    with pytest.raises(UsageError, match="its tokens see those that follow"):
+        train(made)
 
 
 def test_full_fine_tuning(encoders: Callable[[str], Path], classifier: Callable[..., Any], texts: Path) -> None:
