@@ -57,7 +57,7 @@ class DataSection(Section):
                 raise ValueError("template: that of format chat is Jinja, and writes `messages`")
             before, _, after = self.template.partition("{output}")
             if self.format == "alpaca" and ("{instruction}" not in before or "{output}" not in self.template):
-                raise ValueError("template: needs {instruction}, and {output} after it")
+                raise ValueError("template: the text of one, no name: with {instruction}, and {output} after it")
             if self.format == "alpaca" and any(name in after for name in ("{instruction}", "{input}", "{output}")):
                 raise ValueError("template: nothing but text may follow {output}, with which begins what is learned")
         return self

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from pissa_cli.adapter_options import AdapterOptions
 from pissa_cli.recipe import Recipe
+from pissa_cli.translations import ABSENT, SYNONYMS
 from pissa_cli.yamlfile import KeyPath, Value, shown
 
 ADAPTER_OPTIONS: dict[str, type[BaseModel]] = {
@@ -20,53 +21,6 @@ IN_4_BITS = {
     "qpissa": "; QPiSSA is pissa with --bits 4 (model.bits)",
     "qlora": "; QLoRA is lora with --bits 4 (model.bits)",
 }
-SYNONYMS = {
-    "learning_rate": "train.lr",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
-    "max_steps": "train.steps",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.batch_size (examples in one step, over all micro-batches)",
-    "lr_scheduler_type": "train.schedule",
-    "lr_scheduler": "train.schedule",
-    "warmup_ratio": "train.warmup",
-    "warmup_steps": "train.warmup",
-    "max_grad_norm": "train.max_grad_norm",
-    "optim": "train.optimizer",
-    "bf16": "train.precision",
-    "save_steps": "train.save_every",
-    "eval_steps": "train.eval_every",
-    "save_total_limit": "train.keep",
-    "r": "adapter.rank",
-    "lora_r": "adapter.rank",
-    "lora_rank": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "lora_target": "adapter.targets",
-    "target_modules": "adapter.targets",
-    "lora_target_modules": "adapter.targets",
-    "init_lora_weights": "adapter.method",
-    "model_name_or_path": "model.name",
-    "base_model": "model.name",
-    "load_in_4bit": "model.bits",
-    "quantization_bit": "model.bits",
-    "bnb_4bit_use_double_quant": "model.double_quant",
-    "max_seq_length": "data.max_length",
-    "max_seq_len": "data.max_length",
-    "sequence_len": "data.max_length",
-    "cutoff_len": "data.max_length",
-    "dataset": "data.train",
-    "max_samples": "data.limit",
-    "sample_packing": "data.packing",
-    "val_size": "data.eval (a file of its own)",
-    "output_dir": "output",
-    "finetuning_type": "adapter.method",
-    "use_rslora": "adapter.rslora",
-    "pissa_init": "adapter.method",
-    "pissa_iter": "adapter.svd",
-    "loraplus_lr_ratio": "adapter.lr_ratio",
-}
-"""What the keys of PEFT, transformers, TRL, LLaMA-Factory and Axolotl are called here."""
 
 
 def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict[str, Any]) -> list[str]:
@@ -88,6 +42,8 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
             text += IN_4_BITS.get(str(item["ctx"]["tag"]).lower(), "")
         elif item["type"] == "bool_type":
             text = f"should be true or false (found {shown(item['input'])})"
+        elif item["type"] == "string_type" and path == ("data", "train") and isinstance(item["input"], list):
+            text = f"one file or data set: join them (found {shown(item['input'])})"
         elif item["type"] == "list_type" and isinstance(item["input"], str):
             text = f"should be a list, [{item['input']}] (found {shown(item['input'])})"
         elif item["type"] == "model_type" and path in values:
@@ -108,11 +64,14 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
     return lines
 
 
-def key_of_flag(flag: str) -> str | None:
-    """The key that a flag means which no command has: --lr, --learning-rate -> train.lr."""
+def advice_on_flag(flag: str) -> str | None:
+    """What to do in place of a flag that no command has but other tools, or a recipe: --lr, --learning-rate."""
     name = flag.lstrip("-").replace("-", "_")
+    if name in ABSENT:
+        return ABSENT[name]
     owners = [section for section in SECTIONS if name in _keys((section,), {"adapter": {}})]
-    return SYNONYMS[name].partition(" ")[0] if name in SYNONYMS else f"{owners[0]}.{name}" if owners else None
+    key, _, about = SYNONYMS.get(name, f"{owners[0]}.{name}" if owners else "").partition(" ")
+    return f"keys of a recipe are set like this: --set {key}=VALUE {about}".rstrip() if key else None
 
 
 def _unknown_key(path: KeyPath, tree: dict[str, Any]) -> str:
@@ -120,6 +79,8 @@ def _unknown_key(path: KeyPath, tree: dict[str, Any]) -> str:
     known = _keys(section, tree)
     if key in SYNONYMS:
         return f"unknown key; here it is {SYNONYMS[key]}"
+    if key in ABSENT:
+        return f"unknown key; {ABSENT[key]}"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if near:
         return f"unknown key; did you mean '{'.'.join((*section, near[0]))}'?"

@@ -15,7 +15,8 @@ from pissa_cli.adapter_options import ScaledBase
 from pissa_cli.errors import UsageError
 from pissa_cli.names import kind_of
 from pissa_cli.recipe import ModelSection, Recipe
-from pissa_cli.recipe_errors import SECTIONS, SYNONYMS, messages
+from pissa_cli.recipe_errors import SECTIONS, messages
+from pissa_cli.translations import ABSENT, SYNONYMS
 from pissa_cli.yamlfile import KeyPath, Value, parse_scalar, read_flat, require_plain, shown, write_yaml
 
 PACKAGE = Path(__file__).resolve().parent
@@ -23,7 +24,7 @@ RUN_RECIPE = "recipe.yaml"
 RUN_MANIFEST = "manifest.json"
 PATTERNS = (("adapter", "rank_pattern"), ("adapter", "alpha_pattern"))
 """Mappings by names of layers, which have dots of their own."""
-MOST_ERRORS = 20
+MOST_ERRORS = 100
 NAMES = (("model", "name"), ("data", "train"), ("data", "eval"), ("output",))
 
 
@@ -278,7 +279,7 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
             node[key[-1]] = value.value
     model = tree.get("model", {})
     unnamed = isinstance(model, dict) and "name" not in model and model.keys() <= ModelSection.model_fields.keys()
-    if unnamed and not SYNONYMS.keys() & tree.keys():
+    if unnamed and not (SYNONYMS | ABSENT).keys() & tree.keys():
         known = ", ".join(_names(shipped("configs") / "model"))
         raise UsageError(
             "model.name: no model given",

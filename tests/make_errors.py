@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 AREAS = {
     "Any command": "cli.edge",
-    "Recipe and flags": "yamlfile recipe_file recipe_errors recipe adapter_options data_options cli",
+    "Recipe and flags": "yamlfile recipe_file recipe_errors translations recipe adapter_options data_options cli",
     "Base model": "model configuration loading weights disk_names plan attach ranks experts side_files",
     "Data": "data rows examples chat messages turns classification",
     "Run folder": "rundir names integrity initialize checkpoint exported peft_files optim",

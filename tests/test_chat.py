@@ -366,6 +366,7 @@ def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTo
         ({"conversations": []}, "{format: chat, columns: {messages: conversations}}"),
         ({"prompt": "a", "completion": "b"}, "{format: prompt}"),
         ({"question": "a", "answer": "b"}, "columns: {instruction: <one of these>}"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "to learn what was chosen: data: {format: prompt"),
     ]
     for row, hint in rows:
         (tmp_path / "rows.jsonl").write_text(json.dumps(row))

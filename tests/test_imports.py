@@ -40,7 +40,7 @@ LAYERS = [
     "recipe_file",
     "recipe_errors",
     "recipe",
-    "adapter_options data_options yamlfile glue names bypassed",
+    "adapter_options data_options yamlfile glue names bypassed translations",
     "errors heap",
 ]
 """From top to bottom. A module imports from lower layers, or from its own without a loop; `__version__` is anyone's."""

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from pissa_cli.errors import UsageError
-from pissa_cli.recipe_errors import SYNONYMS, _keys
+from pissa_cli.recipe_errors import SECTIONS, _keys
 from pissa_cli.recipe_file import dump, listing, load
+from pissa_cli.translations import ABSENT, SYNONYMS
 from pissa_cli.yamlfile import parse_scalar, read_flat, write_yaml
 
 
@@ -178,6 +179,21 @@ def test_every_translation_names_a_key_of_ours() -> None:
         assert any(key in _keys(tuple(section), {"adapter": {"method": method}}) for method in ("lora", "pissa"))
 
 
+def test_what_is_not_here_is_said(tmp_path: Path) -> None:
+    for key in ABSENT:
+        for method in ("lora", "pissa", "full"):
+            assert not any(key in _keys(s, {"adapter": {"method": method}}) for s in ((), *((n,) for n in SECTIONS)))
+    file = write(
+        tmp_path / "r.yaml", "report_to: wandb\nuse_dora: true\ntrain: {flash_attn: fa2, group_by_length: true}\n"
+    )
+    with pytest.raises(UsageError) as raised:
+        load(file, {})
+    assert f"{file}:1: report_to: unknown key; the figures of every step are in" in raised.value.message
+    assert "r.yaml:3: train.flash_attn: unknown key; this is chosen here" in raised.value.message
+    with pytest.raises(UsageError, match=r"data\.train: one file or data set: join them"):
+        load(None, {("model", "name"): ("--model", "x")}, ["data.train=[a, b]"])
+
+
 def test_set_takes_mappings_key_by_key(tmp_path: Path) -> None:
     block, path = tmp_path / "block.yaml", tmp_path / "r.yaml"
     block.write_text("columns: {}\n")
@@ -221,10 +237,20 @@ def test_a_mapping_without_spaces_is_explained() -> None:
 
 @pytest.mark.parametrize(
     ("flag", "key"),
-    [("--lr=1", "train.lr"), ("--learning-rate", "train.lr"), ("--packing", "data.packing"), ("--nonsense", None)],
+    [
+        ("--lr=1", "train.lr=VALUE"),
+        ("--learning-rate", "train.lr=VALUE"),
+        ("--packing", "data.packing=VALUE"),
+        (
+            "--gradient-accumulation-steps=3",
+            "train.batch_size=VALUE (examples in one step, over all micro-batches)",
+        ),
+        ("--nonsense", None),
+    ],
 )
 def test_flags_that_are_keys_of_a_recipe(flag: str, key: str | None, pissa: Callable[..., Any]) -> None:
     outcome = pissa("train", flag, "--json")
-    hint = f"keys of a recipe are set like this: --set {key}=VALUE" if key else None
+    hint = f"keys of a recipe are set like this: --set {key}" if key else None
     assert outcome.code == 2 and json.loads(outcome.out)["hint"] == hint
     assert (f"next:  {hint}" in outcome.err) == (key is not None)
+    assert "next:  the figures of every step" in pissa("train", "--report-to", "wandb").err

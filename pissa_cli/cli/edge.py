@@ -112,10 +112,9 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
             _show(f"{error.filename or 'the disk'}: cannot write: {error.strerror}", hint, 1, as_json)
             return 1
         if isinstance(error, ClickException):
-            from pissa_cli.recipe_errors import key_of_flag
+            from pissa_cli.recipe_errors import advice_on_flag
 
-            key = key_of_flag(getattr(error, "option_name", None) or "")
-            advice = f"keys of a recipe are set like this: --set {key}=VALUE" if key else None
+            advice = advice_on_flag(getattr(error, "option_name", None) or "")
             error.show()  # type: ignore[attr-defined]
             if advice:
                 Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold]next:[/]  {advice}")
