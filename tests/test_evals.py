@@ -280,7 +280,18 @@ def test_prompts_without_room_are_counted(finished: Any, tmp_path: Path) -> None
     section = finished.eval.model_copy(update={"bench": ["gsm8k"], "data": {"gsm8k": str(path)}, "max_new_tokens": 4})
     result = evaluate(finished.model_copy(update={"eval": section}))["gsm8k"]
     assert (result["n"], result["prompts_without_room"]) == (2, 1)
+    assert result["answers_without_end"] == 1
     assert "prompts_without_room" not in evaluate(finished)["gsm8k"]
+
+
+def test_answers_without_end_are_counted(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = finished.eval.model_copy(update={"max_new_tokens": 8})
+    made = finished.model_copy(update={"eval": section})
+    tokenizer = AutoTokenizer.from_pretrained(Run(Path(made.output)).adapter)
+    texts = [tokenizer.decode([5] * count) for count in (8, 7, 3, 0, 8, 1)]
+    assert [len(tokenizer(text)["input_ids"]) for text in texts] == [8, 7, 3, 0, 8, 1]
+    monkeypatch.setattr(module, "generate", lambda *_: iter(enumerate(texts)))
+    assert evaluate(made)["gsm8k"]["answers_without_end"] == 3
 
 
 def test_held_out_loss_is_the_plain_average(finished: Any) -> None:

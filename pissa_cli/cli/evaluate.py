@@ -93,6 +93,9 @@ def evaluate_command(
                 show.say(
                     f"{name}: {r['prompts_without_room']} prompts fill the model's context; their answers are empty"
                 )
+            if "answers_without_end" in r:
+                length = r["max_new_tokens"]
+                show.say(f"{name}: {r['answers_without_end']} answers go on up to eval.max_new_tokens ({length})")
             if r["metric"].endswith("a text"):  # of a classifier
                 beside = ", ".join(f"{kind} {r[kind]:.2f} %" for kind in METRICS if kind in r)
                 show.say(f"{r['model']}, {name}: {beside}")

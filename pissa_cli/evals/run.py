@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,7 +182,7 @@ def _score_generated(session: _Session, bench: str, rows: list[Row], count: Coun
     outputs = [kept.outputs[number] for number in range(len(rows))]
     result, samples = grade_outputs(bench, rows, outputs, count, recipe.eval.samples)
     samples = [{"prompt": text} | sample for (text, _), sample in zip(prompts, samples, strict=True)]
-    return result | _settings(session, bench, result["n"]) | _without_room(session, prompts), samples, kept
+    return result | _settings(session, bench, result["n"]) | _lengths(session, prompts, outputs), samples, kept
 
 
 def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count: Count) -> _Scored:
@@ -200,7 +200,8 @@ def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count
     ]
     with Kept(session.folder / f".{bench}.judgments.jsonl", (judge.url, judge.model), asked) as kept:
         result, samples = mt_bench.grade(data, answers, judge, kept.outputs, kept.add, count)
-    return result | _settings(session, bench, len(samples)) | _without_room(session, first + second), samples, None
+    lengths = _lengths(session, first + second, [one for one, _ in answers] + [two for _, two in answers])
+    return result | _settings(session, bench, len(samples)) | lengths, samples, None
 
 
 def _score_harness(session: _Session, bench: str, manager: Any, _count: Count) -> _Scored:
@@ -230,10 +231,16 @@ def _settings(session: _Session, bench: str, n: int) -> dict[str, Any]:
     return settings | _published(session, bench, n)
 
 
-def _without_room(session: _Session, prompts: list[tuple[str, list[int]]]) -> dict[str, int]:
-    """How many prompts fill the context, where there are such; their answers are empty."""
-    count = sum(len(tokens) >= session.context for _, tokens in prompts)
-    return {"prompts_without_room": count} if count else {}
+def _lengths(session: _Session, prompts: list[tuple[str, list[int]]], outputs: Sequence[str]) -> dict[str, int]:
+    """How many prompts fill the context, so that their answers are empty, and how many answers are as long as they may
+    be, to a token that tokenizing them again may take; where there are such."""
+    rooms = [min(session.recipe.eval.max_new_tokens, session.context - len(tokens)) for _, tokens in prompts]
+    written = session.tokenizer(list(outputs), add_special_tokens=False, verbose=False)["input_ids"] if outputs else []
+    counts = {
+        "prompts_without_room": sum(room < 1 for room in rooms),
+        "answers_without_end": sum(len(ids) >= max(1, room - 1) for room, ids in zip(rooms, written, strict=True)),
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def _published(session: _Session, bench: str, n: int) -> dict[str, Any]:
