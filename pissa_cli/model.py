@@ -101,9 +101,10 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
 
 def _require_model_folder(path: Path) -> Path:
     if not (path / "config.json").is_file():
-        if (path / "manifest.json").is_file():
-            merge = f"pissa merge {shlex.quote(str(path))}"
-            raise UsageError(f"{path}: a run, not a model", f"{merge}, and start from {path}/merged")
+        run = next((folder for folder in (path, path.parent) if (folder / "manifest.json").is_file()), None)
+        if run is not None:
+            merge = f"pissa merge {shlex.quote(str(run))}"
+            raise UsageError(f"{path}: a run, not a model", f"{merge}, and start from {run}/merged")
         raise UsageError(f"{path}: not a model folder (no config.json)", "give the folder that holds it")
     if (path / "adapter_config.json").is_file():
         raise UsageError(

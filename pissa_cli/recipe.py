@@ -82,7 +82,7 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("give epochs or steps, not both")
+            raise ValueError("epochs: give epochs or steps, not both")
         if self.on_fault == "rollback" and self.save_every is None:
             raise ValueError("on_fault: rollback goes back to a checkpoint; set train.save_every")
         if self.torch_compile and self.gradient_checkpointing:
