@@ -90,9 +90,8 @@ def _unknown_key(path: KeyPath, tree: dict[str, Any]) -> str:
     if owners:
         return f"misplaced key; it belongs under '{owners[0]}'"
     if section == ("adapter",) and (methods := [name for name, o in ADAPTER_OPTIONS.items() if key in o.model_fields]):
-        return (
-            f"method {tree['adapter'].get('method')} has no such option (it is one of {', '.join(methods)}); remove it"
-        )
+        wanted = f"(it is one of {', '.join(methods)}); remove it, or --set adapter.{key}=null"
+        return f"method {tree['adapter'].get('method')} has no such option {wanted}"
     return f"unknown key; known here: {', '.join(known)}"
 
 

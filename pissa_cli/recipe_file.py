@@ -259,6 +259,8 @@ def _locate_paths(values: dict[KeyPath, Value], file: Path | None) -> None:
 def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
     tree: dict[str, Any] = {}
     for key, value in values.items():
+        if value.value is None and len(key) > 1 and value.source.startswith("--set "):
+            continue  # takes a value of the recipe back
         node = tree
         for part in key[:-1]:
             child = node.setdefault(part, {})

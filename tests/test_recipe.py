@@ -194,6 +194,20 @@ def test_what_is_not_here_is_said(tmp_path: Path) -> None:
         load(None, {("model", "name"): ("--model", "x")}, ["data.train=[a, b]"])
 
 
+def test_set_takes_a_value_back(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "r.yaml", "model: {name: m, bits: 32}\nadapter: {rank: 8, passes: 1}\ntrain: {batch_size: 8}\n"
+    )
+    with pytest.raises(UsageError, match=r"method full has no such option.*--set adapter\.rank=null"):
+        load(path, {("adapter", "method"): ("--method", "full")})
+    sets = ["adapter.rank=null", "adapter.passes=null", "train.batch_size=null"]
+    loaded = load(path, {("adapter", "method"): ("--method", "full")}, sets)
+    assert loaded.recipe.adapter.method == "full" and loaded.recipe.train.batch_size == 32
+    assert ("train.batch_size", "32", "--set train.batch_size") in listing(loaded)
+    with pytest.raises(UsageError, match=r"train\.batch_size: input should be"):
+        load(write(tmp_path / "n.yaml", "model: {name: m}\ntrain: {batch_size: }\n"), {})
+
+
 def test_set_takes_mappings_key_by_key(tmp_path: Path) -> None:
     block, path = tmp_path / "block.yaml", tmp_path / "r.yaml"
     block.write_text("columns: {}\n")
