@@ -105,7 +105,8 @@ def _figures(run: Run, step: int | None) -> list[tuple[str, str]]:
             if result["step"] != step:
                 continue
             spread = f" ± {result['stderr']:.2f}" if result["stderr"] is not None else ""
-            name = f"{path.parent.relative_to(scored)}, {result['metric']}, n = {result['n']}"
+            bench = path.parent.relative_to(scored / f"step-{step}" if f"step-{step}" in path.parts else scored)
+            name = f"{bench}, {result['metric']}, n = {result['n']}"
             rows.append((name, f"{result['score']:.2f}{spread}"))
         except (KeyError, TypeError, ValueError):
             raise UsageError(f"{path}: damaged", "remove it, or run `pissa eval` again") from None

@@ -108,9 +108,7 @@ def quantize(
     The run's own `quantized/` is replaced; any other folder with something in it is a UsageError.
     """
     if model_folder is None and isinstance(recipe.adapter, FullOptions):
-        if step is not None:
-            raise UsageError("full fine-tuning keeps one model, no checkpoints to export", "leave out --checkpoint")
-        model_folder = full_model(recipe)
+        model_folder = full_model(recipe, step)
     if model_folder is None:
         folder, adapter = result_files(recipe, step)
     else:

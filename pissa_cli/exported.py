@@ -96,18 +96,22 @@ def write_result(
     return run.adapter
 
 
-def load_result(recipe: Recipe, device: torch.device) -> PreTrainedModel:
-    """The trained model in eval mode: `adapter/` on the base it is valid on, or `merged/` of a full fine-tuning.
+def load_result(recipe: Recipe, device: torch.device, step: int | None = None) -> PreTrainedModel:
+    """The trained model, or that of checkpoint `step`, in eval mode: `adapter/` on the base it is valid on, or
+    `merged/` of a full fine-tuning.
 
     Raises UsageError if training has not finished, and if the base is not the one the adapter was made on.
     """
     if isinstance(recipe.adapter, FullOptions):
-        return load_model(full_model(recipe), recipe.model, recipe.precision, recipe.seed).to(device).eval()
-    return load_with(recipe, *adapter_files(recipe), device)
+        return load_model(full_model(recipe, step), recipe.model, recipe.precision, recipe.seed).to(device).eval()
+    return load_with(recipe, *result_files(recipe, step), device)
 
 
-def full_model(recipe: Recipe) -> Path:
-    """`merged/` of a full fine-tuning. Raises UsageError if it is not there yet, or not as training wrote it."""
+def full_model(recipe: Recipe, step: int | None = None) -> Path:
+    """`merged/` of a full fine-tuning. Raises UsageError if it is not there yet, or not as training wrote it, and for a
+    checkpoint, of which there is no such folder."""
+    if step is not None:
+        raise UsageError("full fine-tuning keeps one model, no checkpoints to load", "leave out --checkpoint")
     run, _ = open_run(recipe)
     if not run.merged.is_dir():
         raise UsageError(f"{run.folder}: no trained model yet", "run `pissa train` to its end first")

@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, Outcome
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +25,7 @@ from transformers import (
     RwkvForCausalLM,
 )
 
+from pissa_cli.card import model_card
 from pissa_cli.data import question_prompt
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import PissaError, UsageError
@@ -282,6 +284,28 @@ def test_prompts_without_room_are_counted(finished: Any, tmp_path: Path) -> None
     assert (result["n"], result["prompts_without_room"]) == (2, 1)
     assert result["answers_without_end"] == 1
     assert "prompts_without_room" not in evaluate(finished)["gsm8k"]
+
+
+def test_a_checkpoint_is_scored_as_the_run_that_ended_there(
+    models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, pissa: Callable[..., Outcome]
+) -> None:
+    sets = ("model.bits=32", "adapter.rank=4", "train.schedule=constant", "train.warmup=0", "train.lr=0.01")
+    sets += (f"data.train={rows}", f"data.eval={rows}", "train.save_every=1", "train.batch_size=8")
+    longer = recipe(models("llama"), *sets, "train.steps=3", "train.keep=3")
+    train(longer)
+    short = recipe(models("llama"), *sets, "train.steps=2", f"output={longer.output}2")
+    train(short)
+    words = ("eval", longer.output, "--bench", "loss", "--json")
+    found = pissa(*words, "--checkpoint", 2).json["results"]["loss"]
+    wanted = evaluate(short.model_copy(update={"eval": short.eval.model_copy(update={"bench": ["loss"]})}))["loss"]
+    assert (
+        (found["score"], found["step"]) == (wanted["score"], 2) != (pissa(*words).json["results"]["loss"]["score"], 3)
+    )
+    assert (Path(longer.output) / "eval" / "step-2" / "loss" / "result.json").is_file()
+    card = model_card(longer, "merged", step=2)
+    assert f"| loss, loss, nats a token, n = 40 | {wanted['score']:.2f} ± {wanted['stderr']:.2f} |" in card
+    assert "no such checkpoint" in pissa(*words, "--checkpoint", 9).err
+    assert "serves merged/" in pissa(*words[:3], "gsm8k", "--checkpoint", 2, "--set", "eval.engine=vllm").err
 
 
 def test_answers_without_end_are_counted(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:

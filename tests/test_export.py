@@ -234,7 +234,7 @@ def test_full_fine_tuning_needs_no_merge_and_quantizes(models: Callable[[str], P
     assert result["max_logit_difference"] is None and (Path(result["path"]) / "README.md").is_file()
     for _ in range(2):
         assert export.quantize(made, None, Run(Path(made.output)).quantized)["relative_error"] > 0
-    with pytest.raises(UsageError, match="no checkpoints to export"):
+    with pytest.raises(UsageError, match="no checkpoints to load"):
         export.quantize(made, None, Run(Path(made.output)).quantized, step=1)
     with pytest.raises(UsageError, match="exists already"):
         export.quantize(made, None, Run(Path(made.output)).merged)

@@ -249,7 +249,7 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(
     assert figures["lowest"] == {"step": 2, "eval_loss": 1.0, "checkpoint": str(kept / "step-2")}
     losses = iter([7.0])
     out = pissa("train", made.output, "--resume", "--set", "train.steps=7").out
-    assert f"pissa export {made.output} --as merged --checkpoint 2" in out.replace("\n", " ")
+    assert "`pissa eval` and `pissa export` take it by --checkpoint 2" in out.replace("\n", " ")
     assert sorted(p.name for p in kept.iterdir()) == ["step-2", "step-7"]
     losses = iter([0.5])
     assert "lowest" not in pissa("train", made.output, "--resume", "--set", "train.steps=8", "--json").json

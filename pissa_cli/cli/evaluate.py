@@ -28,6 +28,9 @@ def evaluate_command(
         str | None,
         typer.Option("--samples", metavar="FILE", help="Score these outputs (jsonl: id or task_id, output), no model."),
     ] = None,
+    checkpoint: Annotated[
+        int | None, typer.Option("--checkpoint", help="Step of the checkpoint; default: the result.")
+    ] = None,
     allow_code_execution: Annotated[
         bool,
         typer.Option("--allow-code-execution", help="Run the programs that the model writes, apart from all else."),
@@ -64,8 +67,8 @@ def evaluate_command(
     from pissa_cli.evals.sandbox import protection
     from pissa_cli.exported import is_trained
 
-    if samples is not None and compare_base:
-        raise UsageError("--samples: there is no model to compare", "leave --compare-base out")
+    if samples is not None and (compare_base or checkpoint is not None):
+        raise UsageError("--samples: there is no model", "leave --compare-base and --checkpoint out")
     check_benches(loaded.recipe, compare_base, loaded.sources)
     if dry_run:
         check_files(loaded.recipe)
@@ -80,11 +83,11 @@ def evaluate_command(
 
         if samples is not None:
             result = {"results": score_samples(loaded.recipe, samples, allow_code_execution, progress)}
-        elif compare_base and not is_trained(loaded.recipe):
+        elif compare_base and checkpoint is None and not is_trained(loaded.recipe):
             show.say(f"{loaded.recipe.output}: nothing is trained yet; the base alone is scored")
             result = {"results": {}}
         else:
-            result = {"results": evaluate(loaded.recipe, allow_code=allow_code_execution, progress=progress)}
+            result = {"results": evaluate(loaded.recipe, False, allow_code_execution, progress, checkpoint)}
         if compare_base:
             result["base"] = evaluate(loaded.recipe, True, allow_code_execution, progress)
     for results in result.values():

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pissa_cli.chat import end_of_turn
 from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data import question_prompt
+from pissa_cli.errors import UsageError
 from pissa_cli.evals import classify, harness, held_out, mt_bench
 from pissa_cli.evals.bench import Progress as Count
 from pissa_cli.evals.benches import GENERATED, check_benches, load_bench, runs_code
@@ -72,16 +73,24 @@ class _Session:
 
 
 def evaluate(
-    recipe: Recipe, base: bool = False, allow_code: bool = False, progress: Progress = lambda *_: None
+    recipe: Recipe,
+    base: bool = False,
+    allow_code: bool = False,
+    progress: Progress = lambda *_: None,
+    step: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Results by benchmark: score, stderr, n (and more). `base` scores the model before training instead.
+    """Results by benchmark: score, stderr, n (and more). `base` scores the model before training instead, `step` a
+    checkpoint.
 
-    Writes eval/<bench>/{result.json, samples.jsonl} (eval/base/<bench>/ for the base). What a model wrote is kept as it
-    comes: interrupted, the same evaluation goes on. allow_code: run the programs that the model writes; without it a
-    benchmark of programs has no score (None) and nothing is written for it, but its answers are kept.
+    Writes eval/<bench>/{result.json, samples.jsonl}; for the base and for a checkpoint below eval/base/ and
+    eval/step-N/. What a model wrote is kept as it comes: interrupted, the same evaluation goes on. allow_code: run the
+    programs that the model writes; without it a benchmark of programs has no score (None) and nothing is written for
+    it, but its answers are kept.
     Raises UsageError for an unknown bench, missing data, or a run that is not trained.
     """
     check_benches(recipe, base)
+    if step is not None and recipe.eval.engine != "transformers":
+        raise UsageError(f"eval.engine: {recipe.eval.engine} serves merged/, no checkpoint", "leave the engine out")
     if allow_code and runs_code(recipe):
         protection()
     if "mt_bench" in recipe.eval.bench:
@@ -95,23 +104,25 @@ def evaluate(
             require_tokens(bench, [int(loaded.ids.max())], read_config(base_folder, recipe.model))
     facts = {
         "model": "base" if base else "trained",
-        "step": 0 if base else trained_steps(recipe),
+        "step": 0 if base else step or trained_steps(recipe),
         "base_fingerprint": manifest["base"]["fingerprint"],
         "started": manifest["created"],
         "precision": recipe.precision,
     }
-    folder = run.folder / "eval" / ("base" if base else "")
+    folder = run.folder / "eval" / ("base" if base else f"step-{step}" if step else "")
     require_writable(folder)
-    with _writer(recipe, base, base_folder, context) as writer:
+    with _writer(recipe, base, step, base_folder, context) as writer:
         session = _Session(recipe, writer, tokenizer, folder, context, facts, allow_code)
         return _score_all(session, data, progress)
 
 
 @contextmanager
-def _writer(recipe: Recipe, base: bool, base_folder: Path, context: int) -> Iterator[PreTrainedModel | Server]:
+def _writer(
+    recipe: Recipe, base: bool, step: int | None, base_folder: Path, context: int
+) -> Iterator[PreTrainedModel | Server]:
     """What answers: the model in this process, or vLLM with merged/ (or the plain base)."""
     if recipe.eval.engine == "transformers":
-        yield (load_plain_base if base else load_result)(recipe, best_device())
+        yield load_plain_base(recipe, best_device()) if base else load_result(recipe, best_device(), step)
         return
     folder = base_folder if base else merged_files(recipe)
     with serve(folder, recipe.precision, context, recipe.model.trust_remote_code) as server:
