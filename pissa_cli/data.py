@@ -105,11 +105,11 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
     targets: list[list[bool]] = []
     classes: list[float] = []
     unusable: dict[str, list[int]] = {}
-    num_cut = 0
+    num_cut = num_lost = 0
     batch: list[tuple[int, Row]] = []
 
     def flush() -> None:
-        nonlocal num_cut
+        nonlocal num_cut, num_lost
         encoded = _encode([row for _, row in batch], section, tokenizer, labels)
         for (number, _), result in zip(batch, encoded, strict=True):
             if isinstance(result, str):
@@ -123,6 +123,7 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
                 refuse(unusable, CUT if any(mask[1:]) else "no answer to learn from", number)
                 continue
             num_cut += cut or len(cut_tokens) < len(tokens)
+            num_lost += len(tokens) - len(cut_tokens)
             ids.append(cut_tokens)
             targets.append(cut_mask)
         batch.clear()
@@ -149,7 +150,8 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
     flat = torch.tensor([token for tokens in ids for token in tokens], dtype=torch.int32)
     mask = torch.tensor([target for flags in targets for target in flags], dtype=torch.bool)
     numbers = torch.tensor(classes) if classes else None
-    return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut, numbers, [*_unused(section, columns), *inner])
+    unused = [*_unused(section, columns), *inner]
+    return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut, numbers, unused, num_lost)
 
 
 def _unused(section: DataSection, columns: dict[str, None]) -> list[str]:

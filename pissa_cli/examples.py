@@ -40,6 +40,7 @@ class Examples:
 
     Of texts to classify, `labels` (n,) fp32 holds the number of each one's class, or its quantity, and `targets` marks
     the tokens of type 1: those of the second text, for models that are told. `unused`: columns that nothing asked for.
+    `num_cut`, `num_lost`: examples that were too long, and the tokens of those that are left out.
     """
 
     ids: Tensor
@@ -49,6 +50,7 @@ class Examples:
     num_cut: int = 0
     labels: Tensor | None = None
     unused: list[str] = field(default_factory=list)
+    num_lost: int = 0
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -83,7 +85,8 @@ class Examples:
 
     def notes(self, name: str) -> list[str]:
         """What happened to rows on the way, for the person watching."""
-        cut = f", {self.num_cut:,} of them cut at data.max_length" if self.num_cut else ""
+        lost = f" ({self.num_lost:,} tokens left out)" if self.num_lost else ""
+        cut = f", {self.num_cut:,} of them cut at data.max_length{lost}" if self.num_cut else ""
         lines = [f"{name}: {len(self):,} examples, {len(self.ids):,} tokens{cut}"]
         if self.unused:
             lines.append(f"{name}: columns not used: {', '.join(self.unused)}")
@@ -137,7 +140,8 @@ def cache_key(content: str, section: DataSection, tokenizer: PreTrainedTokenizer
 
 def write_cache(path: Path, examples: Examples) -> None:
     """Keep the tokens; a cache that cannot be written costs time, not the run."""
-    notes = json.dumps({"unusable": examples.unusable, "num_cut": examples.num_cut, "unused": examples.unused}).encode()
+    kept = ("unusable", "num_cut", "num_lost", "unused")
+    notes = json.dumps({name: getattr(examples, name) for name in kept}).encode()
     tensors = {"ids": examples.ids, "targets": examples.targets, "offsets": examples.offsets}
     tensors |= {} if examples.labels is None else {"labels": examples.labels}
     tensors["notes"] = torch.frombuffer(bytearray(notes), dtype=torch.uint8)
@@ -155,6 +159,6 @@ def read_cache(path: Path) -> Examples | None:
         tensors = load_tensors(path)
         notes = json.loads(bytes(tensors.pop("notes").tolist()))
         flat = tensors["ids"], tensors["targets"], tensors["offsets"]
-        return Examples(*flat, notes["unusable"], notes["num_cut"], tensors.get("labels"), notes["unused"])
+        return Examples(*flat, labels=tensors.get("labels"), **notes)
     except (PissaError, KeyError, ValueError, TypeError):
         return None

@@ -159,7 +159,10 @@ def test_a_long_cell_is_cut_like_any_text(tmp_path: Path, tokenizer: PreTrainedT
 def test_truncation(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [{"prompt": "1" * p, "completion": "2" * c} for p, c in ((5, 4), (9, 9), (10, 3), (12, 1))]
     section = DataSection(format="prompt", max_length=10)
-    examples = load_examples(write(tmp_path / "r.jsonl", rows), section, tokenizer, None)
+    source = write(tmp_path / "r.jsonl", rows)
+    for _ in range(2):  # tokenized, and from the cache
+        examples = load_examples(source, section, tokenizer, tmp_path)
+        assert "1 of them cut at data.max_length (9 tokens left out)" in examples.notes("x")[0]
     assert [examples.length(i) for i in range(len(examples))] == [10, 10]
     assert [examples.num_targets(i) for i in range(len(examples))] == [5, 1]
     assert examples.num_cut == 1 and examples.unusable == {module.CUT: [3, 4]}
