@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +101,13 @@ def _figures(run: Run, step: int | None) -> list[tuple[str, str]]:
     for path in sorted(scored.rglob("result.json")):
         if path.relative_to(scored).parts[0] in ("base", "samples"):
             continue
-        result = read_json(path)
-        try:
+        with suppress(UsageError, KeyError, TypeError, ValueError):  # a damaged one is no figure of the model
+            result = read_json(path)
             if result["step"] != step:
                 continue
             spread = f" ± {result['stderr']:.2f}" if result["stderr"] is not None else ""
             bench = path.parent.relative_to(scored / f"step-{step}" if f"step-{step}" in path.parts else scored)
-            name = f"{bench}, {result['metric']}, n = {result['n']}"
-            rows.append((name, f"{result['score']:.2f}{spread}"))
-        except (KeyError, TypeError, ValueError):
-            raise UsageError(f"{path}: damaged", "remove it, or run `pissa eval` again") from None
+            rows.append((f"{bench}, {result['metric']}, n = {result['n']}", f"{result['score']:.2f}{spread}"))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,11 +15,11 @@ from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Encoded
 from pissa_cli.loading import load_tokenizer
-from pissa_cli.messages import THOUGHTS, forms_of, is_learned, messages_of, tools_of
+from pissa_cli.messages import forms_of, is_learned, messages_of, tools_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, has_surrogate, value_of
 from pissa_cli.rundir import read_json, write_json
-from pissa_cli.turns import MARK, Message, Render, span_of, tokens_apart
+from pissa_cli.turns import MARKS, Message, Render, span_of, tokens_apart
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -62,9 +63,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 @lru_cache(1)
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, _template: str) -> list[str]:
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKS[0]}]
     try:
-        _, found, tail = _render(tokenizer)(messages, False).rpartition(MARK)
+        _, found, tail = _render(tokenizer)(messages, False).rpartition(MARKS[0])
     except Exception:  # as above; then an answer ends at end-of-text alone
         return []
     special = [token for token in special_tokens(tokenizer) if token in tail]
@@ -102,13 +103,15 @@ def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBa
         learned = [is_learned(message) for message in messages]
     except ValueError as error:
         return str(error)
-    said = [message for message in messages if message["role"] == "assistant"]
-    if not said:
+    if not any(message["role"] == "assistant" for message in messages):
         return "no assistant message"
-    if not all(message.get("content") or message.get("tool_calls") for message in said):
+    said = [message for message, one in zip(messages, learned, strict=True) if one]
+    if not all((message.get("content") or "").strip() or message.get("tool_calls") for message in said):
         return "the assistant says nothing"
     system = value_of(row, section.optional_column("system") or "")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
+    if isinstance(system, str) and system:
+        if messages[0]["role"] == "system":
+            return "a system message beside the column for it"
         messages.insert(0, {"role": "system", "content": system})
         learned.insert(0, False)
     render = _render(tokenizer, tools)
@@ -135,12 +138,9 @@ def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBa
             except ValueError as error:
                 return str(error)
             spans.append(span)
-        last = turn == len(messages) - 1
-        if not _shown(message, whole[slice(*span)], last):
+        last, text = turn == len(messages) - 1, whole[slice(*span)]
+        if not _shown(message, text, last) and not _shown(message, _asks(messages[:turn], render) + text, last):
             return f"the chat template leaves out what the {message['role']} says"
-        thoughts = [key for key in THOUGHTS if last and not _has(whole[slice(*span)], message.get(key))]
-        if thoughts:
-            return f"the chat template leaves out what the assistant thinks ('{thoughts[0]}')"
     ids, counts = tokens_apart(whole, [place for span in spans for place in span], tokenizer)
     targets = [False] * len(ids)
     turns = [one for one, message in zip(learned, messages, strict=True) if message["role"] == "assistant"]
@@ -160,19 +160,22 @@ def _render(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) 
     return render
 
 
+def _asks(messages: list[Message], render: Render) -> str:
+    """What the template asks the assistant with: of some the begin of a thought."""
+    try:
+        return render(messages, True).removeprefix(render(messages, False))
+    except Exception:  # as above
+        return ""
+
+
 def _shown(message: Message, text: str, last: bool) -> bool:
-    """Whether the text has what a message says, but for white space: of tool calls the names, of what the assistant
-    says in earlier turns nothing but that, as its thoughts may be left out, and of a tool's answer nothing."""
-    content, role = message.get("content"), message["role"]
-    if role == "assistant":
-        calls = message.get("tool_calls") or []
-        called = (
-            [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
-        )
-        if any(isinstance(one, dict) and str(one.get("name", "")) not in text for one in called):
-            return False
-    says = last if role == "assistant" else role in ("user", "system", "developer")
-    return not says or _has(text, content)
+    """Whether the text has what a message says, but for white space: of tool calls the names, and of what the assistant
+    says in earlier turns nothing but that, as its thoughts may be left out."""
+    content = message.get("content")
+    if message["role"] == "assistant":
+        names = [call.get("function", call)["name"] for call in message.get("tool_calls", [])]
+        return all(name in text for name in names) and (not last or _has(text, content))
+    return _has(text, content) or _has(text, json.dumps(content, ensure_ascii=False)[1:-1])
 
 
 def _has(text: str, said: Any) -> bool:

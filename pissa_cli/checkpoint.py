@@ -30,12 +30,12 @@ def trained_values(names: Names, first: bool) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    run: Run, step: int, names: Names, optimizer: torch.optim.Optimizer, facts: dict[str, Any], keep: int, first: bool
+    run: Run, step: int, names: Names, optimizer: torch.optim.Optimizer, facts: dict[str, Any], first: bool
 ) -> None:
     """Write checkpoints/step-N: trained values, optimizer state, and `facts`: `data`, the hash of the examples,
     `sections` of the recipe by which it was trained, and `missed`, by how many examples its steps were short.
 
-    All processes take part, the `first` writes. Of those before, `remove_old` leaves some.
+    All processes take part, the `first` writes.
 
     Raises PissaError for a disk that fails; older checkpoints are intact then.
     """
@@ -47,22 +47,22 @@ def save_checkpoint(
             save_tensors(folder / name, content)
         hashes = {name: hash_file(folder / name) for name in _TENSORS}
         write_json(folder / "state.json", {"step": step, "hashes": hashes} | facts)
-    remove_old(run, keep)
 
 
-def remove_old(run: Run, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep`, and the one with the lowest held-out loss."""
+def remove_old(run: Run, keep: int, best_as_well: bool) -> None:
+    """Remove all checkpoints but the newest `keep`, and the one with the lowest held-out loss if that is asked for."""
     folders = _folders(run)
-    best = lowest_held_out(run, [step_of(folder) for folder in folders])
+    best = lowest_held_out(run, [step_of(folder) for folder in folders]) if best_as_well else None
     for old in folders[:-keep]:
         if best is None or step_of(old) != best[0]:
             remove_folder(old)
 
 
 def lowest_held_out(run: Run, steps: Sequence[int] | None = None) -> tuple[int, float] | None:
-    """(step, loss) of the lowest loss on held-out data, of these steps (default: all); None where none was taken."""
-    events = read_metrics(run.metrics) if run.metrics.is_file() else []
-    taken = {event["step"]: event["eval_loss"] for event in events if "eval_loss" in event}
+    """(step, loss) of the lowest loss on the held-out data of now, of these steps (default: all); None where none was
+    taken."""
+    events = [event for event in read_metrics(run.metrics) if "eval_loss" in event] if run.metrics.is_file() else []
+    taken = {e["step"]: e["eval_loss"] for e in events if e.get("eval_set") == events[-1].get("eval_set")}
     return min(
         ((step, loss) for step, loss in taken.items() if steps is None or step in steps),
         key=lambda found: found[1],
@@ -76,9 +76,9 @@ def restore_checkpoint(folder: Path, names: Names, optimizer: torch.optim.Optimi
     state = read_json(folder / "state.json")
     if state["data"] != data:
         raise UsageError(
-            f"{folder}: trained on other data than data.train holds now",
-            "bring the old rows back to resume; to go on with other rows, `pissa merge` it and start a new run with "
-            "--model RUN/merged",
+            f"{folder}: trained on other tokens than data.train makes now",
+            "bring the old rows, and the version of pissa, back to resume; to go on with others, `pissa merge` it and "
+            "start a new run with --model RUN/merged",
         )
     trained, moments = (load_tensors(folder / name) for name in _TENSORS)
     if set(trained) != set(names.values()):
@@ -154,7 +154,7 @@ def newest_facts(run: Run) -> dict[str, Any]:
 def facts_of(folder: Path) -> dict[str, Any]:
     """What `save_checkpoint` was told. Raises UsageError for a state that cannot be read."""
     state = read_json(folder / "state.json")
-    return {key: state.get(key, nothing) for key, nothing in FACTS.items()}
+    return {key: state[key] if isinstance(state.get(key), type(nothing)) else nothing for key, nothing in FACTS.items()}
 
 
 def step_of(folder: Path) -> int:

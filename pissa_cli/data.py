@@ -179,8 +179,8 @@ def require_columns(source: str, section: DataSection, columns: dict[str, None],
             if other is not None:
                 hint = f"these are columns of another format: data: {other}"
             if {"chosen", "rejected"} <= set(columns):
-                chosen = "{format: prompt, columns: {completion: chosen}}"
-                hint = f"preferences are not trained here; to learn what was chosen: data: {chosen}"
+                hint = "preferences are not trained here, but what was chosen can be: map it to a field, as "
+                hint += "{format: prompt, columns: {completion: chosen}} or {format: chat, columns: {messages: chosen}}"
             if len(columns) == 1 and any(mark in next(iter(columns)) for mark in ";\t|"):
                 hint = "cells are separated by commas in a csv, by tabs in a tsv file: save it so"
             if name in section.columns:

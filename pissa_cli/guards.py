@@ -22,6 +22,7 @@ from pissa_cli.initialize import open_run
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.packing import attend_by_mask, attend_by_sequence, takes_positions, without_mask
 from pissa_cli.recipe import Recipe
+from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run
 from pissa_cli.steps import count_steps
 
@@ -65,15 +66,24 @@ def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
             f"{run.folder}: this run has reached {checkpoint.name}",
             f"{go_on(str(run.folder))} (at its end: with more steps), or use another --output",
         )
-    now = sections_of(recipe)
-    for name, section in newest_facts(run).get("sections", {}).items():
-        for key, old in section.items():
-            if old != now[name][key] and f"{name}.{key}" not in MAY_CHANGE:
+    before = _sections_before(run)
+    for name, section in sections_of(recipe).items():
+        for key, now in section.items():
+            old = before[name].get(key, now)
+            if old != now and f"{name}.{key}" not in MAY_CHANGE:
                 raise UsageError(
-                    f"{run.folder}: {name}.{key} was {old!r} so far and is {now[name][key]!r} now",
+                    f"{run.folder}: {name}.{key} was {old!r} so far and is {now!r} now",
                     "resume with the same value, or start a new run with another --output",
                 )
     return True
+
+
+def _sections_before(run: Run) -> dict[str, dict[str, Any]]:
+    """What the run was trained by, from its newest checkpoint; an older pissa has it in the recipe alone."""
+    sections: dict[str, dict[str, Any]] = newest_facts(run).get("sections") or sections_of(
+        load(str(run.folder), {}).recipe
+    )
+    return sections
 
 
 def sections_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -100,9 +110,9 @@ def require_reach(run: Run, num: int, recipe: Recipe) -> None:
 
 def schedule_change(run: Run, recipe: Recipe) -> list[str]:
     """A line for the person watching if the run was begun with another length: the learning rates change with it."""
-    before, now = newest_facts(run).get("sections", {}).get("train"), recipe.train
+    before, now = _sections_before(run)["train"], recipe.train
     same = now.schedule == "constant" and not 0 < now.warmup < 1
-    if before is None or same or all(before[key] == getattr(now, key) for key in LENGTH):
+    if same or all(before[key] == getattr(now, key) for key in LENGTH):
         return []
     was, will = (
         f"{steps} steps" if steps else f"{epochs or 1} epochs"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,12 +13,13 @@ from pissa_cli.data_options import DataSection
 from pissa_cli.rows import Row, value_of
 from pissa_cli.turns import Message
 
-SHAREGPT = {"human": "user", "observation": "tool"} | dict.fromkeys(
-    ("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"
-)
-"""Roles of ShareGPT's rows; others are called as elsewhere."""
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-READ = {"role", "content", "from", "value", "tool_calls", "tool_call_id", "weight", "train", *THOUGHTS}
+ROLES = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
+}
+"""Roles of ShareGPT's and OASST's rows, in small letters; others are called as elsewhere."""
+READ = {"role", "content", "from", "value", "tool_calls", "tool_call_id", "weight", "train"}
 """Keys of a message that are looked at here, whatever the template does with them."""
 
 
@@ -34,26 +36,46 @@ def messages_of(value: Any, calls: bool) -> list[Message] | None:
             called = _called(one["value"]) if calls and one["from"] == "function_call" else None
             said = {"content": one["value"]} if called is None else {"tool_calls": called}
             others = {key: value for key, value in one.items() if key not in ("from", "value")}
-            one = {"role": SHAREGPT.get(str(one["from"]), one["from"])} | said | others
-        if "role" not in one or not {"content", "tool_calls"} & set(one):
+            one = {"role": one["from"]} | said | others
+        one = {key: value for key, value in one.items() if value is not None or key == "content"}
+        if not isinstance(one.get("role"), str) or not {"content", "tool_calls"} & set(one):
             return None
-        if "content" in one and (one["role"] != "tool" or isinstance(one["content"], list)):
-            one = one | {"content": _text(one["content"])}
-        messages.append({key: value for key, value in one.items() if value is not None or key == "content"})
+        one["role"] = ROLES.get(one["role"].lower(), one["role"])
+        if not one.get("tool_calls", True):
+            del one["tool_calls"]
+        _require_names(one.get("tool_calls", []))
+        if "content" in one:
+            one["content"] = _text(one["content"], one["role"])
+        messages.append(one)
     return messages
 
 
-def _text(content: Any) -> str | None:
-    """Of a list of parts the texts, one after the other. Raises ValueError, with the reason, for anything else."""
+def _require_names(calls: Any) -> None:
+    """Raise ValueError, with the reason, for tool calls that are none."""
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise ValueError("a message's tool_calls are not a list of calls with names")
+
+
+def _text(content: Any, role: str) -> str | None:
+    """Of a list of parts the texts, one after the other; of what a tool has given back as an object, JSON. Raises
+    ValueError, with the reason, for anything else."""
     if content is None or isinstance(content, str):
         return content
+    if role == "tool" and not (isinstance(content, list) and any(_is_part(part) for part in content)):
+        return json.dumps(content, ensure_ascii=False)
     if not isinstance(content, list):
         raise ValueError("a message's content is neither text nor a list of parts")
     for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if not _is_part(part) or part["type"] != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
             raise ValueError(f"a message has a part that is no text ({str(kind)[:20]})")
     return "".join(part["text"] for part in content)
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and "type" in part
 
 
 def is_learned(message: Message) -> bool:
@@ -62,6 +84,8 @@ def is_learned(message: Message) -> bool:
     weight, train = message.get("weight", 1), message.get("train")
     if weight not in (0, 1):
         raise ValueError("a message has a weight that is neither 0 nor 1")
+    if train not in (None, True, False):
+        raise ValueError("a message has a train that is neither true nor false")
     if message["role"] != "assistant" and train:
         raise ValueError("a message that is not the assistant's has train: true; only what that says is learned")
     return message["role"] == "assistant" and weight == 1 and train in (None, True)
@@ -71,7 +95,8 @@ def unused_keys(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBa
     """Keys of the messages that neither the template nor this module asks for."""
     column = section.columns.get("messages", "messages")
     messages = value_of(row, column)
-    keys = [key for one in messages if isinstance(one, dict) for key in one] if isinstance(messages, list) else []
+    objects = [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+    keys = [key for one in objects for key, value in one.items() if value is not None]
     return [f"{column}.{key}" for key in keys if key not in READ and key not in str(tokenizer.chat_template)]
 
 
@@ -88,16 +113,19 @@ def _called(value: Any) -> list[dict[str, Any]] | None:
 
 
 def tools_of(row: Row, section: DataSection) -> list[Any] | None:
+    """The tools of a row, from a list or its JSON. Raises ValueError, with the reason, for anything else."""
     column = section.optional_column("tools")
     tools = None if column is None else value_of(row, column)
     if isinstance(tools, str):
-        try:
+        with suppress(ValueError):
             tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
-            tools = tools or None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"'{column}' is not a list of tools")
-    return tools or None
+    if not tools and not isinstance(tools, str | dict):
+        return None
+    if isinstance(tools, list) and all(
+        isinstance(tool, dict) and isinstance(tool.get("function", {}), dict) for tool in tools
+    ):
+        return [{key: value for key, value in tool.items() if value is not None} for tool in tools]
+    raise ValueError(f"'{column}' is not a list of tools")
 
 
 def forms_of(messages: list[Message]) -> Iterator[list[Message]]:

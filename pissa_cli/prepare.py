@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
+from pissa_cli.checkpoint import newest_facts
 from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data import load_examples, require_columns
 from pissa_cli.errors import UsageError
@@ -36,8 +37,11 @@ def check_inputs(recipe: Recipe, resume: bool) -> None:
     """Raise UsageError for what shows before any work: a run that is there already or goes by another recipe, kernels
     that cannot run here, files of data that are not there or lack a column in their first rows. Data on the Hub is not
     looked at."""
-    resumes(Run(Path(recipe.output)), recipe, resume)
+    run = Run(Path(recipe.output))
+    resumes(run, recipe, resume)
     require_kernels(recipe.train)
+    if (planned := steps_to_take(recipe)) is not None:
+        require_reach(run, planned[1], recipe)
     for source in (recipe.data.train, recipe.data.eval):
         if source is not None and is_file(source):
             check_columns(source, recipe)
@@ -58,7 +62,7 @@ def steps_to_take(recipe: Recipe) -> tuple[int, int] | None:
     if source is None or not is_file(source):
         return None
     rows = sum(isinstance(row, dict) for _, row in read_rows(source, recipe.data.limit))
-    return count_steps(rows, recipe), rows
+    return count_steps(rows, recipe, newest_facts(Run(Path(recipe.output))).get("missed", 0)), rows
 
 
 def prepare(

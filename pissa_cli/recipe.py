@@ -62,7 +62,7 @@ class TrainSection(Section):
         None, ge=1, description="steps between checkpoints; default: every 10 minutes; there is one at the end, too"
     )
     keep: int = Field(
-        2, ge=1, description="checkpoints kept, the newest; the one with the lowest held-out loss is kept as well"
+        2, ge=1, description="checkpoints kept, the newest; that with the lowest held-out loss stays, too"
     )
     spike: float | None = Field(
         None, gt=1, description="a loss or gradient norm this many times the median of 50 steps is a fault, too"

@@ -165,8 +165,16 @@ def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
 
 
 def _pruned(row: Row) -> Row:
-    """Without the None that such tables fill a row's inner objects up with, so that all have the same keys."""
-    return {column: _without_none(value) for column, value in row.items()}
+    """Without the None that such tables fill up what lies within a row's objects with, so that all have the same keys;
+    the objects themselves (messages) keep theirs."""
+    return {
+        column: [_kept(inner) for inner in value] if isinstance(value, list) else _kept(value)
+        for column, value in row.items()
+    }
+
+
+def _kept(value: Any) -> Any:
+    return {key: _without_none(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _without_none(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from pissa_cli import report
+from pissa_cli.adapter_options import FullOptions
 from pissa_cli.batches import padding
 from pissa_cli.checkpoint import (
     facts_of,
@@ -42,7 +44,8 @@ from pissa_cli.steps import step_examples
 from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, set_up, update
 
 SAVE_SECONDS, SAVE_SHARE = 600, 20
-"""Where the recipe does not say when: so long after a checkpoint comes the next, and so many times what it took."""
+"""Where the recipe does not say when: so long after a checkpoint comes the next, and so many times what it took. Twice
+as long where it waits for a held-out loss, with which it may be the one to keep."""
 
 
 def train(
@@ -58,7 +61,7 @@ def train(
     first = state.is_main_process
     layout = asked_by_accelerate() or ("fsdp2" if recipe.train.shard else "copies")  # before transformers reads that
     watch = watch if first else lambda _: None
-    run = Run(Path(recipe.output))
+    run, full = Run(Path(recipe.output)), isinstance(recipe.adapter, FullOptions)
     with contextlib.ExitStack() as lock:
         with state.main_process_first():
             manifest, tokenizer, examples, held_out = prepare(recipe, resume, watch, init_progress)
@@ -69,7 +72,7 @@ def train(
             for line in lines:
                 watch({"note": line})
             if first:
-                remove_old(run, recipe.train.keep)  # as a training killed just before it would have done
+                remove_old(run, recipe.train.keep, not full)  # as a training killed just before it would have done
         missed = facts_of(checkpoint)["missed"] if checkpoint else 0
         model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed)
         trainer = set_up(
@@ -91,9 +94,8 @@ def train(
                 figures["result"] = str(result)
                 lowest = lowest_held_out(run)
                 if lowest is not None and lowest[0] != trainer.total_steps:
-                    saved = run.checkpoints / f"step-{lowest[0]}"
-                    figures["lowest"] = {"step": lowest[0], "eval_loss": lowest[1]}
-                    figures["lowest"]["checkpoint"] = str(saved) if saved.is_dir() else None
+                    kept = not full and (run.checkpoints / f"step-{lowest[0]}").is_dir()
+                    figures["lowest"] = {"step": lowest[0], "eval_loss": lowest[1], "kept": kept}
                 before = [folder.name for folder in run.made_from_result if folder.is_dir() and folder != result]
                 if before and first_step < trainer.total_steps:
                     watch({"note": f"{', '.join(before)}: of before these steps; make them again"})
@@ -107,6 +109,7 @@ def _loop(
     section, accelerator, began, tokens = trainer.recipe.train, trainer.accelerator, time.monotonic(), 0
     saved, losses, held_out_loss = first_step, [], None
     saved_at, saving = began, 0.0
+    eval_set = held_out.digest() if held_out else None
     with stop_signals() as asked, run.metrics.open("a", encoding="utf-8") as metrics:
 
         def note(event: dict[str, Any]) -> None:
@@ -119,7 +122,13 @@ def _loop(
             step_began = time.monotonic()
             lr = learning_rate(step, trainer.total_steps, section, trainer.recipe.lr)
             loss, grad_norm, step_tokens = form_gradients(trainer, step)
-            event = {"step": step + 1, "steps": trainer.total_steps, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+            event: dict[str, Any] = {
+                "step": step + 1,
+                "steps": trainer.total_steps,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+            }
             fault = faults.judge(step + 1, loss, grad_norm, saved)
             if fault is None:
                 update(trainer, lr)
@@ -133,14 +142,18 @@ def _loop(
             if held_out and (done or (section.eval_every and (step + 1) % section.eval_every == 0)):
                 held_out_loss = evaluate_loss(trainer, held_out)
                 if math.isfinite(held_out_loss):
-                    event["eval_loss"] = held_out_loss
+                    event |= {"eval_loss": held_out_loss, "eval_set": eval_set}
                 else:
                     watch({"note": f"step {step + 1}: the held-out loss is {held_out_loss}"})
                     held_out_loss = None
             note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
-            lasts = max(SAVE_SECONDS, SAVE_SHARE * saving)
+            waits = 1 if "eval_loss" in event or not section.eval_every else 2
+            lasts = waits * max(SAVE_SECONDS, SAVE_SHARE * saving)
             overdue = section.save_every is None and time.monotonic() - saved_at > lasts
-            stopped, overdue = _any(accelerator, asked(), overdue)
+            if overdue and not _has_room(run, trainer):
+                watch({"note": f"step {step + 1}: no checkpoint, as there is no room for it and for that at the end"})
+                overdue, saved_at = False, time.monotonic()
+            stopped, overdue = _any(accelerator, asked(), overdue and accelerator.is_main_process)
             if done or stopped or overdue or (section.save_every and (step + 1) % section.save_every == 0):
                 save_began = time.monotonic()
                 short = section.batch_size - len(
@@ -149,7 +162,9 @@ def _loop(
                 facts: dict[str, Any] = {"data": trainer.examples.digest(), "sections": sections_of(trainer.recipe)}
                 facts["missed"] = trainer.missed + short
                 first = accelerator.is_main_process
-                save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), facts, section.keep, first)
+                save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), facts, first)
+                if first:
+                    remove_old(run, section.keep, not isinstance(trainer.recipe.adapter, FullOptions))
                 accelerator.wait_for_everyone()
                 saved, saved_at = step + 1, time.monotonic()
                 saving = saved_at - save_began
@@ -165,6 +180,11 @@ def _loop(
         "tokens": tokens,
         "peak_memory_bytes": peak_memory(),
     }
+
+
+def _has_room(run: Run, trainer: Trainer) -> bool:
+    """For two checkpoints: what trains and AdamW's two moments of it, in fp32."""
+    return shutil.disk_usage(run.folder).free > 2 * 3 * 4 * sum(parameter.numel() for parameter in trainer.names)
 
 
 def _leave_out(run: Run, trainer: Trainer, step: int, fault: str, saved: int, watch: Watch) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-MARK = "\u00a7\u00a7"
-"""Put beside a message to see where the template writes it."""
+MARKS = "\u00a7", *map(chr, range(0xE000, 0xF900))
+"""Of these, one that the text has not is put beside or into a message to see where the template writes it."""
 LOST = "the chat template writes a turn of the assistant where it cannot be found, or not at all"
+PARTED = "the chat template refuses the conversation up to a turn of the assistant"
 
 Message = dict[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
@@ -27,37 +28,56 @@ def span_of(
     Templates that write a turn in another way once it is followed by others (Qwen3 drops the thoughts) are seen by what
     changes with a mark in the message. Raises ValueError, with the reason, where that does not show it.
     """
-    special = _special(tokenizer)
+    special, mark = _special(tokenizer), 2 * next(one for one in MARKS if one not in whole)
+
+    def attempt(changed: Sequence[Message] | None, ask: bool = False) -> str | None:
+        """The text; None if it is refused: some want no content beside a thought or a call."""
+        try:
+            return None if changed is None else render(changed, ask)
+        except Exception:  # templates raise what they like
+            return None
 
     def marked(before: str = "", after: str = "", upto: int | None = None, at: int = turn) -> str | None:
-        """The text with a mark beside the content of a message, or in its place if both are given; None if refused."""
-        try:
-            return render(_marked(messages, at, before, after)[:upto], False)
-        except Exception:  # some want no content beside a thought or a call
-            return None
+        """With a mark beside the content of a message, or in its place if both are given."""
+        return attempt(_marked(messages, at, before, after)[:upto])
+
+    def named(upto: int | None = None) -> str | None:
+        """With a mark for the name of the first tool call."""
+        changed = _named(messages, turn, mark)
+        return attempt(changed and changed[:upto])
 
     def differs(text: str, other: str | None) -> int | None:
         """Characters until the texts part; None if they do not."""
         return None if other is None or other == text else _common(text, other)
 
-    asked = render(messages[:turn], True) if turn else None
+    asked = attempt(messages[:turn], True) if turn else None
+    upto = whole if turn + 1 == len(messages) else attempt(messages[: turn + 1])
+    if upto is None:
+        raise ValueError(PARTED)
     begin: int | None
     if asked is not None and whole.startswith(asked):
         begin = len(asked)
     else:
-        begin = differs(whole, marked(MARK, MARK))
-        alone = marked(MARK, MARK, turn + 1)
+        begin, alone = differs(whole, marked(mark, mark)), marked(mark, mark, turn + 1)
+        called = begin is None
+        if called:
+            begin, alone = differs(whole, named()), named(turn + 1)
         if begin is not None and asked is not None and alone is not None and alone.startswith(asked):
-            begin -= len(lead) if whole[:begin].endswith(lead := alone[len(asked) :].partition(MARK)[0]) else 0
+            lead = alone[len(asked) :].partition(mark)[0]
+            called = called and not whole[:begin].endswith(lead)
+            begin -= len(lead) if whole[:begin].endswith(lead) else 0
+        if called:  # its beginning lies before the name
+            raise ValueError(LOST)
     if begin is None:
         raise ValueError(LOST)
-    upto = render(messages[: turn + 1], False)
     if whole.startswith(upto):
         if len(upto) <= begin:
             raise ValueError(LOST)
         return begin, len(upto)
-    said, alone_said = differs(whole, marked(after=MARK)), differs(upto, marked(after=MARK, upto=turn + 1))
+    said, alone_said = differs(whole, marked(after=mark)), differs(upto, marked(after=mark, upto=turn + 1))
     if said is None or alone_said is None or said < begin:  # a call, beside which the content is not shown
+        said, alone_said = differs(whole, named()), differs(upto, named(turn + 1))
+    if said is None or alone_said is None or said < begin:
         said = alone_said = begin
     end = said + _common(whole[said:], upto[alone_said:])
     for text, after in ((whole, said), (upto, alone_said)):
@@ -68,7 +88,7 @@ def span_of(
             whole_one = special.search(text, after, parted.start()) or text is upto
             end = said - after + (parted.start() if whole_one else parted.end())
             break
-    limit = differs(whole, marked(MARK, at=turn + 1)) if turn + 1 < len(messages) else None
+    limit = differs(whole, marked(mark, at=turn + 1)) if turn + 1 < len(messages) else None
     end = end if limit is None else min(end, limit)
     if end <= begin:
         raise ValueError(LOST)
@@ -86,6 +106,16 @@ def _marked(messages: list[Message], turn: int, before: str, after: str) -> list
     else:
         content = f"{before}{content or ''}{after}"
     return [*messages[:turn], {**messages[turn], "content": content}, *messages[turn + 1 :]]
+
+
+def _named(messages: list[Message], turn: int, name: str) -> list[Message] | None:
+    """With another name for the first tool call of a message; None where there is none."""
+    calls = messages[turn].get("tool_calls")
+    if not isinstance(calls, list) or not calls:
+        return None
+    call = calls[0]
+    call = {**call, "function": {**call["function"], "name": name}} if "function" in call else {**call, "name": name}
+    return [*messages[:turn], {**messages[turn], "tool_calls": [call, *calls[1:]]}, *messages[turn + 1 :]]
 
 
 def _common(one: str, other: str) -> int:

@@ -16,7 +16,6 @@ from pissa_cli.data import load_examples, question_prompt
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.evals.generate import special_stops
-from pissa_cli.examples import Encoded
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.side_files import copy_side_files
@@ -227,16 +226,16 @@ def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
     row = conversation("Hi", "Yes", "And", "No")
     row["messages"][1]["weight"] = 0.5
     assert "weight that is neither 0 nor 1" in str(encode_chat(row, SECTION, tokenizer))
-    row["messages"][1] |= {"weight": 1, "reasoning_content": "So it is."}
-    assert isinstance(encode_chat(row, SECTION, tokenizer), Encoded), "thoughts of earlier turns may be left out"
-    row["messages"][3]["reasoning_content"] = "So it is."
-    assert "what the assistant thinks ('reasoning_content')" in str(encode_chat(row, SECTION, tokenizer))
+    row["messages"][1] |= {"weight": 1, "train": "no"}
+    assert "train that is neither true nor false" in str(encode_chat(row, SECTION, tokenizer))
+    row["messages"][1]["train"] = None
     row["messages"][0]["train"] = True
     assert "not the assistant's has train: true" in str(encode_chat(row, SECTION, tokenizer))
     for content, reason in (
         ([{"type": "text", "text": "Hi"}, {"type": "image", "image": "x.png"}], "a part that is no text (image)"),
         ([{"type": "text", "text": None}], "a part that is no text (text)"),
         (["Hi"], "a part that is no text (Hi)"),
+        ([{"temp": 20}], "a part that is no text (None)"),
         ({"a": 1}, "content is neither text nor a list of parts"),
     ):
         row = conversation("Hi", "Yes")
@@ -327,11 +326,12 @@ def test_tables_fill_up_with_none_which_is_nothing(tmp_path: Path, tokenizer: Pr
 def test_keys_of_messages_that_nothing_asks_for_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = PLAIN.replace("{{ m.content }}", "{{ m.mood }}{{ m.content }}")
     row = conversation("Hi", "Yes")
-    row["messages"][0] |= {"mood": "glad ", "time": "now", "weight": 1}
+    row["messages"][0] |= {"mood": "glad ", "time": "now", "weight": 1, "name": None}
+    row["messages"][1]["reasoning_content"] = "So it is."
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     for _ in range(2):
         found = load_examples(str(tmp_path / "rows.jsonl"), SECTION, tokenizer, tmp_path)
-        assert found.notes("data.train")[1] == "data.train: columns not used: messages.time"
+        assert found.notes("data.train")[1] == "data.train: columns not used: messages.time, messages.reasoning_content"
 
 
 def test_a_system_column_and_parts_of_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -366,7 +366,7 @@ def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTo
         ({"conversations": []}, "{format: chat, columns: {messages: conversations}}"),
         ({"prompt": "a", "completion": "b"}, "{format: prompt}"),
         ({"question": "a", "answer": "b"}, "columns: {instruction: <one of these>}"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "to learn what was chosen: data: {format: prompt"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences are not trained here"),
     ]
     for row, hint in rows:
         (tmp_path / "rows.jsonl").write_text(json.dumps(row))

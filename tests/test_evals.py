@@ -360,6 +360,7 @@ def test_rows_that_are_not_scored_are_said(finished: Any, pissa: Any, tmp_path: 
 
 
 def test_a_run_that_cannot_be_written_is_said_before_the_work(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (Path(finished.output) / "eval").mkdir(exist_ok=True)
     monkeypatch.setattr(os, "access", lambda path, mode: "eval" not in str(path))
     monkeypatch.setattr(module, "load_result", None)
     with pytest.raises(PissaError, match="eval: cannot write: Permission denied"):

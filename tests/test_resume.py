@@ -184,7 +184,7 @@ def test_changed_data_and_fewer_steps_are_refused_on_resume(
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[::-1]))
     longer = recipe(models("llama"), *sets, "train.steps=6")
     before = Run(Path(longer.output)).recipe.read_text()
-    with pytest.raises(UsageError, match="other data"):
+    with pytest.raises(UsageError, match="other tokens"):
         train(longer, resume=True)
     assert Run(Path(longer.output)).recipe.read_text() == before
 

@@ -83,10 +83,9 @@ def train_command(
     cost = f"{figures['tokens']:,} tokens in {figures['seconds']:.1f} s"
     lines.append(f"{taken}{figures['steps']} steps, {cost}; {figures['result']}")
     if (lowest := figures.get("lowest")) is not None:
-        kept = "not kept; with train.save_every as train.eval_every it is"
-        if lowest["checkpoint"]:
-            full = recipe.adapter.method == "full"
-            by = f"`pissa eval` and `pissa export` take it by --checkpoint {lowest['step']}"
-            kept = f"kept in {lowest['checkpoint']}" if full else by
-        lines.append(f"held-out loss was lowest at step {lowest['step']}: {lowest['eval_loss']:.4f}; {kept}")
+        kept = f"; `pissa eval` and `pissa export` take it by --checkpoint {lowest['step']}"
+        if not lowest["kept"]:
+            more = "; not kept: with train.save_every as train.eval_every it is"
+            kept = "" if recipe.adapter.method == "full" else more
+        lines.append(f"held-out loss was lowest at step {lowest['step']}: {lowest['eval_loss']:.4f}{kept}")
     show.print_result(figures, as_json, lines)

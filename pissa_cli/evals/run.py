@@ -36,7 +36,7 @@ from pissa_cli.model import best_device, context_length
 from pissa_cli.probes import PROBES
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row
-from pissa_cli.rundir import require_writable
+from pissa_cli.rundir import locked, require_writable
 
 UNSCORED = {"metric": "not run", "note": "--allow-code-execution scores the answers, which are kept"}
 CLASSIFIED = 32
@@ -137,16 +137,16 @@ def _score_all(session: _Session, data: dict[str, Any], progress: Progress) -> d
         def count(done: int, total: int, bench: str = bench) -> None:
             progress(bench, done, total)
 
-        scored = _SCORERS.get(bench.partition(":")[0], _score_generated)(session, bench, loaded, count)
-        if scored is None:
-            results[bench] = {"score": None, "stderr": None, "n": len(loaded)} | UNSCORED | session.facts
-            continue
-        result, samples, kept = scored
-        results[bench] = write_result(
-            session.folder / bench.replace(":", "/"), result | session.facts, bench, recipe, samples, began
-        )
-        if kept is not None:
-            kept.remove()
+        folder = session.folder / bench.replace(":", "/")
+        with locked(session.folder / f"outputs of {bench.replace('/', ' ')}"):
+            scored = _SCORERS.get(bench.partition(":")[0], _score_generated)(session, bench, loaded, count)
+            if scored is None:
+                results[bench] = {"score": None, "stderr": None, "n": len(loaded)} | UNSCORED | session.facts
+                continue
+            result, samples, kept = scored
+            results[bench] = write_result(folder, result | session.facts, bench, recipe, samples, began)
+            if kept is not None:
+                kept.remove()
     return results
 
 
