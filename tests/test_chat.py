@@ -54,6 +54,30 @@ BARE = (
 )
 
 
+THINKS = (  # asks for thoughts, and writes what it is given
+    "{% for m in messages %}{{ '<A>' if m.role == 'assistant' else '<U>' }}{{ m.content }}"
+    "{{ '<eos>' if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}<A><think>\n{% endif %}"
+)
+STRICT = (  # wants a question
+    "{% if not messages | selectattr('role', 'equalto', 'user') | list %}{{ raise_exception('none') }}{% endif %}"
+) + PLAIN
+MOVED = (  # tools before the last question, calls without what is said beside them
+    "{% for m in messages %}{% if m.role == 'user' %}{% if m == (messages | selectattr('role', 'equalto', 'user') | "
+    "list)[-1] and tools %}[{{ tools[0].function.name }}]{% endif %}<U>{{ m.content }}{% elif m.role == 'tool' %}"
+    "<T>{{ m.content | tojson }}{% elif m.tool_calls %}<A>{{ m.tool_calls[0].function | tojson }}<eos>{% else %}"
+    "<A>{{ m.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<A>{% endif %}"
+)
+FORGETS = (  # the thoughts before a call, once an answer follows
+    "{% for m in messages %}{% if m.role == 'assistant' %}<A>{% if m.thinking and not "
+    "(messages[-1].role == 'assistant' and not messages[-1].tool_calls) %}"
+    "<t>{{ m.thinking }}</t>{% endif %}{% if m.tool_calls and m.content %}{{ raise_exception('both') }}{% endif %}"
+    "{{ m.tool_calls[0].function | tojson if m.tool_calls else m.content }}<eos>{% else %}<{{ m.role }}>{{ m.content }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<A>{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLED = '{"name": "add", "arguments": {"a": 1}}<eos>'
+
+
 def conversation(*contents: str) -> dict[str, Any]:
     roles = ["user", "assistant"] * len(contents)
     return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]}
@@ -63,13 +87,13 @@ def learned(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, section: Da
     """The text, what is learned and what is not by turns, beginning with what is not."""
     found = encode_chat(row, section, tokenizer)
     assert not isinstance(found, str), found
-    parts, last = [""], False
+    parts, last = list[list[int]]([[]]), False
     for token, target in zip(found.ids, found.targets, strict=True):
         if target != last:
-            parts.append("")
-        parts[-1] += tokenizer.decode([token])
+            parts.append([])
+        parts[-1].append(token)
         last = target
-    return parts
+    return [str(tokenizer.decode(part)) for part in parts]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +134,12 @@ def learned(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, section: Da
         ),
         (ASKED, ["Hi", "Yes", "And"], ["<user>Hi<end><assistant>", "Yes<end>", "<user>And<end><eos>"]),
         (BARE, ["Hi", "has 3"], ["user: Hi\nassistant: ", "has 3\n<eos>"]),
+        (THINKS, ["Hi", "<think>\na</think>Yes"], ["<U>Hi<A><think>\n", "a</think>Yes<eos>"]),
+        (
+            OPENED,
+            ["Hi", "\u00a7 1", "And", "\u00a7\u00a7"],
+            ["<U>Hi<A>", "\u00a7 1<eos>", "<U>And<A>", "\u00a7\u00a7<eos>"],
+        ),
     ],
 )
 def test_what_the_assistant_says_is_learned(
@@ -248,6 +278,65 @@ def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
     assert encode_chat(conversation("Hi", "Yes"), SECTION, tokenizer) == "the chat template refuses it (no system)"
 
 
+def test_calls_are_found_where_the_text_before_them_changes(tokenizer: PreTrainedTokenizerBase) -> None:
+    call: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    start = [{"role": "user", "content": "Hi"}, call, {"role": "tool", "content": "2"}]
+    tokenizer.chat_template = MOVED
+    row: dict[str, Any] = {"messages": [*start, *conversation("Yes", "And", "No")["messages"][1:]], "tools": [CALL]}
+    row["messages"].insert(3, {"role": "assistant", "content": "Two"})
+    row["messages"][4]["role"], row["messages"][5]["role"] = "user", "assistant"
+    row["messages"] = row["messages"][:6]
+    assert learned(row, tokenizer) == ["<U>Hi<A>", CALLED, '<T>"2"<A>', "Two<eos>", "[add]<U>And<A>", "No<eos>"]
+    tokenizer.chat_template = FORGETS
+    row = {"messages": [start[0], call | {"thinking": "so"}, start[2], {"role": "assistant", "content": "No"}]}
+    assert learned(row, tokenizer) == ["<user>Hi<A>", CALLED, "<tool>2<A>", "No<eos>"]
+
+
+def test_a_row_that_the_template_does_not_take_in_parts(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = STRICT
+    row = conversation("x", "Hello", "Hi", "Yes")
+    row["messages"] = row["messages"][1:]
+    assert "refuses the conversation up to a turn" in str(encode_chat(row, SECTION, tokenizer))
+    row["messages"][0]["role"] = "system"
+    assert learned(row, tokenizer) == ["<system>Hello<user>Hi<assistant>", "Yes<eos>"]
+
+
+def test_roles_of_other_tools_and_what_a_template_drops(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = PLAIN.replace("in messages %}", "in messages if m.role in ('user', 'assistant') %}")
+    for role in ("prompter", "Human", "human"):
+        row = conversation("Hi", "Yes")
+        row["messages"][0]["role"] = role
+        assert learned(row, tokenizer) == ["<user>Hi<assistant>", "Yes<eos>"]
+    for role in ("tool", "function_response", "critic"):
+        row = conversation("Hi", "Yes")
+        row["messages"].insert(1, {"role": role, "content": "RESULT"})
+        name = "tool" if role == "function_response" else role
+        assert encode_chat(row, SECTION, tokenizer) == f"the chat template leaves out what the {name} says"
+
+
+def test_oddities_of_exported_conversations(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = ASKED
+    row = conversation("Hi", "Yes")
+    row["messages"][1]["tool_calls"] = []
+    assert learned(row, tokenizer) == ["<user>Hi<end><assistant>", "Yes<end><eos>"]
+    row["messages"][1]["tool_calls"] = [{"function": {"name": None, "arguments": {}}}]
+    assert "not a list of calls with names" in str(encode_chat(row, SECTION, tokenizer))
+    row["messages"][1]["role"] = None
+    assert "is not a list of messages" in str(encode_chat(row, SECTION, tokenizer))
+    assert encode_chat(conversation("Hi", " \n"), SECTION, tokenizer) == "the assistant says nothing"
+    row = conversation("Hi", "", "And", "No")
+    row["messages"][1]["weight"] = 0
+    assert learned(row, tokenizer)[-1] == "No<end><eos>"
+    row = {"messages": [{"role": "system", "content": "a"}, *row["messages"]], "system": "b"}
+    assert encode_chat(row, SECTION, tokenizer) == "a system message beside the column for it"
+    row = conversation("Hi", "Yes") | {"tools": [{"type": "function", "function": "f"}]}
+    assert encode_chat(row, SECTION, tokenizer) == "'tools' is not a list of tools"
+    tokenizer.chat_template = MOVED
+    row = conversation("Hi", "Yes")
+    row["messages"].insert(1, {"role": "tool", "content": [{"temp": 20}]})
+    assert "temp" in learned(row, tokenizer)[0]
+
+
 def test_there_has_to_be_a_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(conversation("Hi", "Yes")))
     for template, message in (
@@ -304,12 +393,16 @@ def test_a_turn_that_is_not_learned(skip: dict[str, Any], tokenizer: PreTrainedT
 
 def test_tables_fill_up_with_none_which_is_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Parquet gives all objects of a column the same keys; jsonl, in which null is meant, does not."""
-    tokenizer.chat_template = ASKED.replace("m.tool_calls | tojson", "m.tool_calls | tojson | string")
+    tokenizer.chat_template = (
+        ASKED.replace("(m.tool_calls", "('' + m.content) + (m.tool_calls") + "{{ tools | tojson }}"
+    )
     rows = []
     for arguments in ({"city": "Paris"}, {"sum": "1 + 1"}):
         row = conversation("Hi", "x")
         row["messages"][1] = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
         row["messages"][0]["content"] = [{"type": "text", "text": "Hi"} | ({"cache": "x"} if rows else {})]
+        row["messages"][1]["content"] = None
+        row["tools"] = [{"function": {"name": "f"}} | ({"strict": True} if rows else {})]
         rows.append(row)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")

@@ -34,7 +34,7 @@ from pissa_cli.evals import run as module
 from pissa_cli.evals.generate import context_of, cut, generate, same_in_batches
 from pissa_cli.evals.run import evaluate
 from pissa_cli.recipe_file import load
-from pissa_cli.rundir import Run
+from pissa_cli.rundir import Run, locked
 from pissa_cli.train import train
 
 FORMS = [
@@ -306,6 +306,13 @@ def test_a_checkpoint_is_scored_as_the_run_that_ended_there(
     assert f"| loss, loss, nats a token, n = 40 | {wanted['score']:.2f} ± {wanted['stderr']:.2f} |" in card
     assert "no such checkpoint" in pissa(*words, "--checkpoint", 9).err
     assert "serves merged/" in pissa(*words[:3], "gsm8k", "--checkpoint", 2, "--set", "eval.engine=vllm").err
+
+
+def test_one_evaluation_of_a_benchmark_at_a_time(finished: Any) -> None:
+    lock = Path(finished.output) / "eval" / "outputs of gsm8k"
+    with locked(lock), pytest.raises(UsageError, match="is writing here"):
+        evaluate(finished)
+    evaluate(finished)
 
 
 def test_answers_without_end_are_counted(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,6 +265,9 @@ def test_the_model_card_shows_scores_of_its_own_step_alone(
     train(more, resume=True)
     assert "n = 40" not in model_card(more, "merged") and "n = 40" in model_card(more, "merged", step=1)
     assert "n = 40" not in (Run(Path(more.output)).adapter / "README.md").read_text()
+    (Path(more.output) / "eval" / "loss" / "result.json").write_text('{"score": 1')
+    train(recipe(models("llama"), *sets, "train.steps=3"), resume=True)
+    assert "| steps | 3 |" in (Run(Path(more.output)).adapter / "README.md").read_text()
 
 
 def test_the_model_card_keeps_folders_to_itself(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:

@@ -22,6 +22,7 @@ from runs import BASE, adapter, events, same, state_of
 from pissa_cli.errors import Interrupted, UsageError
 from pissa_cli.guards import schedule_change
 from pissa_cli.initialize import initialize
+from pissa_cli.prepare import check_inputs
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
@@ -181,6 +182,8 @@ def test_changed_data_and_fewer_steps_are_refused_on_resume(
     for fewer in ("train.steps=2", "train.epochs=0.01"):
         with pytest.raises(UsageError, match="less than the run has taken"):
             train(recipe(models("llama"), *sets, fewer), resume=True)
+        with pytest.raises(UsageError, match="less than the run has taken"):
+            check_inputs(recipe(models("llama"), *sets, fewer), resume=True)
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[::-1]))
     longer = recipe(models("llama"), *sets, "train.steps=6")
     before = Run(Path(longer.output)).recipe.read_text()
@@ -204,6 +207,23 @@ def test_an_adapter_names_its_base_where_it_is_now(
     train(recipe(base, *sets, "train.steps=2", f"output={moved}"), resume=True)
     named = json.loads((moved / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(moved / "base" if bits == 4 else base)
+
+
+def test_a_checkpoint_of_an_older_pissa_goes_by_the_recipe(
+    models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    sets = (*BASE, f"data.train={rows}")
+    made = recipe(models("llama"), *sets, "train.steps=1")
+    train(made)
+    state = Run(Path(made.output)).checkpoints / "step-1" / "state.json"
+    content = json.loads(state.read_text())
+    for old in ({}, {"sections": None, "missed": None}):
+        state.write_text(json.dumps({"step": 1, "data": content["data"], "hashes": content["hashes"]} | old))
+        with pytest.raises(UsageError, match=r"weight_decay was 0\.0 so far and is 0\.5 now"):
+            train(recipe(models("llama"), *sets, "train.steps=2", "train.weight_decay=0.5"), resume=True)
+    notes: list[Any] = []
+    train(recipe(models("llama"), *sets, "train.steps=2"), resume=True, watch=notes.append)
+    assert "begun for 1 steps" in str(notes[0])
 
 
 def test_an_adapter_older_than_its_run_is_refused(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:

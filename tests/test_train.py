@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,6 +230,55 @@ def test_a_checkpoint_is_due_after_ten_minutes(
         made = recipe(models("llama"), *sets, f"train.save_every={sometimes}", f"output={made.output}{sometimes}")
         train(made)
         assert sorted(p.name for p in Run(Path(made.output)).checkpoints.iterdir()) == names
+
+
+def test_what_is_due_waits_for_a_held_out_loss_and_for_room(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """400 s a step: due after 600 s, or 1200 s if no held-out loss is taken before."""
+    for every, free, names in (
+        (3, 10**15, ["step-3", "step-4"]),
+        (None, 10**15, ["step-2", "step-4"]),
+        (3, 9, ["step-4"]),
+    ):
+        clock, notes = [0.0], []
+
+        def watch(event: dict[str, Any], clock: list[float] = clock, notes: list[Any] = notes) -> None:
+            clock[0] += 400 if "step" in event else 0
+            notes.append(event.get("note", ""))
+
+        monkeypatch.setattr(loop.time, "monotonic", lambda clock=clock: clock[0])
+        monkeypatch.setattr(loop.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        sets = (f"data.train={rows}", f"data.eval={rows}", "train.steps=4", f"train.eval_every={every or 'null'}")
+        made = recipe(models("llama"), *BASE, *sets, f"output={rows.parent / f'{every}-{free}'}")
+        train(made, watch=watch)
+        assert sorted(p.name for p in Run(Path(made.output)).checkpoints.iterdir()) == names
+        assert any("no checkpoint, as there is no room" in note for note in notes) == (free == 9)
+
+
+def test_held_out_losses_of_other_data_are_not_compared(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(loop, "evaluate_loss", lambda *_: next(losses))
+    sets = (*BASE, f"data.train={rows}", "train.save_every=1", "train.eval_every=1", "train.keep=1")
+    train(recipe(models("llama"), *sets, f"data.eval={rows}", "train.steps=1"))
+    other = rows.with_name("other.jsonl")
+    other.write_text("".join(rows.read_text().splitlines(keepends=True)[:5]))
+    made = recipe(models("llama"), *sets, f"data.eval={other}", "train.steps=3")
+    assert "lowest" not in train(made, resume=True)
+    assert [p.name for p in Run(Path(made.output)).checkpoints.iterdir()] == ["step-3"]
+
+
+def test_full_fine_tuning_keeps_no_other_checkpoint(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(loop, "evaluate_loss", lambda *_: next(losses))
+    sets = (f"data.train={rows}", f"data.eval={rows}", "train.save_every=1", "train.eval_every=1", "train.keep=1")
+    made = recipe(models("llama"), "model.bits=32", "adapter.method=full", *sets, "train.steps=3", "train.batch_size=4")
+    assert train(made)["lowest"] == {"step": 1, "eval_loss": 1.0, "kept": False}
+    assert [p.name for p in Run(Path(made.output)).checkpoints.iterdir()] == ["step-3"]
 
 
 def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(
