@@ -62,14 +62,18 @@ def span_of(
         called = begin is None
         if called:
             begin, alone = differs(whole, named()), named(turn + 1)
-        if begin is not None and asked is not None and alone is not None and alone.startswith(asked):
-            lead = alone[len(asked) :].partition(mark)[0]
-            called = called and not whole[:begin].endswith(lead)
-            begin -= len(lead) if whole[:begin].endswith(lead) else 0
-        if called:  # its beginning lies before the name
+        if begin is None:
             raise ValueError(LOST)
-    if begin is None:
-        raise ValueError(LOST)
+        lead = "" if asked is None or alone is None else alone.removeprefix(asked).partition(mark)[0]
+        prompt = "" if asked is None else asked.removeprefix(attempt(messages[:turn]) or asked)
+        said = differs(whole, marked(after=mark, at=turn - 1)) if turn and prompt else None
+        place = -1 if said is None else whole.find(prompt, said, begin)
+        if place >= 0:  # what it is asked with, after what was said before
+            begin = place + len(prompt)
+        elif alone is not None and asked is not None and alone.startswith(asked) and whole[:begin].endswith(lead):
+            begin -= len(lead)
+        elif called:  # it begins somewhere before the name
+            raise ValueError(LOST)
     if whole.startswith(upto):
         if len(upto) <= begin:
             raise ValueError(LOST)
