@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from pissa_cli.configuration import first_line
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
-from pissa_cli.examples import Encoded
+from pissa_cli.examples import Encoded, Examples
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.messages import forms_of, is_learned, messages_of, tools_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, has_surrogate, value_of
 from pissa_cli.rundir import read_json, write_json
-from pissa_cli.turns import MARKS, Message, Render, span_of, tokens_apart
+from pissa_cli.turns import MARKS, Message, Render, common, span_of, tokens_apart
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -54,6 +54,14 @@ def question_text(question: str, before: Sequence[tuple[str, str]], tokenizer: P
             f"data.format chat: the chat template refuses a question ({first_line(error)})",
             "give another in data.template",
         ) from None
+
+
+def unlearned_prompt(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the template asks with, if what is learned of the first example does not follow that: of R1's an opened
+    thought, before answers without one."""
+    prompt = _asks([{"role": "user", "content": "a"}], _render(tokenizer))
+    read = str(tokenizer.decode(examples.tokens(0)[: int(examples.targets.int().argmax())]))
+    return None if "".join(read.split()).endswith("".join(prompt.split())) else prompt
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -163,7 +171,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) 
 def _asks(messages: list[Message], render: Render) -> str:
     """What the template asks the assistant with: of some the begin of a thought."""
     try:
-        return render(messages, True).removeprefix(render(messages, False))
+        asked = render(messages, True)
+        return asked[common(asked, render(messages, False)) :]
     except Exception:  # as above
         return ""
 

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
+from pissa_cli.chat import unlearned_prompt
 from pissa_cli.checkpoint import newest_facts
 from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data import load_examples, require_columns
@@ -102,6 +103,8 @@ def prepare(
                 watch({"note": line})
     if not recipe.data.classifies:
         watch({"note": f"data.train: the first example: {first_example(examples, tokenizer)}"})
+    if recipe.data.format == "chat" and (prompt := unlearned_prompt(examples, tokenizer)) is not None:
+        watch({"note": f"data.format chat: `eval` asks with {prompt!r}, which what is learned does not follow here"})
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
     if note := left_dense(manifest.get("kept_dense", [])):
         watch({"note": note})

@@ -48,7 +48,7 @@ def span_of(
 
     def differs(text: str, other: str | None) -> int | None:
         """Characters until the texts part; None if they do not."""
-        return None if other is None or other == text else _common(text, other)
+        return None if other is None or other == text else common(text, other)
 
     asked = attempt(messages[:turn], True) if turn else None
     upto = whole if turn + 1 == len(messages) else attempt(messages[: turn + 1])
@@ -83,7 +83,7 @@ def span_of(
         said, alone_said = differs(whole, named()), differs(upto, named(turn + 1))
     if said is None or alone_said is None or said < begin:
         said = alone_said = begin
-    end = said + _common(whole[said:], upto[alone_said:])
+    end = said + common(whole[said:], upto[alone_said:])
     for text, after in ((whole, said), (upto, alone_said)):
         parted = next(
             (one for one in special.finditer(text, after) if one.start() < end - said + after < one.end()), None
@@ -122,7 +122,7 @@ def _named(messages: list[Message], turn: int, name: str) -> list[Message] | Non
     return [*messages[:turn], {**messages[turn], "tool_calls": [call, *calls[1:]]}, *messages[turn + 1 :]]
 
 
-def _common(one: str, other: str) -> int:
+def common(one: str, other: str) -> int:
     """Characters that both begin with."""
     low, high = 0, min(len(one), len(other))
     while low < high:

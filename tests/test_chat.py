@@ -11,7 +11,7 @@ import pandas
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pissa_cli.chat import encode_chat, end_of_turn, write_stops
+from pissa_cli.chat import encode_chat, end_of_turn, unlearned_prompt, write_stops
 from pissa_cli.data import load_examples, question_prompt
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
@@ -276,6 +276,27 @@ def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
     assert "surrogate" in str(encode_chat(conversation("\ud800", "Yes"), SECTION, tokenizer))
     tokenizer.chat_template = "{{ raise_exception('no\nsystem') }}{{ messages }}"
     assert encode_chat(conversation("Hi", "Yes"), SECTION, tokenizer) == "the chat template refuses it (no system)"
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "said"),
+    [
+        (OPENED, "Yes", "<A><think>\n"),
+        (THINKS, "<think>\na</think>Yes", None),
+        (THINKS, "Yes", "<A><think>\n"),
+        (PLAIN, "Yes", None),
+        (CHATML, "Yes", None),
+        (ASKED, "Yes", None),
+        (BARE, "Yes", None),
+    ],
+)
+def test_a_prompt_that_no_answer_follows_is_said(
+    template: str, answer: str, said: str | None, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = template
+    (tmp_path / "rows.jsonl").write_text(json.dumps(conversation("Hi", answer, "And", answer)))
+    examples = load_examples(str(tmp_path / "rows.jsonl"), SECTION, tokenizer, None)
+    assert unlearned_prompt(examples, tokenizer) == said
 
 
 def test_calls_are_found_where_the_text_before_them_changes(tokenizer: PreTrainedTokenizerBase) -> None:
