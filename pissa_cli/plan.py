@@ -87,6 +87,12 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         raise UsageError(
             f"{folder}: this model is quantized already", "start from the dense model; model.bits: 4 quantizes"
         )
+    gaps = any(str(name).endswith("ForMaskedLM") for name in model.config.architectures or [])
+    if recipe.model.task == "causal-lm" and gaps and not getattr(model.config, "is_decoder", False):
+        raise UsageError(
+            f"{folder}: a model that fills gaps, whose tokens see those that follow, and none that writes",
+            "train it with model.task: sequence-classification, or use a model that writes from left to right",
+        )
     if recipe.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UsageError(f"train.gradient_checkpointing: transformers has none for {type(model).__name__}", "remove it")
     linears = linear_layers(model, weights)

@@ -39,6 +39,7 @@ from pissa_cli.evals import classify
 from pissa_cli.examples import Examples
 from pissa_cli.exported import load_result
 from pissa_cli.guards import require_padding_unseen
+from pissa_cli.initialize import initialize
 from pissa_cli.loading import load_model
 from pissa_cli.loss import summed_loss
 from pissa_cli.plan import make_plan
@@ -242,6 +243,10 @@ def test_an_encoder_does_not_write(
         if "attention" in name and parameter.dim() == 2:
             parameter.data *= 20  # which attends to more than itself, as a trained model does
     folder = save_model(model, tmp_path / "model")
+    with pytest.raises(UsageError, match="fills gaps, whose tokens see those that follow"):
+        initialize(recipe(folder, f"model.bits={bits}", "adapter.rank=4"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
     sets = (f"model.bits={bits}", "adapter.rank=4", f"data.train={rows}", "data.max_length=128")
     made = recipe(folder, *sets, "data.format=text", "data.columns={text: output}", "train.steps=1")
     with pytest.raises(UsageError, match="its tokens see those that follow"):
