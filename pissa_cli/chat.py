@@ -60,7 +60,8 @@ def unlearned_prompt(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> 
     """What the template asks with, if what is learned of the first example does not follow that: of R1's an opened
     thought, before answers without one."""
     prompt = _asks([{"role": "user", "content": "a"}], _render(tokenizer))
-    read = str(tokenizer.decode(examples.tokens(0)[: int(examples.targets.int().argmax())]))
+    begin = int(examples.targets[: examples.length(0)].int().argmax())
+    read = str(tokenizer.decode(examples.tokens(0)[:begin]))
     return None if "".join(read.split()).endswith("".join(prompt.split())) else prompt
 
 

@@ -52,7 +52,7 @@ def messages_of(value: Any, calls: bool) -> list[Message] | None:
 
 def _require_names(calls: Any) -> None:
     """Raise ValueError, with the reason, for tool calls that are none."""
-    for call in calls if isinstance(calls, list) else [calls]:
+    for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise ValueError("a message's tool_calls are not a list of calls with names")
@@ -137,9 +137,8 @@ def forms_of(messages: list[Message]) -> Iterator[list[Message]]:
 
 
 def _form(message: Message, convert: Callable[[Any], Any], empty: str | None) -> Message:
-    calls = message.get("tool_calls")
-    if isinstance(calls, list) and all(isinstance(call, dict) for call in calls):
-        message = {**message, "tool_calls": [_call(call, convert) for call in calls]}
+    if "tool_calls" in message:
+        message = {**message, "tool_calls": [_call(call, convert) for call in message["tool_calls"]]}
     return {**message, "content": empty} if message.get("content", "") is None else message
 
 

@@ -34,18 +34,20 @@ Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | N
 """The manifest, the tokenizer, examples to train and to hold out."""
 
 
-def check_inputs(recipe: Recipe, resume: bool) -> None:
+def check_inputs(recipe: Recipe, resume: bool) -> tuple[int, int] | None:
     """Raise UsageError for what shows before any work: a run that is there already or goes by another recipe, kernels
     that cannot run here, files of data that are not there or lack a column in their first rows. Data on the Hub is not
-    looked at."""
+    looked at. Returns `steps_to_take`."""
     run = Run(Path(recipe.output))
     resumes(run, recipe, resume)
     require_kernels(recipe.train)
-    if (planned := steps_to_take(recipe)) is not None:
-        require_reach(run, planned[1], recipe)
     for source in (recipe.data.train, recipe.data.eval):
         if source is not None and is_file(source):
             check_columns(source, recipe)
+    planned = steps_to_take(recipe)
+    if planned is not None:
+        require_reach(run, planned[1], recipe)
+    return planned
 
 
 def check_columns(source: str, recipe: Recipe) -> None:

@@ -115,7 +115,7 @@ def _marked(messages: list[Message], turn: int, before: str, after: str) -> list
 def _named(messages: list[Message], turn: int, name: str) -> list[Message] | None:
     """With another name for the first tool call of a message; None where there is none."""
     calls = messages[turn].get("tool_calls")
-    if not isinstance(calls, list) or not calls:
+    if not calls:
         return None
     call = calls[0]
     call = {**call, "function": {**call["function"], "name": name}} if "function" in call else {**call, "name": name}
@@ -163,6 +163,7 @@ def tokens_apart(text: str, bounds: list[int], tokenizer: PreTrainedTokenizerBas
 
 
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a text by itself, without those that the tokenizer adds."""
     return _tokens([text], tokenizer)[0]
 
 

@@ -340,8 +340,9 @@ def test_oddities_of_exported_conversations(tokenizer: PreTrainedTokenizerBase) 
     row = conversation("Hi", "Yes")
     row["messages"][1]["tool_calls"] = []
     assert learned(row, tokenizer) == ["<user>Hi<end><assistant>", "Yes<end><eos>"]
-    row["messages"][1]["tool_calls"] = [{"function": {"name": None, "arguments": {}}}]
-    assert "not a list of calls with names" in str(encode_chat(row, SECTION, tokenizer))
+    for calls in ([{"function": {"name": None, "arguments": {}}}], {"name": "add", "arguments": {}}, "add"):
+        row["messages"][1]["tool_calls"] = calls
+        assert "not a list of calls with names" in str(encode_chat(row, SECTION, tokenizer))
     row["messages"][1]["role"] = None
     assert "is not a list of messages" in str(encode_chat(row, SECTION, tokenizer))
     assert encode_chat(conversation("Hi", " \n"), SECTION, tokenizer) == "the assistant says nothing"

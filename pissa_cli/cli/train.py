@@ -48,10 +48,9 @@ def train_command(
 
     show.quiet_libraries(debug)
     if dry_run:
-        from pissa_cli.prepare import check_inputs, steps_to_take
+        from pissa_cli.prepare import check_inputs
 
-        check_inputs(loaded.recipe, resume)
-        dryrun.dry_run(loaded, as_json, processes or 1, steps_to_take(loaded.recipe))
+        dryrun.dry_run(loaded, as_json, processes or 1, check_inputs(loaded.recipe, resume))
         return
     recipe = loaded.recipe
     if processes is not None and processes > 1:
