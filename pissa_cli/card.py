@@ -12,6 +12,7 @@ import yaml
 from pissa_cli import __version__
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.data import TEMPLATE
+from pissa_cli.data_options import sources_of
 from pissa_cli.errors import UsageError
 from pissa_cli.model import SMALL_FILES, resolve_base
 from pissa_cli.recipe import Recipe
@@ -35,8 +36,8 @@ def model_card(recipe: Recipe, what: str, library: str = "transformers", step: i
         front["base_model"] = name
     if licence := _licence(recipe):
         front["license"] = licence
-    if recipe.data.train and not Path(recipe.data.train).exists():
-        front["datasets"] = [recipe.data.train.partition(":")[0]]
+    if on_hub := [source for source in sources_of(recipe.data.train) if not Path(source).exists()]:
+        front["datasets"] = list(dict.fromkeys(source.partition(":")[0] for source in on_hub))
     method = recipe.adapter.method
     rank = "" if isinstance(recipe.adapter, FullOptions) else f", rank {recipe.adapter.rank}"
     base = Path(name).name if local else name

@@ -115,6 +115,11 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
             if isinstance(result, str):
                 refuse(unusable, result, number)
                 continue
+            if section.format == "text" and len(result.ids) > section.max_length:
+                for piece in _pieces(result.ids, section.max_length, tokenizer.bos_token_id):
+                    ids.append(piece)
+                    targets.append([False, *[True] * (len(piece) - 1)])
+                continue
             tokens, mask, label, cut = result
             cut_tokens, cut_mask = tokens[: section.max_length], mask[: section.max_length]
             if label is not None:
@@ -152,6 +157,14 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
     numbers = torch.tensor(classes) if classes else None
     unused = [*_unused(section, columns), *inner]
     return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut, numbers, unused, num_lost)
+
+
+def _pieces(ids: list[int], length: int, bos: int | None) -> list[list[int]]:
+    """A text cut into examples of at most `length` tokens, each token but the first learned in one of them: they begin
+    with begin-of-text where the text does, else with the last token of the piece before."""
+    step = length - 1
+    lead = [ids[0]] if ids[0] == bos else []
+    return [(lead or ids[begin - 1 : begin]) + ids[begin : begin + step] for begin in range(1, len(ids), step)]
 
 
 def _unused(section: DataSection, columns: dict[str, None]) -> list[str]:

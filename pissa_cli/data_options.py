@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pissa_cli.adapter_options import Section
 
@@ -18,14 +19,18 @@ FIELDS = {
 """The fields a row needs, by `data.format`; those of GLUE's formats are in `pissa_cli.glue`."""
 OPTIONAL_FIELDS = {"alpaca": ("input",), "chat": ("tools", "system"), "classification": ("text_pair",)}
 _Glue = Literal["glue/cola", "glue/sst2", "glue/mrpc", "glue/stsb", "glue/qqp", "glue/mnli", "glue/qnli", "glue/rte"]
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 Format = Literal["alpaca", "prompt", "chat", "text", "classification", _Glue]
 
 
 class DataSection(Section):
-    train: str | None = Field(
-        None, description="training rows: jsonl, json, csv, tsv or parquet file, or id[:subset[:split]]"
+    train: str | list[str] | None = Field(
+        None,
+        description="training rows: jsonl, json, csv, tsv or parquet file, or id[:subset[:split]]; or a list of these",
     )
-    eval: str | None = Field(None, description="held-out rows, same forms")
+    eval: str | list[str] | None = Field(
+        None, description="held-out rows, same forms; or a share of the training rows, which leaves them out: 5%"
+    )
     format: Format = Field("alpaca", description="what the rows hold; glue/*: those of a GLUE task")
     columns: dict[str, str] = Field(
         {}, description="our field: their column, e.g. {instruction: query, output: response}"
@@ -34,11 +39,38 @@ class DataSection(Section):
         None,
         description="alpaca: text with {instruction} and {output}, default PiSSA's; chat: Jinja, default the model's",
     )
-    max_length: int = Field(512, ge=8, description="tokens an example may have; longer ones are cut at the end")
-    limit: int | None = Field(None, ge=1, description="train on the first N rows; data.eval is used whole")
+    max_length: int = Field(
+        512,
+        ge=8,
+        description="tokens an example may have; what is longer is cut at the end, of format text into parts",
+    )
+    limit: int | None = Field(
+        None, ge=1, description="train on the first N rows (of each file); rows of data.eval are all used"
+    )
     packing: bool | Literal["auto"] = Field(
         "auto", description="lay the examples of a micro-batch out in one row without padding; auto: where it is sound"
     )
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError("a share of the training rows is written as 5%")
+        return value
+
+    @model_validator(mode="after")
+    def _sources(self) -> DataSection:
+        for key in ("train", "eval"):
+            if getattr(self, key) == [] or "" in sources_of(getattr(self, key)):
+                raise ValueError(f"{key}: names nothing; remove it, or name a file")
+        share = self.held_out_share
+        if share is not None and not 0 < share < 1:
+            raise ValueError("eval: a share lies between 0% and 100%")
+        if any(_SHARE.fullmatch(source) for source in sources_of(self.train)):
+            raise ValueError("train: a share is for data.eval; limit takes the first rows")
+        if isinstance(self.eval, list) and any(_SHARE.fullmatch(source) for source in self.eval):
+            raise ValueError("eval: either a share of the training rows or rows of their own")
+        return self
 
     @model_validator(mode="after")
     def _known_fields(self) -> DataSection:
@@ -62,6 +94,12 @@ class DataSection(Section):
                 raise ValueError("template: nothing but text may follow {output}, with which begins what is learned")
         return self
 
+    @property
+    def held_out_share(self) -> float | None:
+        """The share of the training examples that is held out, where data.eval is one."""
+        found = _SHARE.fullmatch(self.eval) if isinstance(self.eval, str) else None
+        return float(found[1]) / 100 if found else None
+
     def optional_column(self, field: str) -> str | None:
         """The column of an optional field; None if that of its name is mapped to another field."""
         return self.columns.get(field, None if field in self.columns.values() else field)
@@ -80,3 +118,8 @@ class DataSection(Section):
     def classifies(self) -> bool:
         """Whether rows are texts with a label."""
         return self.glue is not None or self.format == "classification"
+
+
+def sources_of(named: str | list[str] | None) -> list[str]:
+    """The files and data sets that `data.train` or `data.eval` names."""
+    return [] if named is None else [named] if isinstance(named, str) else named

@@ -70,6 +70,14 @@ class Examples:
         begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
         return int(self.targets[begin + 1 : end].sum())
 
+    def select(self, wanted: Tensor) -> Examples:
+        """The examples where `wanted` (n,) bool is true, in their order, without what happened on the way."""
+        lengths = self.offsets.diff()
+        inside = wanted.repeat_interleave(lengths)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[wanted].cumsum(0)])
+        labels = None if self.labels is None else self.labels[wanted]
+        return Examples(self.ids[inside], self.targets[inside], offsets, labels=labels)
+
     def digest(self) -> str:
         """A hash over all tokens, targets and lengths."""
         whole = xxhash.xxh3_128()
@@ -93,6 +101,26 @@ class Examples:
         for reason, rows in self.unusable.items():
             lines.append(f"{name}: rows not used: {len(rows)}, {reason} (row {_first(rows)})")
         return lines
+
+
+def join(parts: Sequence[tuple[str, Examples]]) -> Examples:
+    """The examples of several sources (name, examples), one after the other; rows not used keep the source's name."""
+    if len(parts) == 1:
+        return parts[0][1]
+    every = [part for _, part in parts]
+    begins = [0, *itertools.accumulate(len(part.ids) for part in every)]
+    offsets = [begin + part.offsets[1:] for begin, part in zip(begins, every, strict=False)]
+    labels = [part.labels for part in every if part.labels is not None]
+    return Examples(
+        torch.cat([part.ids for part in every]),
+        torch.cat([part.targets for part in every]),
+        torch.cat([torch.zeros(1, dtype=torch.int64), *offsets]),
+        {f"{name}: {reason}": rows for name, part in parts for reason, rows in part.unusable.items()},
+        sum(part.num_cut for part in every),
+        torch.cat(labels) if labels else None,
+        list(dict.fromkeys(column for part in every for column in part.unused)),
+        sum(part.num_lost for part in every),
+    )
 
 
 def first_example(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -135,7 +163,7 @@ def cache_key(content: str, section: DataSection, tokenizer: PreTrainedTokenizer
     whole = xxhash.xxh3_128(content.encode())
     for part in (json.dumps(options, sort_keys=True), identity, str(tokenizer.chat_template), str(tokenizer.eos_token)):
         whole.update(part.encode())
-    return f"v6-{whole.hexdigest()}"
+    return f"v7-{whole.hexdigest()}"
 
 
 def write_cache(path: Path, examples: Examples) -> None:

@@ -32,6 +32,7 @@ from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import is_file
 from pissa_cli.rundir import PROVENANCE, Run, require_free, whole_folder, write_json, write_text
+from pissa_cli.sets import held_out_sources
 from pissa_cli.side_files import copy_side_files, task_of, task_settings, write_nf4_config
 from pissa_cli.svd import frobenius_norm, generator
 from pissa_cli.weights import ShardWriter, Weights, open_weights
@@ -118,8 +119,8 @@ def quantize(
             raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=task_of(settings))})
     require_free(output, Run(Path(recipe.output)).quantized)
-    if recipe.data.eval is not None:
-        is_file(recipe.data.eval)  # or it is refused now, and not after all is done
+    for source in held_out_sources(recipe.data):
+        is_file(source)  # or it is refused now, and not after all is done
     weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe)
     model = skeleton(folder, recipe.model)
     linears = linear_layers(model, weights)

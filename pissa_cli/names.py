@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,3 +30,12 @@ def kind_of(name: str | Path, source: str = "") -> Kind | None:
         text = str(name) if len(str(name)) <= 300 else f"{str(name)[:300]} ..."
         raise UsageError(f"{before}{text}: {reason}", "check the name, and the rights to what it names") from None
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+
+def located(name: str, roots: Sequence[Path], source: str = "") -> str:
+    """The absolute path of a name under the first of the roots that has it, else the name. Raises as `kind_of`."""
+    found = next((root / name for root in roots if name and kind_of(root / name, source)), None)
+    if found is None:
+        return name
+    # a file keeps the name that it has here, which tells its kind, also where that is a link
+    return str(found.resolve() if found.is_dir() else found.parent.resolve() / found.name)

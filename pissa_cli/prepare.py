@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.chat import unlearned_prompt
 from pissa_cli.checkpoint import newest_facts
 from pissa_cli.configuration import read_config, require_tokens
-from pissa_cli.data import load_examples, require_columns
+from pissa_cli.data import require_columns
+from pissa_cli.data_options import sources_of
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples, first_example
 from pissa_cli.guards import require_context, require_reach, resumes, schedule_change
@@ -24,6 +24,7 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.report import left_dense
 from pissa_cli.rows import is_file, read_rows
 from pissa_cli.rundir import Run
+from pissa_cli.sets import held_out_sources, load_sets, num_held_out
 from pissa_cli.steps import count_steps, step_examples
 
 FIRST_ROWS = 100  # that a dry run looks at
@@ -41,9 +42,8 @@ def check_inputs(recipe: Recipe, resume: bool) -> tuple[int, int] | None:
     run = Run(Path(recipe.output))
     resumes(run, recipe, resume)
     require_kernels(recipe.train)
-    for source in (recipe.data.train, recipe.data.eval):
-        if source is not None and is_file(source):
-            check_columns(source, recipe)
+    for source in dict.fromkeys(sources_of(recipe.data.train) + held_out_sources(recipe.data)):
+        check_columns(source, recipe)
     planned = steps_to_take(recipe)
     if planned is not None:
         require_reach(run, planned[1], recipe)
@@ -51,7 +51,9 @@ def check_inputs(recipe: Recipe, resume: bool) -> tuple[int, int] | None:
 
 
 def check_columns(source: str, recipe: Recipe) -> None:
-    """Raise UsageError for a file that lacks a column in its first rows."""
+    """Raise UsageError for a local file that is not there or lacks a column in its first rows."""
+    if not is_file(source):
+        return
     rows = [row for _, row in read_rows(source, FIRST_ROWS)]
     columns = dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)
     require_columns(source, recipe.data, columns, whole=len(rows) < FIRST_ROWS)
@@ -60,11 +62,13 @@ def check_columns(source: str, recipe: Recipe) -> None:
 
 
 def steps_to_take(recipe: Recipe) -> tuple[int, int] | None:
-    """(steps, rows): how many steps the rows of a local file make, if all of them can be used."""
-    source = recipe.data.train
-    if source is None or not is_file(source):
+    """(steps, rows): how many steps the rows of local files make, if all of them can be used; None where an example is
+    no row, and where data are on the Hub."""
+    sources, share = sources_of(recipe.data.train), recipe.data.held_out_share
+    if not sources or not all(is_file(source) for source in sources) or recipe.data.format == "text":
         return None
-    rows = sum(isinstance(row, dict) for _, row in read_rows(source, recipe.data.limit))
+    rows = sum(isinstance(row, dict) for source in sources for _, row in read_rows(source, recipe.data.limit))
+    rows -= 0 if share is None else num_held_out(rows, share)
     return count_steps(rows, recipe, newest_facts(Run(Path(recipe.output))).get("missed", 0)), rows
 
 
@@ -88,15 +92,10 @@ def prepare(
     require_kernels(recipe.train)
     folder = require_base(*open_run(recipe), recipe) if run.exists() else resolve_base(recipe.model)
     tokenizer = load_tokenizer(folder, recipe)
-    cache = Path(HF_HOME) / "pissa" / "tokens"
-    examples = load_examples(recipe.data.train, recipe.data, tokenizer, cache, recipe.model.labels)
+    examples, held_out = load_sets(recipe, tokenizer)
     require_reach(run, len(examples), recipe)
     if len(step_examples(0, len(examples), recipe)) > len(examples):
         watch({"note": f"train.batch_size: a step of {recipe.train.batch_size} has each example more than once"})
-    whole = recipe.data.model_copy(update={"limit": None})
-    held_out = None
-    if recipe.data.eval is not None:
-        held_out = load_examples(recipe.data.eval, whole, tokenizer, cache, recipe.model.labels)
     for name, loaded in (("data.train", examples), ("data.eval", held_out)):
         if loaded is not None:
             require_context(name, loaded, context_length(folder, recipe.model))

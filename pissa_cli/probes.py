@@ -10,12 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli.batches import batch_losses, padding
 from pissa_cli.configuration import require_tokens
-from pissa_cli.data import load_examples
 from pissa_cli.errors import PissaError
 from pissa_cli.integrity import not_finite
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import head_names
 from pissa_cli.recipe import Recipe
+from pissa_cli.sets import held_out_name, load_held_out
 from pissa_cli.svd import frobenius_norm
 
 TINY = 1e-30
@@ -72,11 +72,10 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recip
             total = sum(float(summed_loss(model, {"input_ids": ids, "labels": ids})) for ids in rows)
             count, data = sum(ids.shape[1] - 1 for ids in rows), f"{len(PROBES)} built-in prompts"
         else:
-            section = recipe.data.model_copy(update={"limit": PERPLEXITY_ROWS})
-            examples = load_examples(recipe.data.eval, section, tokenizer, None)
+            examples = load_held_out(recipe, tokenizer, PERPLEXITY_ROWS)
             require_tokens("data.eval", [int(examples.ids.max())], model.config)
             losses = batch_losses(model, examples, padding(model, tokenizer), recipe.train.micro_batch_size)
             total = sum(loss for _, loss in losses)
             count = sum(examples.num_targets(i) for i in range(len(examples)))
-            data = f"{recipe.data.eval} ({len(examples)} examples)"
+            data = f"{held_out_name(recipe.data)} ({len(examples)} examples)"
     return math.exp(min(total / count, 700)), data

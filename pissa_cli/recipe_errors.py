@@ -42,8 +42,6 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
             text += IN_4_BITS.get(str(item["ctx"]["tag"]).lower(), "")
         elif item["type"] == "bool_type":
             text = f"should be true or false (found {shown(item['input'])})"
-        elif item["type"] == "string_type" and path == ("data", "train") and isinstance(item["input"], list):
-            text = f"one file or data set: join them (found {shown(item['input'])})"
         elif item["type"] == "list_type" and isinstance(item["input"], str):
             text = f"should be a list, [{item['input']}] (found {shown(item['input'])})"
         elif item["type"] == "model_type" and path in values:

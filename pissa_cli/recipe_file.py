@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from pissa_cli.adapter_options import ScaledBase
 from pissa_cli.errors import UsageError
-from pissa_cli.names import kind_of
+from pissa_cli.names import kind_of, located
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.recipe_errors import SECTIONS, messages
 from pissa_cli.translations import ABSENT, SYNONYMS
@@ -172,14 +172,14 @@ def _is_name(key: KeyPath) -> bool:
 def _require_names(values: Mapping[KeyPath, Value]) -> None:
     """UsageError for text that cannot be written down, and for a name that no file can have."""
     for key, value in values.items():
-        if isinstance(value.value, str):
+        for text in (part for part in _parts(value.value) if isinstance(part, str)):
             source = f"{value.source}: {'.'.join(key)}"
             try:
-                require_plain(value.value)
+                require_plain(text)
             except ValueError as error:
                 raise UsageError(f"{source}: {error}", "write it without") from None
             if _is_name(key):
-                kind_of(value.value, source)
+                kind_of(text, source)
 
 
 def _over(lower: Mapping[KeyPath, Value], upper: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:
@@ -248,12 +248,13 @@ def _locate_paths(values: dict[KeyPath, Value], file: Path | None) -> None:
     """Make local paths absolute: from the working directory, else from the recipe's folder, else from the package."""
     roots = [Path(), *([file.parent] if file else []), PACKAGE]
     for key, value in values.items():
-        if _is_name(key) and key != ("output",) and isinstance(value.value, str) and value.value:
-            found = next((root / value.value for root in roots if kind_of(root / value.value, value.source)), None)
-            if found is not None:
-                # a file keeps the name that it has here, which tells its kind, also where that is a link
-                located = found.resolve() if found.is_dir() else found.parent.resolve() / found.name
-                values[key] = Value(str(located), value.source)
+        if _is_name(key) and key != ("output",):
+            found = [located(one, roots, value.source) if isinstance(one, str) else one for one in _parts(value.value)]
+            values[key] = Value(found if isinstance(value.value, list) else found[0], value.source)
+
+
+def _parts(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _validate(values: Mapping[KeyPath, Value]) -> Recipe:

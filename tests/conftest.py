@@ -127,13 +127,9 @@ def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str = "50GB
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the token cache of the tests out of the user's."""
-    import pissa_cli.evals.benches
-    import pissa_cli.prepare
+    import pissa_cli.sets
 
-    patch = pytest.MonkeyPatch()
-    folder = str(tmp_path_factory.mktemp("hf_home"))
-    for module in (pissa_cli.prepare, pissa_cli.evals.benches):
-        patch.setattr(module, "HF_HOME", folder)
+    pytest.MonkeyPatch().setattr(pissa_cli.sets, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ AREAS = {
     "Any command": "cli.edge",
     "Recipe and flags": "yamlfile recipe_file recipe_errors translations recipe adapter_options data_options cli",
     "Base model": "model configuration loading weights disk_names plan attach ranks experts side_files",
-    "Data": "data rows examples chat messages turns classification",
+    "Data": "data sets rows examples chat messages turns classification",
     "Run folder": "rundir names integrity initialize checkpoint exported peft_files optim",
     "Training": "train trainer prepare guards kernels launch faults sharding zero",
     "Evaluation": "evals",

@@ -21,6 +21,7 @@ LAYERS = [
     "memory",
     "plan checkpoint faults",
     "attach",
+    "sets",
     "data batches",
     "classification chat",
     "examples",

@@ -190,8 +190,25 @@ def test_what_is_not_here_is_said(tmp_path: Path) -> None:
         load(file, {})
     assert f"{file}:1: report_to: unknown key; the figures of every step are in" in raised.value.message
     assert "r.yaml:3: train.flash_attn: unknown key; this is chosen here" in raised.value.message
-    with pytest.raises(UsageError, match=r"data\.train: one file or data set: join them"):
-        load(None, {("model", "name"): ("--model", "x")}, ["data.train=[a, b]"])
+
+
+def test_several_sources_are_found_from_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    data = "data: {train: [a.jsonl, some/data:main], eval: 2.5%}"
+    section = load(write(tmp_path / "r.yaml", f"model: {{name: m}}\n{data}\n"), {}).recipe.data
+    assert section.train == [str(tmp_path / "a.jsonl"), "some/data:main"] and section.held_out_share == 0.025
+    for wrong, reason in (
+        ("train=[]", "names nothing"),
+        ("train=[a, 3]", "valid string"),
+        ("train=5%", "a share is for data.eval"),
+        ("eval=100%", "between 0% and 100%"),
+        ("eval=0%", "between 0% and 100%"),
+        ("eval=[5%, a.jsonl]", "either a share"),
+        ("eval=0.05", "written as 5%"),
+        ('train=[a.jsonl, "b\\u0007"]', "printed"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            load(None, {("model", "name"): ("--model", "x")}, [f"data.{wrong}"])
 
 
 def test_set_takes_a_value_back(tmp_path: Path) -> None:

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
-from pissa_cli.data import load_examples
 from pissa_cli.errors import Unreachable, UsageError
 from pissa_cli.evals import competition_math, gsm8k, harness, humaneval, mbpp, mt_bench
 from pissa_cli.evals.bench import Bench
@@ -19,6 +17,7 @@ from pissa_cli.guards import require_context
 from pissa_cli.prepare import check_columns
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, is_file, read_rows, text_of
+from pissa_cli.sets import held_out_name, held_out_sources, load_held_out, load_sources
 from pissa_cli.yamlfile import KeyPath
 
 GENERATED: dict[str, Bench] = {
@@ -99,6 +98,7 @@ def _check_engine(bench: str, recipe: Recipe) -> None:
 
 
 def source_of(bench: str, recipe: Recipe) -> str:
+    """The file or data set of a benchmark; what the recipe holds out may be several, or a share."""
     if bench in recipe.eval.data:
         return recipe.eval.data[bench]
     if bench in GENERATED:
@@ -111,7 +111,7 @@ def source_of(bench: str, recipe: Recipe) -> str:
         return mt_bench.DATA
     if recipe.data.eval is None:
         raise UsageError("eval loss: no held-out data", "set data.eval, or --data loss=file.jsonl")
-    return recipe.data.eval
+    return held_out_name(recipe.data)
 
 
 def check_files(recipe: Recipe) -> None:
@@ -123,8 +123,12 @@ def check_files(recipe: Recipe) -> None:
         if bench == "mt_bench":
             if Path(source).is_dir():
                 mt_bench.load(source, recipe.eval.limit)
-        elif is_file(source):
-            read_bench(bench, recipe) if bench in GENERATED else check_columns(source, recipe)
+        elif bench in GENERATED:
+            if is_file(source):
+                read_bench(bench, recipe)
+        else:
+            for one in held_out_sources(recipe.data) if _is_held_out(bench, recipe) else [source]:
+                check_columns(one, recipe)
 
 
 def load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> Any:
@@ -143,11 +147,18 @@ def _load(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, contex
         return mt_bench.load(source_of(bench, recipe), recipe.eval.limit)
     if bench in GENERATED:
         return read_bench(bench, recipe)
-    section = recipe.data.model_copy(update={"limit": recipe.eval.limit})
-    cache = Path(HF_HOME) / "pissa" / "tokens"
-    examples = load_examples(source_of(bench, recipe), section, tokenizer, cache, recipe.model.labels)
-    require_context(source_of(bench, recipe), examples, context)
+    source = source_of(bench, recipe)
+    if _is_held_out(bench, recipe):
+        examples = load_held_out(recipe, tokenizer, recipe.eval.limit)
+    else:
+        section = recipe.data.model_copy(update={"limit": recipe.eval.limit})
+        examples = load_sources([source], section, recipe, tokenizer)
+    require_context(source, examples, context)
     return examples
+
+
+def _is_held_out(bench: str, recipe: Recipe) -> bool:
+    return bench == "loss" and bench not in recipe.eval.data
 
 
 def read_bench(name: str, recipe: Recipe) -> list[Row]:

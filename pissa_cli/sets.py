@@ -1,0 +1,85 @@
+"""The examples a recipe trains on and those it holds out: from one source or several, or a share of the former."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import xxhash
+from huggingface_hub.constants import HF_HOME
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pissa_cli.data import load_examples
+from pissa_cli.data_options import DataSection, sources_of
+from pissa_cli.errors import UsageError
+from pissa_cli.examples import Examples, join
+from pissa_cli.recipe import Recipe
+
+
+def load_sets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples | None]:
+    """(to train on, held out) as `data.train` and `data.eval` say; what is held out is used whole.
+
+    Raises UsageError as `load_examples`, and for a share of too few examples.
+    """
+    section = recipe.data
+    train = load_sources(sources_of(section.train), section, recipe, tokenizer)
+    if section.held_out_share is not None:
+        return _split(train, section.held_out_share)
+    if section.eval is None:
+        return train, None
+    whole = section.model_copy(update={"limit": None})
+    return train, load_sources(sources_of(section.eval), whole, recipe, tokenizer)
+
+
+def load_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Examples:
+    """The first `limit` held-out examples, as training has them. Needs `data.eval`; raises as `load_sets`."""
+    section = recipe.data
+    if section.held_out_share is None:
+        section = section.model_copy(update={"limit": limit})
+        return load_sources(sources_of(section.eval), section, recipe, tokenizer)
+    _, held_out = _split(load_sources(sources_of(section.train), section, recipe, tokenizer), section.held_out_share)
+    return held_out.select(torch.arange(len(held_out)) < (limit or len(held_out)))
+
+
+def load_sources(
+    sources: Sequence[str], section: DataSection, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> Examples:
+    """The examples of all sources, each from the cache of tokens if it is there. Raises as `load_examples`."""
+    cache, labels = Path(HF_HOME) / "pissa" / "tokens", recipe.model.labels
+    return join([(source, load_examples(source, section, tokenizer, cache, labels)) for source in sources])
+
+
+def held_out_sources(section: DataSection) -> list[str]:
+    """The files and data sets that hold what is held out."""
+    return sources_of(section.eval if section.held_out_share is None else section.train)
+
+
+def held_out_name(section: DataSection) -> str:
+    """What is held out, in words."""
+    if section.held_out_share is None:
+        return ", ".join(sources_of(section.eval))
+    return f"{section.eval} of {', '.join(sources_of(section.train))}"
+
+
+def num_held_out(num: int, share: float) -> int:
+    """How many of `num` examples a share holds out: at least one."""
+    return max(1, round(num * share))
+
+
+def _split(examples: Examples, share: float) -> tuple[Examples, Examples]:
+    """(the others, `share` of the examples): those whose tokens have the lowest hashes, so that equal ones are on one
+    side, and rows that are added later move few from one side to the other."""
+    hashes = [xxhash.xxh3_64(examples.tokens(i).numpy().data).intdigest() >> 1 for i in range(len(examples))]
+    ranked: Tensor = torch.tensor(hashes)
+    wanted = ranked <= ranked.sort().values[num_held_out(len(examples), share) - 1]
+    if wanted.all():
+        raise UsageError(
+            f"data.eval: {share:.2%} of {len(examples)} examples leaves none to train on, as equal ones stay together",
+            "give more rows, or held-out rows of their own",
+        )
+    rest = examples.select(~wanted)
+    rest.unusable, rest.unused = examples.unusable, examples.unused
+    rest.num_cut, rest.num_lost = examples.num_cut, examples.num_lost
+    return rest, examples.select(wanted)
