@@ -6,7 +6,7 @@ import itertools
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,12 +71,12 @@ class Examples:
         return int(self.targets[begin + 1 : end].sum())
 
     def select(self, wanted: Tensor) -> Examples:
-        """The examples where `wanted` (n,) bool is true, in their order, without what happened on the way."""
+        """The examples where `wanted` (n,) bool is true, in their order; what happened on the way stays."""
         lengths = self.offsets.diff()
         inside = wanted.repeat_interleave(lengths)
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[wanted].cumsum(0)])
         labels = None if self.labels is None else self.labels[wanted]
-        return Examples(self.ids[inside], self.targets[inside], offsets, labels=labels)
+        return replace(self, ids=self.ids[inside], targets=self.targets[inside], offsets=offsets, labels=labels)
 
     def digest(self) -> str:
         """A hash over all tokens, targets and lengths."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,12 +36,15 @@ def load_sets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examp
 
 def load_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Examples:
     """The first `limit` held-out examples, as training has them. Needs `data.eval`; raises as `load_sets`."""
-    section = recipe.data
-    if section.held_out_share is None:
+    section, share = recipe.data, recipe.data.held_out_share
+    if share is None:
         section = section.model_copy(update={"limit": limit})
-        return load_sources(sources_of(section.eval), section, recipe, tokenizer)
-    _, held_out = _split(load_sources(sources_of(section.train), section, recipe, tokenizer), section.held_out_share)
-    return held_out.select(torch.arange(len(held_out)) < (limit or len(held_out)))
+    found = load_sources(held_out_sources(section), section, recipe, tokenizer)
+    if share is not None:
+        _, found = _split(found, share)
+    if limit is None or len(found) <= limit:
+        return found
+    return found.select(torch.arange(len(found)) < limit)
 
 
 def load_sources(
@@ -79,7 +83,5 @@ def _split(examples: Examples, share: float) -> tuple[Examples, Examples]:
             f"data.eval: {share:.2%} of {len(examples)} examples leaves none to train on, as equal ones stay together",
             "give more rows, or held-out rows of their own",
         )
-    rest = examples.select(~wanted)
-    rest.unusable, rest.unused = examples.unusable, examples.unused
-    rest.num_cut, rest.num_lost = examples.num_cut, examples.num_lost
-    return rest, examples.select(wanted)
+    held_out = replace(examples.select(wanted), unusable={}, unused=[], num_cut=0, num_lost=0)
+    return examples.select(~wanted), held_out

@@ -51,7 +51,7 @@ def test_sources_follow_each_other(tmp_path: Path, tokenizer: PreTrainedTokenize
     assert parts(train) == each[0] + each[1] + each[0] and parts(held_out) == each[1] + each[2]
     assert train.unusable == {f"{one}: 'completion' is missing": [2]} and train.unused == ["other"]
     assert held_out.facts()["not_used"] == {f"{one}: 'completion' is missing": 1}
-    assert parts(load_held_out(made, tokenizer, 1)) == each[1] + each[2][:1]  # of each
+    assert parts(load_held_out(made, tokenizer, 2)) == each[1] + each[2][:1]
     with pytest.raises(UsageError, match=r"c\.jsonl: no column 'prompt'.*it has: text"):
         load_sets(recipe(format="prompt", train=[one, write(tmp_path / "c.jsonl", [{"text": "a"}])]), tokenizer)
 
@@ -67,6 +67,9 @@ def test_a_share_is_held_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase)
     assert sorted(kept + out) == sorted(whole) and not [part for part in out if part in kept]
     assert [part for part in whole if part in kept] == kept and [part for part in whole if part in out] == out
     assert parts(load_held_out(made, tokenizer, None)) == out and parts(load_held_out(made, tokenizer, 5)) == out[:5]
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": "x"}, *rows[:20]])
+    train, held_out = load_sets(recipe(format="prompt", train=bad, eval="10%"), tokenizer)
+    assert held_out is not None and list(train.unusable.values()) == [[1]] and not held_out.unusable
     # ten rows more, elsewhere: nearly all stay where they were
     more = write(tmp_path / "more.jsonl", [row(number) for number in range(1000, 1010)] + [*rows, *rows[:50]])
     train, _ = load_sets(recipe(format="prompt", train=more, eval="10%"), tokenizer)
