@@ -227,6 +227,16 @@ def test_quantize_a_dense_folder(pissa: Callable[..., Outcome], models: Callable
     assert again.code == 2 and "quantized already" in again.err
 
 
+def test_a_dense_folder_has_nothing_of_the_run_beside_it(
+    pissa: Callable[..., Outcome], models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(models("llama"), tmp_path / "base #1")
+    assert pissa("init", "--model", folder, "--rank", 4, "--output", f"{folder}-run").code == 0
+    outcome = pissa("quantize", folder, "--output", tmp_path / "nf4")
+    assert outcome.code == 0 and "the run there" not in outcome.err, outcome.err
+    assert "fine-tuned" not in (tmp_path / "nf4" / "README.md").read_text()
+
+
 def test_full_fine_tuning_needs_no_merge_and_quantizes(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
     made = recipe(models("llama"), "model.bits=32", "adapter.method=full", f"data.train={rows}", "train.steps=1")
     train(made)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pissa_cli.cli.options import Absmax, Debug, DoubleQuant, DryRun, Json, Set, Target, load_recipe
+from pissa_cli.errors import UsageError
 
 
 def quantize_command(
@@ -22,17 +23,15 @@ def quantize_command(
     folder = Path(target) if target else None
     is_model = folder is not None and (folder / "config.json").is_file()
     if is_model:
-        loaded = load_recipe(None, [f"output={target}-run", *(set_ or [])], model=target)
-        destination = Path(output or "")
+        if not output:
+            raise UsageError(f"{target} is a model, not a run", "say where its 4-bit form goes: --output FOLDER")
+        loaded, destination = load_recipe(None, set_, model=target, output=output), Path(output)
     else:
         loaded = load_recipe(target, set_)
         destination = Path(output) if output else Path(loaded.recipe.output) / "quantized"
     from pissa_cli.cli import dryrun, show
-    from pissa_cli.errors import UsageError
 
     show.quiet_libraries(debug)
-    if is_model and not output:
-        raise UsageError(f"{target} is a model, not a run", "say where its 4-bit form goes: --output FOLDER")
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
