@@ -6,6 +6,7 @@ import itertools
 import json
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,7 +180,8 @@ def write_cache(path: Path, examples: Examples) -> None:
         save_tensors(temporary, tensors)
         temporary.replace(path)
     except (OSError, PissaError):
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read_cache(path: Path) -> Examples | None:

@@ -207,6 +207,7 @@ def test_the_cache_is_by_content(
     for file in tmp_path.glob("*.safetensors"):
         file.write_bytes(b"damaged")
     assert torch.equal(load_examples(str(rows), DataSection(), tokenizer, tmp_path).ids, first.ids)
+    assert torch.equal(load_examples(str(rows), DataSection(), tokenizer, copied / "cache").ids, first.ids)  # a file
 
 
 def test_data_of_the_hub_are_read_and_cached(
