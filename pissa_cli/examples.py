@@ -160,6 +160,8 @@ def _first(rows: Sequence[int]) -> str:
 def cache_key(content: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> str:
     options: dict[str, Any] = section.model_dump(exclude={"train", "eval", "packing"}) | {"labels": list(labels)}
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()  # that of the last text, which every call sets anew
     identity = backend.to_str() if backend is not None else repr(tokenizer)
     whole = xxhash.xxh3_128(content.encode())
     for part in (json.dumps(options, sort_keys=True), identity, str(tokenizer.chat_template), str(tokenizer.eos_token)):

@@ -387,7 +387,7 @@ def test_tokens_are_the_tokenizers(
     made = classifier(encoders("bert"), f"data.train={path}", "data.format=glue/mnli", "data.max_length=32")
     examples = load_examples(str(path), made.data, tokenizer, tmp_path / "cache", made.model.labels)
     again = load_examples(str(path), made.data, tokenizer, tmp_path / "cache", made.model.labels)
-    assert examples.digest() == again.digest()
+    assert examples.digest() == again.digest() and len(list((tmp_path / "cache").iterdir())) == 1
     assert len(examples) == 2 and examples.num_cut == 1
     assert sum(len(rows) for rows in examples.unusable.values()) == 2
     assert examples.labels is not None and examples.labels.tolist() == [1, 0]
