@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -19,14 +18,12 @@ from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError
 from pissa_cli.guards import go_on
 from pissa_cli.initialize import Progress
 from pissa_cli.prepare import prepare
-from pissa_cli.process import handling_stops
+from pissa_cli.process import end_with_parent, handling_stops
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, locked
 
 STOPPED = 130
-PR_SET_PDEATHSIG = 1  # of prctl(2)
-LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec it might wait for a lock for ever
 SHUTDOWN_SECONDS = "600"
 """What torchrun grants a process that was asked to stop: the step it is in and a checkpoint."""
 
@@ -62,7 +59,7 @@ def launch(
         file.write_text(dump(recipe), encoding="utf-8")
         command += ["-m", "pissa_cli", "train", str(file), *(["--resume"] if resume else []), *flags]
         environment |= {LAUNCHED: str(failure)}
-        code, stopped = _wait(subprocess.Popen(command, stdout=stdout, env=environment, preexec_fn=_end_with_parent))
+        code, stopped = _wait(subprocess.Popen(command, stdout=stdout, env=environment, preexec_fn=end_with_parent))
         told = json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else {}
     if stopped and code and told.get("exit_code", STOPPED) == STOPPED:
         raise Interrupted("stopped", go_on(recipe.output))
@@ -70,12 +67,6 @@ def launch(
         reason = told.get("error", f"one ended with exit code {code}")
         hint = told.get("hint") or f"{go_on(recipe.output)} if a checkpoint was saved"
         raise PissaError(f"training in {processes} processes failed: {reason}", hint)
-
-
-def _end_with_parent() -> None:
-    """Have this process asked to stop when the one that starts it is killed, be it by SIGKILL."""
-    if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import http.client
 import json
 import os
@@ -11,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -27,13 +25,13 @@ from transformers import GenerationConfig
 
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.generate import TOP_P
+from pissa_cli.process import end_with_parent
 
 NAME = "tuned"
 STARTUP, ANSWER, TOGETHER = 1800.0, 3600.0, 256
 LOG_LINES = 15
 LONGEST = 2**14  # tokens of a prompt and its answer that the server keeps room for
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def serve(folder: Path, dtype: str, context: int, trust_remote_code: bool = Fals
             stderr=log,
             env=os.environ | {"VLLM_API_KEY": key},
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         try:
             _wait(process, url, log)
@@ -141,12 +139,6 @@ def serve(folder: Path, dtype: str, context: int, trust_remote_code: bool = Fals
                 process.wait(30)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Any) -> None:
