@@ -51,7 +51,7 @@ def save_checkpoint(
 
 def remove_old(run: Run, keep: int, best_as_well: bool) -> None:
     """Remove all checkpoints but the newest `keep`, and the one with the lowest held-out loss if that is asked for."""
-    folders = _folders(run)
+    folders = checkpoints(run)
     best = lowest_held_out(run, [step_of(folder) for folder in folders]) if best_as_well else None
     for old in folders[:-keep]:
         if best is None or step_of(old) != best[0]:
@@ -94,14 +94,14 @@ def restore_checkpoint(folder: Path, names: Names, optimizer: torch.optim.Optimi
 
 def latest_checkpoint(run: Run) -> Path | None:
     """The newest checkpoint, be it damaged or not."""
-    folders = _folders(run)
+    folders = checkpoints(run)
     return folders[-1] if folders else None
 
 
 def whole_checkpoint(run: Run) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is as it was written, and a line for each newer one, which is set aside."""
     lines: list[str] = []
-    for folder in reversed(_folders(run)):
+    for folder in reversed(checkpoints(run)):
         fault = damage(folder)
         if fault is None:
             return folder, lines
@@ -145,7 +145,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
 
 def newest_facts(run: Run) -> dict[str, Any]:
     """The facts in the newest checkpoint whose state can be read; nothing where there is none."""
-    for folder in reversed(_folders(run)):
+    for folder in reversed(checkpoints(run)):
         with suppress(UsageError):
             return facts_of(folder)
     return {}
@@ -162,6 +162,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _folders(run: Run) -> list[Path]:
+def checkpoints(run: Run) -> list[Path]:
+    """The folders step-N, the oldest first; others beside them, as copies of theirs, are left alone."""
     numbered = [(path.name.removeprefix("step-"), path) for path in run.checkpoints.glob("step-*")]
     return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdecimal())]

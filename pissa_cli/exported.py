@@ -16,7 +16,7 @@ from pissa_cli.adapters.start import Adapter, Factors, as_lora
 from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_modules
 from pissa_cli.card import model_card
 from pissa_cli.chat import write_stops
-from pissa_cli.checkpoint import Names, checkpoint_tensors, latest_checkpoint, step_of
+from pissa_cli.checkpoint import Names, checkpoint_tensors, checkpoints, latest_checkpoint, step_of
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import frozen_base, open_run, read_start, require_base
 from pissa_cli.integrity import DISTRUST, hashes, model_facts, not_finite, require_files, require_sealed, sealed
@@ -207,7 +207,7 @@ def checkpoint_files(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
     run, manifest = open_run(recipe)
     folder = run.checkpoints / f"step-{step}"
     if not folder.is_dir():
-        known = ", ".join(sorted((path.name for path in run.checkpoints.glob("step-*")), key=lambda n: int(n[5:])))
+        known = ", ".join(path.name for path in checkpoints(run))
         raise UsageError(f"{folder}: no such checkpoint", f"there are: {known or 'none'}")
     _, start = read_start(run, manifest)
     trained = checkpoint_tensors(folder)

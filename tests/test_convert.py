@@ -171,6 +171,7 @@ def test_any_checkpoint_can_be_exported(
     assert relative(logits(AutoModelForCausalLM.from_pretrained(f"{made.output}-m")), wanted) < 1e-5
     nf4 = pissa("export", made.output, "--as", "nf4", "--checkpoint", "2", "--json")
     assert nf4.code == 0 and 0 < nf4.json["relative_logit_difference"] < 0.5
+    (Path(made.output) / "checkpoints" / "step-2-old").mkdir()  # a copy of someone's
     with pytest.raises(UsageError, match="no such checkpoint") as refused:
         export_lora(made, Path(made.output) / "x", step=3)
     assert refused.value.hint == "there are: step-2, step-4"
