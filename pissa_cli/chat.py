@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pissa_cli.configuration import first_line
+from pissa_cli.configuration import end_tokens, first_line
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Encoded, Examples
@@ -90,8 +90,7 @@ def write_stops(folder: Path, recipe: Recipe) -> None:
     path, tokenizer = folder / "generation_config.json", load_tokenizer(folder, recipe)
     ends = [number for token, number in special_tokens(tokenizer).items() if token in end_of_turn(tokenizer)]
     settings = read_json(path) if path.is_file() else {}
-    known = settings.get("eos_token_id", tokenizer.eos_token_id)
-    known = known if isinstance(known, list) else [known]
+    known = end_tokens(settings.get("eos_token_id", tokenizer.eos_token_id))
     if set(ends) - set(known):
         write_json(path, settings | {"eos_token_id": [*known, *(number for number in ends if number not in known)]})
 

@@ -52,6 +52,11 @@ def require_tokens(name: str, tokens: Iterable[int], config: Any) -> None:
         )
 
 
+def end_tokens(ids: int | list[int] | None) -> list[int]:
+    """What an `eos_token_id` of a configuration names: one token, several or none."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
 def _fault(key: str, value: Any) -> str | None:
     """What is wrong with a value that transformers takes, and that a model cannot be made or run with."""
     if value is None and re.search(r"^(attention|hidden).*dropout|pdrop", key):

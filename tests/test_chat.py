@@ -391,7 +391,7 @@ def test_the_recipes_own_template_goes_with_the_model(models: Callable[[str], Pa
 def test_other_programs_know_where_an_answer_ends(models: Callable[[str], Path], tmp_path: Path) -> None:
     """Where the template ends a turn by one token that is not end-of-text, or by end-of-text, or by plain text."""
     base = models("llama")
-    for number, (template, ids) in enumerate([(ENDED, [1, 0]), (PLAIN, None), (CHATML, None)]):
+    for number, (template, ids, alone) in enumerate([(ENDED, [1, 0], [0]), (PLAIN, None, [1]), (CHATML, None, None)]):
         recipe = Recipe(model=ModelSection(name=str(base)), data=DataSection(format="chat", template=template))
         folder = tmp_path / str(number)
         copy_side_files(base, folder, recipe)
@@ -399,6 +399,9 @@ def test_other_programs_know_where_an_answer_ends(models: Callable[[str], Path],
         write_stops(folder, recipe)
         found = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
         assert found == (ids or 1)
+        (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+        write_stops(folder, recipe)
+        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == alone
 
 
 @pytest.mark.parametrize("skip", [{"weight": 0}, {"train": False}])

@@ -16,7 +16,7 @@ from transformers import (
 
 from pissa_cli.batches import padding
 from pissa_cli.chat import special_tokens
-from pissa_cli.configuration import require_tokens
+from pissa_cli.configuration import end_tokens, require_tokens
 
 TOP_P = 0.95
 MOST = 256
@@ -50,9 +50,7 @@ def generate(
     of a batch has no room for, the others write after it. The answer to a prompt that leaves no room is empty.
     """
     require_tokens("the questions", (token for prompt in prompts for token in prompt), model.config)
-    eos = tokenizer.eos_token_id
-    own = _forget_settings(model)
-    stops = sorted({eos, *stop_ids, *(own if isinstance(own, list) else [own] if own is not None else [])})
+    stops = sorted({tokenizer.eos_token_id, *stop_ids, *_forget_settings(model)})
     context, pad = context_of(model), padding(model, tokenizer)
     sampled = {"do_sample": True, "temperature": temperature, "top_p": TOP_P, "top_k": 0}
     config = GenerationConfig(
@@ -141,11 +139,12 @@ def same_in_batches(
     return all(float((a - b).abs().max()) <= tolerance * float(a.abs().max()) for a, b in pairs)
 
 
-def _forget_settings(model: PreTrainedModel) -> int | list[int] | None:
-    """Leave of the model's own generation_config, which transformers adds to any other, the ends of a text alone."""
-    ends: int | list[int] | None = model.generation_config.eos_token_id if model.generation_config is not None else None
+def _forget_settings(model: PreTrainedModel) -> list[int]:
+    """Leave of the model's own generation_config, which transformers adds to any other, the ends of a text alone; these
+    are returned."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     model.generation_config = GenerationConfig(eos_token_id=ends)
-    return ends
+    return end_tokens(ends)
 
 
 def _padded(texts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from pissa_cli.configuration import end_tokens
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.generate import TOP_P
 from pissa_cli.process import end_with_parent
@@ -159,7 +160,6 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Any) -> None:
 def _stop_ids(folder: Path) -> list[int]:
     """What the model's own generation_config ends by."""
     try:
-        found = GenerationConfig.from_pretrained(folder).eos_token_id
+        return end_tokens(GenerationConfig.from_pretrained(folder).eos_token_id)
     except (OSError, ValueError):
         return []
-    return found if isinstance(found, list) else [found] if found is not None else []
