@@ -147,7 +147,7 @@ def _trained_adapter(run: Run) -> Path:
 
 def _require_whole(folder: Path, hint: str) -> Path:
     """A model folder of ours, if it is as it was written; else UsageError."""
-    facts = require_sealed(read_json(folder / PROVENANCE), folder / PROVENANCE, hint)
+    facts = _provenance(folder, hint)
     if any(facts.get(key) != value for key, value in model_facts(folder).items()):
         raise UsageError(f"{folder}: its weights, config.json or vocabulary are not what was written", hint)
     return folder

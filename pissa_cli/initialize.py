@@ -137,7 +137,7 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
         if isinstance(adapter, FullOptions):
             base["fingerprint"] = fingerprint(weights)
         else:
-            manifest |= _split(recipe, plan, weights, run, staged, progress)
+            manifest |= _split(recipe, plan, weights, staged, progress)
             base |= manifest.pop("stored")
         manifest["seconds"] = round(time.time() - began, 3)
         write_text(staged.recipe, dump(recipe))
@@ -146,8 +146,8 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
     return manifest
 
 
-def _split(recipe: Recipe, plan: Plan, weights: Weights, run: Run, staged: Run, progress: Progress) -> dict[str, Any]:
-    """Write `init/` and, for NF4, `base/` of `staged`, which becomes `run`; returns what the manifest says of it."""
+def _split(recipe: Recipe, plan: Plan, weights: Weights, staged: Run, progress: Progress) -> dict[str, Any]:
+    """Write `init/` and, for NF4, `base/` of `staged`, which becomes the run; returns what the manifest says of it."""
     method, four = METHODS[recipe.adapter.method], recipe.model.bits == 4
     config = peft_config(
         peft_type=method.peft_type,

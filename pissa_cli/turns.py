@@ -104,9 +104,6 @@ def _marked(messages: list[Message], turn: int, before: str, after: str) -> list
     content = messages[turn].get("content")
     if before and after:
         content = before
-    elif isinstance(content, list):
-        content = [{"type": "text", "text": before}] * bool(before) + content
-        content += [{"type": "text", "text": after}] * bool(after)
     else:
         content = f"{before}{content or ''}{after}"
     return [*messages[:turn], {**messages[turn], "content": content}, *messages[turn + 1 :]]

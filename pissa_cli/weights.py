@@ -284,7 +284,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(_tensors(file))
+            return {name: file.get_tensor(name) for name in file.offset_keys()}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: missing or damaged ({error})", "bring the file back, or make it again") from None
 
@@ -292,8 +292,3 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def _require_file(path: Path) -> None:
     if kind_of(path) != "file":
         raise UsageError(f"{path}: missing, or not a file", "bring the file back, or make it again")
-
-
-def _tensors(file: safe_open) -> Iterator[tuple[str, Tensor]]:
-    for name in file.offset_keys():
-        yield name, file.get_tensor(name)
