@@ -21,7 +21,7 @@ from pissa_cli.disk_names import names_on_disk
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.exported import full_model, load_with, result_files, trained_steps
-from pissa_cli.initialize import open_run
+from pissa_cli.initialize import Progress, open_run
 from pissa_cli.integrity import model_facts, read_settings, require_finite, sealed
 from pissa_cli.loading import load_model, load_tokenizer
 from pissa_cli.model import DTYPES, Linear, best_device, head_names, linear_layers, read_weight, skeleton
@@ -38,7 +38,6 @@ from pissa_cli.svd import frobenius_norm, generator
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
 T = TypeVar("T")
-Progress = Callable[[int, int, str], None]
 DENSE = "leave it in 16 bits: pissa merge"
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest ||difference of logits|| / ||logits|| that merged weights, or products, of this dtype explain."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
-from pissa_cli.initialize import open_run
+from pissa_cli.initialize import Progress, open_run
 from pissa_cli.integrity import require_model
 from pissa_cli.model import Linear, best_device, linear_layers, read_weight, resolve_base, skeleton
 from pissa_cli.recipe import Recipe
@@ -27,7 +26,6 @@ STARTS: dict[str, tuple[str, quant.Absmax, dict[str, Any]]] = {
     "qpissa": ("pissa", "fitted", {"refit": True}),
 }
 """Name in the report: method, block scales, options. Plain NF4 stands beside them."""
-Progress = Callable[[int, int, str], None]
 
 
 def layer_report(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from pissa_cli.adapters.start import Layer, Method, Start, balanced
 from pissa_cli.panels import minus, minus_product
 from pissa_cli.svd import truncated_svd
 
-LORA_START = {"init": "A", "distribution": "kaiming"}
-
 
 def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     """options: `svd` (fast, exact) and `passes` (T). Starts on quantize, ends on SVD (Algorithm 1):
@@ -24,7 +22,7 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     A layer that loses nothing, as a dense one, would have two zero factors that never train; it starts as LoRA does.
     """
     if layer.store.bits != 4:
-        return lora.start(weight, layer, LORA_START)
+        return lora.start(weight, layer, lora.DEFAULT)
     rest, near = weight, None
     for step in range(options["passes"]):
         frozen = quant.pack(layer.store, rest)
@@ -35,7 +33,7 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
         if step + 1 < options["passes"]:
             rest = minus_product(weight, B, A, layer.scale)
     if not A.any():  # storage lost nothing
-        return lora.start(weight, layer, LORA_START)
+        return lora.start(weight, layer, lora.DEFAULT)
     return Start({"A": A, "B": B}, frozen)
 
 

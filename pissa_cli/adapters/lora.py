@@ -12,6 +12,9 @@ from pissa_cli import quant
 from pissa_cli.adapters.start import Layer, Method, Start
 from pissa_cli.svd import generator
 
+DEFAULT = {"init": "A", "distribution": "kaiming"}
+"""Options for layers of other methods that have nothing to start from."""
+
 
 def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     """options: `init` (A: A random, B zero; B: the other way round) and `distribution` (kaiming, gaussian).

@@ -30,7 +30,7 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     rough = refit and options["passes"] > 1 and options["svd"] != "exact"  # the passes do the rest
     svd = truncated_svd(weight, layer.rank, UNCHECKED if rough else options["svd"], layer.seed, layer.name)
     if not float(svd.S[0]) > 0:  # both factors would be zero and never train
-        return lora.start(weight, layer, {"init": "A", "distribution": "kaiming"})
+        return lora.start(weight, layer, lora.DEFAULT)
     figures = {"energy": float(svd.S.double().square().sum()) / max(frobenius_norm(weight) ** 2, 1e-300)}
     svd, frozen = (_refit if refit else _alternate)(weight, svd, layer, options)
     A, B = balanced(svd, layer.scale)
