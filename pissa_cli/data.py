@@ -1,4 +1,4 @@
-"""From rows to tokens: prompt templates, masks, truncation, a cache by content, and the layout of a micro-batch."""
+"""From rows to tokens: prompt templates, masks, truncation; or the tokens from the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find a base model, its linear layers and their tensors; load it and attach adapters."""
+"""Find a base model, its linear layers, their tensors on disk and their names in PEFT; `loading` loads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe: one strict schema for all commands, and for every value the place it came from. Knows no torch."""
+"""The recipe: one strict schema for all commands. Knows no torch, nor where a value was written (`recipe_file`)."""
 
 from __future__ import annotations
 

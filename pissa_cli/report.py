@@ -1,4 +1,4 @@
-"""Tables and pictures."""
+"""What metrics.jsonl and the manifest of a run say, as figures, lines and pictures."""
 
 from __future__ import annotations
 
