@@ -128,9 +128,7 @@ def join_gates(model: nn.Module) -> None:
 def joins_gates(recipe: Recipe) -> bool:
     """Whether `join_gates` is for a training: not under checkpointing and the compiler, which have ways of their own,
     nor under autocast, where the dtype of an activation depends on its operations."""
-    section = recipe.train
-    autocast = recipe.model.bits == 32 and recipe.precision == "bf16"
-    return not (section.gradient_checkpointing or section.torch_compile or autocast)
+    return not (recipe.train.gradient_checkpointing or recipe.train.torch_compile or recipe.autocasts)
 
 
 def _gated(mlp: nn.Module, *given: Tensor, **named: Tensor) -> Tensor:

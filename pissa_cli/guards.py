@@ -146,7 +146,7 @@ def probe_loss(
     few = chosen or _first_few(recipe, examples)
     batch = collate(examples, few, pad_id, packing)
     chunked = not recipe.data.classifies and chunks_loss(model, examples)
-    with autocast(recipe.model.bits, recipe.precision, device):
+    with autocast(recipe, device):
         total = summed_loss(model.eval(), {key: tensor.to(device) for key, tensor in batch.items()}, chunked)
     return float(total) / sum(examples.num_targets(i) for i in few)
 
@@ -184,7 +184,7 @@ def require_padding_unseen(
     def logits(chosen: list[int]) -> torch.Tensor:
         batch = collate(examples, chosen, pad_id, packing=False)
         del batch["labels"]
-        with autocast(recipe.model.bits, recipe.precision, device):
+        with autocast(recipe, device):
             found: torch.Tensor = model.eval()(**{key: tensor.to(device) for key, tensor in batch.items()}).logits[0]
         return found.float()
 
@@ -203,7 +203,7 @@ def require_causal(recipe: Recipe, model: PreTrainedModel, examples: Examples, d
     ids = examples.tokens(0)[:FEW_TOKENS].long()[None].to(device)
     before = -(-ids.shape[1] // 4)
     other = torch.cat([ids[:, :before], (ids[:, before:] == 0).long()], dim=1)
-    with autocast(recipe.model.bits, recipe.precision, device):
+    with autocast(recipe, device):
         logits, changed = (model.eval()(input_ids=x, use_cache=False).logits[0, :before].float() for x in (ids, other))
     differences = (logits - changed).norm(dim=1) / logits.norm(dim=1)  # experts near a tie may change a few
     if float(differences.median()) > CAUSAL_TOLERANCE[recipe.precision]:
@@ -248,7 +248,7 @@ def _packs_soundly(
         if not all(_same_packed(recipe, model, examples, pad_id, device, chosen) for chosen in tried):
             return False
         rows = [torch.cat([before, second]).long()[None].to(device) for before in (first, others)]
-        with autocast(recipe.model.bits, recipe.precision, device):
+        with autocast(recipe, device):
             logits, changed = (_logits_from(model, len(first), ids, positions) for ids in rows)
     except torch.OutOfMemoryError:  # which says nothing of the model
         raise

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pissa_cli.products import product_dtype
+from pissa_cli.recipe import Recipe
 from pissa_cli.zero import gathered
 
 IGNORED = -100
@@ -133,8 +134,6 @@ def _without_head(head: nn.Module | None) -> Iterator[None]:
             head.forward = own
 
 
-def autocast(bits: int, precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def autocast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bf16 products over fp32 weights; where weights have the dtype of the products there is nothing to cast."""
-    if bits == 32 and precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16) if recipe.autocasts else contextlib.nullcontext()

@@ -111,7 +111,7 @@ def _step(recipe: Recipe, plan: Plan, processes: int, heap: Heap | None, device:
             if share <= size:
                 model.zero_grad()
             ledger.kind = "activations"
-            with autocast(recipe.model.bits, recipe.precision, device):
+            with autocast(recipe, device):
                 loss = _loss(recipe, model.train(), size, packed, chunked, ledger)
             ledger.kind = "activations"
             loss.backward()

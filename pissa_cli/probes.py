@@ -32,7 +32,7 @@ PROBES = (
 def probe_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[Tensor]:
     """Logits (1, tokens, vocabulary) fp32 on the CPU, for each of PROBES."""
     logits = []
-    with autocast(recipe.model.bits, recipe.precision, model.device):
+    with autocast(recipe, model.device):
         for probe in PROBES:
             tokens = tokenizer(probe)["input_ids"]
             require_tokens("the tokenizer", tokens, model.config)
@@ -66,7 +66,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recip
     """(perplexity, on what); a classifier has none."""
     if head_names(model):
         return None, ""
-    with autocast(recipe.model.bits, recipe.precision, model.device), torch.no_grad():
+    with autocast(recipe, model.device), torch.no_grad():
         if recipe.data.eval is None:
             rows = [torch.tensor([tokenizer(probe)["input_ids"]], device=model.device) for probe in PROBES]
             total = sum(float(summed_loss(model, {"input_ids": ids, "labels": ids})) for ids in rows)

@@ -213,6 +213,11 @@ class Recipe(Section):
         return self.train.precision or ("fp32" if self.model.bits == 32 else "bf16")
 
     @property
+    def autocasts(self) -> bool:
+        """Whether products are in bf16 over weights in fp32."""
+        return self.model.bits == 32 and self.precision == "bf16"
+
+    @property
     def dense_model(self) -> ModelSection:
         """The model with dense weights in the dtype of the products: how exported models are compared."""
         bits = 32 if self.precision == "fp32" else 16

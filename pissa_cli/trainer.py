@@ -174,7 +174,7 @@ def _reaches_all(
 ) -> bool:
     """Whether an example gives every parameter that trains a gradient. A model may have parts that no text reaches."""
     batch = {key: tensor.to(device) for key, tensor in collate(examples, [0], pad_id, packing=False).items()}
-    with autocast(recipe.model.bits, recipe.precision, device):
+    with autocast(recipe, device):
         loss = summed_loss(model.eval(), batch, chunked)
     loss.backward()
     reached = all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
@@ -269,7 +269,7 @@ def _autocast_inside(model: PreTrainedModel, recipe: Recipe, device: torch.devic
 
     @wraps(forward)
     def inside(*args: Any, **kwargs: Any) -> Any:
-        with autocast(recipe.model.bits, recipe.precision, device):
+        with autocast(recipe, device):
             return forward(*args, **kwargs)
 
     model.forward = inside
@@ -278,5 +278,5 @@ def _autocast_inside(model: PreTrainedModel, recipe: Recipe, device: torch.devic
 def _summed_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tensor:
     batch = collate(examples, chunk, trainer.pad_id, trainer.packed)
     device = trainer.accelerator.device
-    with autocast(trainer.recipe.model.bits, trainer.recipe.precision, device):
+    with autocast(trainer.recipe, device):
         return summed_loss(trainer.model, {key: tensor.to(device) for key, tensor in batch.items()}, trainer.chunked)

@@ -68,7 +68,7 @@ class _Session:
         if isinstance(self.writer, Server) or self.recipe.eval.batch_size == 1:
             return False
         prompts = [self.tokenizer(text)["input_ids"] for text in PROBES]
-        with autocast(self.recipe.model.bits, self.recipe.precision, self.model.device):
+        with autocast(self.recipe, self.model.device):
             return not same_in_batches(self.model, self.tokenizer, prompts, BATCH_TOLERANCE[self.recipe.precision])
 
 
@@ -158,7 +158,7 @@ def _score_loss(session: _Session, bench: str, examples: Examples, count: Count)
     if examples.labels is not None:
         result, samples, kept = _classify(session, examples, None, count)
         return result | _rows(bench, examples), samples, kept
-    with autocast(session.recipe.model.bits, session.recipe.precision, session.model.device):
+    with autocast(session.recipe, session.model.device):
         result, samples = held_out.score(session.model, session.tokenizer, examples, count)
     return result | _rows(bench, examples), samples, None
 
@@ -178,7 +178,7 @@ def _score_glue(session: _Session, bench: str, examples: Examples, count: Count)
 
 def _classify(session: _Session, examples: Examples, metric: str | None, count: Count) -> _Scored:
     recipe = session.recipe
-    with autocast(recipe.model.bits, recipe.precision, session.model.device):
+    with autocast(recipe, session.model.device):
         labels, size = recipe.model.labels, recipe.eval.batch_size or CLASSIFIED
         return *classify.score(session.model, session.tokenizer, examples, labels, metric, size, count), None
 
@@ -218,7 +218,7 @@ def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count
 def _score_harness(session: _Session, bench: str, manager: Any, _count: Count) -> _Scored:
     recipe = session.recipe
     chat, section = recipe.data.format == "chat", recipe.eval
-    with autocast(recipe.model.bits, recipe.precision, session.model.device):
+    with autocast(recipe, session.model.device):
         return *harness.score(
             session.model, session.tokenizer, manager, bench, section.limit, section.batch_size, chat
         ), None
@@ -284,7 +284,7 @@ def _answers(session: _Session, file: str, prompts: list[tuple[str, list[int]]],
             seed += len(kept.outputs)  # after an interruption not the same numbers again
             settings = (1 if session.one_by_one else section.batch_size, length, warmth, seed, stop, stop_ids, counted)
             answers = generate(session.writer, session.tokenizer, asked, *settings)
-        with autocast(session.recipe.model.bits, session.recipe.precision, best_device()):
+        with autocast(session.recipe, best_device()):
             for index, output in answers:
                 kept.add(left[index], output)
     return kept
