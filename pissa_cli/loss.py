@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from functools import wraps
 from typing import Any
 
 import torch
@@ -137,3 +138,15 @@ def _without_head(head: nn.Module | None) -> Iterator[None]:
 def autocast(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bf16 products over fp32 weights; where weights have the dtype of the products there is nothing to cast."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if recipe.autocasts else contextlib.nullcontext()
+
+
+def autocast_inside(model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    """Have the model enter autocast in its forward pass: DeepSpeed's engine ends that of its caller."""
+    forward = model.forward
+
+    @wraps(forward)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with autocast(recipe, device):
+            return forward(*args, **kwargs)
+
+    model.forward = inside

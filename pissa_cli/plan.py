@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -23,19 +24,23 @@ from pissa_cli.weights import Weights
 
 @dataclass(frozen=True)
 class Plan:
-    """The base on disk, its linear layers, those that get an adapter, and modules of 3-D weights that get none."""
+    """The base on disk, its linear layers, those that get an adapter, and modules of 3-D weights that get none.
+
+    num_total: parameters of the model; vocabulary: rows of its output head, 0 without one; num_whole: numbers that
+    train beside the adapter. Full fine-tuning has no more than the first four.
+    """
 
     folder: Path
     linears: list[Linear]
-    targets: list[Linear]
-    ranks: dict[str, int]
-    scales: dict[str, float]
-    left_out: list[str]
-    peft_targets: dict[str, list[str]]
-    heads: list[str]
-    num_whole: int
     num_total: int
     vocabulary: int
+    targets: list[Linear] = field(default_factory=list)
+    ranks: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    peft_targets: dict[str, list[str]] = field(default_factory=dict)
+    heads: list[str] = field(default_factory=list)
+    num_whole: int = 0
 
     @property
     def widest(self) -> list[int]:
@@ -101,12 +106,10 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         require_packable(linears, "set model.bits to 16")
     adapter = recipe.adapter
     head = model.get_output_embeddings()
-    sizes = (
-        sum(parameter.numel() for parameter in model.parameters()),
-        head.weight.shape[0] if head is not None else 0,
-    )
+    num_total = sum(parameter.numel() for parameter in model.parameters())
+    vocabulary = head.weight.shape[0] if head is not None else 0
     if isinstance(adapter, FullOptions):
-        return Plan(folder, linears, [], {}, {}, [], {}, [], 0, *sizes)
+        return Plan(folder, linears, num_total, vocabulary)
     method = METHODS[adapter.method]
     targets = match_targets([layer for layer in linears if method.experts or layer.expert is None], adapter.targets)
     _require_embeddings(model, adapter, [layer for layer in targets if layer.embedding])
@@ -114,6 +117,27 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     scales = {name: adapter.layer_scale(name, rank) for name, rank in ranks.items()}
     _require_one_matrix(targets, ranks, scales)
     whole = whole_modules(model, adapter.modules_to_save)
+    _require_apart(whole, targets, linears, recipe.model.bits)
+    trained = {id(p): p.numel() for module in whole.values() for p in module.parameters(recurse=False)}
+    adaptable = {layer.expert.module for layer in linears if method.experts and layer.expert is not None}
+    left_out = sorted(holders_of_3d_weights(model) - adaptable)
+    return Plan(
+        folder,
+        linears,
+        num_total,
+        vocabulary,
+        targets=targets,
+        ranks=ranks,
+        scales=scales,
+        left_out=left_out,
+        peft_targets=peft_targets(ranks, linears, model, method.peft_type),
+        heads=head_names(model),
+        num_whole=sum(trained.values()),
+    )
+
+
+def _require_apart(whole: Iterable[str], targets: list[Linear], linears: list[Linear], bits: int) -> None:
+    """UsageError for modules that train whole and have an adapter as well, hold experts, or are stored in 4 bits."""
     twice = set(whole) & {layer.expert.module if layer.expert else layer.name for layer in targets}
     if twice:
         raise UsageError(
@@ -125,18 +149,12 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
             f"adapter.modules_to_save: {min(experts)} holds experts, which train with adapters only",
             "name their layers in adapter.targets",
         )
-    packed = {layer.name for layer in linears if layer.packable} & set(whole) if recipe.model.bits == 4 else set()
+    packed = {layer.name for layer in linears if layer.packable} & set(whole) if bits == 4 else set()
     if packed:
         raise UsageError(
             f"adapter.modules_to_save: {min(packed)} is stored in 4 bits and cannot train",
             "give it an adapter (adapter.targets), or set model.bits to 16",
         )
-    trained = {id(p): p.numel() for module in whole.values() for p in module.parameters(recurse=False)}
-    adaptable = {layer.expert.module for layer in linears if method.experts and layer.expert is not None}
-    left_out = sorted(holders_of_3d_weights(model) - adaptable)
-    in_peft = peft_targets(ranks, linears, model, method.peft_type)
-    heads, num_whole = head_names(model), sum(trained.values())
-    return Plan(folder, linears, targets, ranks, scales, left_out, in_peft, heads, num_whole, *sizes)
 
 
 def require_same_layout(model: PreTrainedModel, hint: str) -> None:

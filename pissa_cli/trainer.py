@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from pissa_cli.guards import (
 )
 from pissa_cli.initialize import read_start, require_base
 from pissa_cli.kernels import compile_blocks, use_liger, wants_liger
-from pissa_cli.loss import autocast, summed_loss
+from pissa_cli.loss import autocast, autocast_inside, summed_loss
 from pissa_cli.model import num_parameters
 from pissa_cli.optim import make_optimizer
 from pissa_cli.prepare import Watch
@@ -96,17 +96,8 @@ def set_up(
         watch({"note": "a single process has the whole model"})
         layout = "copies"
     sharded, deepspeed = layout != "copies", layout.startswith("zero")
-    if sharded and recipe.train.optimizer != "adamw":
-        raise UsageError("bitsandbytes' optimizer cannot be spread over processes", "set train.optimizer to adamw")
-    if sharded and unused:
-        raise UsageError(
-            "the experts of this model cannot be spread over processes: one process may use some that another does not",
-            "train without sharding: each process then has the whole model",
-        )
-    if deepspeed and recipe.train.on_fault != "stop":
-        raise UsageError("DeepSpeed cannot take a step back", "set train.on_fault to stop, or share the model by FSDP2")
-    if deepspeed and recipe.train.torch_compile:
-        raise UsageError("train.torch_compile: not under DeepSpeed", "set it to false, or share the model by FSDP2")
+    if sharded:
+        _require_spreadable(recipe, unused, deepspeed)
     num_base = num_parameters(model)
     if accelerator.device.type != "cpu":  # which Accelerate calls cpu:0, and to() would copy every weight
         model.to(accelerator.device)
@@ -159,14 +150,42 @@ def set_up(
     if accelerator.num_processes > 1 and not sharded and not unused:
         ways.find_unused_parameters = not _reaches_all(recipe, model, examples, pad_id, accelerator.device, chunked)
     if deepspeed:
-        _autocast_inside(model, recipe, accelerator.device)
+        autocast_inside(model, recipe, accelerator.device)
         prepared = zero.initialize(model, optimizer, int(layout[-1]), recipe.train.max_grad_norm, accelerator.device)
         optimizer = prepared.optimizer
     else:
         optimizer = accelerator.prepare(optimizer)
         prepared = model if sharded else accelerator.prepare_model(model, device_placement=False)
-    parts = (recipe, accelerator, prepared, optimizer, names, examples, pad_id, total_steps, missed, packed, chunked)
-    return Trainer(*parts, watch, recipe.train.micro_batch_size)
+    return Trainer(
+        recipe=recipe,
+        accelerator=accelerator,
+        model=prepared,
+        optimizer=optimizer,
+        names=names,
+        examples=examples,
+        pad_id=pad_id,
+        total_steps=total_steps,
+        missed=missed,
+        packed=packed,
+        chunked=chunked,
+        watch=watch,
+        micro_batch_size=recipe.train.micro_batch_size,
+    )
+
+
+def _require_spreadable(recipe: Recipe, experts: bool, deepspeed: bool) -> None:
+    """UsageError for what does not go with a model that is spread over the processes."""
+    if recipe.train.optimizer != "adamw":
+        raise UsageError("bitsandbytes' optimizer cannot be spread over processes", "set train.optimizer to adamw")
+    if experts:
+        raise UsageError(
+            "the experts of this model cannot be spread over processes: one process may use some that another does not",
+            "train without sharding: each process then has the whole model",
+        )
+    if deepspeed and recipe.train.on_fault != "stop":
+        raise UsageError("DeepSpeed cannot take a step back", "set train.on_fault to stop, or share the model by FSDP2")
+    if deepspeed and recipe.train.torch_compile:
+        raise UsageError("train.torch_compile: not under DeepSpeed", "set it to false, or share the model by FSDP2")
 
 
 def _reaches_all(
@@ -261,18 +280,6 @@ def _own_chunks(trainer: Trainer, examples: Examples, indices: list[int]) -> lis
     mine = chunks[trainer.accelerator.process_index]
     idle = mine[0] if mine else indices[:1]
     return [(chunk, True) for chunk in mine] + [(idle, False)] * (max(map(len, chunks)) - len(mine))
-
-
-def _autocast_inside(model: PreTrainedModel, recipe: Recipe, device: torch.device) -> None:
-    """Have the model enter autocast in its forward pass: DeepSpeed's engine ends that of its caller."""
-    forward = model.forward
-
-    @wraps(forward)
-    def inside(*args: Any, **kwargs: Any) -> Any:
-        with autocast(recipe, device):
-            return forward(*args, **kwargs)
-
-    model.forward = inside
 
 
 def _summed_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tensor:
