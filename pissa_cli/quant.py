@@ -194,24 +194,21 @@ def unpack(name: str, tensors: dict[str, Tensor]) -> Packed:
 
 def packed_weight(module: nn.Module) -> Packed | None:
     """The NF4 weight of a bitsandbytes layer; None for any other layer."""
-    if not _is_packed(module):
+    if not is_packed(module):
         return None
     weight: Any = module.weight
     state = getattr(weight, "quant_state", None) or module.quant_state  # where it is sharded, the layer's own
     return Packed(weight.data, state)
 
 
-def keeps_own_state(module: nn.Module) -> bool:
-    """Whether it is a bitsandbytes layer. Its scales are kept at the layer too then, where sharding leaves them."""
-    if not _is_packed(module):
-        return False
+def keep_own_state(module: nn.Module) -> None:
+    """Keep the scales of a bitsandbytes layer at the layer as well, where sharding leaves them."""
     weight: Any = module.weight
     module.quant_state = weight.quant_state
-    return True
 
 
-def _is_packed(module: nn.Module) -> bool:
-    """Importing bitsandbytes takes seconds; where nobody has, there is no layer of it."""
+def is_packed(module: nn.Module) -> bool:
+    """Whether it is a bitsandbytes layer. To import that takes seconds; where nobody has, there is none."""
     bitsandbytes = sys.modules.get("bitsandbytes")
     return bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit)
 
@@ -244,7 +241,7 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     and fails on shapes that are no multiples of 32 x 64; that is turned off.
     """
     for module in model.modules():
-        if _is_packed(module):
+        if is_packed(module):
             module.compute_dtype = dtype  # type: ignore[assignment]
             module.compute_type_is_set = True  # type: ignore[assignment]
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

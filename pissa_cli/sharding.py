@@ -71,7 +71,10 @@ def shard(model: PreTrainedModel, device: torch.device, processes: int) -> None:
     """
     mesh = init_device_mesh(device.type, (processes,))
     adapted = {layer.base for layer in model.modules() if isinstance(layer, LowRank)}
-    ignored = {module.weight for module in model.modules() if quant.keeps_own_state(module) and module not in adapted}
+    packed = [module for module in model.modules() if quant.is_packed(module)]
+    for module in packed:
+        quant.keep_own_state(module)
+    ignored = {module.weight for module in packed if module not in adapted}
     kinds = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     for module in [*reversed(blocks), model]:  # inner before outer
