@@ -52,6 +52,12 @@ def require_tokens(name: str, tokens: Iterable[int], config: Any) -> None:
         )
 
 
+def context_of(config: Any) -> int | None:
+    """Tokens that a model of this configuration can see, where it says."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
 def end_tokens(ids: int | list[int] | None) -> list[int]:
     """What an `eos_token_id` of a configuration names: one token, several or none."""
     return ids if isinstance(ids, list) else [] if ids is None else [ids]

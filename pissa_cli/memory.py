@@ -19,7 +19,7 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Method, Projections
 from pissa_cli.attach import attach, checkpoint_activations, join_gates, joins_gates, make_trainable, share_inputs
 from pissa_cli.batches import row_length
-from pissa_cli.configuration import first_line
+from pissa_cli.configuration import context_of, first_line
 from pissa_cli.ledger import Heap, Ledger, Operations
 from pissa_cli.loss import autocast, loss_at, summed_loss
 from pissa_cli.model import DTYPES, Linear, best_device, num_parameters, skeleton
@@ -240,8 +240,7 @@ def _chunks(model: PreTrainedModel) -> bool:
 
 def _loss(recipe: Recipe, model: PreTrainedModel, size: int, packed: bool, chunked: bool, ledger: Ledger) -> Tensor:
     """The loss of a micro-batch of `size` examples of full length, every token a target."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = min(recipe.data.max_length, context or recipe.data.max_length)
+    length = min(recipe.data.max_length, context_of(model.config) or recipe.data.max_length)
     lengths = [length] * size
     row = row_length(lengths)
     shape = (1, row) if packed else (size, length)

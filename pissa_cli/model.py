@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
 from pissa_cli.bypassed import is_bypassed
-from pissa_cli.configuration import first_line, read_config
+from pissa_cli.configuration import context_of, first_line, read_config
 from pissa_cli.disk_names import DiskName, names_on_disk
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import (
@@ -284,10 +284,8 @@ def num_parameters(model: nn.Module) -> int:
 
 def context_length(folder: Path, section: ModelSection) -> int | None:
     """Tokens the model can see, where its configuration says. RoBERTa counts positions from its padding's number on."""
-    length = getattr(read_config(folder, section).get_text_config(), "max_position_embeddings", None)
-    if not isinstance(length, int) or length <= 0:
-        return None
-    if section.task == "sequence-classification":
+    length = context_of(read_config(folder, section))
+    if length is not None and section.task == "sequence-classification":
         for name, module in skeleton(folder, section).named_modules():
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 return length - int(module.padding_idx) - 1

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,12 +25,13 @@ from transformers import (
 )
 
 from pissa_cli.card import model_card
+from pissa_cli.configuration import context_of
 from pissa_cli.data import question_prompt
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals import run as module
-from pissa_cli.evals.generate import context_of, cut, generate, same_in_batches
+from pissa_cli.evals.generate import cut, generate, same_in_batches
 from pissa_cli.evals.run import evaluate
 from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run, locked
@@ -154,7 +154,7 @@ def test_what_is_asked_beside_a_prompt_may_change_its_answer(demo_base: tuple[An
 
 def test_a_context_without_end(demo_base: tuple[Any, Any]) -> None:
     config = LlamaConfig(max_position_embeddings=-1)
-    assert context_of(SimpleNamespace(config=config)) == 2**31 and context_of(demo_base[0]) == 256
+    assert context_of(config) is None and context_of(demo_base[0].config) == 256
 
 
 def test_a_stop_string_in_the_prompt_stops_nothing(demo_base: tuple[Any, Any]) -> None:

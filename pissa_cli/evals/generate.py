@@ -16,7 +16,7 @@ from transformers import (
 
 from pissa_cli.batches import padding
 from pissa_cli.chat import special_tokens
-from pissa_cli.configuration import end_tokens, require_tokens
+from pissa_cli.configuration import context_of, end_tokens, require_tokens
 
 TOP_P = 0.95
 MOST = 256
@@ -51,7 +51,7 @@ def generate(
     """
     require_tokens("the questions", (token for prompt in prompts for token in prompt), model.config)
     stops = sorted({tokenizer.eos_token_id, *stop_ids, *_forget_settings(model)})
-    context, pad = context_of(model), padding(model, tokenizer)
+    context, pad = context_of(model.config) or 2**31, padding(model, tokenizer)
     sampled = {"do_sample": True, "temperature": temperature, "top_p": TOP_P, "top_k": 0}
     config = GenerationConfig(
         **(sampled if temperature else {"do_sample": False}),
@@ -197,12 +197,6 @@ def special_stops(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tu
     """Stop strings, and in their place the tokens of those that are a special one, which no text of an answer shows."""
     special = {one: number for one, number in special_tokens(tokenizer).items() if one in stop}
     return [one for one in stop if one not in special], sorted(special.values())
-
-
-def context_of(model: PreTrainedModel) -> int:
-    """Tokens that the model can see."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else 2**31
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
