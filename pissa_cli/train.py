@@ -156,16 +156,7 @@ def _loop(
             stopped, overdue = _any(accelerator, asked(), overdue and accelerator.is_main_process)
             if done or stopped or overdue or (section.save_every and (step + 1) % section.save_every == 0):
                 save_began = time.monotonic()
-                short = section.batch_size - len(
-                    step_examples(step, len(trainer.examples), trainer.recipe, trainer.missed)
-                )
-                facts: dict[str, Any] = {"data": trainer.examples.digest(), "sections": sections_of(trainer.recipe)}
-                facts["missed"] = trainer.missed + short
-                first = accelerator.is_main_process
-                save_checkpoint(run, step + 1, trainer.names, _plain(trainer.optimizer), facts, first)
-                if first:
-                    remove_old(run, section.keep, not isinstance(trainer.recipe.adapter, FullOptions))
-                accelerator.wait_for_everyone()
+                _save(run, trainer, step + 1)
                 saved, saved_at = step + 1, time.monotonic()
                 saving = saved_at - save_began
             if stopped and not done:
@@ -180,6 +171,21 @@ def _loop(
         "tokens": tokens,
         "peak_memory_bytes": peak_memory(),
     }
+
+
+def _save(run: Run, trainer: Trainer, step: int) -> None:
+    """A checkpoint after so many steps, and what is then one too many removed; all processes take part."""
+    recipe, first = trainer.recipe, trainer.accelerator.is_main_process
+    taken = step_examples(step - 1, len(trainer.examples), recipe, trainer.missed)
+    facts = {
+        "data": trainer.examples.digest(),
+        "sections": sections_of(recipe),
+        "missed": trainer.missed + recipe.train.batch_size - len(taken),
+    }
+    save_checkpoint(run, step, trainer.names, _plain(trainer.optimizer), facts, first)
+    if first:
+        remove_old(run, recipe.train.keep, not isinstance(recipe.adapter, FullOptions))
+    trainer.accelerator.wait_for_everyone()
 
 
 def _has_room(run: Run, trainer: Trainer) -> bool:

@@ -32,7 +32,12 @@ RETURNED = {
     "classification": ("encode_classified",),
     "rows": ("_file_rows", "_json_lines", "_json_list"),
 }
-NOTED = {"examples": ("notes",), "guards": ("schedule_change",), "evals.gsm8k": ("other_form",)}
+NOTED = {
+    "cli.evaluate": ("_notes",),
+    "examples": ("notes",),
+    "guards": ("schedule_change",),
+    "evals.gsm8k": ("other_form",),
+}
 """Functions that give messages, or notes, back."""
 NAMES = {
     "section.name": "<model.name>",

@@ -1,6 +1,7 @@
 """`pissa eval`."""
 
-from typing import Annotated
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
 
 import typer
 
@@ -92,21 +93,7 @@ def evaluate_command(
             result["base"] = evaluate(loaded.recipe, True, allow_code_execution, progress)
     for results in result.values():
         for name, r in results.items():
-            if "prompts_without_room" in r:
-                show.say(
-                    f"{name}: {r['prompts_without_room']} prompts fill the model's context; their answers are empty"
-                )
-            if "answers_without_end" in r:
-                length = r["max_new_tokens"]
-                show.say(f"{name}: {r['answers_without_end']} answers go on up to eval.max_new_tokens ({length})")
-            if r["metric"].endswith("a text"):  # of a classifier
-                beside = ", ".join(f"{kind} {r[kind]:.2f} %" for kind in METRICS if kind in r)
-                show.say(f"{r['model']}, {name}: {beside}")
-            if "note" in r:
-                show.say(f"{name}: {r['note']}")
-            if r.get("unrated"):
-                show.say(f"{name}: {r['unrated']} judgments have no rating, and do not count")
-            for line in r.get("notes", []):
+            for line in _notes(name, r, METRICS):
                 show.say(line)
     from rich.table import Table
 
@@ -118,6 +105,23 @@ def evaluate_command(
             figures = ["" if r[key] is None else f"{r[key]:.3f}" for key in ("score", "stderr")]
             table.add_row(name, r["model"], *figures, str(r["n"]), r["metric"], str(r.get("published", "")))
     show.print_result(result, as_json, [], table)
+
+
+def _notes(name: str, r: dict[str, Any], metrics: Iterable[str]) -> Iterator[str]:
+    """What the person watching should know of the result of a benchmark; metrics: those of a classifier."""
+    if "prompts_without_room" in r:
+        yield f"{name}: {r['prompts_without_room']} prompts fill the model's context; their answers are empty"
+    if "answers_without_end" in r:
+        length = r["max_new_tokens"]
+        yield f"{name}: {r['answers_without_end']} answers go on up to eval.max_new_tokens ({length})"
+    if r["metric"].endswith("a text"):  # of a classifier
+        beside = ", ".join(f"{kind} {r[kind]:.2f} %" for kind in metrics if kind in r)
+        yield f"{r['model']}, {name}: {beside}"
+    if "note" in r:
+        yield f"{name}: {r['note']}"
+    if r.get("unrated"):
+        yield f"{name}: {r['unrated']} judgments have no rating, and do not count"
+    yield from r.get("notes", [])
 
 
 def _files(data: list[str], names: list[str] | None) -> dict[str, str]:
