@@ -280,13 +280,14 @@ def test_rows_without_a_field_are_refused(made: Callable[..., Any], tmp_path: Pa
         score_samples(made("eval.bench=[math]", f"eval.data={{math: {data}}}"), "nowhere.jsonl")
 
 
-def test_kept_outputs_survive_a_cut_line_and_belong_to_one_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", [5, 1])
+def test_kept_outputs_survive_a_cut_line_and_belong_to_one_model(gone: int, tmp_path: Path) -> None:
     path, asked = tmp_path / "a" / "outputs.jsonl", ["a", "b", "a", "c"]
     with Kept(path, ("model", 1), asked) as kept:
         kept.add(3, "three\n")
         kept.add(2, "two")
         kept.add(1, "one")
-    path.write_text(path.read_text()[:-5])
+    path.write_text(path.read_text()[:-gone])
     with Kept(path, ("model", 1), asked) as kept:
         assert kept.outputs == {3: "three\n", 2: "two"}, "the second answer to 'a' is not the first"
         kept.add(1, "again")

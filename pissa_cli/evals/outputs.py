@@ -49,6 +49,8 @@ class Kept:
     def __enter__(self) -> Kept:
         """Read what an earlier evaluation left, up to a line that was cut off; what has another identity is dropped."""
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.is_file() else []
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
         good, numbers = 0, {key: number for number, key in enumerate(self._keys)}
         if lines and lines[0].decode(errors="replace").strip() == self._identity:
             good = len(lines[0])
