@@ -24,7 +24,7 @@ FILES = ("question.jsonl", "judge_prompts.jsonl", "reference_answer/gpt-4.jsonl"
 WITH_REFERENCE = ("math", "reasoning", "coding")
 REMEDY = "get FastChat's own files again, or give their folder: --data mt_bench=FOLDER"
 METRIC = "mean rating, 1 to 10"
-PROTOCOL = "FastChat single-answer grading, two turns, greedy"
+PROTOCOL = "FastChat single-answer grading, two turns, answers at `temperature`"
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 
