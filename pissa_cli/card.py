@@ -98,7 +98,7 @@ def _figures(run: Run, step: int | None) -> list[tuple[str, str]]:
         held_out = [event["eval_loss"] for event in events if "eval_loss" in event]
         if held_out:
             rows.append(("held-out loss", f"{held_out[-1]:.4f}"))
-    scored = run.folder / "eval"
+    scored = run.scores
     for path in sorted(scored.rglob("result.json")):
         if path.relative_to(scored).parts[0] in ("base", "samples"):
             continue

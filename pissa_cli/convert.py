@@ -63,7 +63,7 @@ def export_lora(
     if server is not None:
         require_server(server)
     run, manifest = open_run(recipe)
-    require_free(output, run.folder / "exported")
+    require_free(output, run.exported)
     stored, result = result_files(recipe, step)
     adapter = result if recipe.model.bits != 4 else _learned(recipe, result)
     plain = require_model(resolve_base(recipe.model), manifest["base"])

@@ -26,6 +26,7 @@ from pissa_cli.experts import (
 )
 from pissa_cli.names import kind_of
 from pissa_cli.recipe import ModelSection
+from pissa_cli.recipe_file import RUN_MANIFEST
 from pissa_cli.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -101,7 +102,7 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
 
 def _require_model_folder(path: Path) -> Path:
     if not (path / "config.json").is_file():
-        run = next((folder for folder in (path, path.parent) if (folder / "manifest.json").is_file()), None)
+        run = next((folder for folder in (path, path.parent) if (folder / RUN_MANIFEST).is_file()), None)
         if run is not None:
             merge = f"pissa merge {shlex.quote(str(run))}"
             raise UsageError(f"{path}: a run, not a model", f"{merge}, and start from {run}/merged")

@@ -25,10 +25,10 @@ def make_optimizer(names: dict[nn.Parameter, str], recipe: Recipe) -> torch.opti
     ratios = dict.fromkeys(FACTOR_NAMES, 1.0)
     if isinstance(recipe.adapter, LoraOptions):
         ratios["B"] = recipe.adapter.lr_ratio
-    whole = (recipe.train.head_lr or recipe.lr) / recipe.lr
+    others = (recipe.train.head_lr or recipe.lr) / recipe.lr
     members: dict[float, list[nn.Parameter]] = {}
     for parameter, name in names.items():
-        members.setdefault(ratios.get(name.rpartition(".")[2], whole), []).append(parameter)
+        members.setdefault(ratios.get(name.rpartition(".")[2], others), []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": parameters, "ratio": group, "lr": recipe.lr * group} for group, parameters in members.items()
     ]

@@ -20,10 +20,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.recipe_file import RUN_MANIFEST, RUN_RECIPE
 
 PROVENANCE = "pissa.json"
 PICTURE = "loss.png"
-LAST = ("manifest.json", "config.json", "adapter_config.json")  # by which others know a folder
+LAST = (RUN_MANIFEST, "config.json", "adapter_config.json")  # by which others know a folder
 LEFTOVER = re.compile(r"\.(\.?lock|tmp-[0-9a-f]{8})")  # within a folder that is filled where it is
 UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -36,11 +37,11 @@ class Run:
 
     @property
     def recipe(self) -> Path:
-        return self.folder / "recipe.yaml"
+        return self.folder / RUN_RECIPE
 
     @property
     def manifest(self) -> Path:
-        return self.folder / "manifest.json"
+        return self.folder / RUN_MANIFEST
 
     @property
     def init(self) -> Path:
@@ -67,8 +68,16 @@ class Run:
         return self.folder / "quantized"
 
     @property
+    def exported(self) -> Path:
+        return self.folder / "exported"
+
+    @property
+    def scores(self) -> Path:
+        return self.folder / "eval"
+
+    @property
     def made_from_result(self) -> list[Path]:
-        return [self.merged, self.quantized, self.folder / "exported", self.folder / "eval"]
+        return [self.merged, self.quantized, self.exported, self.scores]
 
     @property
     def metrics(self) -> Path:

@@ -25,6 +25,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
     memory = forecast(recipe, planned, processes)
     if memory.rough is None and wants_liger(recipe.train):
         memory = replace(memory, rough="Liger's kernels are not counted")
+    auto = getattr(recipe.adapter, "rank", None) == "auto"
     result: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "sources": {key: source for key, _, source in rows},
@@ -32,13 +33,12 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
         "layers": len(planned.targets),
         "left_out": planned.left_out,
         "trainable": planned.num_trainable(recipe),
-        "ranks": "chosen at init; counted as 1" if getattr(recipe.adapter, "rank", None) == "auto" else "final",
+        "ranks": "chosen at init; counted as 1" if auto else "final",
         "parameters": planned.num_total,
         "memory_bytes": memory.bytes,
         **({} if steps is None else dict(zip(("steps", "rows"), steps, strict=True))),
         "memory": {"rough": memory.rough, "device": memory.device, "processes": processes},
     }
-    auto = getattr(recipe.adapter, "rank", None) == "auto"
     share = result["trainable"] / result["parameters"]
     keys, values = max(len(key) for key, _, _ in rows), min(40, max(len(value) for _, value, _ in rows))
     lines = [

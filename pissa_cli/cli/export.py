@@ -7,8 +7,6 @@ import typer
 
 from pissa_cli.cli.options import Absmax, Debug, DoubleQuant, DryRun, Json, Set, Target, load_recipe
 
-_FOLDERS = {"lora": "exported", "merged": "merged", "nf4": "quantized", "compressed-tensors": "quantized"}
-
 
 def export_command(
     target: Target = None,
@@ -56,9 +54,10 @@ def export_command(
         dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli import convert, export
+    from pissa_cli.rundir import Run
 
-    recipe = loaded.recipe
-    folder = Path(output or Path(recipe.output) / _FOLDERS[form])
+    recipe, run = loaded.recipe, Run(Path(loaded.recipe.output))
+    folder = Path(output) if output else {"lora": run.exported, "merged": run.merged}.get(form, run.quantized)
     with show.counting("export") as progress:
         if form == "merged":
             result = export.merge(recipe, progress, folder, checkpoint)

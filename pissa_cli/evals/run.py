@@ -109,7 +109,7 @@ def evaluate(
         "started": manifest["created"],
         "precision": recipe.precision,
     }
-    folder = run.folder / "eval" / ("base" if base else f"step-{step}" if step else "")
+    folder = run.scores / ("base" if base else f"step-{step}" if step else "")
     require_writable(folder)
     with _writer(recipe, base, step, base_folder, context) as writer:
         session = _Session(recipe, writer, tokenizer, folder, context, facts, allow_code)
