@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,9 @@ def export_lora(
         writer.close()
         copy_tokenizer(plain, folder, recipe)
         write_text(folder / "README.md", model_card(recipe, "written as a LoRA for the plain base model", "peft", step))
-        serve = check_served(folder, server) if server else None
+        serve = check_served(folder, server, output) if server else None
         if serve and server in TAKE_TEMPLATES and recipe.data.chat_template is not None:
-            serve += f" --chat-template {folder}/chat_template.jinja"
+            serve += f" --chat-template {shlex.quote(str(output / 'chat_template.jinja'))}"
         compared = _compare(recipe, stored, result, plain, folder) if check else {}
     return {
         "path": str(output),
@@ -116,7 +117,7 @@ def export_lora(
         "base": recipe.model.name,
         "relative_error": math.sqrt(lost / whole) if whole else 0.0,
         "worst_relative_error": worst,
-        "serve": serve.replace(str(folder), str(output)) if serve else None,
+        "serve": serve,
         **compared,
     }
 

@@ -48,8 +48,8 @@ def require_server(name: str) -> None:
         raise UsageError(f"--for {name}: unknown server", f"known: {', '.join(SERVERS)}")
 
 
-def check_served(folder: Path, server: str) -> str:
-    """The line that serves the LoRA files in `folder`.
+def check_served(folder: Path, server: str, output: Path) -> str:
+    """The line that serves the LoRA files in `folder` when they are in `output`.
 
     Raises UsageError, with the remedy, for files that this server refuses or would serve wrongly: all of them take one
     rank and one scale from adapter_config.json and ignore `rank_pattern` and `alpha_pattern`.
@@ -80,8 +80,8 @@ def check_served(folder: Path, server: str) -> str:
     _require_plain_keys(list(load_tensors(folder / PEFT_WEIGHTS)), rules.name)
     allowed = min((r for r in rules.ranks if r >= rank), default=rank)
     if server == "llama.cpp" and not Path(config["base_model_name_or_path"]).is_dir():
-        return f"python convert_lora_to_gguf.py {shlex.quote(str(folder))}"  # it finds a base of the Hub by itself
-    base, lora = (shlex.quote(str(path)) for path in (config["base_model_name_or_path"], folder))
+        return f"python convert_lora_to_gguf.py {shlex.quote(str(output))}"  # it finds a base of the Hub by itself
+    base, lora = (shlex.quote(str(path)) for path in (config["base_model_name_or_path"], output))
     return rules.serve.format(base=base, folder=lora, rank=allowed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,8 @@ def test_servers_refuse_what_they_cannot_serve(
     assert refused.code == 2 and "ranks up to 8, this adapter has 12" in refused.err and "--rank 8" in refused.err
     done = pissa("export", made.output, "--for", "vllm", "--rank", "8", "--json")
     assert done.code == 0 and 0 < done.json["relative_error"] < 1 and done.json["serve"].endswith(" 8")
+    quoted = pissa("export", made.output, "--for", "vllm", "--rank", "8", "-o", f"{made.output}/it's mine", "--json")
+    assert shlex.split(quoted.json["serve"])[2] == f"{made.output}/it's mine"
     assert pissa("export", made.output, "--for", "ollama").code == 2
     assert pissa("export", made.output, "--as", "nf4", "--rank", "4").code == 2
 
