@@ -24,7 +24,8 @@ from pissa_cli.rundir import Run, read_json
 def model_card(recipe: Recipe, what: str, library: str = "transformers", step: int | None = None) -> str:
     """README.md of a run's export; `what` it is, e.g. "merged into one model"; step: of a checkpoint.
 
-    With the recipe the run was trained by; of local paths only the last part is anyone's business.
+    With the recipe the run was trained by; of local paths only the last part is anyone's business, of the judge's
+    address nothing.
     """
     run = Run(Path(recipe.output))
     if run.exists():
@@ -52,6 +53,7 @@ def model_card(recipe: Recipe, what: str, library: str = "transformers", step: i
         lines += ["## Prompt", "", *prompt, ""]
     content = recipe.model_dump(mode="json")
     content["train"]["lr"] = recipe.lr
+    del content["eval"]["judge_url"]  # may have a password in it
     public = yaml.safe_dump(_without_folders(content), sort_keys=False, allow_unicode=True)
     return "\n".join([*lines, "## Recipe", "", "```yaml", public.rstrip(), "```", ""])
 

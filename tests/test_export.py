@@ -281,7 +281,8 @@ def test_the_model_card_shows_scores_of_its_own_step_alone(
 
 
 def test_the_model_card_keeps_folders_to_itself(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
-    made = recipe(models("llama"), "model.bits=32", f"data.train={rows}", "train.steps=2")
+    judge = "eval.judge_url=https://me:secret@judge.internal/v1"
+    made = recipe(models("llama"), "model.bits=32", f"data.train={rows}", "train.steps=2", judge)
     plain = model_card(made, "quantized")
     assert "llama, quantized with" in plain and "fine-tuned" not in plain and "rank" not in plain
     train(made)
@@ -292,3 +293,4 @@ def test_the_model_card_keeps_folders_to_itself(models: Callable[[str], Path], r
     assert front == {"library_name": "transformers", "tags": ["pissa"], "license": "apache-2.0"}
     assert "| steps | 2 |" in card and "training loss, first and last step" in card
     assert "train: rows.jsonl" in card and "name: llama" in card and str(rows.parent) not in card
+    assert "judge.internal" not in card
