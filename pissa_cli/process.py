@@ -20,7 +20,8 @@ from accelerate.utils import parse_flag_from_env
 
 from pissa_cli.errors import Interrupted
 
-LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec it might wait for a lock for ever
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+"""Loaded here: between fork and exec it might wait for a lock for ever."""
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES = 2**30
@@ -91,7 +92,7 @@ def handling_stops(handle: Callable[[int, Any], None]) -> Iterator[None]:
 
 def end_with_parent() -> None:
     """For `preexec_fn`: have this process asked to stop when the one that starts it is killed, be it by SIGKILL."""
-    if sys.platform == "linux":
+    if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -112,7 +113,7 @@ def keep_freed_memory() -> None:
 
     Most tensors on a CPU live for one operation, and clearing their pages takes as long as computing them.
     """
-    if sys.platform == "linux" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         mallopt = getattr(LIBC, "mallopt", None)
         if mallopt is not None:
             mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
@@ -122,6 +123,6 @@ def keep_freed_memory() -> None:
 def release_freed_memory() -> None:
     """Hand all that is freed back to the system, and to the GPU: after work that is over."""
     torch.cuda.empty_cache()
-    trim = getattr(LIBC, "malloc_trim", None) if sys.platform == "linux" else None
+    trim = getattr(LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)
