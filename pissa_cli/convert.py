@@ -79,6 +79,7 @@ def export_lora(
     config = peft_config(
         peft_type="LORA",
         base=recipe.model.name,
+        revision=recipe.model.revision,
         ranks=ranks,
         scales=adapter.scales if as_it_is else dict.fromkeys(ranks, 1.0),
         targets=peft_targets(ranks, every, model, "LORA"),
@@ -105,7 +106,7 @@ def export_lora(
         writer.close()
         copy_tokenizer(plain, folder, recipe)
         write_text(folder / "README.md", model_card(recipe, "written as a LoRA for the plain base model", "peft", step))
-        serve = check_served(folder, server, output) if server else None
+        serve = check_served(folder, server, output, plain) if server else None
         if serve and server in TAKE_TEMPLATES and recipe.data.chat_template is not None:
             serve += f" --chat-template {shlex.quote(str(output / 'chat_template.jinja'))}"
         compared = _compare(recipe, stored, result, plain, folder) if check else {}

@@ -69,6 +69,7 @@ def write_result(
     config = peft_config(
         peft_type="VERA" if result.projections else "LORA",
         base=frozen_base(recipe),
+        revision=recipe.model.revision,
         ranks={name: rank_of(factors) for name, factors in result.factors.items()},
         scales=start.scales,
         targets={key: config[key] for key in ("target_modules", "target_parameters") if key in config},

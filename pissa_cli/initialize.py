@@ -152,6 +152,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, staged: Run, progress: 
     config = peft_config(
         peft_type=method.peft_type,
         base=frozen_base(recipe),
+        revision=recipe.model.revision,
         ranks=plan.ranks,
         scales=plan.scales,
         targets=plan.peft_targets,

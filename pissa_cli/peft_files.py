@@ -132,6 +132,7 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
 def peft_config(
     peft_type: str,
     base: str,
+    revision: str | None,
     ranks: dict[str, int],
     scales: dict[str, float],
     targets: dict[str, list[str]],
@@ -145,7 +146,7 @@ def peft_config(
 
     `init_lora_weights` is always true: any other value makes PEFT decompose the base again on loading. VeRA's
     projections are made again from `seed`, or stored with `save_projection`. saved: names of whole trained parameters;
-    heads: the parts of a classifier's head, of which PEFT saves all or nothing.
+    heads: the parts of a classifier's head, of which PEFT saves all or nothing. revision: of a base on the Hub.
     targets: `target_modules`, and where there are such `target_parameters`, by whose names PEFT looks up patterns.
     """
     alphas = {name: scales[name] * rank for name, rank in ranks.items()}
@@ -154,6 +155,7 @@ def peft_config(
         "peft_type": peft_type,
         "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
         "base_model_name_or_path": base,
+        **({"revision": revision} if revision and not Path(base).is_absolute() else {}),
         "r": rank,
         **targets,
         "fan_in_fan_out": fan_in_fan_out,

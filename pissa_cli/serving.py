@@ -21,7 +21,7 @@ class Server:
 
     name: str
     ranks: tuple[int, ...]
-    serve: str
+    serve: str = ""
 
 
 SERVERS = {
@@ -34,7 +34,7 @@ SERVERS = {
         "python -m sglang.launch_server --model-path {base} --max-lora-rank {rank} --lora-paths tuned={folder}",
     ),
     "tgi": Server("TGI", (), "text-generation-launcher --model-id {base} --lora-adapters tuned={folder}"),
-    "llama.cpp": Server("llama.cpp", (), "python convert_lora_to_gguf.py {folder} --base {base}"),
+    "llama.cpp": Server("llama.cpp", ()),
 }
 
 
@@ -48,8 +48,8 @@ def require_server(name: str) -> None:
         raise UsageError(f"--for {name}: unknown server", f"known: {', '.join(SERVERS)}")
 
 
-def check_served(folder: Path, server: str, output: Path) -> str:
-    """The line that serves the LoRA files in `folder` when they are in `output`.
+def check_served(folder: Path, server: str, output: Path, plain: Path) -> str:
+    """The line that serves the LoRA files in `folder` when they are in `output`; `plain`: the folder of their base.
 
     Raises UsageError, with the remedy, for files that this server refuses or would serve wrongly: all of them take one
     rank and one scale from adapter_config.json and ignore `rank_pattern` and `alpha_pattern`.
@@ -79,10 +79,11 @@ def check_served(folder: Path, server: str, output: Path) -> str:
         )
     _require_plain_keys(list(load_tensors(folder / PEFT_WEIGHTS)), rules.name)
     allowed = min((r for r in rules.ranks if r >= rank), default=rank)
-    if server == "llama.cpp" and not Path(config["base_model_name_or_path"]).is_dir():
-        return f"python convert_lora_to_gguf.py {shlex.quote(str(output))}"  # it finds a base of the Hub by itself
+    if server == "llama.cpp":
+        return f"python convert_lora_to_gguf.py {shlex.quote(str(output))} --base {shlex.quote(str(plain))}"
     base, lora = (shlex.quote(str(path)) for path in (config["base_model_name_or_path"], output))
-    return rules.serve.format(base=base, folder=lora, rank=allowed)
+    revision = f" --revision {shlex.quote(config['revision'])}" if "revision" in config else ""
+    return rules.serve.format(base=base, folder=lora, rank=allowed) + revision
 
 
 def _require_plain_keys(names: list[str], server: str) -> None:

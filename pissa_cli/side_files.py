@@ -16,8 +16,13 @@ from pissa_cli.errors import UsageError
 from pissa_cli.integrity import VOCABULARIES, read_settings
 from pissa_cli.model import DTYPES, Linear, head_names, skeleton
 from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import write_json, write_text
+from pissa_cli.rundir import read_json, write_json, write_text
 from pissa_cli.yamlfile import shown
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+"""Where llama.cpp, Ollama and TGI look for the chat template before, or instead of, chat_template.jinja."""
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+MORE_TEMPLATES = "additional_chat_templates"
 
 
 def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[Linear], double_quant: bool) -> None:
@@ -57,12 +62,12 @@ def task_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 def copy_side_files(source: Path, target: Path, recipe: Recipe) -> None:
     """Copy what is not weights: configuration, tokenizer, licence, and the chat template, or the recipe's own."""
-    _copy(source, target, recipe, ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*"))
+    _copy(source, target, recipe, ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken", *LICENCES))
 
 
 def copy_tokenizer(source: Path, target: Path, recipe: Recipe) -> None:
     """Copy the tokenizer's files, and the chat template, or the recipe's own."""
-    names = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model")
+    names = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "*.tiktoken")
     _copy(source, target, recipe, (*VOCABULARIES, *names))
 
 
@@ -72,5 +77,12 @@ def _copy(source: Path, target: Path, recipe: Recipe, patterns: Sequence[str]) -
         wanted = any(path.match(pattern) for pattern in patterns)
         if path.is_file() and wanted and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
-    if recipe.data.chat_template is not None:
-        write_text(target / "chat_template.jinja", recipe.data.chat_template)
+    template = recipe.data.chat_template
+    if template is not None:
+        write_text(target / "chat_template.jinja", template)
+        (target / "chat_template.json").unlink(missing_ok=True)
+        settings = target / TOKENIZER_CONFIG
+        if settings.is_file():
+            write_json(settings, read_json(settings) | {"chat_template": template})
+    elif (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, target / MORE_TEMPLATES)
