@@ -4,38 +4,35 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pissa_cli import int4, quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import model_card
 from pissa_cli.chat import write_stops
-from pissa_cli.disk_names import names_on_disk
+from pissa_cli.dense import dense_tensors, written_name
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.exported import full_model, load_with, result_files, trained_steps
 from pissa_cli.initialize import Progress, open_run
 from pissa_cli.integrity import model_facts, read_settings, require_finite, sealed
 from pissa_cli.loading import load_model, load_tokenizer
-from pissa_cli.model import DTYPES, Linear, best_device, head_names, linear_layers, read_weight, skeleton
-from pissa_cli.panels import DROPPED, minus_product, rounded_at_random
-from pissa_cli.pipeline import in_flight, in_order
+from pissa_cli.model import DTYPES, Linear, best_device, linear_layers, skeleton
 from pissa_cli.plan import require_packable, require_same_layout
 from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import is_file
 from pissa_cli.rundir import PROVENANCE, Run, require_free, whole_folder, write_json, write_text
 from pissa_cli.sets import held_out_sources
-from pissa_cli.side_files import copy_side_files, task_of, task_settings, write_nf4_config
-from pissa_cli.svd import frobenius_norm, generator
-from pissa_cli.weights import ShardWriter, Weights, open_weights
+from pissa_cli.side_files import copy_side_files, dense_modules, task_of, task_settings, write_nf4_config
+from pissa_cli.svd import frobenius_norm
+from pissa_cli.weights import ShardWriter, open_weights
 
 T = TypeVar("T")
 DENSE = "leave it in 16 bits: pissa merge"
@@ -65,16 +62,18 @@ def merge(
     with whole_folder(target_folder) as target:
         writer = ShardWriter(target)
         dtypes = {DTYPES[recipe.precision]}
-        dense = _dense_tensors(recipe, folder, weights, adapter, lambda *made: made)
+        dense = dense_tensors(recipe, folder, weights, adapter, lambda *made: made)
+        model = skeleton(folder, recipe.model)
+        written = written_name(model, weights)
         for number, (name, linear, tensor) in enumerate(dense):
             if linear is not None:
                 dtypes.add(tensor.dtype)
-            writer.add(name, tensor)
+            writer.add(written(name), tensor)
             progress(number + 1, len(weights.files), name)
         writer.close()
         copy_side_files(folder, target, recipe)
         write_stops(target, recipe)
-        model_config = read_settings(target) | task_settings(skeleton(folder, recipe.model))
+        model_config = read_settings(target) | task_settings(model)
         model_config.pop("quantization_config", None)
         write_json(target / "config.json", model_config)
         write_text(target / "README.md", model_card(recipe, "merged into one model", step=step))
@@ -148,11 +147,11 @@ def quantize(
 
     with whole_folder(output) as target:
         writer = ShardWriter(target)
-        packed = _dense_tensors(recipe, folder, weights, adapter, pack)
+        packed, written = dense_tensors(recipe, folder, weights, adapter, pack), written_name(model, weights)
         for number, (name, parts, size, square_error, square) in enumerate(packed):
             dense_bytes, error, norm = dense_bytes + size, error + square_error, norm + square
             for part, content in parts.items():
-                writer.add(part, content)
+                writer.add(written(part), content)
             progress(number + 1, len(weights.files), name)
         writer.close()
         if form == "nf4":
@@ -160,7 +159,8 @@ def quantize(
         else:
             copy_side_files(folder, target, recipe)
             settings = read_settings(folder) | task_settings(model)
-            settings["quantization_config"] = int4.config(int4.dense_modules(model, linears, group), group)
+            taken = {layer.name for layer in linears if int4.takes(layer, group)}
+            settings["quantization_config"] = int4.config(dense_modules(model, target, taken), group)
             write_json(target / "config.json", settings)
         write_stops(target, recipe)
         write_text(target / "README.md", model_card(recipe, f"quantized to 4 bits ({form})", step=step))
@@ -186,71 +186,6 @@ def _finish_full(recipe: Recipe) -> dict[str, Any]:
         "max_logit_difference": None,
         "relative_logit_difference": None,
     }
-
-
-def _dense_tensors(
-    recipe: Recipe, folder: Path, weights: Weights, adapter: Adapter, then: Callable[[str, Linear | None, Tensor], T]
-) -> Iterator[T]:
-    """then(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone.
-
-    What was trained is rounded at random, by the seed: to the nearest, 16 bits would lose most of a small change.
-    Last the head of a classifier, in fp32, if the base has none. Several threads call `then`.
-    """
-    model = skeleton(folder, recipe.model)
-    layers = linear_layers(model, weights)
-    linears, device = {layer.tensor: layer for layer in layers}, best_device()
-    missing = set(adapter.factors) - {layer.name for layer in layers}
-    if missing:
-        raise UsageError(
-            f"the adapter has a layer {min(missing)} that {folder} lacks",
-            "that is not its base model: name that one, --set model.name=FOLDER",
-        )
-    whole = dict(_on_disk(model, weights, adapter))
-
-    def rounded(name: str, W: Tensor, dtype: torch.dtype) -> Tensor:
-        return rounded_at_random(W, dtype, generator(recipe.seed, name)) if dtype in DROPPED else W.to(dtype)
-
-    def work(name: str) -> T:
-        linear = linears.get(name)
-        if name in whole:
-            tied = min(other for other, tensor in whole.items() if torch.equal(tensor, whole[name]))
-            return then(name, linear, rounded(tied, whole[name].float(), weights.dtypes[name]))
-        if linear is None or (f"{name}.absmax" not in weights.files and linear.name not in adapter.factors):
-            return then(name, linear, weights.read(name))
-        W, dtype = read_weight(weights, linear, device)
-        if linear.name in adapter.factors:
-            A, B = adapter.pair(linear.name, W.shape, device)
-            W = rounded(name, minus_product(W, B, A, -1.0), dtype)
-        return then(name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu())
-
-    names = [name for name in weights.files if name in whole or not any(owner in linears for owner in _owners(name))]
-    worked_on = [layer for layer in layers if not layer.embedding or layer.name in adapter.factors]
-    workers, ahead, each = in_flight(max(layer.num_out * layer.num_in for layer in worked_on), device)
-    yield from in_order(work, names, workers, max(2, ahead), each)
-    for name in sorted(whole.keys() - weights.files.keys()):
-        yield then(name, None, whole[name].float())
-
-
-def _on_disk(model: PreTrainedModel, weights: Weights, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """(name on disk, tensor) of what trained whole. Of a tied parameter some files hold one name, some both."""
-    first, head = {name for name, _ in model.named_parameters()}, head_names(model)
-    disk_name = names_on_disk(model, weights)
-    for name, tensor in adapter.saved.items():
-        if name.split(".")[0] in head:
-            yield name, tensor
-        elif on_disk := disk_name(name, required=False):
-            yield on_disk, tensor
-        elif name in first:
-            raise UsageError(
-                f"{weights.folder}: no tensor for {name}, which trained whole",
-                "its files name it in a way of their own; please report it with the model",
-            )
-
-
-def _owners(name: str) -> Iterator[str]:
-    """a.b.c -> a.b, a: the tensors that `name` may be a part of, as the scales of an NF4 weight are."""
-    while name := name.rpartition(".")[0]:
-        yield name
 
 
 def _adapter_logits(recipe: Recipe, folder: Path, adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:

@@ -19,13 +19,22 @@ from pissa_cli.chat import write_stops
 from pissa_cli.checkpoint import Names, checkpoint_tensors, checkpoints, latest_checkpoint, step_of
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import frozen_base, open_run, read_start, require_base
-from pissa_cli.integrity import DISTRUST, hashes, model_facts, not_finite, require_files, require_sealed, sealed
+from pissa_cli.integrity import (
+    DISTRUST,
+    hashes,
+    model_facts,
+    not_finite,
+    read_settings,
+    require_files,
+    require_sealed,
+    sealed,
+)
 from pissa_cli.loading import load_model
 from pissa_cli.model import head_names, skeleton
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_config, rank_of, read_peft, write_peft
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json, write_text
-from pissa_cli.side_files import copy_side_files, copy_tokenizer
+from pissa_cli.side_files import copy_side_files, copy_tokenizer, task_settings
 
 
 def write_result(
@@ -47,10 +56,14 @@ def write_result(
         )
     if isinstance(adapter, FullOptions):
         with whole_folder(run.merged) as folder:
-            copy_side_files(require_base(run, manifest, recipe), folder, recipe)
             parameters = dict(model.named_parameters(remove_duplicate=False))
             state = {n: trained[names[parameters[n]]] if n in parameters else t for n, t in model.state_dict().items()}
             model.save_pretrained(folder, state_dict=state)
+            base = require_base(run, manifest, recipe)
+            copy_side_files(base, folder, recipe)  # over those that transformers wrote in the form of its own version
+            settings = read_settings(base) | task_settings(model)
+            dtype = "torch_dtype" if "torch_dtype" in settings else "dtype"
+            write_json(folder / "config.json", settings | {dtype: str(model.dtype).removeprefix("torch.")})
             for file in folder.glob("*.safetensors"):
                 file.chmod(folder.stat().st_mode & 0o666)  # safetensors writes 0600
             write_stops(folder, recipe)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pissa_cli.errors import UsageError
 from pissa_cli.model import Linear
@@ -37,8 +37,8 @@ def group_size(layers: list[Linear]) -> int:
 
 
 def takes(layer: Linear, group: int) -> bool:
-    """Whether a layer can be stored so: torch's own Linear with rows of whole groups."""
-    return not (layer.transposed or layer.bypassed or layer.dense) and layer.num_in % group == 0
+    """Whether a layer can be stored so: torch's own Linear with rows of whole groups, and more than one."""
+    return not (layer.transposed or layer.bypassed or layer.dense) and layer.num_out > 1 and layer.num_in % group == 0
 
 
 def _nearest(unit: Tensor, share: float, out: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def pack(name: str, W: Tensor, dtype: torch.dtype, group: int) -> tuple[dict[str
 
 
 def config(dense: list[str], group: int) -> dict[str, Any]:
-    """`quantization_config` of a transformers checkpoint; `dense` names the Linear modules left as they are."""
+    """`quantization_config` of a transformers checkpoint; `dense` names the modules left as they are."""
     weights = {
         "num_bits": 4,
         "type": "int",
@@ -83,9 +83,3 @@ def config(dense: list[str], group: int) -> dict[str, Any]:
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": dense,
     }
-
-
-def dense_modules(model: nn.Module, layers: list[Linear], group: int) -> list[str]:
-    """The Linear modules that stay dense."""
-    packed = {layer.name for layer in layers if takes(layer, group)}
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]

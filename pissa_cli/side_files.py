@@ -17,6 +17,7 @@ from pissa_cli.integrity import VOCABULARIES, read_settings
 from pissa_cli.model import DTYPES, Linear, head_names, skeleton
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import read_json, write_json, write_text
+from pissa_cli.weights import open_weights
 from pissa_cli.yamlfile import shown
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -28,14 +29,23 @@ MORE_TEMPLATES = "additional_chat_templates"
 def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[Linear], double_quant: bool) -> None:
     """The side files of `source` in `target`, and a config.json that says which layers are NF4 and which are not."""
     copy_side_files(source, target, recipe)
-    names = {layer.name for layer in linears if layer.packable}
     model = skeleton(source, recipe.model)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    dense = [name for name in linear if name not in names]
+    dense = dense_modules(model, target, {layer.name for layer in linears if layer.packable})
     content = read_settings(source) | task_settings(model)
     compute_dtype = str(DTYPES[recipe.precision]).removeprefix("torch.")
     content["quantization_config"] = quant.config(double_quant, compute_dtype, dense)
     write_json(target / "config.json", content)
+
+
+def dense_modules(model: PreTrainedModel, folder: Path, packed: set[str]) -> list[str]:
+    """The modules that readers may take for linear layers and that are not `packed` in `folder`: the model's own, and
+    all with a matrix in the files. A router is a layer of its own kind here, for transformers 4 and vLLM a linear one.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    weights = open_weights(folder)
+    matrices = [name for name, shape in weights.shapes.items() if name.endswith(".weight") and len(shape) == 2]
+    dense = [name.removesuffix(".weight") for name in matrices if f"{name}.absmax" not in weights.files]
+    return list(dict.fromkeys([name for name in linear if name not in packed] + dense))
 
 
 def task_settings(model: PreTrainedModel) -> dict[str, Any]:

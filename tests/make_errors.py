@@ -19,7 +19,7 @@ AREAS = {
     "Run folder": "rundir names integrity initialize checkpoint exported peft_files optim",
     "Training": "train trainer prepare guards kernels launch faults sharding zero",
     "Evaluation": "evals",
-    "Merge, quantize, export": "export convert serving int4 probes card",
+    "Merge, quantize, export": "export dense convert serving int4 probes card",
     "Upload": "hub",
 }
 """By the modules that say them."""

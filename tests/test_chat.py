@@ -18,7 +18,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.evals.generate import special_stops
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.recipe import ModelSection, Recipe
-from pissa_cli.side_files import copy_side_files
+from pissa_cli.side_files import copy_side_files, copy_tokenizer
 
 SECTION = DataSection(format="chat")
 PLAIN = (
@@ -382,10 +382,19 @@ def test_the_recipes_own_template_goes_with_the_model(models: Callable[[str], Pa
     for path in base.glob("*.json"):
         (tmp_path / "source" / path.name).write_bytes(path.read_bytes())
     (tmp_path / "source" / "chat_template.jinja").write_text(PLAIN)
-    copy_side_files(tmp_path / "source", tmp_path / "merged", recipe)
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHATML
+    (tmp_path / "source" / "chat_template.json").write_text(json.dumps({"chat_template": PLAIN}))
+    for copy in (copy_side_files, copy_tokenizer):
+        folder = tmp_path / copy.__name__
+        copy(tmp_path / "source", folder, recipe)
+        assert AutoTokenizer.from_pretrained(folder).chat_template == CHATML
+        said = json.loads((folder / "tokenizer_config.json").read_text())  # which llama.cpp, Ollama and TGI read
+        assert said["chat_template"] == CHATML and not (folder / "chat_template.json").exists()
+    (tmp_path / "source" / "additional_chat_templates").mkdir()
+    (tmp_path / "source" / "additional_chat_templates" / "tools.jinja").write_text("x")
+    (tmp_path / "source" / "NOTICE").write_text("x")
     copy_side_files(tmp_path / "source", tmp_path / "other", Recipe(model=ModelSection(name=str(base))))
-    assert AutoTokenizer.from_pretrained(tmp_path / "other").chat_template == PLAIN
+    assert AutoTokenizer.from_pretrained(tmp_path / "other").chat_template == {"default": PLAIN, "tools": "x"}
+    assert (tmp_path / "other" / "NOTICE").is_file()
 
 
 def test_other_programs_know_where_an_answer_ends(models: Callable[[str], Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import Outcome, exact_scales, make_model, save_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig
 
 from pissa_cli import export, quant
 from pissa_cli.adapters.start import Adapter
@@ -183,12 +183,12 @@ def test_a_wrong_merge_is_refused(
     models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = trained(recipe, models("llama"), rows, "model.bits=32")
-    original = export._dense_tensors
+    original = export.dense_tensors
 
     def doubled(recipe: Any, folder: Path, weights: Any, adapter: Adapter, then: Any) -> Any:
         return original(recipe, folder, weights, Adapter(adapter.factors, dict.fromkeys(adapter.scales, 2.0)), then)
 
-    monkeypatch.setattr(export, "_dense_tensors", doubled)
+    monkeypatch.setattr(export, "dense_tensors", doubled)
     with pytest.raises(PissaError, match="logits differ"):
         export.merge(made)
     assert not Run(Path(made.output)).merged.exists()
@@ -248,6 +248,59 @@ def test_full_fine_tuning_needs_no_merge_and_quantizes(models: Callable[[str], P
         export.quantize(made, None, Run(Path(made.output)).quantized, step=1)
     with pytest.raises(UsageError, match="exists already"):
         export.quantize(made, None, Run(Path(made.output)).merged)
+
+
+def test_a_full_fine_tuning_keeps_the_configuration_of_its_base(
+    models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    """Other versions of transformers, and servers, know other keys than those that this version writes."""
+    folder = shutil.copytree(models("llama"), tmp_path / "base")
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["rope_parameters"], settings["dtype"]
+    old = settings | {"rope_theta": 500000.0, "torch_dtype": "bfloat16", "transformers_version": "4.43.0", "ours": [1]}
+    (folder / "config.json").write_text(json.dumps(old))
+    made = recipe(folder, "model.bits=32", "adapter.method=full", f"data.train={rows}", "train.steps=1")
+    train(made)
+    merged = Run(Path(made.output)).merged
+    assert json.loads((merged / "config.json").read_text()) == old | {"torch_dtype": "float32"}
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert model.dtype == torch.float32 and model.config.rope_parameters["rope_theta"] == 500000.0
+    assert torch.equal(logits(model), logits(load_result(made, torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_head_is_written_beside_names_of_its_kind(bits: int, recipe: Make, tmp_path: Path) -> None:
+    """The files of a backbone have no prefix; transformers 4 takes a head for a part of it then."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    folder = save_model(AutoModel.from_config(BertConfig(vocab_size=512, **shape)), tmp_path / "bert")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{i} apples", "label": i % 2}) + "\n" for i in range(8)))
+    task = ("model.task=sequence-classification", 'model.labels=["no", "yes"]', "data.format=classification")
+    made = recipe(folder, f"model.bits={bits}", *task, f"data.train={data}", "adapter.rank=4", "train.steps=1")
+    train(made)
+    export.merge(made)
+    export.quantize(made, None, tmp_path / "nf4")
+    assert not any(name.startswith("bert.") for name in open_weights(folder).files)
+    for written in (Run(Path(made.output)).merged, tmp_path / "nf4"):
+        names = set(open_weights(written).files)
+        assert names >= {"classifier.weight", "bert.pooler.dense.bias"}
+        assert all(name.startswith(("bert.", "classifier.")) for name in names)
+
+
+@pytest.mark.parametrize("form", ["nf4", "compressed-tensors"])
+def test_routers_are_named_as_dense(form: Any, models: Callable[[str], Path], recipe: Make, tmp_path: Path) -> None:
+    """transformers 4 and vLLM have linear layers there, which they would take for packed ones."""
+    export.quantize(recipe(models("qwen2_moe")), models("qwen2_moe"), tmp_path / "four", form=form)
+    said = json.loads((tmp_path / "four" / "config.json").read_text())["quantization_config"]
+    dense = said["llm_int8_skip_modules" if form == "nf4" else "ignore"]
+    tensors = open_weights(tmp_path / "four").files
+    for layer in range(2):
+        for name in ("gate", "shared_expert_gate"):
+            module = f"model.layers.{layer}.mlp.{name}"
+            assert f"{module}.weight" not in tensors or module in dense
+    assert any(name.endswith("mlp.gate") for name in dense)
+    packed = {name.rpartition(".weight")[0] for name in tensors if ".weight." in name or "weight_packed" in name}
+    assert packed and not packed & set(dense)
 
 
 def test_the_adapter_has_its_tokenizer_and_a_card(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:

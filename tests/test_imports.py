@@ -15,7 +15,7 @@ LAYERS = [
     "train evals convert export hub launch",
     "trainer",
     "prepare kernels",
-    "exported guards card serving probes layer_report int4",
+    "exported dense guards card serving probes layer_report int4",
     "initialize",
     "ranks",
     "memory",

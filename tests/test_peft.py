@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from pissa_cli.exported import load_result
 from pissa_cli.initialize import initialize
-from pissa_cli.peft_files import read_peft
+from pissa_cli.peft_files import peft_config, read_peft
 from pissa_cli.rundir import Run, read_json
 from pissa_cli.train import train
 from pissa_cli.weights import StreamWriter
@@ -122,3 +122,13 @@ def test_an_adapter_written_as_it_comes_is_a_safetensors_file(tmp_path: Path) ->
     assert set(found) == set(tensors) and all(torch.equal(found[name], tensors[name]) for name in tensors)
     with pytest.raises(ValueError, match="never written: a"):
         StreamWriter(tmp_path / "z.safetensors", {"a": (1,)}).close()
+
+
+@pytest.mark.parametrize(
+    ("base", "revision", "said"),
+    [("user/name", "refs/pr/1", "refs/pr/1"), ("user/name", None, None), ("/a/folder", "refs/pr/1", None)],
+)
+def test_the_revision_of_a_base_on_the_hub_is_said(base: str, revision: str | None, said: str | None) -> None:
+    config = peft_config("LORA", base, revision, {"a": 4}, {"a": 1.0}, {"target_modules": ["a"]}, False, 0)
+    assert config.get("revision") == said
+    assert pytest.importorskip("peft").LoraConfig(**config).revision == said

@@ -1,0 +1,97 @@
+"""The weights of a result in whole, W + s B A in the dtype of the base, one by one and under the names of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pissa_cli.adapters.start import Adapter
+from pissa_cli.disk_names import names_on_disk
+from pissa_cli.errors import UsageError
+from pissa_cli.model import Linear, best_device, head_names, linear_layers, read_weight, skeleton
+from pissa_cli.panels import DROPPED, minus_product, rounded_at_random
+from pissa_cli.pipeline import in_flight, in_order
+from pissa_cli.recipe import Recipe
+from pissa_cli.svd import generator
+from pissa_cli.weights import Weights
+
+T = TypeVar("T")
+
+
+def dense_tensors(
+    recipe: Recipe, folder: Path, weights: Weights, adapter: Adapter, then: Callable[[str, Linear | None, Tensor], T]
+) -> Iterator[T]:
+    """then(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone.
+
+    What was trained is rounded at random, by the seed: to the nearest, 16 bits would lose most of a small change.
+    Last the head of a classifier, in fp32, if the base has none. Several threads call `then`.
+    """
+    model = skeleton(folder, recipe.model)
+    layers = linear_layers(model, weights)
+    linears, device = {layer.tensor: layer for layer in layers}, best_device()
+    missing = set(adapter.factors) - {layer.name for layer in layers}
+    if missing:
+        raise UsageError(
+            f"the adapter has a layer {min(missing)} that {folder} lacks",
+            "that is not its base model: name that one, --set model.name=FOLDER",
+        )
+    whole = dict(_on_disk(model, weights, adapter))
+
+    def rounded(name: str, W: Tensor, dtype: torch.dtype) -> Tensor:
+        return rounded_at_random(W, dtype, generator(recipe.seed, name)) if dtype in DROPPED else W.to(dtype)
+
+    def work(name: str) -> T:
+        linear = linears.get(name)
+        if name in whole:
+            tied = min(other for other, tensor in whole.items() if torch.equal(tensor, whole[name]))
+            return then(name, linear, rounded(tied, whole[name].float(), weights.dtypes[name]))
+        if linear is None or (f"{name}.absmax" not in weights.files and linear.name not in adapter.factors):
+            return then(name, linear, weights.read(name))
+        W, dtype = read_weight(weights, linear, device)
+        if linear.name in adapter.factors:
+            A, B = adapter.pair(linear.name, W.shape, device)
+            W = rounded(name, minus_product(W, B, A, -1.0), dtype)
+        return then(name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu())
+
+    names = [name for name in weights.files if name in whole or not any(owner in linears for owner in _owners(name))]
+    worked_on = [layer for layer in layers if not layer.embedding or layer.name in adapter.factors]
+    workers, ahead, each = in_flight(max(layer.num_out * layer.num_in for layer in worked_on), device)
+    yield from in_order(work, names, workers, max(2, ahead), each)
+    for name in sorted(whole.keys() - weights.files.keys()):
+        yield then(name, None, whole[name].float())
+
+
+def _on_disk(model: PreTrainedModel, weights: Weights, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """(name on disk, tensor) of what trained whole. Of a tied parameter some files hold one name, some both."""
+    first, head = {name for name, _ in model.named_parameters()}, head_names(model)
+    disk_name = names_on_disk(model, weights)
+    for name, tensor in adapter.saved.items():
+        if name.split(".")[0] in head:
+            yield name, tensor
+        elif on_disk := disk_name(name, required=False):
+            yield on_disk, tensor
+        elif name in first:
+            raise UsageError(
+                f"{weights.folder}: no tensor for {name}, which trained whole",
+                "its files name it in a way of their own; please report it with the model",
+            )
+
+
+def _owners(name: str) -> Iterator[str]:
+    """a.b.c -> a.b, a: the tensors that `name` may be a part of, as the scales of an NF4 weight are."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def written_name(model: PreTrainedModel, weights: Weights) -> Callable[[str], str]:
+    """Under which name a tensor of `weights` is written. The files of a backbone alone (BERT's) may lack its prefix;
+    beside a head they get it, as transformers 4 takes no mixture."""
+    prefix, heads = f"{model.base_model_prefix}.", head_names(model)
+    if not heads or any(name.startswith(prefix) for name in weights.files):
+        return lambda name: name
+    return lambda name: name if name.split(".")[0] in heads else f"{prefix}{name}"
