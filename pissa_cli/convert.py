@@ -31,7 +31,7 @@ from pissa_cli.model import (
     resolve_base,
     skeleton,
 )
-from pissa_cli.peft_files import PeftWriter, peft_config, rank_of, read_peft
+from pissa_cli.peft_files import PeftWriter, peft_config, rank_of, read_peft, reader_of
 from pissa_cli.probes import logit_difference, probe_logits
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import require_free, whole_folder, write_text
@@ -105,7 +105,8 @@ def export_lora(
                 writer.add(layer.name, _padded(A, B, wanted))
         writer.close()
         copy_tokenizer(plain, folder, recipe)
-        write_text(folder / "README.md", model_card(recipe, "written as a LoRA for the plain base model", "peft", step))
+        what = f"written as a LoRA for the plain base model and {reader_of(config)}"
+        write_text(folder / "README.md", model_card(recipe, what, "peft", step))
         serve = check_served(folder, server, output, plain) if server else None
         if serve and server in TAKE_TEMPLATES and recipe.data.chat_template is not None:
             serve += f" --chat-template {shlex.quote(str(output / 'chat_template.jinja'))}"

@@ -31,7 +31,7 @@ from pissa_cli.integrity import (
 )
 from pissa_cli.loading import load_model
 from pissa_cli.model import head_names, skeleton
-from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_config, rank_of, read_peft, write_peft
+from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_config, rank_of, read_peft, reader_of, write_peft
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, copy_tokenizer, task_settings
@@ -104,7 +104,8 @@ def write_result(
     with whole_folder(run.adapter) as folder:
         write_peft(folder, result, config)
         copy_tokenizer(require_base(run, manifest, recipe), folder, recipe)
-        write_text(folder / "README.md", model_card(recipe, "exported as an adapter for PEFT", "peft", step))
+        what = f"exported as an adapter for {reader_of(config)}"
+        write_text(folder / "README.md", model_card(recipe, what, "peft", step))
         provenance["hashes"] = hashes(folder, (PEFT_CONFIG, PEFT_WEIGHTS))
         write_json(folder / PROVENANCE, sealed(provenance))
     return run.adapter

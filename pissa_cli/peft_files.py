@@ -188,6 +188,11 @@ def peft_config(
     }
 
 
+def reader_of(config: dict[str, Any]) -> str:
+    """Who loads it. Of a model with experts older versions leave some out, 0.18 without a word."""
+    return "PEFT 0.20 or later" if config.get("target_parameters") else "PEFT"
+
+
 def _module(parameter: str, heads: Sequence[str]) -> str:
     top = parameter.split(".")[0]
     return top if top in heads else parameter.rpartition(".")[0]
