@@ -20,6 +20,7 @@ import torch
 from conftest import Outcome, make_model, save_model
 
 from pissa_cli import recipe_file
+from pissa_cli.cli import edge
 from pissa_cli.errors import LAUNCHED
 from pissa_cli.initialize import initialize
 from pissa_cli.rundir import Run
@@ -443,3 +444,15 @@ def test_a_full_disk_costs_only_the_new_checkpoint(
     assert {p.name: p.read_bytes() for p in (run.checkpoints / "step-2").iterdir()} == before
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-2"]
     assert load_tensors(run.adapter / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"), [("train", "train.micro_batch_size"), ("eval", "eval.batch_size"), ("merge", "free memory")]
+)
+def test_advice_on_memory_is_that_of_the_command(command: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert edge.run_guarded(run, [command]) == 1
+    said = capsys.readouterr().err
+    assert "error: out of memory" in said and advice in said

@@ -20,6 +20,11 @@ from pissa_cli.errors import LAUNCHED, PissaError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 NO_MEMORY = r"(can't|[Cc]annot) allocate memory"
+LESS_MEMORY = {
+    "train": "lower train.micro_batch_size or set train.gradient_checkpointing",
+    "eval": "lower eval.batch_size, or eval.max_new_tokens",
+    "others": "free memory that other programs hold",
+}
 LOST = ("gloo", "NCCL", "Connection closed by peer")
 """Of what torch says where another process is gone."""
 ClickException = typer.BadParameter.__mro__[2]
@@ -124,8 +129,9 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
         if debug:
             Console(stderr=True).print_exception()
         text = str(error)
+        command = next(iter(arguments), "")
         if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or re.search(NO_MEMORY, text):
-            _show("out of memory", "lower train.micro_batch_size or set train.gradient_checkpointing", 1, as_json)
+            _show("out of memory", LESS_MEMORY[command if command in LESS_MEMORY else "others"], 1, as_json)
         elif "No usable temporary directory" in text:
             _show("there is no folder for temporary files", "set TMPDIR to one that can be written", 1, as_json)
         elif LAUNCHED in os.environ and any(word in text for word in LOST):

@@ -8,6 +8,7 @@ import json
 import sys
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli.errors import PissaError, UsageError
@@ -61,6 +62,8 @@ def score(
             found: Any = lm_eval.simple_evaluate(
                 wrapped, tasks=[task], limit=limit, task_manager=manager, apply_chat_template=chat, bootstrap_iters=1000
             )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # tasks are anyone's code, and their data come from the network
         raise PissaError(
             f"{bench}: the harness failed ({type(error).__name__}: {error})",
