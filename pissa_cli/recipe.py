@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -34,6 +35,12 @@ class ModelSection(Section):
     )
     labels: list[str] = Field([], description="classes in the order of their numbers; one name: a quantity")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @model_validator(mode="after")
+    def _a_folder_has_no_revision(self) -> ModelSection:
+        if self.revision is not None and Path(self.name).is_absolute():
+            raise ValueError(f"revision: {self.name} is a folder; remove it, or --set model.revision=null")
+        return self
 
 
 class TrainSection(Section):

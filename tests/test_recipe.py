@@ -192,6 +192,14 @@ def test_what_is_not_here_is_said(tmp_path: Path) -> None:
     assert "r.yaml:3: train.flash_attn: unknown key; this is chosen here" in raised.value.message
 
 
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    flags = {("model", "name"): ("--model", str(tmp_path))}
+    with pytest.raises(UsageError, match=r"model: revision: .* is a folder"):
+        load(None, flags, ["model.revision=v2"])
+    assert load(None, flags, ["model.revision=null"]).recipe.model.revision is None
+    assert load(None, {("model", "name"): ("--model", "a/b")}, ["model.revision=v2"]).recipe.model.revision == "v2"
+
+
 def test_several_sources_are_found_from_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
     data = "data: {train: [a.jsonl, some/data:main], eval: 2.5%}"
