@@ -42,6 +42,7 @@ from pissa_cli.side_files import write_nf4_config
 from pissa_cli.svd import frobenius_norm, nuclear_norm
 from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, open_weights
 
+FORMAT = 2  # of the manifest
 START_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 Progress = Callable[[int, int, str], None]
 """Called with (tensors done, tensors in all, name of the tensor)."""
@@ -77,6 +78,11 @@ def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
     manifest = run.read_manifest()
     require_closed(run.folder)
     require_sealed(manifest, run.manifest)
+    if manifest["format"] != FORMAT:
+        raise UsageError(
+            f"{run.manifest}: of format {manifest['format']}, this version of pissa reads {FORMAT}",
+            f"use that which made the run ({manifest['versions']['pissa']}), or start a new one",
+        )
     wanted = _start_of(recipe)
     for key, value in manifest["start"].items():
         if wanted.get(key) != value:
@@ -125,7 +131,7 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
         "settings": settings_hash(plan.folder),
     }
     manifest: dict[str, Any] = {
-        "format": 2,
+        "format": FORMAT,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
         "versions": _versions(),
         "start": _start_of(recipe),

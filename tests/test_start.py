@@ -18,11 +18,12 @@ from transformers.pytorch_utils import Conv1D
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import attach, lowrank_layers
 from pissa_cli.errors import UsageError
-from pissa_cli.initialize import initialize, read_start
+from pissa_cli.initialize import initialize, open_run, read_start
+from pissa_cli.integrity import sealed
 from pissa_cli.loading import load_model
 from pissa_cli.peft_files import read_peft
 from pissa_cli.quant import packed_weight, read
-from pissa_cli.rundir import Run
+from pissa_cli.rundir import Run, write_json
 
 STARTS = [("lora", "fast"), ("pissa", "fast"), ("pissa", "exact")]
 
@@ -126,6 +127,14 @@ def test_start_does_not_depend_on_the_global_generator_or_order(
     torch.manual_seed(0)
     A = found[2]["model.layers.0.self_attn.q_proj"]["A"]
     assert float(A.abs().max()) <= 64**-0.5 and float(A.var()) == pytest.approx(1 / (3 * 64), rel=0.2)
+
+
+def test_a_run_of_another_format_is_refused(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
+    made = recipe(models("llama"), "adapter.rank=4")
+    manifest = {key: value for key, value in initialize(made).items() if key != "seal"}
+    write_json(Run(Path(made.output)).manifest, sealed(manifest | {"format": 3}))
+    with pytest.raises(UsageError, match="of format 3, this version of pissa reads 2"):
+        open_run(made)
 
 
 def test_manifest_records_the_start(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
