@@ -18,13 +18,16 @@ from test_start import logits, relative
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pissa_cli.adapters.start import Adapter
 from pissa_cli.convert import export_lora, recompress
 from pissa_cli.errors import UsageError
 from pissa_cli.export import merge
 from pissa_cli.exported import load_plain_base, load_result
 from pissa_cli.int4 import group_size
 from pissa_cli.model import Linear
-from pissa_cli.rundir import Run, read_json
+from pissa_cli.peft_files import peft_config, write_peft
+from pissa_cli.rundir import Run, read_json, write_json
+from pissa_cli.serving import check_served
 from pissa_cli.train import train
 
 Make = Callable[..., Any]
@@ -155,6 +158,120 @@ def test_servers_refuse_what_they_cannot_serve(
     assert shlex.split(quoted.json["serve"])[2] == f"{made.output}/it's mine"
     assert pissa("export", made.output, "--for", "ollama").code == 2
     assert pissa("export", made.output, "--as", "nf4", "--rank", "4").code == 2
+
+
+def block(number: int, *kinds: str) -> list[str]:
+    return [f"model.layers.{number}.{kind}" for kind in kinds]
+
+
+ATTENTION = tuple(f"self_attn.{kind}_proj" for kind in "qkvo")
+MLP = tuple(f"mlp.{kind}_proj" for kind in ("gate", "up", "down"))
+LLAMA = [*block(0, *ATTENTION, *MLP), *block(1, *ATTENTION, *MLP)]
+MIXTRAL = [f"model.layers.0.block_sparse_moe.experts.0.{kind}" for kind in ("w1", "w2", "w3")]
+QWEN_MOE = [f"model.layers.0.mlp.experts.0.{kind}_proj" for kind in ("gate", "up", "down")]
+MLA = tuple(f"self_attn.{kind}" for kind in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))
+TEXT = [f"model.language_model.layers.0.{kind}" for kind in (*ATTENTION, *MLP)]
+TOWER = [f"model.vision_tower.encoder.layers.0.{kind}" for kind in ATTENTION]
+
+
+def served(folder: Path, server: str, layers: list[str], output: str = "out", **base: Any) -> str:
+    """The line for a made-up adapter of rank 8 of these layers; a base of two blocks unless it says otherwise."""
+    config = peft_config(
+        "LORA", "base", None, dict.fromkeys(layers, 8), dict.fromkeys(layers, 1.0), {"target_modules": layers}, False, 1
+    )
+    write_peft(folder, Adapter({name: {"A": torch.ones(8, 2), "B": torch.ones(2, 8)} for name in layers}, {}), config)
+    write_json(folder / "config.json", {"model_type": "llama", "num_hidden_layers": 2} | base)
+    return check_served(folder, server, Path(output), folder)
+
+
+@pytest.mark.parametrize(
+    ("server", "layers", "base", "message"),
+    [
+        ("tgi", MIXTRAL, {"model_type": "mixtral"}, "no LoRA for models of the type mixtral"),
+        ("tgi", LLAMA, {"model_type": "qwen3"}, "no LoRA for models of the type qwen3"),
+        ("tgi", TEXT, {"model_type": "gemma3", "text_config": {"num_hidden_layers": 1}}, "of the type gemma3"),
+        ("tgi", [*LLAMA, *QWEN_MOE], {}, r"ignore the adapter of model.layers.0.mlp.experts.0.down_proj"),
+        ("tgi", block(0, "mlp.gate_up_proj"), {"model_type": "phi3"}, "knows qkv_proj, o_proj, down_proj"),
+        ("tgi", LLAMA, {"model_type": "qwen2"}, "ignore the adapter of model.layers.0.mlp.gate_proj"),
+        ("tgi", LLAMA[:-1], {}, "ignore the adapters of down_proj, as layer 1 has none"),
+        ("tgi", LLAMA, {"num_hidden_layers": 3}, "as layer 2 has none"),
+        ("sglang", MIXTRAL, {}, "no LoRA for layers such as .*w1"),
+        ("sglang", block(0, "mlp.fc1"), {}, "no LoRA for layers such as .*fc1"),
+        ("sglang", block(0, "self_attn.q_proj", "self_attn.k_proj"), {}, "stacks .*q_proj with v_proj"),
+        ("sglang", block(0, "self_attn.k_proj"), {}, "stacks .*k_proj with q_proj"),
+        ("sglang", block(0, "self_attn.v_proj"), {}, "stacks .*v_proj with q_proj"),
+        ("sglang", [*LLAMA, *block(2, *MLP[1:])], {}, r"stacks model.layers.2.mlp.up_proj with gate_proj"),
+        ("sglang", block(0, *MLA[1:]), {}, "stacks .*kv_a_proj_with_mqa with q_a_proj"),
+        ("sglang", [*TEXT, *TOWER], {}, "take it for a layer of the language model"),
+        ("sglang", [*TEXT, "model.multi_modal_projector.o_proj"], {}, "would miss model.multi_modal_projector"),
+        ("vllm", LLAMA, {"architectures": ["FalconForCausalLM"]}, "no LoRA for FalconForCausalLM"),
+        ("vllm", LLAMA, {"architectures": ["StableLmForCausalLM"]}, "no LoRA for StableLmForCausalLM"),
+        ("llama.cpp", LLAMA, {"architectures": ["OPTForCausalLM"]}, "does not know OPTForCausalLM"),
+        ("llama.cpp", block(0, *MLA), {}, r"cannot convert the adapter of model.layers.0.self_attn.kv_b_proj"),
+        ("tgi", LLAMA, {"output": "a@b"}, "'@' has a meaning"),
+        ("tgi", LLAMA, {"output": "a=b"}, "'=' has a meaning"),
+        ("tgi", LLAMA, {"output": "a,b"}, "',' has a meaning"),
+        ("vllm", LLAMA, {"output": "a,b"}, "',' has a meaning"),
+    ],
+)
+def test_what_a_server_refuses_or_ignores_is_refused(
+    server: str, layers: list[str], base: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        served(tmp_path, server, layers, **base)
+
+
+@pytest.mark.parametrize(
+    ("server", "layers", "base"),
+    [
+        ("tgi", LLAMA, {}),
+        ("tgi", [*block(0, *ATTENTION), *block(1, *ATTENTION)], {"model_type": "gemma3_text"}),
+        ("tgi", block(0, "self_attn.qkv_proj", "mlp.down_proj"), {"model_type": "phi3", "num_hidden_layers": 1}),
+        ("sglang", [*LLAMA, *QWEN_MOE, *TEXT], {"output": "a=b"}),
+        ("sglang", block(0, "self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", *MLA), {}),
+        ("vllm", [*LLAMA, *MIXTRAL], {"architectures": ["MixtralForCausalLM"], "output": "a=b@c"}),
+        ("llama.cpp", [*LLAMA, *QWEN_MOE], {"architectures": ["Qwen3MoeForCausalLM"]}),
+    ],
+)
+def test_what_a_server_takes_is_not_refused(
+    server: str, layers: list[str], base: dict[str, Any], tmp_path: Path
+) -> None:
+    assert served(tmp_path, server, layers, **base)
+
+
+def test_no_server_takes_transposed_layers(
+    models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome]
+) -> None:
+    made = trained(recipe, models("gpt2"), rows, "model.bits=32", "adapter.rank=2")
+    for server in ("vllm", "sglang", "tgi", "llama.cpp"):
+        refused = pissa("export", made.output, "--for", server)
+        assert refused.code == 2 and "Conv1D" in refused.err and "--as merged" in refused.err
+
+
+def test_vllm_counts_the_rank_that_peft_gives_to_stacked_experts(
+    models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome], monkeypatch: Any
+) -> None:
+    import pissa_cli.serving
+
+    made = trained(recipe, models("qwen2_moe"), rows, "model.bits=32", "adapter.rank=6")
+    done = pissa("export", made.output, "--for", "vllm", "--json")
+    config = read_json(Path(done.json["path"]) / "adapter_config.json")
+    assert config["r"] == 12 and config["rank_pattern"] == {"gate_up_proj": 24}
+    assert "--max-lora-rank 32" in done.json["serve"]
+    served_by_sglang = pissa("export", made.output, "--for", "sglang", "--json").json["serve"]
+    assert "--max-lora-rank 12" in served_by_sglang
+    monkeypatch.setattr(pissa_cli.serving, "SERVERS", {"vllm": pissa_cli.serving.Server("vLLM", (1, 8, 16), "{rank}")})
+    refused = pissa("export", made.output, "--for", "vllm")
+    assert refused.code == 2 and "ranks up to 16, this adapter has 24" in refused.err and "--rank 8" in refused.err
+    assert pissa("export", made.output, "--for", "vllm", "--rank", "8", "--json").json["serve"] == "16"
+
+
+def test_vllm_of_old_ignores_patterns(
+    models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome]
+) -> None:
+    made = trained(recipe, models("llama"), rows, "model.bits=32", "adapter.rank_pattern={q_proj: 2}")
+    refused = pissa("export", made.output, "--for", "vllm")
+    assert refused.code == 2 and "vLLM before 0.32 ignores rank_pattern" in refused.err and "--uniform" in refused.err
 
 
 def test_any_checkpoint_can_be_exported(
