@@ -35,7 +35,7 @@ from pissa_cli.peft_files import PeftWriter, peft_config, rank_of, read_peft, re
 from pissa_cli.probes import logit_difference, probe_logits
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import require_free, whole_folder, write_text
-from pissa_cli.serving import TAKE_TEMPLATES, check_served, require_server
+from pissa_cli.serving import TEMPLATES, check_served, require_server
 from pissa_cli.side_files import copy_tokenizer
 from pissa_cli.svd import SVD
 from pissa_cli.weights import open_weights
@@ -108,8 +108,9 @@ def export_lora(
         what = f"written as a LoRA for the plain base model and {reader_of(config)}"
         write_text(folder / "README.md", model_card(recipe, what, "peft", step))
         serve = check_served(folder, server, output, plain) if server else None
-        if serve and server in TAKE_TEMPLATES and recipe.data.chat_template is not None:
-            serve += f" --chat-template {shlex.quote(str(output / 'chat_template.jinja'))}"
+        if serve and server in TEMPLATES and recipe.data.chat_template is not None:
+            option, file = TEMPLATES[server]
+            serve += f" {option} {shlex.quote(str(output / file))}"
         compared = _compare(recipe, stored, result, plain, folder) if check else {}
     return {
         "path": str(output),

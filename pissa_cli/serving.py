@@ -13,6 +13,7 @@ from pissa_cli.experts import EXPERT_PARAMETERS
 from pissa_cli.integrity import read_settings
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from pissa_cli.rundir import read_json
+from pissa_cli.side_files import TOKENIZER_CONFIG
 from pissa_cli.weights import load_tensors
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -92,8 +93,12 @@ SERVERS = {
 }
 
 
-TAKE_TEMPLATES = ("vllm", "sglang")
-"""Servers with an option --chat-template."""
+TEMPLATES = {
+    "vllm": ("--chat-template", "chat_template.jinja"),
+    "sglang": ("--chat-template", "chat_template.jinja"),
+    "tgi": ("--tokenizer-config-path", TOKENIZER_CONFIG),
+}
+"""By which option, and from which file, a server takes another chat template than that of the base."""
 
 
 def require_server(name: str) -> None:

@@ -274,6 +274,20 @@ def test_vllm_of_old_ignores_patterns(
     assert refused.code == 2 and "vLLM before 0.32 ignores rank_pattern" in refused.err and "--uniform" in refused.err
 
 
+def test_the_line_names_the_recipe_s_template(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    made = trained(recipe, models("llama"), rows, "model.bits=32", "adapter.rank=2")
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    data = made.data.model_copy(update={"format": "chat", "template": template})
+    made, out = made.model_copy(update={"data": data}), Path(made.output) / "exported"
+    servers = ("vllm", "sglang", "tgi", "llama.cpp")
+    lines = {server: export_lora(made, out, server=server)["serve"] for server in servers}
+    assert lines["vllm"].endswith(f" --chat-template {out}/chat_template.jinja")
+    assert lines["sglang"].endswith(f" --chat-template {out}/chat_template.jinja")
+    assert lines["tgi"].endswith(f" --tokenizer-config-path {out}/tokenizer_config.json")
+    assert lines["llama.cpp"].startswith("python convert_lora_to_gguf.py") and "template" not in lines["llama.cpp"]
+    assert read_json(out / "tokenizer_config.json")["chat_template"] == template
+
+
 def test_any_checkpoint_can_be_exported(
     models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome]
 ) -> None:
