@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from pissa_cli.errors import UsageError
 from pissa_cli.recipe import ModelSection
@@ -35,11 +36,21 @@ def read_config(folder: Path, section: ModelSection) -> Any:
         config.id2label = dict(enumerate(section.labels))
         config.label2id = {label: number for number, label in enumerate(section.labels)}
         config.problem_type = "regression" if len(section.labels) == 1 else "single_label_classification"
-        pad = getattr(config, "pad_token_id", None)
-        if pad is None or not 0 <= pad < config.get_text_config().vocab_size:
-            eos = config.eos_token_id
-            config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+        config.pad_token_id = _padding(folder, section, config)
     return config
+
+
+def _padding(folder: Path, section: ModelSection, config: Any) -> int | None:
+    """Of what can be padding, the first that the model has an embedding of: its own, the tokenizer's, which is what
+    others pad with, and the end-of-text of either."""
+    known = config.get_text_config().vocab_size
+    own, found = getattr(config, "pad_token_id", None), end_tokens(getattr(config, "eos_token_id", None))
+    if own is not None and 0 <= own < known:
+        return int(own)
+    with suppress(Exception), no_panic(folder):  # whoever needs the tokenizer says what is wrong with it
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+        found = [tokenizer.pad_token_id, *found, tokenizer.eos_token_id]
+    return next((token for token in found if token is not None and 0 <= token < known), None)
 
 
 def require_tokens(name: str, tokens: Iterable[int], config: Any) -> None:
@@ -74,6 +85,17 @@ def _fault(key: str, value: Any) -> str | None:
     if re.search(r"dropout|pdrop", key) and not 0 <= value < 1:
         return "which is no probability below 1"
     return None
+
+
+@contextmanager
+def no_panic(source: object) -> Iterator[None]:
+    """Where a tokenizer runs: UsageError if the library in Rust breaks down, which is no Exception in Python."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UsageError(f"{source}: the tokenizer breaks down ({first_line(error)})", "is its file damaged?") from None
 
 
 def first_line(error: BaseException) -> str:

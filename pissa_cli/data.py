@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.chat import encode_chat, question_text, require_template
 from pissa_cli.classification import encode_classified, label_columns
+from pissa_cli.configuration import no_panic
 from pissa_cli.data_options import FIELDS, OPTIONAL_FIELDS, DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import CUT, Encoded, Examples, cache_key, no_usable_row, read_cache, refuse, write_cache
-from pissa_cli.loading import no_panic
 from pissa_cli.messages import unused_keys
 from pissa_cli.rows import Row, content_hash, read_rows, text_of, value_of
 from pissa_cli.turns import tokens_of, tokens_within

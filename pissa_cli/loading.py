@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli import quant
-from pissa_cli.configuration import first_line, read_config
+from pissa_cli.configuration import first_line, no_panic, read_config
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import Expert, set_part, without_expert_weights
 from pissa_cli.model import (
@@ -106,17 +104,6 @@ def _packed_experts(folder: Path, section: ModelSection) -> dict[Expert, nn.Modu
         modules[layer.expert] = nn.Linear(layer.num_in, layer.num_out, bias=False, device="meta")
         modules[layer.expert].weight = nn.Parameter(stored, requires_grad=False)
     return modules
-
-
-@contextmanager
-def no_panic(source: object) -> Iterator[None]:
-    """Where a tokenizer runs: UsageError if the library in Rust breaks down, which is no Exception in Python."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise UsageError(f"{source}: the tokenizer breaks down ({first_line(error)})", "is its file damaged?") from None
 
 
 def load_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:

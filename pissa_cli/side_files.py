@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
+from pissa_cli.configuration import read_config
 from pissa_cli.errors import UsageError
 from pissa_cli.integrity import VOCABULARIES, read_settings
+from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import DTYPES, Linear, head_names, skeleton
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import read_json, write_json, write_text
@@ -22,6 +24,8 @@ from pissa_cli.yamlfile import shown
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 """Where llama.cpp, Ollama and TGI look for the chat template before, or instead of, chat_template.jinja."""
+SPECIAL_TOKENS = "special_tokens_map.json"
+"""Goes before that, in what older versions of transformers wrote."""
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 MORE_TEMPLATES = "additional_chat_templates"
 
@@ -77,7 +81,7 @@ def copy_side_files(source: Path, target: Path, recipe: Recipe) -> None:
 
 def copy_tokenizer(source: Path, target: Path, recipe: Recipe) -> None:
     """Copy the tokenizer's files, and the chat template, or the recipe's own."""
-    names = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "*.tiktoken")
+    names = ("tokenizer*", SPECIAL_TOKENS, "added_tokens.json", "chat_template*", "*.model", "*.tiktoken")
     _copy(source, target, recipe, (*VOCABULARIES, *names))
 
 
@@ -87,6 +91,8 @@ def _copy(source: Path, target: Path, recipe: Recipe, patterns: Sequence[str]) -
         wanted = any(path.match(pattern) for pattern in patterns)
         if path.is_file() and wanted and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
+    if recipe.model.task == "sequence-classification":
+        _write_padding(source, target, recipe)
     template = recipe.data.chat_template
     if template is not None:
         write_text(target / "chat_template.jinja", template)
@@ -96,3 +102,14 @@ def _copy(source: Path, target: Path, recipe: Recipe, patterns: Sequence[str]) -
             write_json(settings, read_json(settings) | {"chat_template": template})
     elif (source / MORE_TEMPLATES).is_dir():
         shutil.copytree(source / MORE_TEMPLATES, target / MORE_TEMPLATES)
+
+
+def _write_padding(source: Path, target: Path, recipe: Recipe) -> None:
+    """Have the tokenizer pad with what the model takes for padding: one that pools the last token looks before that."""
+    pad, tokenizer = read_config(source, recipe.model).pad_token_id, load_tokenizer(source, recipe)
+    if pad in (None, tokenizer.pad_token_id):
+        return
+    for path in (target / TOKENIZER_CONFIG, target / SPECIAL_TOKENS):
+        settings = read_json(path) if path.is_file() else {}
+        if path.name == TOKENIZER_CONFIG or "pad_token" in settings:
+            write_json(path, settings | {"pad_token": tokenizer.convert_ids_to_tokens(pad)})

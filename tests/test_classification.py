@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +29,7 @@ from transformers import (
     LlamaConfig,
     RobertaConfig,
     XLNetConfig,
+    pipeline,
 )
 
 from pissa_cli.batches import collate
@@ -162,6 +164,45 @@ def test_merged_classifier_needs_nothing_said(
     assert model.config.id2label == {0: "not_equivalent", 1: "equivalent"}
     folder = Path(outcome.json["path"])
     close(logits(model, folder), logits(load_result(made, torch.device("cpu")), folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "wanted"),
+    [
+        ({"pad_token_id": None}, {}, 0),  # the tokenizer's
+        ({"pad_token_id": 600}, {}, 0),
+        ({"pad_token_id": None}, {"pad_token": None}, 1),  # end-of-text of the model
+        ({"pad_token_id": None, "eos_token_id": None}, {"pad_token": None}, 1),  # and of the tokenizer
+        ({"pad_token_id": 5}, {}, 5),  # the model's own, whatever the tokenizer has
+    ],
+)
+def test_merged_classifiers_pad_as_they_pool(
+    config: dict[str, Any],
+    settings: dict[str, Any],
+    wanted: int,
+    encoders: Callable[[str], Path],
+    classifier: Callable[..., Any],
+    pissa: Callable[..., Outcome],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "llama"
+    shutil.copytree(encoders("llama"), folder)
+    for name, changes in (("config.json", config), ("tokenizer_config.json", settings)):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+    made = classifier(folder, "model.bits=4", "train.precision=fp32", "train.steps=1")
+    train(made)
+    out = Path(made.output)
+    for command in (["merge"], ["quantize"], ["export", "--as", "lora", "--output", tmp_path / "lora"]):
+        outcome = pissa(*command[:1], made.output, *command[1:])
+        assert outcome.code == 0, outcome.err
+    for written in (out / "merged", out / "quantized", out / "adapter", tmp_path / "lora"):
+        assert AutoTokenizer.from_pretrained(written).pad_token_id == wanted, written
+    model = AutoModelForSequenceClassification.from_pretrained(out / "merged", dtype=torch.float32)
+    classify_texts = pipeline("text-classification", model, tokenizer=AutoTokenizer.from_pretrained(out / "merged"))
+    given = ["Anna has 7 apples.", "Tom ate.", "Mia had some fruit, and more of it."]
+    one_by_one, together = (classify_texts(given, batch_size=size) for size in (1, 3))
+    for alone, beside in zip(one_by_one, together, strict=True):
+        assert beside["label"] == alone["label"] and beside["score"] == pytest.approx(alone["score"], abs=1e-5)
 
 
 def test_four_bits(encoders: Callable[[str], Path], classifier: Callable[..., Any], pissa: Callable[..., Any]) -> None:
