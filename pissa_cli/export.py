@@ -30,7 +30,14 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.rows import is_file
 from pissa_cli.rundir import PROVENANCE, Run, require_free, whole_folder, write_json, write_text
 from pissa_cli.sets import held_out_sources
-from pissa_cli.side_files import copy_side_files, dense_modules, task_of, task_settings, write_nf4_config
+from pissa_cli.side_files import (
+    copy_side_files,
+    dense_modules,
+    keep_problem_type,
+    task_of,
+    task_settings,
+    write_nf4_config,
+)
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, open_weights
 
@@ -162,6 +169,8 @@ def quantize(
             taken = {layer.name for layer in linears if int4.takes(layer, group)}
             settings["quantization_config"] = int4.config(dense_modules(model, target, taken), group)
             write_json(target / "config.json", settings)
+        if model_folder is not None:
+            keep_problem_type(folder, target)
         write_stops(target, recipe)
         write_text(target / "README.md", model_card(recipe, f"quantized to 4 bits ({form})", step=step))
         compared = _before_and_after(recipe, tokenizer, folder, adapter, target)

@@ -74,6 +74,12 @@ def task_of(settings: dict[str, Any]) -> dict[str, Any]:
         ) from None
 
 
+def keep_problem_type(source: Path, target: Path) -> None:
+    """Have the classifier in `target` stay what that in `source` is: maybe one of several labels a text."""
+    if task_of(settings := read_settings(source)):
+        write_json(target / "config.json", read_settings(target) | {"problem_type": settings.get("problem_type")})
+
+
 def copy_side_files(source: Path, target: Path, recipe: Recipe) -> None:
     """Copy what is not weights: configuration, tokenizer, licence, and the chat template, or the recipe's own."""
     _copy(source, target, recipe, ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken", *LICENCES))

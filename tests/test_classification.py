@@ -246,6 +246,17 @@ def test_a_classifier_with_other_classes_gets_a_new_head(
     )
 
 
+@pytest.mark.parametrize("problem", ["multi_label_classification", None])
+def test_a_quantized_classifier_stays_what_it_was(
+    problem: str | None, encoders: Callable[[str], Path], pissa: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(encoders("bert"), num_labels=1, problem_type=problem)
+    folder = save_model(model, tmp_path / "theirs")
+    outcome = pissa("quantize", folder, "--output", tmp_path / "four")
+    assert outcome.code == 0, outcome.err
+    assert read_json(tmp_path / "four" / "config.json").get("problem_type") == problem
+
+
 def test_what_divides_in_place_trains(classifier: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_model(AutoModel.from_config(DebertaConfig(**_SHAPE, type_vocab_size=0)), tmp_path / "deberta-v1")
     made = classifier(folder, "model.bits=32", "adapter.targets=[in_proj]")
