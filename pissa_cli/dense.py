@@ -29,11 +29,11 @@ def dense_tensors(
     """then(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone.
 
     What was trained is rounded at random, by the seed: to the nearest, 16 bits would lose most of a small change.
-    Last the head of a classifier, in fp32, if the base has none. Several threads call `then`.
+    The head of a classifier is in fp32, and comes last if the base has none. Several threads call `then`.
     """
     model = skeleton(folder, recipe.model)
     layers = linear_layers(model, weights)
-    linears, device = {layer.tensor: layer for layer in layers}, best_device()
+    linears, head, device = {layer.tensor: layer for layer in layers}, head_names(model), best_device()
     missing = set(adapter.factors) - {layer.name for layer in layers}
     if missing:
         raise UsageError(
@@ -49,7 +49,8 @@ def dense_tensors(
         linear = linears.get(name)
         if name in whole:
             tied = min(other for other, tensor in whole.items() if torch.equal(tensor, whole[name]))
-            return then(name, linear, rounded(tied, whole[name].float(), weights.dtypes[name]))
+            dtype = torch.float32 if name.split(".")[0] in head else weights.dtypes[name]
+            return then(name, linear, rounded(tied, whole[name].float(), dtype))
         if linear is None or (f"{name}.absmax" not in weights.files and linear.name not in adapter.factors):
             return then(name, linear, weights.read(name))
         W, dtype = read_weight(weights, linear, device)

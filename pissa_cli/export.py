@@ -189,12 +189,7 @@ def _finish_full(recipe: Recipe) -> dict[str, Any]:
     folder = full_model(recipe)
     write_text(folder / "README.md", model_card(recipe, "merged into one model"))
     size = open_weights(folder).num_bytes()
-    return {
-        "path": str(folder),
-        "bytes": size,
-        "max_logit_difference": None,
-        "relative_logit_difference": None,
-    }
+    return {"path": str(folder), "bytes": size, "max_logit_difference": None, "relative_logit_difference": None}
 
 
 def _adapter_logits(recipe: Recipe, folder: Path, adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:

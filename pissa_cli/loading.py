@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli import quant
@@ -30,7 +32,7 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
     """The base with its weights on the CPU: dense in the dtype of `model.bits`, or NF4 from a run's `base/`.
 
     What NF4 leaves dense (embeddings, norms, head) gets the dtype of the products. The head of a classifier that is not
-    in the files starts from `seed`.
+    in the files starts from `seed`; that of a regression is in fp32.
     """
     dtype = {16: torch.bfloat16, 32: torch.float32, 4: DTYPES[precision]}[section.bits]
     experts = _packed_experts(folder, section) if section.bits == 4 else {}
@@ -71,7 +73,27 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
             if parameter.is_floating_point() and not any(part in name for part in strict):
                 parameter.data = parameter.data.to(dtype)
     quant.set_compute_dtype(model, DTYPES[precision])
+    if section.task == "sequence-classification" and len(section.labels) == 1:
+        _make_exact(model, folder)
     return cast(PreTrainedModel, model)
+
+
+@torch.no_grad()
+def _make_exact(model: PreTrainedModel, folder: Path) -> None:
+    """Have the head of a regression hold the values on disk, and compute, in fp32: in bf16 2000 is followed by 2008."""
+    stored = open_weights(folder)
+    for part in head_names(model):
+        for inside, module in model.get_submodule(part).named_modules(prefix=part):
+            for key, parameter in module.named_parameters(recurse=False):
+                parameter.data, name = parameter.float(), f"{inside}.{key}"
+                if stored.shapes.get(name) == tuple(parameter.shape):
+                    parameter.copy_(stored.read(name))
+                module.forward = partial(_in_fp32, type(module).forward, module)
+
+
+def _in_fp32(forward: Callable[..., Tensor], module: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(module, x.float())
 
 
 @torch.no_grad()

@@ -343,6 +343,43 @@ def test_loss_is_transformers_own(labels: int, encoders: Callable[[str], Path], 
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
 
 
+@pytest.mark.parametrize(("bits", "dtype"), [(16, torch.bfloat16), (4, torch.float32), (32, torch.float32)])
+@pytest.mark.parametrize("architecture", ["roberta", "llama"])
+def test_quantities_are_not_rounded_to_16_bits(
+    architecture: str,
+    bits: int,
+    dtype: torch.dtype,
+    encoders: Callable[[str], Path],
+    classifier: Callable[..., Any],
+    pissa: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """In bf16 the numbers about 2000 are 8 apart; a base that tells them apart still does when it is trained."""
+    model = AutoModelForSequenceClassification.from_pretrained(encoders(architecture), num_labels=1, dtype=dtype)
+    part = model.get_submodule("score" if architecture == "llama" else "classifier.out_proj")
+    part.weight.data.fill_(1.0)[:, 1::2] = 300.0
+    if part.bias is not None:
+        part.bias.data.fill_(2000.0)
+    folder = save_model(model, tmp_path / "years")
+    data = tmp_path / "years.csv"
+    data.write_text("text,label\n" + "".join(f"Anna has {year} apples.,{year}\n" for year in range(1985, 2015)))
+    sets = ("data.format=classification", "model.labels=[year]", f"model.bits={bits}", "train.precision=bf16")
+    made = classifier(folder, *sets, f"data.train={data}", f"data.eval={data}", "train.lr=1e-4", "train.steps=2")
+    train(made)
+    outcome = pissa("merge", made.output)
+    assert outcome.code == 0, outcome.err
+    outcome = pissa("eval", made.output, "--bench", "loss")
+    assert outcome.code == 0, outcome.err
+    lines = (Path(made.output) / "eval" / "loss" / "samples.jsonl").read_text().splitlines()
+    found = torch.tensor([json.loads(line)["answer"] for line in lines])
+    assert any(float(number) != float(number.bfloat16()) for number in found)
+    trained = load_result(made, torch.device("cpu"))
+    merged = load_model(Path(made.output) / "merged", made.dense_model, "bf16", 0)
+    for name in part.state_dict():
+        name = f"{'score' if architecture == 'llama' else 'classifier.out_proj'}.{name}"
+        assert torch.equal(merged.get_parameter(name), trained.get_parameter(name)), name
+
+
 def test_resume_is_bit_for_bit(encoders: Callable[[str], Path], classifier: Callable[..., Any]) -> None:
     whole = classifier(encoders("bert"), "model.bits=32", "train.save_every=2")
     train(whole)
