@@ -60,10 +60,11 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
     if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"'{column}' is {'missing' if value is None else 'neither a text nor a number'}")
     text, number = str(value).strip(), _number(value)
+    quoted = escaped(text[:SHOWN])
     if len(labels) == 1:
         if abs(number) <= LARGEST:
             return number
-        raise ValueError(f"'{column}' is '{text[:SHOWN]}', not a number")
+        raise ValueError(f"'{column}' is '{quoted}', not a number")
     if text in labels:
         return float(labels.index(text))
     numbers = [_number(label) for label in labels]
@@ -72,7 +73,12 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
             return float(numbers.index(number))
     elif number.is_integer() and 0 <= number < len(labels):
         return number
-    raise ValueError(f"'{column}' is '{text[:SHOWN]}', not one of model.labels ({', '.join(labels)})")
+    raise ValueError(f"'{column}' is '{quoted}', not one of model.labels ({', '.join(labels)})")
+
+
+def escaped(text: str) -> str:
+    """A text in one line, with what cannot be printed as Python escapes it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _number(value: object) -> float:

@@ -110,10 +110,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, then rename it into place."""
+    """Write a small file under a temporary name, then rename it into place. Half a character (a lone surrogate) is
+    escaped, as JSON has it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):

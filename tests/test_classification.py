@@ -46,7 +46,7 @@ from pissa_cli.loading import load_model
 from pissa_cli.loss import summed_loss
 from pissa_cli.plan import make_plan
 from pissa_cli.rows import read_rows
-from pissa_cli.rundir import read_json
+from pissa_cli.rundir import read_json, write_json
 from pissa_cli.train import train
 
 _SHAPE = {
@@ -497,6 +497,25 @@ def test_labels_that_are_not_there_are_quoted_with_their_rows(tokenizer: Any, tm
     path.write_text("text,label\n" + "".join(f"a,{number / 100}\n" for number in range(300)) + "b,no\n")
     unusable = load_examples(str(path), section, tokenizer, None, ["no", "yes"]).unusable
     assert len(unusable) == 11 and sum(map(len, unusable.values())) == 298  # 0.0 and 1.0 are classes
+
+
+def test_labels_that_cannot_be_printed_are_escaped(
+    encoders: Callable[[str], Path], classifier: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "odd.jsonl"
+    odd = {"text": "a b", "label": "a\ud83d\n\x1b[0m"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [odd, *({"text": "a b", "label": n} for n in (0, 1))]))
+    made = classifier(
+        encoders("bert"), "model.bits=32", "model.labels=[no, yes]", "data.format=classification", f"data.train={path}"
+    )
+    wanted = "'label' is 'a\\ud83d\\n\\x1b[0m', not one of model.labels (no, yes)"
+    assert train(made)["data"]["train"]["not_used"] == {wanted: 1}
+    assert read_json(Path(made.output) / "adapter" / "pissa.json")["data"]["train"]["not_used"] == {wanted: 1}
+
+
+def test_half_a_character_is_written_as_json_has_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "file.json", {"a": "\udc80 ü"})
+    assert read_json(tmp_path / "file.json") == {"a": "\udc80 ü"}
 
 
 def test_tab_separated_files_know_no_quotes(texts: Path) -> None:
