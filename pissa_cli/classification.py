@@ -14,6 +14,9 @@ from pissa_cli.glue import GLUE
 from pissa_cli.rows import Row, text_of, value_of
 
 SHOWN = 40
+MOST_NAMES, FEW_NAMES = 10, 5
+TRUTH = ("true", "false")
+"""Written in more than one way: JSON's, Python's, a spreadsheet's."""
 LARGEST = 1e18
 """Of quantities: their errors are squared and summed in fp32."""
 
@@ -57,7 +60,9 @@ def encode_classified(
 
 def label_number(value: object, column: str, labels: Sequence[str]) -> float:
     """The class of a row by its name or its number, or with one label the quantity. ValueError for anything else."""
-    if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, list):
+        raise ValueError(f"'{column}' is a list: one class a text; several labels a text are not trained here")
+    if value is None or not isinstance(value, str | int | float):
         raise ValueError(f"'{column}' is {'missing' if value is None else 'neither a text nor a number'}")
     text, number = str(value).strip(), _number(value)
     quoted = escaped(text[:SHOWN])
@@ -67,13 +72,22 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
         raise ValueError(f"'{column}' is '{quoted}', not a number")
     if text in labels:
         return float(labels.index(text))
+    if text.lower() in TRUTH and text.lower() in (lowered := [label.lower() for label in labels]):
+        return float(lowered.index(text.lower()))
     numbers = [_number(label) for label in labels]
     if any(map(math.isfinite, numbers)):  # classes such as 1 to 5: their names count, not their places
         if number in numbers:
             return float(numbers.index(number))
     elif number.is_integer() and 0 <= number < len(labels):
         return number
-    raise ValueError(f"'{column}' is '{quoted}', not one of model.labels ({', '.join(labels)})")
+    raise ValueError(f"'{column}' is '{quoted}', not one of model.labels ({listed(labels)})")
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names with commas; of many the first few, and how many there are."""
+    if len(names) <= MOST_NAMES:
+        return ", ".join(map(escaped, names))
+    return f"{', '.join(map(escaped, names[:FEW_NAMES]))}, ... ({len(names)})"
 
 
 def escaped(text: str) -> str:

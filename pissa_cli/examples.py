@@ -166,7 +166,7 @@ def cache_key(content: str, section: DataSection, tokenizer: PreTrainedTokenizer
     whole = xxhash.xxh3_128(content.encode())
     for part in (json.dumps(options, sort_keys=True), identity, str(tokenizer.chat_template), str(tokenizer.eos_token)):
         whole.update(part.encode())
-    return f"v7-{whole.hexdigest()}"
+    return f"v8-{whole.hexdigest()}"
 
 
 def write_cache(path: Path, examples: Examples) -> None:

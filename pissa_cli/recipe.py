@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +34,20 @@ class ModelSection(Section):
     task: Literal["causal-lm", "sequence-classification"] = Field(
         "causal-lm", description="what the model is trained for; a classifier gets a new head, which trains whole"
     )
-    labels: list[str] = Field([], description="classes in the order of their numbers; one name: a quantity")
+    labels: list[str] = Field(
+        [],
+        description="classes in the order of their numbers; one name: a quantity",
+        json_schema_extra={"items": {"type": ["string", "number", "boolean"]}},
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, labels: Any) -> Any:
+        """Numbers, true and false are names of classes as they are written."""
+        if not isinstance(labels, list):
+            return labels
+        return [json.dumps(label) if isinstance(label, int | float) else label for label in labels]
 
     @model_validator(mode="after")
     def _a_folder_has_no_revision(self) -> ModelSection:

@@ -448,7 +448,16 @@ def test_eval_scores_what_was_trained(
         (2, ["no", "yes"], "not one of"),
         (0.5, ["no", "yes"], "not one of"),
         (None, ["no", "yes"], "missing"),
-        (True, ["no", "yes"], "neither"),
+        (True, ["no", "yes"], r"'True', not one of model.labels \(no, yes\)"),
+        (True, ["false", "true"], 1),
+        (False, ["True", "False"], 1),
+        ("TRUE", ["false", "True"], 1),
+        ("true", ["true", "True"], 0),
+        ("NO", ["no", "yes"], "not one of"),
+        (True, ["score"], "not a number"),
+        ([1, 0], ["no", "yes"], "a list: one class a text"),
+        ({}, ["no", "yes"], "neither"),
+        ("x", [f"intent {n}" for n in range(77)], r"\(intent 0, intent 1, .*, intent 4, ... \(77\)\)$"),
         ("nan", ["score"], "not a number"),
         ("high", ["score"], "'label' is 'high', not a number"),
     ],
@@ -459,6 +468,20 @@ def test_labels(value: Any, labels: list[str], wanted: Any) -> None:
             label_number(value, "label", labels)
     else:
         assert label_number(value, "label", labels) == wanted
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ("[0, 1]", ["0", "1"]),
+        ("[false, true]", ["false", "true"]),
+        ("[1.5, 2]", ["1.5", "2"]),
+        ("[no, yes]", ["no", "yes"]),
+    ],
+)
+def test_numbers_and_truth_values_name_classes(written: str, wanted: list[str], recipe: Callable[..., Any]) -> None:
+    sets = ("model.task=sequence-classification", "data.format=classification", f"model.labels={written}")
+    assert recipe(Path("none"), *sets).model.labels == wanted
 
 
 def test_tokens_are_the_tokenizers(

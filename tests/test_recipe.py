@@ -158,7 +158,7 @@ def test_keys_of_other_tools_are_translated() -> None:
         ("train.seed=1", "belongs at the top"),
         ("train=3", "is a section with keys"),
         ("data.template=Q: {instruction} A: {output}", "quotes that the shell leaves"),
-        ("model.labels=[1, 2]", r"should be a valid string \(found \[1, 2\]\)$"),
+        ("adapter.targets=[1, 2]", r"should be a valid string \(found \[1, 2\]\)$"),
     ],
 )
 def test_values_of_another_kind(text: str, wanted: str) -> None:
