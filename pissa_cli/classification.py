@@ -22,7 +22,7 @@ LARGEST = 1e18
 
 
 def label_columns(section: DataSection, columns: Sequence[str]) -> dict[str, str]:
-    """text, text_pair where there is one, and label: the columns of rows that have these `columns`."""
+    """text, text_pair where there is such a column, and label: the columns of rows that have these `columns`."""
     if section.glue is not None:
         texts, label = GLUE[section.glue].columns(dict.fromkeys(columns))
         return dict(zip(("text", "text_pair"), texts, strict=False)) | {"label": label}
@@ -40,6 +40,8 @@ def encode_classified(
     for row in rows:
         *columns, label_column = label_columns(section, list(row)).values()
         try:
+            if section.glue is None and value_of(row, columns[-1]) in (None, ""):
+                columns = columns[:1]  # the second text is not there
             texts = [text_of(row, column) for column in columns]
             label = label_number(value_of(row, label_column), label_column, labels)
         except ValueError as error:

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Outcome, exact_scales, save_model
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -27,6 +29,7 @@ from transformers import (
     DebertaV2Config,
     GPT2Config,
     LlamaConfig,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     XLNetConfig,
     pipeline,
@@ -507,6 +510,20 @@ def test_tokens_are_the_tokenizers(
     assert examples.ids[: examples.length(0)].tolist() == wanted
     short = tokenizer("word " * 200, "short", truncation=True, max_length=32)["input_ids"]
     assert examples.ids[examples.length(0) :].tolist() == short
+
+
+def test_a_text_without_a_second_one_is_a_single_text(tokenizer: Any, tmp_path: Path) -> None:
+    path, row = tmp_path / "rows.jsonl", {"text": "Anna eats.", "label": 0}
+    rows = [row, row | {"text_pair": None}, row | {"text_pair": ""}, row | {"text_pair": math.nan}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    pairs.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", pair="$A <eos> $B <eos>", special_tokens=[("<eos>", 1)]
+    )
+    for columns in ({}, {"text_pair": "text_pair"}):
+        section = DataSection(format="classification", columns=columns)
+        examples = load_examples(str(path), section, pairs, None, ["no", "yes"])
+        assert [examples.tokens(i).tolist() for i in range(len(examples))] == 4 * [pairs("Anna eats.")["input_ids"]]
 
 
 def test_labels_that_are_not_there_are_quoted_with_their_rows(tokenizer: Any, tmp_path: Path) -> None:
