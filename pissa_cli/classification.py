@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.data_options import DataSection
-from pissa_cli.examples import Encoded
+from pissa_cli.errors import UsageError
+from pissa_cli.examples import Encoded, Examples
 from pissa_cli.glue import GLUE
 from pissa_cli.rows import Row, text_of, value_of
 
@@ -60,6 +62,19 @@ def encode_classified(
     return results
 
 
+def class_counts(examples: Examples, labels: Sequence[str]) -> str | None:
+    """A line with the rows of each class, where one has none."""
+    assert examples.labels is not None
+    if len(labels) == 1:
+        return None
+    counts = torch.bincount(examples.labels.long(), minlength=len(labels)).tolist()
+    if 0 not in counts:
+        return None
+    return f"classes without a row: {counts.count(0)} of {len(labels)}; rows of each: " + listed(
+        [f"{label} {count:,}" for count, label in sorted(zip(counts, labels, strict=True))]
+    )
+
+
 def label_number(value: object, column: str, labels: Sequence[str]) -> float:
     """The class of a row by its name or its number, or with one label the quantity. ValueError for anything else."""
     if isinstance(value, list):
@@ -83,6 +98,24 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
     elif number.is_integer() and 0 <= number < len(labels):
         return number
     raise ValueError(f"'{column}' is '{quoted}', not one of model.labels ({listed(labels)})")
+
+
+def numbers_of(rows: list[Row], section: DataSection) -> set[float]:
+    """The whole numbers that are labels of rows."""
+    found = {_number(value_of(row, label_columns(section, list(row))["label"])) for row in rows}
+    return {number for number in found if number.is_integer()}
+
+
+def require_from_zero(source: str, numbers: set[float], labels: Sequence[str]) -> None:
+    """UsageError where the labels of a set, `numbers` among them, count the classes from 1."""
+    last = len(labels)
+    named = any(math.isfinite(_number(label)) for label in labels)
+    if last > 1 and not named and last in numbers and 0 not in numbers and numbers & set(range(1, last)):
+        raise UsageError(
+            f"{source}: its labels count the classes from 1 to {last}; model.labels has them from 0 ({listed(labels)})",
+            "write names or numbers from 0 into the rows, or let model.labels be the numbers: "
+            f"[{listed([str(number + 1) for number in range(last)])}]",
+        )
 
 
 def listed(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.chat import encode_chat, question_text, require_template
-from pissa_cli.classification import encode_classified, label_columns
+from pissa_cli.classification import encode_classified, label_columns, numbers_of, require_from_zero
 from pissa_cli.configuration import no_panic
 from pissa_cli.data_options import FIELDS, OPTIONAL_FIELDS, DataSection
 from pissa_cli.errors import UsageError
@@ -104,12 +104,15 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
     ids: list[list[int]] = []
     targets: list[list[bool]] = []
     classes: list[float] = []
+    numbers: set[float] = set()
     unusable: dict[str, list[int]] = {}
     num_cut = num_lost = 0
     batch: list[tuple[int, Row]] = []
 
     def flush() -> None:
         nonlocal num_cut, num_lost
+        if section.classifies:
+            numbers.update(numbers_of([row for _, row in batch], section))
         encoded = _encode([row for _, row in batch], section, tokenizer, labels)
         for (number, _), result in zip(batch, encoded, strict=True):
             if isinstance(result, str):
@@ -149,14 +152,15 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
             flush()
     require_columns(source, section, columns)
     flush()
+    require_from_zero(source, numbers, labels)
     if not ids:
         raise no_usable_row(source, section, unusable)
     lengths = torch.tensor([0, *(len(tokens) for tokens in ids)])
     flat = torch.tensor([token for tokens in ids for token in tokens], dtype=torch.int32)
     mask = torch.tensor([target for flags in targets for target in flags], dtype=torch.bool)
-    numbers = torch.tensor(classes) if classes else None
+    every = torch.tensor(classes) if classes else None
     unused = [*_unused(section, columns), *inner]
-    return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut, numbers, unused, num_lost)
+    return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut, every, unused, num_lost)
 
 
 def _pieces(ids: list[int], length: int, bos: int | None) -> list[list[int]]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.chat import unlearned_prompt
 from pissa_cli.checkpoint import newest_facts
+from pissa_cli.classification import class_counts
 from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data import require_columns
 from pissa_cli.data_options import sources_of
@@ -102,7 +103,10 @@ def prepare(
             require_tokens(name, [int(loaded.ids.max())], read_config(folder, recipe.model))
             for line in loaded.notes(name):
                 watch({"note": line})
-    if not recipe.data.classifies:
+    if recipe.data.classifies:
+        if counts := class_counts(examples, recipe.model.labels):
+            watch({"note": f"data.train: {counts}"})
+    else:
         watch({"note": f"data.train: the first example: {first_example(examples, tokenizer)}"})
     if recipe.data.format == "chat" and (prompt := unlearned_prompt(examples, tokenizer)) is not None:
         watch({"note": f"data.format chat: `eval` asks with {prompt!r}, which what is learned does not follow here"})

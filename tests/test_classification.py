@@ -35,6 +35,7 @@ from transformers import (
     pipeline,
 )
 
+from pissa_cli import data
 from pissa_cli.batches import collate
 from pissa_cli.classification import label_number
 from pissa_cli.data import load_examples
@@ -510,6 +511,43 @@ def test_tokens_are_the_tokenizers(
     assert examples.ids[: examples.length(0)].tolist() == wanted
     short = tokenizer("word " * 200, "short", truncation=True, max_length=32)["input_ids"]
     assert examples.ids[examples.length(0) :].tolist() == short
+
+
+@pytest.mark.parametrize(
+    ("found", "labels", "refused"),
+    [
+        ([1, 2, 3, 3], ["a", "b", "c"], True),
+        ([1.0, "3"], ["a", "b", "c"], True),
+        ([1, 2, 3, 0], ["a", "b", "c"], False),
+        ([1, 2], ["a", "b", "c"], False),
+        (["a", "b", "c", 3], ["a", "b", "c"], False),
+        ([1, 2, 3], ["1", "2", "3"], False),
+        ([1, 2], ["score"], False),
+        (["NaN", 1e400, 2, 1], ["a", "b"], True),
+    ],
+)
+def test_labels_that_count_from_one_are_refused(
+    found: list[Any], labels: list[str], refused: bool, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "BATCH", 2)  # it shows over the whole set alone
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "a b", "label": label}) + "\n" for label in found))
+    with pytest.raises(UsageError, match="count the classes from 1 to") if refused else nullcontext():
+        load_examples(str(path), DataSection(format="classification"), tokenizer, None, labels)
+
+
+def test_classes_without_a_row_are_named(
+    encoders: Callable[[str], Path], classifier: Callable[..., Any], tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "a b,1\n" * 3 + "c d,0\n" * 2)
+    for labels in ("[a, b, c]", "[a, b]"):
+        sets = (f"model.labels={labels}", "data.format=classification", f"data.train={path}", "train.steps=1")
+        made = classifier(encoders("bert"), "model.bits=32", *sets, f"output={tmp_path / 'runs' / labels[-2]}")
+        train(made, watch=lambda event: notes.append(event.get("note", "")))
+    found = [note for note in notes if "classes without" in note]
+    assert found == ["data.train: classes without a row: 1 of 3; rows of each: c 0, a 2, b 3"]
 
 
 def test_a_text_without_a_second_one_is_a_single_text(tokenizer: Any, tmp_path: Path) -> None:
