@@ -70,9 +70,8 @@ def class_counts(examples: Examples, labels: Sequence[str]) -> str | None:
     counts = torch.bincount(examples.labels.long(), minlength=len(labels)).tolist()
     if 0 not in counts:
         return None
-    return f"classes without a row: {counts.count(0)} of {len(labels)}; rows of each: " + listed(
-        [f"{label} {count:,}" for count, label in sorted(zip(counts, labels, strict=True))]
-    )
+    rows = listed([f"{label} {count:,}" for count, label in sorted(zip(counts, labels, strict=True))])
+    return f"classes without a row: {counts.count(0)} of {len(labels)}; rows of each: {rows}"
 
 
 def label_number(value: object, column: str, labels: Sequence[str]) -> float:

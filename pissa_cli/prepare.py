@@ -17,6 +17,7 @@ from pissa_cli.data_options import sources_of
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples, first_example
 from pissa_cli.guards import require_context, require_reach, resumes, schedule_change
+from pissa_cli.heads import head_note
 from pissa_cli.initialize import Progress, initialize, open_run, require_base
 from pissa_cli.kernels import require_kernels
 from pissa_cli.loading import load_tokenizer
@@ -111,6 +112,8 @@ def prepare(
     if recipe.data.format == "chat" and (prompt := unlearned_prompt(examples, tokenizer)) is not None:
         watch({"note": f"data.format chat: `eval` asks with {prompt!r}, which what is learned does not follow here"})
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
+    if recipe.data.classifies and not resumed:
+        watch({"note": head_note(folder, recipe)})
     if note := left_dense(manifest.get("kept_dense", [])):
         watch({"note": note})
     return manifest, tokenizer, examples, held_out

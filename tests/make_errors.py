@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 AREAS = {
     "Any command": "cli.edge",
     "Recipe and flags": "yamlfile recipe_file recipe_errors translations recipe adapter_options data_options cli",
-    "Base model": "model configuration loading weights disk_names plan attach ranks experts side_files",
+    "Base model": "model configuration loading weights disk_names plan attach ranks experts side_files heads",
     "Data": "data sets rows examples chat messages turns classification",
     "Run folder": "rundir names integrity initialize checkpoint exported peft_files optim",
     "Training": "train trainer prepare guards kernels launch faults sharding zero",
@@ -36,6 +36,8 @@ NOTED = {
     "cli.evaluate": ("_notes",),
     "examples": ("notes",),
     "guards": ("schedule_change",),
+    "heads": ("head_note",),
+    "classification": ("class_counts",),
     "evals.gsm8k": ("other_form",),
 }
 """Functions that give messages, or notes, back."""

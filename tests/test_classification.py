@@ -261,6 +261,48 @@ def test_a_quantized_classifier_stays_what_it_was(
     assert read_json(tmp_path / "four" / "config.json").get("problem_type") == problem
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        (["positive", "negative"], "[negative, positive]", "write its order: model.labels: [positive, negative]"),
+        (["POSITIVE", "NEGATIVE"], "[negative, positive]", "write its order: model.labels: [positive, negative]"),
+        (["NEGATIVE", "POSITIVE"], "[negative, positive]", "the head is the base's, whose classes are NEGATIVE"),
+        (
+            ["bad", "good"],
+            "[negative, positive]",
+            "the head is the base's, whose classes are bad, good; these ",
+        ),
+        (["LABEL_1", "LABEL_0"], "[negative, positive]", "the head is the base's"),
+        (["negative", "positive"], "[negative, positive]", "the head is the base's"),
+        (["c", "b", "a"], "[a, b]", "the head is new, from the seed"),
+        ([], "[a, b]", "the head is new, from the seed"),
+    ],
+)
+def test_where_the_head_comes_from_is_said(
+    theirs: list[str],
+    ours: str,
+    said: str,
+    encoders: Callable[[str], Path],
+    classifier: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    folder = encoders("bert")
+    if theirs:
+        names = {"id2label": dict(enumerate(theirs)), "label2id": {name: n for n, name in enumerate(theirs)}}
+        folder = save_model(AutoModelForSequenceClassification.from_pretrained(folder, **names), tmp_path / "theirs")
+    data = tmp_path / "rows.csv"
+    data.write_text("text,label\na b,0\nc d,1\n")
+    sets = ("model.bits=32", f"model.labels={ours}", "data.format=classification", f"data.train={data}")
+    made = classifier(folder, *sets, "train.steps=1")
+    notes: list[str] = []
+    try:
+        train(made, watch=lambda event: notes.append(event.get("note", "")))
+        notes = [note for note in notes if note.startswith("the head is")]
+    except UsageError as error:
+        notes = [str(error.hint)]
+    assert len(notes) == 1 and notes[0].startswith(said)
+
+
 def test_what_divides_in_place_trains(classifier: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_model(AutoModel.from_config(DebertaConfig(**_SHAPE, type_vocab_size=0)), tmp_path / "deberta-v1")
     made = classifier(folder, "model.bits=32", "adapter.targets=[in_proj]")

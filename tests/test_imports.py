@@ -21,7 +21,7 @@ LAYERS = [
     "memory",
     "plan checkpoint faults",
     "attach",
-    "sets",
+    "sets heads",
     "data batches",
     "classification chat",
     "examples",

@@ -1,0 +1,44 @@
+"""The head that a classifier starts with: that of the base, or a new one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pissa_cli.classification import listed
+from pissa_cli.errors import UsageError
+from pissa_cli.integrity import read_settings
+from pissa_cli.model import head_names, skeleton
+from pissa_cli.recipe import Recipe
+from pissa_cli.side_files import task_of
+from pissa_cli.weights import open_weights
+
+
+def require_order(folder: Path, recipe: Recipe) -> None:
+    """UsageError for a base with a head of these very classes in another order. GLUE's numbers have theirs."""
+    theirs, ours = _named(folder), recipe.model.labels
+    folded, own = ([name.lower() for name in names] for names in (theirs, ours))
+    if recipe.data.glue is None and folded != own and sorted(folded) == sorted(own):
+        order = ", ".join(ours[own.index(name)] for name in folded)
+        raise UsageError(
+            f"model.labels: {folder} has a head of these classes in another order",
+            f"write its order: model.labels: [{order}]; where rows hold numbers, these count in it",
+        )
+
+
+def head_note(folder: Path, recipe: Recipe) -> str:
+    """Where the head comes from, for the person watching."""
+    model, shapes = skeleton(folder, recipe.model), open_weights(folder).shapes
+    head = {name: tuple(p.shape) for name, p in model.named_parameters() if name.split(".")[0] in head_names(model)}
+    if any(shapes.get(name) != shape for name, shape in head.items()):
+        return "the head is new, from the seed"
+    theirs, ours = _named(folder), recipe.model.labels
+    if theirs and theirs != ours:
+        return f"the head is the base's, whose classes are {listed(theirs)}; these are {listed(ours)}"
+    return "the head is the base's"
+
+
+def _named(folder: Path) -> list[str]:
+    """The classes of a base that is a classifier and names them."""
+    labels: list[str] = task_of(read_settings(folder)).get("labels", [])
+    return [] if all(re.fullmatch(r"LABEL_\d+", label) for label in labels) else labels
