@@ -476,6 +476,18 @@ def test_eval_scores_what_was_trained(
     assert np.allclose([s["logits"] for s in again], [s["logits"] for s in samples], atol=1e-4)
 
 
+def test_held_out_rows_are_scored_where_no_bench_is_named(
+    encoders: Callable[[str], Path], classifier: Callable[..., Any], pissa: Callable[..., Any], texts: Path
+) -> None:
+    made = classifier(encoders("bert"), "model.bits=32", f"data.eval={texts}", "train.steps=1")
+    train(made)
+    outcome = pissa("eval", made.output, "--json")
+    assert outcome.code == 0, outcome.err
+    assert list(outcome.json["results"]) == ["loss"] and "accuracy" in outcome.json["results"]["loss"]
+    outcome = pissa("eval", made.output, "--set", "data.eval=null")
+    assert outcome.code == 2 and "no benchmark given" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("value", "labels", "wanted"),
     [

@@ -1,6 +1,7 @@
 """`pissa eval`."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -61,7 +62,7 @@ def evaluate_command(
     from pissa_cli.cli import dryrun, show
 
     show.quiet_libraries(debug)
-    from pissa_cli.evals.benches import check_benches, check_files, runs_code
+    from pissa_cli.evals.benches import check_benches, check_files, runs_code, with_bench
     from pissa_cli.evals.classify import METRICS
     from pissa_cli.evals.results import score_samples
     from pissa_cli.evals.run import evaluate
@@ -70,6 +71,7 @@ def evaluate_command(
 
     if samples is not None and (compare_base or checkpoint is not None):
         raise UsageError("--samples: there is no model", "leave --compare-base and --checkpoint out")
+    loaded = replace(loaded, recipe=with_bench(loaded.recipe))
     check_benches(loaded.recipe, compare_base, loaded.sources)
     if dry_run:
         check_files(loaded.recipe)

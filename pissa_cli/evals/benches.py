@@ -34,6 +34,14 @@ def runs_code(recipe: Recipe) -> bool:
     return any(GENERATED[bench].runs_code for bench in recipe.eval.bench if bench in GENERATED)
 
 
+def with_bench(recipe: Recipe) -> Recipe:
+    """The recipe, in which a classifier with held-out rows and no benchmark is scored on these."""
+    section = recipe.eval
+    if section.bench or not recipe.data.classifies or not (recipe.data.eval or "loss" in section.data):
+        return recipe
+    return recipe.model_copy(update={"eval": section.model_copy(update={"bench": ["loss"]})})
+
+
 def check_benches(recipe: Recipe, base: bool = False, sources: Mapping[KeyPath, str] | None = None) -> None:
     """Refuse an unknown or missing benchmark, before anything is loaded. base: the model before training, too.
 
