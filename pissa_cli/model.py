@@ -163,6 +163,8 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
             num_in, num_out = shape if transposed else reversed(shape)
             tensor = f"{name}.weight"
             if weights is not None:
+                if embedding and tensor in model.all_tied_weights_keys and not disk_name(tensor, required=False):
+                    continue  # T5's encoder.embed_tokens: `shared` by another name
                 tensor = disk_name(tensor)
                 packed = f"{tensor}.absmax" in weights.files
                 if not packed and weights.shapes[tensor] != tuple(shape):

@@ -31,6 +31,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    T5Config,
     XLNetConfig,
     pipeline,
 )
@@ -301,6 +302,31 @@ def test_where_the_head_comes_from_is_said(
     except UsageError as error:
         notes = [str(error.hint)]
     assert len(notes) == 1 and notes[0].startswith(said)
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny T5, which pools the end-of-text that its tokenizer appends."""
+    shape = {"vocab_size": 512, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    ends = {"eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 0}
+    folder = save_model(AutoModel.from_config(T5Config(**shape, **ends)), tmp_path_factory.mktemp("t5") / "t5")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", pair="$A <eos> $B <eos>", special_tokens=[("<eos>", 1)]
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_t5_classifies(bits: int, t5: Path, classifier: Callable[..., Any], pissa: Callable[..., Outcome]) -> None:
+    """Its embeddings are on disk under one name of two."""
+    made = classifier(t5, f"model.bits={bits}", "train.precision=fp32")
+    train(made)
+    outcome = pissa("merge", made.output, "--json")
+    assert outcome.code == 0, outcome.err
+    merged = AutoModelForSequenceClassification.from_pretrained(outcome.json["path"], dtype=torch.float32)
+    close(logits(merged, t5), logits(load_result(made, torch.device("cpu")), t5))
 
 
 def test_what_divides_in_place_trains(classifier: Callable[..., Any], tmp_path: Path) -> None:
