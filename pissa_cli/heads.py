@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from pissa_cli.classification import listed
+from pissa_cli.disk_names import names_on_disk
 from pissa_cli.errors import UsageError
 from pissa_cli.integrity import read_settings
 from pissa_cli.model import head_names, skeleton
 from pissa_cli.recipe import Recipe
 from pissa_cli.side_files import task_of
-from pissa_cli.weights import open_weights
+from pissa_cli.weights import Weights, open_weights
 
 
 def require_order(folder: Path, recipe: Recipe) -> None:
@@ -23,6 +26,19 @@ def require_order(folder: Path, recipe: Recipe) -> None:
         raise UsageError(
             f"model.labels: {folder} has a head of these classes in another order",
             f"write its order: model.labels: [{order}]; where rows hold numbers, these count in it",
+        )
+
+
+def require_pooler(folder: Path, model: PreTrainedModel, weights: Weights) -> None:
+    """UsageError where the files have no pooler and the classifier has one within its backbone: those of a model that
+    fills gaps are without."""
+    pooler = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.pooler.")]
+    disk_name = names_on_disk(model, weights)
+    if pooler and not any(disk_name(name, required=False) for name in pooler):
+        raise UsageError(
+            f"{folder}: no pooler in its files, by which {type(model).__name__} sees a text as one",
+            "make a base with a new one, transformers.AutoModel.from_pretrained(FOLDER).save_pretrained(NEW), and copy "
+            "the tokenizer's files into NEW",
         )
 
 

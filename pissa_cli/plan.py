@@ -16,7 +16,7 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import whole_modules
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import holders_of_3d_weights
-from pissa_cli.heads import require_order
+from pissa_cli.heads import require_order, require_pooler
 from pissa_cli.model import DTYPES, Linear, head_names, linear_layers, match_targets, peft_targets, skeleton
 from pissa_cli.peft_files import FACTOR_NAMES
 from pissa_cli.recipe import Recipe
@@ -103,6 +103,8 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         raise UsageError(f"train.gradient_checkpointing: transformers has none for {type(model).__name__}", "remove it")
     if recipe.data.classifies:
         require_order(folder, recipe)
+        if weights is not None:
+            require_pooler(folder, model, weights)
     linears = linear_layers(model, weights)
     if recipe.model.bits == 4:
         require_same_layout(model, "set model.bits to 16")

@@ -329,6 +329,16 @@ def test_t5_classifies(bits: int, t5: Path, classifier: Callable[..., Any], piss
     close(logits(merged, t5), logits(load_result(made, torch.device("cpu")), t5))
 
 
+@pytest.mark.parametrize("method", ["pissa", "full"])
+def test_a_missing_pooler_is_named_with_what_to_do(method: str, classifier: Callable[..., Any], tmp_path: Path) -> None:
+    folder = save_model(AutoModelForMaskedLM.from_config(CONFIGS["bert"]()), tmp_path / "gaps")
+    sets = ("model.bits=32", f"adapter.method={method}", "train.steps=1")
+    with pytest.raises(UsageError, match="no pooler in its files") as raised:
+        initialize(classifier(folder, *sets))
+    assert "AutoModel.from_pretrained(FOLDER).save_pretrained(NEW)" in str(raised.value.hint)
+    assert train(classifier(save_model(AutoModel.from_pretrained(folder), tmp_path / "new"), *sets))["steps"] == 1
+
+
 def test_what_divides_in_place_trains(classifier: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_model(AutoModel.from_config(DebertaConfig(**_SHAPE, type_vocab_size=0)), tmp_path / "deberta-v1")
     made = classifier(folder, "model.bits=32", "adapter.targets=[in_proj]")
