@@ -12,6 +12,7 @@ from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pissa_cli.configuration import read_config
 from pissa_cli.data import load_examples
 from pissa_cli.data_options import DataSection, sources_of
 from pissa_cli.errors import UsageError
@@ -50,9 +51,17 @@ def load_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int
 def load_sources(
     sources: Sequence[str], section: DataSection, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> Examples:
-    """The examples of all sources, each from the cache of tokens if it is there. Raises as `load_examples`."""
+    """The examples of all sources, each from the cache of tokens if it is there. Raises as `load_examples`.
+
+    Texts to classify have no token types that the model beside the tokenizer knows nothing of.
+    """
     cache, labels = Path(HF_HOME) / "pissa" / "tokens", recipe.model.labels
-    return join([(source, load_examples(source, section, tokenizer, cache, labels)) for source in sources])
+    examples = join([(source, load_examples(source, section, tokenizer, cache, labels)) for source in sources])
+    if section.classifies:
+        config = read_config(Path(tokenizer.name_or_path), recipe.model)
+        if getattr(config, "type_vocab_size", 2) < 2:
+            examples.targets = torch.zeros_like(examples.targets)
+    return examples
 
 
 def held_out_sources(section: DataSection) -> list[str]:

@@ -339,6 +339,26 @@ def test_a_missing_pooler_is_named_with_what_to_do(method: str, classifier: Call
     assert train(classifier(save_model(AutoModel.from_pretrained(folder), tmp_path / "new"), *sets))["steps"] == 1
 
 
+def test_token_types_that_the_model_does_not_know_are_left_out(
+    classifier: Callable[..., Any], pissa: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    model = AutoModel.from_config(RobertaConfig(**_SHAPE, pad_token_id=1, type_vocab_size=1))
+    folder = save_model(model, tmp_path / "mixed")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", pair="$A <eos> $B:1 <eos>:1", special_tokens=[("<eos>", 1)]
+    )
+    tokenizer.save_pretrained(folder)
+    settings = read_json(folder / "tokenizer_config.json")
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    write_json(folder / "tokenizer_config.json", settings | names)
+    made = classifier(folder, "model.bits=32")
+    assert any(AutoTokenizer.from_pretrained(folder)("a", "b")["token_type_ids"])
+    assert train(made)["steps"] == 4
+    outcome = pissa("eval", made.output, "--bench", "loss", "--data", f"loss={made.data.train}")
+    assert outcome.code == 0, outcome.err
+
+
 def test_what_divides_in_place_trains(classifier: Callable[..., Any], tmp_path: Path) -> None:
     folder = save_model(AutoModel.from_config(DebertaConfig(**_SHAPE, type_vocab_size=0)), tmp_path / "deberta-v1")
     made = classifier(folder, "model.bits=32", "adapter.targets=[in_proj]")
