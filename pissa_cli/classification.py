@@ -35,10 +35,18 @@ def label_columns(section: DataSection, columns: Sequence[str]) -> dict[str, str
 
 
 def encode_classified(
-    rows: list[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]
+    rows: list[Row],
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    end: int | None = None,
 ) -> list[Encoded | str]:
-    """(tokens, token types, label) of each row, or why it cannot be used. What is too long loses its end."""
+    """(tokens, token types, label) of each row, or why it cannot be used. What is too long loses its end.
+
+    end: a token that no text may hold beyond those that the tokenizer adds.
+    """
     results: list[Encoded | str] = []
+    ends = [tokenizer(*["a"] * texts, verbose=False)["input_ids"].count(end) for texts in range(1, 3)]
     for row in rows:
         *columns, label_column = label_columns(section, list(row)).values()
         try:
@@ -57,9 +65,30 @@ def encode_classified(
         if cut:
             encoded = tokenizer(*texts, truncation=True, max_length=section.max_length)
         ids = encoded["input_ids"]
+        if ids.count(end) != ends[len(texts) - 1]:
+            results.append(
+                f"a text holds {tokenizer.convert_ids_to_tokens(end)}, at which this model looks for its end"
+            )
+            continue
         types = [bool(kind) for kind in encoded.get("token_type_ids", [0] * len(ids))]
         results.append(Encoded(ids, types, label, cut) if ids else "no text")
     return results
+
+
+def require_same_ends(name: str, examples: Examples, end: int) -> None:
+    """UsageError for examples with no end-of-text, `end`, or with more in one than in another."""
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), (examples.ids == end).cumsum(0)])
+    found = before[examples.offsets].diff().unique().tolist()
+    if found == [0]:
+        raise UsageError(
+            f"{name}: the tokenizer ends no text with end-of-text, at which this model looks at it",
+            "use the tokenizer that belongs to the model",
+        )
+    if len(found) > 1:
+        raise UsageError(
+            f"{name}: some rows are pairs of texts and some single texts, which this model does not take together",
+            "give every row a text_pair, or none: remove the column",
+        )
 
 
 def class_counts(examples: Examples, labels: Sequence[str]) -> str | None:

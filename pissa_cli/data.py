@@ -36,8 +36,10 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase,
     cache: Path | None,
     labels: Sequence[str] = (),
+    end: int | None = None,
 ) -> Examples:
-    """Tokenize `source` by the recipe's `data` section, or take the tokens from the cache. labels: `model.labels`.
+    """Tokenize `source` by the recipe's `data` section, or take the tokens from the cache. labels: `model.labels`; end:
+    as in `encode_classified`.
 
     Raises UsageError for a missing column (the columns are listed) and for a set without a usable row.
     """
@@ -45,11 +47,11 @@ def load_examples(
         require_template(tokenizer)
     path = None
     if cache is not None:
-        path = cache / f"{cache_key(content_hash(source), section, tokenizer, labels)}.safetensors"
+        path = cache / f"{cache_key(content_hash(source), section, tokenizer, labels, end)}.safetensors"
     if path is not None and path.is_file() and (cached := read_cache(path)) is not None:
         return cached
     with no_panic(source):
-        examples = _tokenize(source, section, tokenizer, labels)
+        examples = _tokenize(source, section, tokenizer, labels, end)
     if path is not None:
         write_cache(path, examples)
     return examples
@@ -100,7 +102,9 @@ def _fill(section: DataSection, instruction: str, extra: str, output: str) -> tu
     return prompt, output + after
 
 
-def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Examples:
+def _tokenize(
+    source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], end: int | None
+) -> Examples:
     ids: list[list[int]] = []
     targets: list[list[bool]] = []
     classes: list[float] = []
@@ -113,7 +117,7 @@ def _tokenize(source: str, section: DataSection, tokenizer: PreTrainedTokenizerB
         nonlocal num_cut, num_lost
         if section.classifies:
             numbers.update(numbers_of([row for _, row in batch], section))
-        encoded = _encode([row for _, row in batch], section, tokenizer, labels)
+        encoded = _encode([row for _, row in batch], section, tokenizer, labels, end)
         for (number, _), result in zip(batch, encoded, strict=True):
             if isinstance(result, str):
                 refuse(unusable, result, number)
@@ -218,11 +222,15 @@ def _format_of(columns: dict[str, None]) -> str | None:
 
 
 def _encode(
-    rows: list[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]
+    rows: list[Row],
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    end: int | None,
 ) -> list[Encoded | str]:
     """(tokens, mask) of each row, or why it cannot be used."""
     if section.classifies:
-        return encode_classified(rows, section, tokenizer, labels)
+        return encode_classified(rows, section, tokenizer, labels, end)
     if section.format == "chat":
         return [encode_chat(row, section, tokenizer) for row in rows]
     results: list[Encoded | str] = []

@@ -157,8 +157,11 @@ def _first(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 
 
-def cache_key(content: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> str:
-    options: dict[str, Any] = section.model_dump(exclude={"train", "eval", "packing"}) | {"labels": list(labels)}
+def cache_key(
+    content: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], end: int | None
+) -> str:
+    options: dict[str, Any] = section.model_dump(exclude={"train", "eval", "packing"})
+    options |= {"labels": list(labels), "end": end}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()  # that of the last text, which every call sets anew

@@ -12,7 +12,8 @@ from huggingface_hub.constants import HF_HOME
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pissa_cli.configuration import read_config
+from pissa_cli.classification import require_same_ends
+from pissa_cli.configuration import end_tokens, read_config
 from pissa_cli.data import load_examples
 from pissa_cli.data_options import DataSection, sources_of
 from pissa_cli.errors import UsageError
@@ -53,14 +54,20 @@ def load_sources(
 ) -> Examples:
     """The examples of all sources, each from the cache of tokens if it is there. Raises as `load_examples`.
 
-    Texts to classify have no token types that the model beside the tokenizer knows nothing of.
+    Texts to classify are as the model beside the tokenizer takes them: without token types that it does not know, and
+    with as many ends where it looks for these.
     """
     cache, labels = Path(HF_HOME) / "pissa" / "tokens", recipe.model.labels
-    examples = join([(source, load_examples(source, section, tokenizer, cache, labels)) for source in sources])
-    if section.classifies:
-        config = read_config(Path(tokenizer.name_or_path), recipe.model)
-        if getattr(config, "type_vocab_size", 2) < 2:
-            examples.targets = torch.zeros_like(examples.targets)
+    if not section.classifies:
+        return join([(source, load_examples(source, section, tokenizer, cache)) for source in sources])
+    config = read_config(Path(tokenizer.name_or_path), recipe.model)
+    ends = end_tokens(getattr(config, "eos_token_id", None)) if config.is_encoder_decoder else []
+    end = ends[0] if ends else None
+    examples = join([(source, load_examples(source, section, tokenizer, cache, labels, end)) for source in sources])
+    if getattr(config, "type_vocab_size", 2) < 2:
+        examples.targets = torch.zeros_like(examples.targets)
+    if end is not None:
+        require_same_ends(", ".join(sources), examples, end)
     return examples
 
 

@@ -339,6 +339,25 @@ def test_a_missing_pooler_is_named_with_what_to_do(method: str, classifier: Call
     assert train(classifier(save_model(AutoModel.from_pretrained(folder), tmp_path / "new"), *sets))["steps"] == 1
 
 
+def test_what_pools_the_end_of_a_text_sees_one(t5: Path, classifier: Callable[..., Any], tmp_path: Path) -> None:
+    path, rows = tmp_path / "rows.jsonl", [{"text": text, "label": 0} for text in ("Anna", "To<eos>m", "Mia had it.")]
+    sets = ("model.labels=[no, yes]", "data.format=classification", f"data.train={path}", "model.bits=32")
+
+    def write(*more: Any) -> None:
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+
+    write()
+    facts = train(classifier(t5, *sets, "train.steps=1"))["data"]["train"]
+    assert facts["used"] == 2
+    assert facts["not_used"] == {"a text holds <eos>, at which this model looks for its end": 1}
+    write(rows[0] | {"text_pair": "Tom"})
+    with pytest.raises(UsageError, match="some rows are pairs"):
+        train(classifier(t5, *sets, f"output={tmp_path / 'mixed'}"))
+    plain = save_model(AutoModel.from_pretrained(t5), tmp_path / "plain")
+    with pytest.raises(UsageError, match="ends no text with end-of-text"):
+        train(classifier(plain, *sets, f"output={tmp_path / 'none'}", "data.limit=1"))
+
+
 def test_token_types_that_the_model_does_not_know_are_left_out(
     classifier: Callable[..., Any], pissa: Callable[..., Outcome], tmp_path: Path
 ) -> None:
