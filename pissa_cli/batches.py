@@ -40,7 +40,12 @@ def batch_losses(
     """(examples, summed loss over their targets) of all `examples`, `size` at a time."""
     for chunk in micro_batches(examples, list(range(len(examples))), size, packed=False):
         batch = collate(examples, chunk, pad_id, packing=False)
-        yield chunk, float(summed_loss(model, {key: tensor.to(model.device) for key, tensor in batch.items()}))
+        yield chunk, float(summed_loss(model, on_device(batch, model.device)))
+
+
+def on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The inputs of a micro-batch where the model is, without waiting for a GPU; `labels` stay for `summed_loss`."""
+    return {key: t if key == "labels" else t.to(device, non_blocking=True) for key, t in batch.items()}
 
 
 def row_length(lengths: Sequence[int]) -> int:

@@ -27,18 +27,20 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor], chunked: bool = Fals
 
     Where the model can, it computes logits only at positions that are a target in some row. With `chunked` the logits
     come in chunks and never exist in whole: for models whose output head is the last thing they compute, but for a
-    factor (`guards.chunks_loss` tells).
+    factor (`guards.chunks_loss` tells). Labels may stay on the CPU: which positions are targets is known there at once.
     """
-    labels = batch.pop("labels")
+    labels, device = batch.pop("labels"), batch["input_ids"].device
     if labels.ndim == 1:
-        logits = model(**batch).logits.float()
+        logits, labels = model(**batch).logits.float(), labels.to(device)
         if logits.shape[1] == 1:
             return functional.mse_loss(logits[:, 0], labels, reduction="sum")
         return functional.cross_entropy(logits, labels.long(), reduction="sum")
     labels = labels[:, 1:]
     wanted = labels != IGNORED
     keep = wanted.any(0).nonzero().flatten()
-    return loss_at(model, batch, keep, wanted[:, keep].nonzero(as_tuple=True), labels[wanted], chunked)
+    found = keep, *wanted[:, keep].nonzero(as_tuple=True), labels[wanted]
+    keep, rows, columns, targets = (numbers.to(device, non_blocking=True) for numbers in found)
+    return loss_at(model, batch, keep, (rows, columns), targets, chunked)
 
 
 def loss_at(

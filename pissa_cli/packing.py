@@ -123,12 +123,12 @@ def _mask(
 
 
 def _lengths(length: int, sees: Callable[..., Tensor], device: torch.device | str) -> Tensor | None:
-    """A sequence begins where a token does not see the one before it."""
+    """A sequence begins where a token does not see the one before it. A GPU is waited for once."""
     index = torch.arange(length, device=device)
     zero = torch.zeros_like(index)
-    begins = ~sees(zero[1:], zero[1:], index[1:], index[:-1])
-    starts = torch.cat([zero[:1], index[1:][begins]])
-    lengths = torch.diff(starts, append=zero[:1] + length)
-    first = starts.repeat_interleave(lengths)
+    begins = torch.cat([zero[:1] == 0, ~sees(zero[1:], zero[1:], index[1:], index[:-1])])
+    first = torch.where(begins, index, zero).cummax(0).values
     whole = sees(zero, zero, index, first).all() & ~sees(zero[1:], zero[1:], index[:-1], index[1:]).any()
-    return lengths.cpu() if bool(whole) else None
+    told = torch.cat([begins, whole[None]]).cpu()
+    starts = told[:-1].nonzero().flatten()
+    return torch.diff(starts, append=starts.new_tensor([length])) if bool(told[-1]) else None

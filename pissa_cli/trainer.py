@@ -26,7 +26,7 @@ from pissa_cli.attach import (
     share_inputs,
     train_whole,
 )
-from pissa_cli.batches import collate, micro_batches
+from pissa_cli.batches import collate, micro_batches, on_device
 from pissa_cli.checkpoint import Names
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
@@ -192,7 +192,7 @@ def _reaches_all(
     recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device, chunked: bool
 ) -> bool:
     """Whether an example gives every parameter that trains a gradient. A model may have parts that no text reaches."""
-    batch = {key: tensor.to(device) for key, tensor in collate(examples, [0], pad_id, packing=False).items()}
+    batch = on_device(collate(examples, [0], pad_id, packing=False), device)
     with autocast(recipe, device):
         loss = summed_loss(model.eval(), batch, chunked)
     loss.backward()
@@ -286,4 +286,4 @@ def _summed_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tens
     batch = collate(examples, chunk, trainer.pad_id, trainer.packed)
     device = trainer.accelerator.device
     with autocast(trainer.recipe, device):
-        return summed_loss(trainer.model, {key: tensor.to(device) for key, tensor in batch.items()}, trainer.chunked)
+        return summed_loss(trainer.model, on_device(batch, device), trainer.chunked)
