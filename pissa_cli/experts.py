@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -146,12 +147,18 @@ def _shapes(experts: nn.Module) -> dict[str, torch.Size]:
 
 
 def adapted_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts of x (tokens, in) one after the other, through their low-rank layers; transformers calls it."""
-    y = torch.zeros_like(x)
-    for number in top_k_index.unique().tolist():
-        if number >= experts.num_experts:
+    """The experts of x (tokens, in) one after the other, through their low-rank layers; transformers calls it.
+
+    Which tokens each has is asked of a GPU once for all of them: asked one by one, it would stand idle between them.
+    """
+    y, numbers, each = torch.zeros_like(x), top_k_index.flatten(), top_k_index.shape[1]
+    order = numbers.argsort(stable=True)
+    known = torch.arange(experts.num_experts + 1, device=x.device)  # type: ignore[operator, arg-type]
+    begins = torch.searchsorted(numbers[order], known).tolist()
+    for number, (begin, end) in enumerate(pairwise(begins)):
+        if begin == end:
             continue
-        tokens, place = torch.where(top_k_index == number)
+        tokens, place = order[begin:end] // each, order[begin:end] % each
         chosen = x[tokens]
         gate_up = torch.cat([_linear(experts, number, part, chosen) for part in ("gate", "up")], dim=-1)
         out = _linear(experts, number, "down", experts._apply_gate(gate_up))  # type: ignore[operator]
