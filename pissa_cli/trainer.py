@@ -191,10 +191,13 @@ def _require_spreadable(recipe: Recipe, experts: bool, deepspeed: bool) -> None:
 def _reaches_all(
     recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device, chunked: bool
 ) -> bool:
-    """Whether an example gives every parameter that trains a gradient. A model may have parts that no text reaches."""
+    """Whether an example gives every parameter that trains a gradient. A model may have parts that no text reaches.
+
+    In training mode: in the other one nothing is checkpointed, and every layer keeps the weight that it read.
+    """
     batch = on_device(collate(examples, [0], pad_id, packing=False), device)
     with autocast(recipe, device):
-        loss = summed_loss(model.eval(), batch, chunked)
+        loss = summed_loss(model.train(), batch, chunked)
     loss.backward()
     reached = all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     model.zero_grad()

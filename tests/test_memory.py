@@ -15,6 +15,7 @@ import torch
 from runs import BASE
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from pissa_cli.errors import Interrupted
 from pissa_cli.heap import TUNABLES
 from pissa_cli.ledger import Heap, Ledger
 from pissa_cli.memory import forecast
@@ -22,6 +23,7 @@ from pissa_cli.model import resolve_base
 from pissa_cli.pipeline import in_order
 from pissa_cli.plan import make_plan
 from pissa_cli.train import train
+from pissa_cli.trainer import Trainer, _accumulate, _reaches_all
 
 Make = Callable[..., Any]
 LENGTH = 96
@@ -70,6 +72,27 @@ def test_a_forecast_is_what_training_allocates(
     wanted = most_allocated(lambda: train(made))
     held = found.bytes["total"] - sum(found.bytes[part] for part in ("libraries", "heap", "loading"))
     assert held == pytest.approx(wanted, rel=0.08)
+
+
+def test_to_see_which_parts_a_text_reaches_takes_no_more_than_a_step(
+    models: Callable[[str], Path], recipe: Make, long_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = ("model.bits=4", "adapter.rank=4", "train.gradient_checkpointing=true", "train.micro_batch_size=1")
+    made, peaks = recipe(models("llama"), *LONG, f"data.train={long_rows}", *sets), []
+
+    def looked_at(trainer: Trainer, step: int, indices: list[int]) -> torch.Tensor:
+        parts = trainer.recipe, trainer.model, trainer.examples, trainer.pad_id, trainer.accelerator.device
+        for work in (lambda: _accumulate(trainer, step, indices), lambda: _reaches_all(*parts, trainer.chunked)):
+            with Ledger() as ledger:
+                work()
+            trainer.optimizer.zero_grad()
+            peaks.append(ledger.peak.total())
+        raise Interrupted("seen", "")
+
+    monkeypatch.setattr("pissa_cli.trainer._accumulate", looked_at)
+    with pytest.raises(Interrupted):
+        train(made)
+    assert peaks[1] <= peaks[0]
 
 
 def test_the_ledger_counts_storages_until_they_are_freed() -> None:
