@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,15 @@ def test_no_torch_before_work_starts(module: str) -> None:
     heavy = "{'torch', 'transformers', 'bitsandbytes', 'accelerate', 'datasets', 'numpy'}"
     code = f"import sys, {module}; bad = {heavy} & set(sys.modules); assert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_fp32_products_keep_their_bits_in_containers_that_ask_for_fewer() -> None:
+    code = (
+        "import sys; from pissa_cli.cli import run; sys.argv = ['pissa', '--version']\n"
+        "try:\n    run()\nexcept SystemExit:\n    import torch; assert not torch.backends.cuda.matmul.allow_tf32"
+    )
+    environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
 
 
 def test_usage_errors_need_no_torch() -> None:

@@ -49,6 +49,7 @@ def _root(
 def run() -> None:
     """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # of NVIDIA's containers: fp32 products of 10 bits
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not by nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)
