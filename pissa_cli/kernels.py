@@ -15,6 +15,7 @@ from pissa_cli.configuration import first_line
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.packing import BY_SEQUENCE
+from pissa_cli.products import has_fast_bf16
 from pissa_cli.recipe import TrainSection
 
 GRAPHS = 8  # of a block: for training and evaluation, one row and several
@@ -31,11 +32,13 @@ def require_kernels(section: TrainSection) -> None:
 
 
 def wants_liger(section: TrainSection) -> bool:
-    """Whether the recipe asks for Liger's kernels, or takes them where they are; the compiler makes its own."""
+    """Whether the recipe asks for Liger's kernels, or takes them where they are and the GPU has bf16, which they are
+    compiled for; the compiler makes its own."""
     if section.use_liger_kernel == "auto":
         return (
             not section.torch_compile
             and torch.cuda.is_available()
+            and has_fast_bf16(torch.device("cuda"))
             and importlib.util.find_spec("liger_kernel") is not None
         )
     return section.use_liger_kernel

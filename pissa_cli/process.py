@@ -121,8 +121,10 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Hand all that is freed back to the system, and to the GPU: after work that is over."""
+    """Hand all that is freed back to the system, and to the GPU, whose peak counts anew: after work that is over."""
     torch.cuda.empty_cache()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     trim = getattr(LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)

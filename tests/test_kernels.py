@@ -147,7 +147,11 @@ def test_liger_needs_a_gpu_and_its_package(
     assert "pissa[liger]" in str(raised.value.hint)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     require_kernels(section)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     assert wants_liger(section) and wants_liger(AUTO)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert wants_liger(section) and not wants_liger(AUTO)  # a GPU that has bf16 by emulation alone
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     require_kernels(AUTO)
     assert not wants_liger(AUTO)
