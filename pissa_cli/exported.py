@@ -59,9 +59,12 @@ def write_result(
             parameters = dict(model.named_parameters(remove_duplicate=False))
             state = {n: trained[names[parameters[n]]] if n in parameters else t for n, t in model.state_dict().items()}
             model.save_pretrained(folder, state_dict=state)
-            base = require_base(run, manifest, recipe)
+            base, written = require_base(run, manifest, recipe), read_settings(folder)
             copy_side_files(base, folder, recipe)  # over those that transformers wrote in the form of its own version
-            settings = read_settings(base) | task_settings(model)
+            settings = read_settings(base)
+            if settings.get("model_type") != written["model_type"]:  # the language model alone of one that sees, too
+                settings = written
+            settings |= task_settings(model) | {"architectures": written["architectures"]}
             dtype = "torch_dtype" if "torch_dtype" in settings else "dtype"
             write_json(folder / "config.json", settings | {dtype: str(model.dtype).removeprefix("torch.")})
             for file in folder.glob("*.safetensors"):

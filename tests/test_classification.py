@@ -434,6 +434,20 @@ def test_full_fine_tuning(encoders: Callable[[str], Path], classifier: Callable[
     close(logits(model, folder), logits(load_result(made, torch.device("cpu")), folder))
 
 
+def test_full_fine_tuning_names_the_class_as_it_was_before_sharding(
+    encoders: Callable[[str], Path], classifier: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def renamed(*given: Any) -> Any:
+        model = load_model(*given)
+        model.__class__ = type(f"FSDP{type(model).__name__}", (type(model),), {})  # as fully_shard does it
+        return model
+
+    monkeypatch.setattr("pissa_cli.train.load_model", renamed)
+    figures = train(classifier(encoders("llama"), "model.bits=32", "adapter.method=full"))
+    settings = json.loads((Path(figures["result"]) / "config.json").read_text())
+    assert settings["architectures"] == ["LlamaForSequenceClassification"]
+
+
 def test_the_head_starts_from_seed_and_name(encoders: Callable[[str], Path], classifier: Callable[..., Any]) -> None:
     made = classifier(encoders("deberta"), "model.bits=32")
     torch.manual_seed(1)

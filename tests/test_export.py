@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import Outcome, exact_scales, make_model, save_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, BertConfig
 
 from pissa_cli import export, quant
 from pissa_cli.adapters.start import Adapter
@@ -266,6 +266,32 @@ def test_a_full_fine_tuning_keeps_the_configuration_of_its_base(
     model = AutoModelForCausalLM.from_pretrained(merged)
     assert model.dtype == torch.float32 and model.config.rope_parameters["rope_theta"] == 500000.0
     assert torch.equal(logits(model), logits(load_result(made, torch.device("cpu"))))
+
+
+def test_a_full_fine_tuning_of_the_language_model_alone_says_so(recipe: Make, rows: Path, tmp_path: Path) -> None:
+    """Of a base that sees, too, its part for images does not train, and is not written."""
+    kind = pytest.importorskip("transformers.models.qwen3_5").Qwen3_5Config
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "num_attention_heads": 4, "head_dim": 16}
+    heads |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "num_key_value_heads": 2}
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "eos_token_id": 1}
+    text = shape | heads | {"layer_types": ["full_attention"], "bos_token_id": None, "pad_token_id": 0}
+    sight = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    model = AutoModelForImageTextToText.from_config(kind(text_config=text, vision_config=sight))
+    made = recipe(
+        save_model(model, tmp_path / "base"),
+        "model.bits=32",
+        "adapter.method=full",
+        f"data.train={rows}",
+        "train.steps=1",
+    )
+    train(made)
+    merged = Run(Path(made.output)).merged
+    settings = json.loads((merged / "config.json").read_text())
+    assert (settings["model_type"], settings["architectures"]) == ("qwen3_5_text", ["Qwen3_5ForCausalLM"])
+    assert not any("visual" in name for name in open_weights(merged).files)
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(merged)), logits(load_result(made, torch.device("cpu")))
+    )
 
 
 @pytest.mark.parametrize("bits", [16, 4])
