@@ -24,7 +24,7 @@ from pissa_cli.experts import (
     expert_layers,
     peft_remaps,
 )
-from pissa_cli.names import kind_of
+from pissa_cli.names import LICENCES, kind_of
 from pissa_cli.recipe import ModelSection
 from pissa_cli.recipe_file import RUN_MANIFEST
 from pissa_cli.weights import Weights
@@ -39,7 +39,7 @@ LINEAR_SUBCLASSES = ("FalconLinear",)
 """They compute what torch's Linear does, but for the rounding; transformers stores none of them in NF4."""
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALL_FILES = ["*.json", "*.py"]
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*"]
+HUB_FILES = [*SMALL_FILES, "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md", *LICENCES]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.integrity import VOCABULARIES, read_settings
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import DTYPES, Linear, head_names, skeleton
+from pissa_cli.names import LICENCES
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import read_json, write_json, write_text
 from pissa_cli.weights import open_weights
@@ -26,7 +27,6 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 """Where llama.cpp, Ollama and TGI look for the chat template before, or instead of, chat_template.jinja."""
 SPECIAL_TOKENS = "special_tokens_map.json"
 """Goes before that, in what older versions of transformers wrote."""
-LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 MORE_TEMPLATES = "additional_chat_templates"
 
 

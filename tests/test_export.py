@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import Outcome, exact_scales, make_model, save_model
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, BertConfig
 
@@ -24,8 +25,9 @@ from pissa_cli.data_options import DataSection
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.run import evaluate
 from pissa_cli.exported import load_result, result_files
-from pissa_cli.model import linear_layers, read_weight, skeleton
+from pissa_cli.model import linear_layers, read_weight, resolve_base, skeleton
 from pissa_cli.rundir import Run
+from pissa_cli.side_files import copy_side_files
 from pissa_cli.train import train
 from pissa_cli.weights import open_weights
 
@@ -292,6 +294,28 @@ def test_a_full_fine_tuning_of_the_language_model_alone_says_so(recipe: Make, ro
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(merged)), logits(load_result(made, torch.device("cpu")))
     )
+
+
+def test_what_is_copied_beside_a_model_is_downloaded(
+    models: Callable[[str], Path], recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"LICENSE.txt", "NOTICE", "USE_POLICY.md", "own.tiktoken", "tokenizer.json"}
+
+    def snapshot(_name: str, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
+        folder = shutil.copytree(models("llama"), tmp_path / "whole")
+        for name in wanted - {"tokenizer.json"}:
+            (folder / name).write_text("x")
+        names = [path.name for path in folder.iterdir()]
+        there = set(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        for name in set(names) - there:
+            (folder / name).unlink()
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    made = recipe(models("llama"))
+    folder = resolve_base(made.model.model_copy(update={"name": "user/model"}))
+    copy_side_files(folder, tmp_path / "copied", made)
+    assert wanted <= {path.name for path in (tmp_path / "copied").iterdir()}
 
 
 @pytest.mark.parametrize("bits", [16, 4])
