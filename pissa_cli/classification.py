@@ -123,7 +123,7 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
     if any(map(math.isfinite, numbers)):  # classes such as 1 to 5: their names count, not their places
         if number in numbers:
             return float(numbers.index(number))
-    elif number.is_integer() and 0 <= number < len(labels):
+    elif number.is_integer() and 0 <= number < len(labels) and [label.lower() for label in labels] != list(TRUTH):
         return number
     raise ValueError(f"'{column}' is '{quoted}', not one of model.labels ({listed(labels)})")
 

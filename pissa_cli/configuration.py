@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,27 @@ def read_config(folder: Path, section: ModelSection) -> Any:
 
 
 def _padding(folder: Path, section: ModelSection, config: Any) -> int | None:
-    """Of what can be padding, the first that the model has an embedding of: its own, the tokenizer's, which is what
-    others pad with, and the end-of-text of either."""
+    """Of what can be padding, the first that the model has an embedding of: its own, if texts do not have it, the
+    tokenizer's, which is what others pad with, and the end-of-text of either."""
     known = config.get_text_config().vocab_size
     own, found = getattr(config, "pad_token_id", None), end_tokens(getattr(config, "eos_token_id", None))
-    if own is not None and 0 <= own < known:
-        return int(own)
+    files = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.glob("*token*")))
+    pad, end, added = _tokenizers_own(folder, files, section.trust_remote_code)
+    if added is not None and own not in added:
+        own = None
+    return next((token for token in (own, pad, *found, end) if token is not None and 0 <= token < known), None)
+
+
+@lru_cache(maxsize=4)
+def _tokenizers_own(
+    folder: Path, _files: tuple[tuple[str, int], ...], trust_remote_code: bool
+) -> tuple[int | None, int | None, frozenset[int] | None]:
+    """A tokenizer's padding, end-of-text, and tokens that are no part of texts, read once unless a file changes; None
+    for what it lacks."""
     with suppress(Exception), no_panic(folder):  # whoever needs the tokenizer says what is wrong with it
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-        found = [tokenizer.pad_token_id, *found, tokenizer.eos_token_id]
-    return next((token for token in found if token is not None and 0 <= token < known), None)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return tokenizer.pad_token_id, tokenizer.eos_token_id, frozenset(tokenizer.added_tokens_decoder)
+    return None, None, None
 
 
 def require_tokens(name: str, tokens: Iterable[int], config: Any) -> None:

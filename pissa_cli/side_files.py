@@ -111,9 +111,12 @@ def _copy(source: Path, target: Path, recipe: Recipe, patterns: Sequence[str]) -
 
 
 def _write_padding(source: Path, target: Path, recipe: Recipe) -> None:
-    """Have the tokenizer pad with what the model takes for padding: one that pools the last token looks before that."""
+    """Have the tokenizer pad with what the model takes for padding: one that pools the last token looks before that.
+    Not with a token that texts have, which would split them otherwise then."""
+    if not any((source / name).is_file() for name in (*VOCABULARIES, TOKENIZER_CONFIG)):
+        return
     pad, tokenizer = read_config(source, recipe.model).pad_token_id, load_tokenizer(source, recipe)
-    if pad in (None, tokenizer.pad_token_id):
+    if pad in (None, tokenizer.pad_token_id) or pad not in tokenizer.added_tokens_decoder:
         return
     for path in (target / TOKENIZER_CONFIG, target / SPECIAL_TOKENS):
         settings = read_json(path) if path.is_file() else {}

@@ -39,6 +39,7 @@ from transformers import (
 from pissa_cli import data
 from pissa_cli.batches import collate
 from pissa_cli.classification import label_number
+from pissa_cli.configuration import read_config
 from pissa_cli.data import load_examples
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
@@ -52,6 +53,7 @@ from pissa_cli.loss import summed_loss
 from pissa_cli.plan import make_plan
 from pissa_cli.rows import read_rows
 from pissa_cli.rundir import read_json, write_json
+from pissa_cli.side_files import copy_side_files, copy_tokenizer
 from pissa_cli.train import train
 
 _SHAPE = {
@@ -178,7 +180,8 @@ def test_merged_classifier_needs_nothing_said(
         ({"pad_token_id": 600}, {}, 0),
         ({"pad_token_id": None}, {"pad_token": None}, 1),  # end-of-text of the model
         ({"pad_token_id": None, "eos_token_id": None}, {"pad_token": None}, 1),  # and of the tokenizer
-        ({"pad_token_id": 5}, {}, 5),  # the model's own, whatever the tokenizer has
+        ({"pad_token_id": 1}, {}, 1),  # the model's own, whatever the tokenizer has
+        ({"pad_token_id": 5}, {}, 0),  # which texts have
     ],
 )
 def test_merged_classifiers_pad_as_they_pool(
@@ -208,6 +211,28 @@ def test_merged_classifiers_pad_as_they_pool(
     one_by_one, together = (classify_texts(given, batch_size=size) for size in (1, 3))
     for alone, beside in zip(one_by_one, together, strict=True):
         assert beside["label"] == alone["label"] and beside["score"] == pytest.approx(alone["score"], abs=1e-5)
+
+
+def test_texts_are_split_as_they_were(
+    encoders: Callable[[str], Path], classifier: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where config.json has a token of texts for padding. And a tokenizer is read once, its own words or none."""
+    folder = shutil.copytree(encoders("llama"), tmp_path / "llama")
+    settings, tokenizer = read_json(folder / "config.json"), AutoTokenizer.from_pretrained(folder)
+    ordinary = tokenizer("Anna has")["input_ids"][-1]
+    (folder / "config.json").write_text(json.dumps(settings | {"pad_token_id": ordinary}))
+    copy_tokenizer(folder, tmp_path / "copied", classifier(folder))
+    assert AutoTokenizer.from_pretrained(tmp_path / "copied")("Anna has") == tokenizer("Anna has")
+    (folder / "config.json").write_text(json.dumps(settings | {"pad_token_id": None}))
+    asked: list[object] = []
+    own = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: asked.append(a) or own(*a, **k))
+    found = {read_config(folder, classifier(folder).model).pad_token_id for _ in range(3)}
+    assert found == {tokenizer.pad_token_id} and not asked  # again
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "config.json").write_text(json.dumps(settings))
+    copy_side_files(tmp_path / "none", tmp_path / "still none", classifier(folder))
+    assert [path.name for path in (tmp_path / "still none").iterdir()] == ["config.json"]
 
 
 def test_four_bits(encoders: Callable[[str], Path], classifier: Callable[..., Any], pissa: Callable[..., Any]) -> None:
@@ -599,6 +624,8 @@ def test_held_out_rows_are_scored_where_no_bench_is_named(
         (True, ["false", "true"], 1),
         (False, ["True", "False"], 1),
         ("TRUE", ["false", "True"], 1),
+        (1, ["false", "true"], 1),
+        (1, ["true", "false"], r"'1', not one of model.labels \(true, false\)"),  # in tables 1 is true
         ("true", ["true", "True"], 0),
         ("NO", ["no", "yes"], "not one of"),
         (True, ["score"], "not a number"),
