@@ -36,14 +36,26 @@ def load_sets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examp
     return train, load_sources(sources_of(section.eval), whole, recipe, tokenizer)
 
 
-def load_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Examples:
-    """The first `limit` held-out examples, as training has them. Needs `data.eval`; raises as `load_sets`."""
+def load_held_out(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, limit: int | None, trained_on: str = ""
+) -> Examples:
+    """The first `limit` held-out examples, as training has them. Needs `data.eval`; raises as `load_sets`.
+
+    trained_on: the hash of the examples that a run was trained on, if there was one. UsageError for a share that leaves
+    others: of what it holds out now that run may have seen some.
+    """
     section, share = recipe.data, recipe.data.held_out_share
     if share is None:
         section = section.model_copy(update={"limit": limit})
     found = load_sources(held_out_sources(section), section, recipe, tokenizer)
     if share is not None:
-        _, found = _split(found, share)
+        train, found = _split(found, share)
+        if trained_on and train.digest() != trained_on:
+            raise UsageError(
+                f"{held_out_name(section)} is not what this run held out: it was trained on other tokens than are left",
+                "bring the old rows and the run's data section back, or name rows that it has not seen: "
+                "--data loss=FILE",
+            )
     if limit is None or len(found) <= limit:
         return found
     return found.select(torch.arange(len(found)) < limit)
@@ -72,7 +84,9 @@ def load_sources(
 
 
 def held_out_sources(section: DataSection) -> list[str]:
-    """The files and data sets that hold what is held out."""
+    """The files and data sets that hold what is held out. UsageError for a share of nothing."""
+    if section.held_out_share is not None and section.train is None:
+        raise UsageError(f"data.eval: {section.eval} of data.train, which names nothing", "name a file or a Hub id")
     return sources_of(section.eval if section.held_out_share is None else section.train)
 
 
@@ -90,10 +104,19 @@ def num_held_out(num: int, share: float) -> int:
 
 def _split(examples: Examples, share: float) -> tuple[Examples, Examples]:
     """(the others, `share` of the examples): those whose tokens have the lowest hashes, so that equal ones are on one
-    side, and rows that are added later move few from one side to the other."""
+    side, and rows that are added later move few from one side to the other. Of what is there so often that it is more
+    than is left of the share nothing is held out."""
     hashes = [xxhash.xxh3_64(examples.tokens(i).numpy().data).intdigest() >> 1 for i in range(len(examples))]
-    ranked: Tensor = torch.tensor(hashes)
-    wanted = ranked <= ranked.sort().values[num_held_out(len(examples), share) - 1]
+    groups, group_of, counts = torch.tensor(hashes).unique(return_inverse=True, return_counts=True)
+    taken, room = torch.zeros(len(groups), dtype=torch.bool), num_held_out(len(examples), share)
+    for group, count in enumerate(counts.tolist()):
+        if count <= room:
+            taken[group], room = True, room - count
+        if room == 0:
+            break
+    if not taken.any():
+        taken[int(counts.argmin())] = True
+    wanted: Tensor = taken[group_of]
     if wanted.all():
         raise UsageError(
             f"data.eval: {share:.2%} of {len(examples)} examples leaves none to train on, as equal ones stay together",

@@ -72,6 +72,16 @@ def test_one_of_several_processes_says_a_failure_as_json(
     assert not launched or json.loads(file.read_text())["error"] == alone.json["error"]
 
 
+def test_another_process_is_gone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def lose() -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:8848")
+
+    for processes, said in (("1", "unexpected RuntimeError"), ("2", "another process is gone")):
+        monkeypatch.setenv("WORLD_SIZE", processes)  # by torchrun or Accelerate, be it not of `--processes`
+        assert edge.run_guarded(lose, ["train"]) == 1
+        assert said in capsys.readouterr().err
+
+
 def test_unknown_key(refused: Callable[..., str], tmp_path: Path) -> None:
     file = write(tmp_path / "r.yaml", "model: {name: x}\ntrain:\n  learning_rat: 3e-4\n  batchsize: 3\n")
     message = refused("train", file)

@@ -77,9 +77,29 @@ def test_a_share_is_held_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase)
     # a share of what is left by the limit, of several sources
     train, held_out = load_sets(recipe(format="prompt", train=[source, source], eval="50%", limit=4), tokenizer)
     assert held_out is not None and len(train) == len(held_out) == 4
+    # no more is held out than was asked for, be the row with the lowest hash there many times
+    for often in range(8):
+        source = write(tmp_path / "often.jsonl", [*(row(number) for number in range(8)), *[row(often)] * 32])
+        train, held_out = load_sets(recipe(format="prompt", train=source, eval="10%"), tokenizer)
+        assert held_out is not None and len(held_out) == 4 and len(train) == 36
     same = write(tmp_path / "same.jsonl", [row(1)] * 5)
     with pytest.raises(UsageError, match=r"20\.00% of 5 examples leaves none"):
         load_sets(recipe(format="prompt", train=same, eval="20%"), tokenizer)
+
+
+def test_a_share_is_what_the_run_held_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    source = write(tmp_path / "rows.jsonl", [row(number) for number in range(100)])
+    made = recipe(format="prompt", train=source, eval="10%")
+    train, held_out = load_sets(made, tokenizer)
+    assert held_out is not None
+    assert parts(load_held_out(made, tokenizer, 5, train.digest())) == parts(held_out)[:5]
+    shorter = recipe(format="prompt", train=source, eval="10%", max_length=8)
+    write(tmp_path / "rows.jsonl", [row(number) for number in range(120)])
+    for other in (made, shorter):
+        with pytest.raises(UsageError, match=r"10% of .*rows\.jsonl is not what this run held out"):
+            load_held_out(other, tokenizer, 5, train.digest())
+    with pytest.raises(UsageError, match=r"10% of data\.train, which names nothing"):
+        load_held_out(recipe(format="prompt", eval="10%"), tokenizer, None)
 
 
 def test_labels_go_with_their_texts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -134,7 +134,7 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
             _show("out of memory", LESS_MEMORY[command if command in LESS_MEMORY else "others"], 1, as_json)
         elif "No usable temporary directory" in text:
             _show("there is no folder for temporary files", "set TMPDIR to one that can be written", 1, as_json)
-        elif LAUNCHED in os.environ and any(word in text for word in LOST):
+        elif os.environ.get("WORLD_SIZE", "1") != "1" and any(word in text for word in LOST):
             go_on = "pissa train RUN --resume goes on; where memory ran out, with a lower train.micro_batch_size"
             _show("another process is gone: killed, or out of memory (the launcher says which)", go_on, 1, as_json)
         else:
