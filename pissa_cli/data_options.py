@@ -64,8 +64,9 @@ class DataSection(Section):
             if getattr(self, key) == [] or "" in sources_of(getattr(self, key)):
                 raise ValueError(f"{key}: names nothing; remove it, or name a file")
         share = self.held_out_share
-        if share is not None and not 0 < share < 1:
-            raise ValueError("eval: a share lies between 0% and 100%")
+        mistyped = share is None and isinstance(self.eval, str) and self.eval.endswith("%")
+        if mistyped or (share is not None and not 0 < share < 1):
+            raise ValueError("eval: a share lies between 0% and 100%, as 5% or 2.5%")
         if any(_SHARE.fullmatch(source) for source in sources_of(self.train)):
             raise ValueError("train: a share is for data.eval; limit takes the first rows")
         if isinstance(self.eval, list) and any(_SHARE.fullmatch(source) for source in self.eval):

@@ -149,7 +149,7 @@ def _loop(
             note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
             waits = 1 if "eval_loss" in event or not section.eval_every else 2
             lasts = waits * max(SAVE_SECONDS, SAVE_SHARE * saving)
-            overdue = section.save_every is None and time.monotonic() - saved_at > lasts
+            overdue = section.save_every is None and not done and time.monotonic() - saved_at > lasts
             if overdue and not _has_room(run, trainer):
                 watch({"note": f"step {step + 1}: no checkpoint, as there is no room for it and for that at the end"})
                 overdue, saved_at = False, time.monotonic()

@@ -211,6 +211,7 @@ def test_several_sources_are_found_from_the_recipe(tmp_path: Path) -> None:
         ("train=5%", "a share is for data.eval"),
         ("eval=100%", "between 0% and 100%"),
         ("eval=0%", "between 0% and 100%"),
+        ("eval='5,5%'", "between 0% and 100%"),
         ("eval=[5%, a.jsonl]", "either a share"),
         ("eval=0.05", "written as 5%"),
         ('train=[a.jsonl, "b\\u0007"]', "printed"),
