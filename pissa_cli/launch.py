@@ -35,7 +35,7 @@ def launch(
 
     flags: of `pissa train`, handed on; stdout: the descriptor for what they print, if not this process's. On GPUs each
     process has one, on CPUs they speak gloo. Raises UsageError for bad input, PissaError if a process failed,
-    Interrupted after the checkpoint that follows SIGINT, SIGTERM or SIGHUP.
+    Interrupted after the checkpoint that follows SIGINT, SIGTERM or SIGHUP, to this process or to one of them.
     """
     if 0 < torch.cuda.device_count() < processes:
         raise UsageError(
@@ -61,7 +61,7 @@ def launch(
         environment |= {LAUNCHED: str(failure)}
         code, stopped = _wait(subprocess.Popen(command, stdout=stdout, env=environment, preexec_fn=end_with_parent))
         told = json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else {}
-    if stopped and code and told.get("exit_code", STOPPED) == STOPPED:
+    if code and told.get("exit_code", STOPPED if stopped else code) == STOPPED:
         raise Interrupted("stopped", go_on(recipe.output))
     if code:
         reason = told.get("error", f"one ended with exit code {code}")

@@ -181,8 +181,11 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes learn of it from Linux")
-def test_killing_the_command_stops_its_processes(models: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
-    """They save a checkpoint, as after SIGTERM."""
+@pytest.mark.parametrize("signaled", ["the command", "one of them"])
+def test_killing_the_command_stops_its_processes(
+    models: Callable[[str], Path], rows: Path, tmp_path: Path, signaled: str
+) -> None:
+    """They save a checkpoint, as after SIGTERM to one of them."""
     sets = [*BASE, f"data.train={rows}", "train.steps=3000", "train.batch_size=4", "train.save_every=2"]
     command = ["train", "--model", str(models("llama")), *(word for one in sets for word in ("--set", one))]
     started = subprocess.Popen(
@@ -195,8 +198,12 @@ def test_killing_the_command_stops_its_processes(models: Callable[[str], Path], 
         time.sleep(0.05)
     workers = _workers(started.pid)
     assert len(workers) == 2
-    started.kill()
-    started.wait()
+    if signaled == "the command":
+        started.kill()
+        started.wait()
+    else:
+        os.kill(workers[-1], signal.SIGTERM)
+        assert started.wait(120) == 130
     while any(map(_lives, workers)) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(map(_lives, workers))
