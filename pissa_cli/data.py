@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.chat import encode_chat, question_text, require_template
@@ -27,7 +28,8 @@ INTRO_INPUT = (
 TEMPLATE = INTRO + "### Instruction:\n{instruction}\n\n### Response:{output}\n"
 """PiSSA's template (its train.py): nothing between 'Response:' and the answer, a newline before end-of-text."""
 TEMPLATE_INPUT = INTRO_INPUT + "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:{output}\n"
-BATCH = 1000
+BATCH, CHARACTERS = 1000, 2**22
+"""Rows that are tokenized at once; characters from which on they are fewer: their tokens take a hundred times that."""
 
 
 def load_examples(
@@ -105,16 +107,20 @@ def _fill(section: DataSection, instruction: str, extra: str, output: str) -> tu
 def _tokenize(
     source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], end: int | None
 ) -> Examples:
-    ids: list[list[int]] = []
-    targets: list[list[bool]] = []
+    ids: list[Tensor] = []
+    targets: list[Tensor] = []
+    lengths = [0]
     classes: list[float] = []
     numbers: set[float] = set()
     unusable: dict[str, list[int]] = {}
     num_cut = num_lost = 0
     batch: list[tuple[int, Row]] = []
+    characters = 0
 
     def flush() -> None:
-        nonlocal num_cut, num_lost
+        nonlocal num_cut, num_lost, characters
+        new_ids: list[int] = []
+        new_targets: list[bool] = []
         if section.classifies:
             numbers.update(numbers_of([row for _, row in batch], section))
         encoded = _encode([row for _, row in batch], section, tokenizer, labels, end)
@@ -124,8 +130,9 @@ def _tokenize(
                 continue
             if section.format == "text" and len(result.ids) > section.max_length:
                 for piece in _pieces(result.ids, section.max_length, tokenizer.bos_token_id):
-                    ids.append(piece)
-                    targets.append([False, *[True] * (len(piece) - 1)])
+                    new_ids += piece
+                    new_targets += [False, *[True] * (len(piece) - 1)]
+                    lengths.append(len(piece))
                 continue
             tokens, mask, label, cut = result
             cut_tokens, cut_mask = tokens[: section.max_length], mask[: section.max_length]
@@ -136,9 +143,13 @@ def _tokenize(
                 continue
             num_cut += cut or len(cut_tokens) < len(tokens)
             num_lost += len(tokens) - len(cut_tokens)
-            ids.append(cut_tokens)
-            targets.append(cut_mask)
+            new_ids += cut_tokens
+            new_targets += cut_mask
+            lengths.append(len(cut_tokens))
+        ids.append(torch.tensor(new_ids, dtype=torch.int32))
+        targets.append(torch.tensor(new_targets, dtype=torch.bool))
         batch.clear()
+        characters = 0
 
     columns: dict[str, None] = {}
     inner: dict[str, None] = {}
@@ -151,20 +162,19 @@ def _tokenize(
         if section.format == "chat" and len(inner) < 100:
             inner |= dict.fromkeys(unused_keys(row, section, tokenizer))
         batch.append((number, row))
-        if len(batch) == BATCH:
-            require_columns(source, section, columns)
+        characters += sum(len(value) for value in row.values() if isinstance(value, str))
+        if len(batch) == BATCH or characters >= CHARACTERS:
+            require_columns(source, section, columns, whole=False)
             flush()
     require_columns(source, section, columns)
     flush()
     require_from_zero(source, numbers, labels)
-    if not ids:
+    if len(lengths) == 1:
         raise no_usable_row(source, section, unusable)
-    lengths = torch.tensor([0, *(len(tokens) for tokens in ids)])
-    flat = torch.tensor([token for tokens in ids for token in tokens], dtype=torch.int32)
-    mask = torch.tensor([target for flags in targets for target in flags], dtype=torch.bool)
+    offsets = torch.tensor(lengths).cumsum(0)
     every = torch.tensor(classes) if classes else None
     unused = [*_unused(section, columns), *inner]
-    return Examples(flat, mask, lengths.cumsum(0), unusable, num_cut, every, unused, num_lost)
+    return Examples(torch.cat(ids), torch.cat(targets), offsets, unusable, num_cut, every, unused, num_lost)
 
 
 def _pieces(ids: list[int], length: int, bos: int | None) -> list[list[int]]:

@@ -141,6 +141,20 @@ def test_a_mapped_column_is_no_input_as_well(tmp_path: Path, tokenizer: PreTrain
     assert prompt == TEMPLATE.partition("{output}")[0].replace("{instruction}", "What is 2+2?")
 
 
+def test_how_many_are_tokenized_at_once_changes_nothing(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a column that need not be there comes late."""
+    rows: list[Any] = [{"instruction": f"Count to {n}.", "output": "1, 2" * n} for n in range(1, 8)]
+    source = write(tmp_path / "rows.jsonl", [*rows, "{broken", {**rows[0], "context": "Anna"}])
+    section = DataSection(columns={"input": "context"}, template="{instruction}{input}={output}", max_length=24)
+    together = load_examples(source, section, tokenizer, None)
+    monkeypatch.setattr(module, "CHARACTERS", 40)
+    apart = load_examples(source, section, tokenizer, None)
+    assert len(together) == 8 and together.num_cut > 0
+    assert apart.digest() == together.digest() and apart.notes("") == together.notes("")
+
+
 def test_nan_is_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """pandas writes it for an empty cell."""
     rows = [{"instruction": "a", "input": math.nan, "output": "b"}, {"instruction": "a", "output": math.nan}]
