@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pissa_cli.chat import encode_chat, question_text, require_template
 from pissa_cli.classification import encode_classified, label_columns, numbers_of, require_from_zero
 from pissa_cli.configuration import no_panic
-from pissa_cli.data_options import FIELDS, OPTIONAL_FIELDS, DataSection
+from pissa_cli.data_options import FIELDS, OPTIONAL_FIELDS, DataSection, sources_of
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import CUT, Encoded, Examples, cache_key, no_usable_row, read_cache, refuse, write_cache
 from pissa_cli.messages import unused_keys
@@ -216,6 +216,8 @@ def require_columns(source: str, section: DataSection, columns: dict[str, None],
                 hint = "cells are separated by commas in a csv, by tabs in a tsv file: save it so"
             if name in section.columns:
                 hint = f"data.columns maps '{name}' to it; map '{name}' to one of these"
+            if source in sources_of(section.train)[1:] or source in sources_of(section.eval)[1:]:
+                hint = "all files of a list have the same columns: rename them in this one"
             raise UsageError(
                 f"{source}: no column '{column}' ('{name}' of format {section.format}); it has: {', '.join(columns)}",
                 hint,

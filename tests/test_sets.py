@@ -52,8 +52,9 @@ def test_sources_follow_each_other(tmp_path: Path, tokenizer: PreTrainedTokenize
     assert train.unusable == {f"{one}: 'completion' is missing": [2]} and train.unused == ["other"]
     assert held_out.facts()["not_used"] == {f"{one}: 'completion' is missing": 1}
     assert parts(load_held_out(made, tokenizer, 2)) == each[1] + each[2][:1]
-    with pytest.raises(UsageError, match=r"c\.jsonl: no column 'prompt'.*it has: text"):
+    with pytest.raises(UsageError, match=r"c\.jsonl: no column 'prompt'.*it has: text") as caught:
         load_sets(recipe(format="prompt", train=[one, write(tmp_path / "c.jsonl", [{"text": "a"}])]), tokenizer)
+    assert caught.value.hint == "all files of a list have the same columns: rename them in this one"
 
 
 def test_a_share_is_held_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
