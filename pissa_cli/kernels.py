@@ -27,21 +27,27 @@ def require_kernels(section: TrainSection) -> None:
     """Raise UsageError, before any work, for kernels that cannot run here."""
     if section.use_liger_kernel is True and not torch.cuda.is_available():
         raise UsageError("train.use_liger_kernel: Liger's kernels need a GPU", NO_LIGER)
-    if section.use_liger_kernel is True and importlib.util.find_spec("liger_kernel") is None:
+    if section.use_liger_kernel is True and not _has_liger():
         raise UsageError("train.use_liger_kernel: liger-kernel is not installed", "pip install 'pissa[liger]'")
 
 
 def wants_liger(section: TrainSection) -> bool:
-    """Whether the recipe asks for Liger's kernels, or takes them where they are and the GPU has bf16, which they are
-    compiled for; the compiler makes its own."""
-    if section.use_liger_kernel == "auto":
-        return (
-            not section.torch_compile
-            and torch.cuda.is_available()
-            and has_fast_bf16(torch.device("cuda"))
-            and importlib.util.find_spec("liger_kernel") is not None
-        )
-    return section.use_liger_kernel
+    """Whether the recipe asks for Liger's kernels, or takes them where they are and can serve."""
+    return _may_take_liger(section) and _has_liger() if section.use_liger_kernel == "auto" else section.use_liger_kernel
+
+
+def misses_liger(section: TrainSection) -> bool:
+    """Whether the recipe would take Liger's kernels, and they are not installed."""
+    return section.use_liger_kernel == "auto" and _may_take_liger(section) and not _has_liger()
+
+
+def _may_take_liger(section: TrainSection) -> bool:
+    """Unasked: not where torch compiles its own, nor on a GPU without bf16, for which Liger's are compiled."""
+    return not section.torch_compile and torch.cuda.is_available() and has_fast_bf16(torch.device("cuda"))
+
+
+def _has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def use_liger(model: PreTrainedModel, section: TrainSection, loss: Callable[[], float], tolerance: float) -> bool:

@@ -41,7 +41,7 @@ from pissa_cli.guards import (
     require_same_loss,
 )
 from pissa_cli.initialize import read_start, require_base
-from pissa_cli.kernels import compile_blocks, use_liger, wants_liger
+from pissa_cli.kernels import compile_blocks, misses_liger, use_liger, wants_liger
 from pissa_cli.loss import autocast, autocast_inside, summed_loss
 from pissa_cli.model import num_parameters
 from pissa_cli.optim import make_optimizer
@@ -104,6 +104,9 @@ def set_up(
     probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
     if wants_liger(recipe.train) and use_liger(model, recipe.train, probe, START_TOLERANCE[recipe.precision]):
         watch({"note": "norms, rotary embeddings and MLPs run by Liger's kernels"})
+    elif misses_liger(recipe.train):
+        advice = "with it most models take a fifth less time for a step: pip install 'pissa[liger]'"
+        watch({"note": f"liger-kernel is not installed; {advice}"})
     packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
     if recipe.data.classifies:
         require_padding_unseen(recipe, model, examples, pad_id, accelerator.device)

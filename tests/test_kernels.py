@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from pissa_cli.attach import share_inputs
 from pissa_cli.errors import UsageError
-from pissa_cli.kernels import compile_blocks, require_kernels, use_liger, wants_liger
+from pissa_cli.kernels import compile_blocks, misses_liger, require_kernels, use_liger, wants_liger
 from pissa_cli.loss import summed_loss
 from pissa_cli.packing import attend_by_sequence
 from pissa_cli.recipe import TrainSection
@@ -148,7 +148,10 @@ def test_liger_needs_a_gpu_and_its_package(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     require_kernels(section)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
-    assert wants_liger(section) and wants_liger(AUTO)
+    assert wants_liger(section) and wants_liger(AUTO) and not misses_liger(AUTO)
+    with monkeypatch.context() as without:
+        without.setattr("importlib.util.find_spec", lambda name: None)
+        assert misses_liger(AUTO) and not misses_liger(section) and not wants_liger(AUTO)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert wants_liger(section) and not wants_liger(AUTO)  # a GPU that has bf16 by emulation alone
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
