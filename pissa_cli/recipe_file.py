@@ -184,8 +184,8 @@ def _require_names(values: Mapping[KeyPath, Value]) -> None:
 
 def _over(lower: Mapping[KeyPath, Value], upper: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:
     """Both layers, the upper winning key by key. A length in steps above puts aside one in epochs below, and vice
-    versa; an empty mapping above empties one below, an empty section leaves it as it is."""
-    emptied = {key for key, value in upper.items() if value.value == {} and len(key) > 1}
+    versa; an empty mapping above, or null by --set, empties one below; an empty section leaves it as it is."""
+    emptied = {key for key, value in upper.items() if (value.value == {} or _takes_back(value)) and len(key) > 1}
     kept = {
         key: value for key, value in lower.items() if not any(key[:depth] in emptied for depth in range(2, len(key)))
     }
@@ -195,9 +195,14 @@ def _over(lower: Mapping[KeyPath, Value], upper: Mapping[KeyPath, Value]) -> dic
     return {**kept, **upper}
 
 
+def _takes_back(value: Value) -> bool:
+    """Whether this is `--set key=null`, by which a value of the recipe goes back to its default."""
+    return value.value is None and value.source.startswith("--set ")
+
+
 def _blocks(flat: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:
     """The values of the blocks that `use` names."""
-    uses = {key[1:]: value for key, value in flat.items() if key[0] == "use"}
+    uses = {key[1:]: value for key, value in flat.items() if key[0] == "use" and not _takes_back(value)}
     values: dict[KeyPath, Value] = {}
     for key, value in uses.items():
         if len(key) != 1 or key[0] not in SECTIONS or not isinstance(value.value, str):
@@ -260,8 +265,8 @@ def _parts(value: Any) -> list[Any]:
 def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
     tree: dict[str, Any] = {}
     for key, value in values.items():
-        if value.value is None and len(key) > 1 and value.source.startswith("--set "):
-            continue  # takes a value of the recipe back
+        if _takes_back(value) and len(key) > 1:
+            continue
         node = tree
         for part in key[:-1]:
             child = node.setdefault(part, {})

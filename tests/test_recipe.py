@@ -234,6 +234,17 @@ def test_set_takes_a_value_back(tmp_path: Path) -> None:
         load(write(tmp_path / "n.yaml", "model: {name: m}\ntrain: {batch_size: }\n"), {})
 
 
+def test_set_takes_a_mapping_and_a_block_back(tmp_path: Path) -> None:
+    text = "use: {data: demo}\nmodel: {name: m}\nadapter: {rank_pattern: {q_proj: 8}}\n"
+    path = write(tmp_path / "r.yaml", text)
+    recipe = load(path, {}, ["data.columns=null", "adapter.rank_pattern=null"]).recipe
+    assert recipe.data.columns == recipe.adapter.rank_pattern == {}  # type: ignore[union-attr]
+    assert recipe.data.max_length == 128
+    one = load(path, {}, ["data.columns=null", "data.columns.output=x"]).recipe
+    assert one.data.columns == {"output": "x"}
+    assert load(path, {}, ["use.data=null"]).recipe.data.train is None
+
+
 def test_set_takes_mappings_key_by_key(tmp_path: Path) -> None:
     block, path = tmp_path / "block.yaml", tmp_path / "r.yaml"
     block.write_text("columns: {}\n")
