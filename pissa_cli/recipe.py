@@ -82,13 +82,16 @@ class TrainSection(Section):
         None, ge=1, description="steps between checkpoints; default: every 10 minutes; there is one at the end, too"
     )
     keep: int = Field(
-        2, ge=1, description="checkpoints kept, the newest; that with the lowest held-out loss stays, too"
+        2,
+        ge=1,
+        description="checkpoints kept, the newest; that with the lowest held-out loss stays, too (not of full)",
     )
     spike: float | None = Field(
         None, gt=1, description="a loss or gradient norm this many times the median of 50 steps is a fault, too"
     )
     on_fault: Literal["stop", "skip", "rollback"] = Field(
-        "stop", description="after infinite numbers: stop, leave the step out, or go back to the last checkpoint"
+        "stop",
+        description="after infinite numbers: stop, leave the step out, or go back to the last checkpoint of save_every",
     )
     torch_compile: bool = Field(
         False, description="compile the model's blocks when they first run: for GPUs; not with gradient_checkpointing"
@@ -121,7 +124,9 @@ class EvalSection(Section):
     )
     batch_size: int | None = Field(None, ge=1, description="prompts generated together; default: as many as fit")
     max_new_tokens: int = Field(1024, ge=1, description="longest answer")
-    samples: int = Field(1, ge=1, description="answers to each question, for pass@k; needs a temperature")
+    samples: int = Field(
+        1, ge=1, description="answers to each question, for pass@k (not of mt_bench); needs a temperature"
+    )
     temperature: float = Field(0.0, ge=0, le=100, description="0: the likeliest tokens; else sampled, top_p 0.95")
     stop: list[str] = Field([], description="texts that end an answer, beside end-of-text")
     judge_url: str | None = Field(None, description="mt_bench: a server of OpenAI's chat completions, up to /v1")
