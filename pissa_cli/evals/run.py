@@ -212,7 +212,7 @@ def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count
     with Kept(session.folder / f".{bench}.judgments.jsonl", (judge.url, judge.model), asked) as kept:
         result, samples = mt_bench.grade(data, answers, judge, kept.outputs, kept.add, count)
     lengths = _lengths(session, first + second, [one for one, _ in answers] + [two for _, two in answers])
-    return result | _settings(session, bench, len(samples)) | lengths, samples, None
+    return result | _settings(session, bench, len(samples)) | lengths | {"samples": 1}, samples, None
 
 
 def _score_harness(session: _Session, bench: str, manager: Any, _count: Count) -> _Scored:
