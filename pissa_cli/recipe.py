@@ -116,7 +116,9 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
-    bench: list[str] = Field([], description="benchmarks: gsm8k, math, humaneval, mbpp, mt_bench, glue/<task>, loss")
+    bench: list[str] = Field(
+        [], description="benchmarks: gsm8k, math, humaneval, mbpp, mt_bench, glue/<task>, loss, lm_eval:<task>"
+    )
     data: dict[str, str] = Field({}, description="bench: file, instead of the published data on the Hub")
     limit: int | None = Field(None, ge=1, description="score the first N questions")
     engine: Literal["transformers", "vllm"] = Field(

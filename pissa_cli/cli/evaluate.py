@@ -15,7 +15,8 @@ def evaluate_command(
     bench: Annotated[
         list[str] | None,
         typer.Option(
-            "--bench", help="Benchmarks, with commas: gsm8k, math, humaneval, mbpp, mt_bench, glue/<task>, loss."
+            "--bench",
+            help="Benchmarks, with commas: gsm8k, math, humaneval, mbpp, mt_bench, glue/<task>, loss, lm_eval:<task>.",
         ),
     ] = None,
     data: Annotated[
