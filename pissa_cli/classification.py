@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pissa_cli.columns import label_columns
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Encoded, Examples
-from pissa_cli.glue import GLUE
 from pissa_cli.rows import Row, text_of, value_of
 
 SHOWN = 40
@@ -21,17 +21,6 @@ TRUTH = ("true", "false")
 """Written in more than one way: JSON's, Python's, a spreadsheet's."""
 LARGEST = 1e18
 """Of quantities: their errors are squared and summed in fp32."""
-
-
-def label_columns(section: DataSection, columns: Sequence[str]) -> dict[str, str]:
-    """text, text_pair where there is such a column, and label: the columns of rows that have these `columns`."""
-    if section.glue is not None:
-        texts, label = GLUE[section.glue].columns(dict.fromkeys(columns))
-        return dict(zip(("text", "text_pair"), texts, strict=False)) | {"label": label}
-    pair = section.optional_column("text_pair")
-    has_pair = pair in columns or "text_pair" in section.columns
-    fields = ("text", "text_pair", "label") if has_pair else ("text", "label")
-    return {name: section.columns.get(name, name) for name in fields}
 
 
 def encode_classified(

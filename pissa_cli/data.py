@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.chat import encode_chat, question_text, require_template
-from pissa_cli.classification import encode_classified, label_columns, numbers_of, require_from_zero
+from pissa_cli.classification import encode_classified, numbers_of, require_from_zero
+from pissa_cli.columns import require_columns, unused_columns
 from pissa_cli.configuration import no_panic
-from pissa_cli.data_options import FIELDS, OPTIONAL_FIELDS, DataSection, sources_of
-from pissa_cli.errors import UsageError
+from pissa_cli.data_options import FIELDS, DataSection
 from pissa_cli.examples import CUT, Encoded, Examples, cache_key, no_usable_row, read_cache, refuse, write_cache
 from pissa_cli.messages import unused_keys
 from pissa_cli.rows import Row, content_hash, read_rows, text_of, value_of
@@ -164,16 +164,16 @@ def _tokenize(
         batch.append((number, row))
         characters += sum(len(value) for value in row.values() if isinstance(value, str))
         if len(batch) == BATCH or characters >= CHARACTERS:
-            require_columns(source, section, columns, whole=False)
+            require_columns(source, section, list(columns), whole=False)
             flush()
-    require_columns(source, section, columns)
+    require_columns(source, section, list(columns))
     flush()
     require_from_zero(source, numbers, labels)
     if len(lengths) == 1:
         raise no_usable_row(source, section, unusable)
     offsets = torch.tensor(lengths).cumsum(0)
     every = torch.tensor(classes) if classes else None
-    unused = [*_unused(section, columns), *inner]
+    unused = [*unused_columns(section, columns), *inner]
     return Examples(torch.cat(ids), torch.cat(targets), offsets, unusable, num_cut, every, unused, num_lost)
 
 
@@ -183,54 +183,6 @@ def _pieces(ids: list[int], length: int, bos: int | None) -> list[list[int]]:
     step = length - 1
     lead = [ids[0]] if ids[0] == bos else []
     return [(lead or ids[begin - 1 : begin]) + ids[begin : begin + step] for begin in range(1, len(ids), step)]
-
-
-def _unused(section: DataSection, columns: dict[str, None]) -> list[str]:
-    """The columns that a format does not read; those of GLUE's own files are known."""
-    if section.glue is not None:
-        return []
-    fields = (*FIELDS[section.format], *OPTIONAL_FIELDS.get(section.format, ()))
-    return [column for column in columns if column not in {section.columns.get(name, name) for name in fields}]
-
-
-def require_columns(source: str, section: DataSection, columns: dict[str, None], whole: bool = True) -> None:
-    """UsageError if `columns`, those that there are, lack one that the recipe needs, or maps in vain. A field that need
-    not be there may come in later rows, where they are not of the `whole` file."""
-    wanted = {name: section.columns.get(name, name) for name in FIELDS.get(section.format, ())}
-    if section.classifies:
-        wanted = label_columns(section, list(columns))
-    if whole:
-        optional = OPTIONAL_FIELDS.get(section.format, ())
-        wanted |= {name: section.columns[name] for name in optional if name in section.columns}
-    for name, column in wanted.items():
-        if columns and column not in columns:
-            form = "" if section.glue is None else "format: classification, "
-            hint = f"map it in the recipe: data: {{{form}columns: {{{name}: <one of these>}}}}"
-            other = _format_of(columns)
-            if other is not None:
-                hint = f"these are columns of another format: data: {other}"
-            if {"chosen", "rejected"} <= set(columns):
-                hint = "preferences are not trained here, but what was chosen can be: map it to a field, as "
-                hint += "{format: prompt, columns: {completion: chosen}} or {format: chat, columns: {messages: chosen}}"
-            if len(columns) == 1 and any(mark in next(iter(columns)) for mark in ";\t|"):
-                hint = "cells are separated by commas in a csv, by tabs in a tsv file: save it so"
-            if name in section.columns:
-                hint = f"data.columns maps '{name}' to it; map '{name}' to one of these"
-            if source in sources_of(section.train)[1:] or source in sources_of(section.eval)[1:]:
-                hint = "all files of a list have the same columns: rename them in this one"
-            raise UsageError(
-                f"{source}: no column '{column}' ('{name}' of format {section.format}); it has: {', '.join(columns)}",
-                hint,
-            )
-
-
-def _format_of(columns: dict[str, None]) -> str | None:
-    """What data.format (and columns) rows with such columns would be read by, of those that are not classified."""
-    if "conversations" in columns:
-        return "{format: chat, columns: {messages: conversations}}"
-    formats = ("chat", "alpaca", "prompt", "text")
-    found = next((name for name in formats if set(FIELDS[name]) <= set(columns)), None)
-    return None if found is None else f"{{format: {found}}}"
 
 
 def _encode(

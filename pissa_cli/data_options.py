@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pissa_cli.adapter_options import Section
+from pissa_cli.errors import UsageError
 
 FIELDS = {
     "alpaca": ("instruction", "output"),
@@ -124,3 +125,10 @@ class DataSection(Section):
 def sources_of(named: str | list[str] | None) -> list[str]:
     """The files and data sets that `data.train` or `data.eval` names."""
     return [] if named is None else [named] if isinstance(named, str) else named
+
+
+def held_out_sources(section: DataSection) -> list[str]:
+    """The files and data sets that hold what is held out. UsageError for a share of nothing."""
+    if section.held_out_share is not None and section.train is None:
+        raise UsageError(f"data.eval: {section.eval} of data.train, which names nothing", "name a file or a Hub id")
+    return sources_of(section.eval if section.held_out_share is None else section.train)

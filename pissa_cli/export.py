@@ -16,6 +16,7 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import model_card
 from pissa_cli.chat import write_stops
+from pissa_cli.data_options import held_out_sources
 from pissa_cli.dense import dense_tensors, written_name
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
@@ -29,7 +30,6 @@ from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import is_file
 from pissa_cli.rundir import PROVENANCE, Run, require_free, whole_folder, write_json, write_text
-from pissa_cli.sets import held_out_sources
 from pissa_cli.side_files import (
     copy_side_files,
     dense_modules,

@@ -18,6 +18,7 @@ from pissa_cli.adapter_options import FullOptions, ScaledBase
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, Layer, Method, Start
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.inputs import require_place
 from pissa_cli.integrity import (
     hashes,
     require_closed,
@@ -37,7 +38,7 @@ from pissa_cli.process import keep_freed_memory, release_freed_memory
 from pissa_cli.ranks import with_auto_ranks
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import Run, is_vacant, whole_folder, write_json, write_text
+from pissa_cli.rundir import Run, whole_folder, write_json, write_text
 from pissa_cli.side_files import write_nf4_config
 from pissa_cli.svd import frobenius_norm, nuclear_norm
 from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, open_weights
@@ -56,8 +57,7 @@ def initialize(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str
     run = Run(Path(recipe.output))
     if run.exists():
         return open_run(recipe)[1]
-    if not is_vacant(run.folder):
-        raise UsageError(f"{run.folder}: exists and is not a run folder", "name another with --output")
+    require_place(run)
     folder = resolve_base(recipe.model)
     weights = open_weights(folder)
     plan = make_plan(recipe, folder, weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,9 @@ from pissa_cli.experts import (
     expert_layers,
     peft_remaps,
 )
-from pissa_cli.names import LICENCES, kind_of
+from pissa_cli.inputs import local_base, require_model_folder
+from pissa_cli.names import LICENCES
 from pissa_cli.recipe import ModelSection
-from pissa_cli.recipe_file import RUN_MANIFEST
 from pissa_cli.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -74,16 +73,10 @@ class Linear:
 def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
     """The folder of the base model; one on the Hub is downloaded (as far as `files` match) to the shared cache.
 
-    Raises UsageError for a folder without config.json, and for a model that cannot be reached.
+    Raises UsageError as `local_base`, and for a model that cannot be reached.
     """
-    path = Path(section.name)
-    if path.is_dir():
-        return _require_model_folder(path)
-    if path.is_absolute() or section.name.startswith(".") or section.name.count("/") > 1:
-        raise UsageError(
-            f"{section.name}: no such folder",
-            "check the path; one that has moved: --set model.name=FOLDER; on the Hub a model is user/name",
-        )
+    if (folder := local_base(section)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
 
     unwanted = ["consolidated*", "adapter_*", "*/*"]
@@ -97,25 +90,7 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
             f"{section.name}: cannot get this model from the Hub ({type(error).__name__}: {reason})",
             "check the id and the network, or give a local folder: --model path/to/folder",
         ) from None
-    return _require_model_folder(Path(found))
-
-
-def _require_model_folder(path: Path) -> Path:
-    if not (path / "config.json").is_file():
-        run = next((folder for folder in (path, path.parent) if (folder / RUN_MANIFEST).is_file()), None)
-        if run is not None:
-            merge = f"pissa merge {shlex.quote(str(run))}"
-            raise UsageError(f"{path}: a run, not a model", f"{merge}, and start from {run}/merged")
-        raise UsageError(f"{path}: not a model folder (no config.json)", "give the folder that holds it")
-    if (path / "adapter_config.json").is_file():
-        raise UsageError(
-            f"{path}: a model and an adapter in one folder; transformers would add that to the model unasked",
-            "remove adapter_config.json and adapter_model.safetensors, or merge them into the model first",
-        )
-    odd = next((inside for inside in sorted(path.iterdir()) if kind_of(inside) == "other"), None)
-    if odd is not None:
-        raise UsageError(f"{odd}: neither a file nor a folder, and would be waited for", "remove it")
-    return path
+    return require_model_folder(Path(found))
 
 
 def skeleton(folder: Path, section: ModelSection) -> PreTrainedModel:

@@ -12,13 +12,12 @@ from pissa_cli.chat import unlearned_prompt
 from pissa_cli.checkpoint import newest_facts
 from pissa_cli.classification import class_counts
 from pissa_cli.configuration import read_config, require_tokens
-from pissa_cli.data import require_columns
 from pissa_cli.data_options import sources_of
-from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples, first_example
 from pissa_cli.guards import require_context, require_reach, resumes, schedule_change
 from pissa_cli.heads import head_note
 from pissa_cli.initialize import Progress, initialize, open_run, require_base
+from pissa_cli.inputs import require_data
 from pissa_cli.kernels import require_kernels
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import context_length, resolve_base
@@ -26,10 +25,8 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.report import left_dense
 from pissa_cli.rows import is_file, read_rows
 from pissa_cli.rundir import Run
-from pissa_cli.sets import held_out_sources, load_sets, num_held_out
+from pissa_cli.sets import load_sets, num_held_out
 from pissa_cli.steps import count_steps, step_examples
-
-FIRST_ROWS = 100  # that a dry run looks at
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with what goes to metrics.jsonl, and with {"note": text}."""
@@ -39,28 +36,14 @@ Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | N
 
 def check_inputs(recipe: Recipe, resume: bool) -> tuple[int, int] | None:
     """Raise UsageError for what shows before any work: a run that is there already or goes by another recipe, kernels
-    that cannot run here, files of data that are not there or lack a column in their first rows. Data on the Hub is not
-    looked at. Returns `steps_to_take`."""
+    that cannot run here. Returns `steps_to_take`."""
     run = Run(Path(recipe.output))
     resumes(run, recipe, resume)
     require_kernels(recipe.train)
-    for source in dict.fromkeys(sources_of(recipe.data.train) + held_out_sources(recipe.data)):
-        check_columns(source, recipe)
     planned = steps_to_take(recipe)
     if planned is not None:
         require_reach(run, planned[1], recipe)
     return planned
-
-
-def check_columns(source: str, recipe: Recipe) -> None:
-    """Raise UsageError for a local file that is not there or lacks a column in its first rows."""
-    if not is_file(source):
-        return
-    rows = [row for _, row in read_rows(source, FIRST_ROWS)]
-    columns = dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)
-    require_columns(source, recipe.data, columns, whole=len(rows) < FIRST_ROWS)
-    if not columns:
-        raise UsageError(f"{source}: no row in the first {len(rows)} that can be used", "is this the file?")
 
 
 def steps_to_take(recipe: Recipe) -> tuple[int, int] | None:
@@ -87,8 +70,7 @@ def prepare(
         watch({"note": line})
     if resume and not resumed:
         watch({"note": f"{run.folder}: there is no checkpoint; training begins with the first step"})
-    if recipe.data.train is None:
-        raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
+    require_data(recipe)
     if recipe.train.eval_every is not None and recipe.data.eval is None:
         watch({"note": "train.eval_every: without data.eval there is nothing to take losses on"})
     require_kernels(recipe.train)

@@ -108,6 +108,8 @@ def find_recipe(target: str) -> Path:
     known = _names(shipped("recipes"))
     near = difflib.get_close_matches(short, known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"shipped recipes: {', '.join(known)}"
+    if target.endswith("/") and not near:
+        hint = "`pissa init` and `pissa train` make a run; --output names its folder"
     what = "neither a file nor a folder" if kind == "other" else "no such recipe or run folder"
     raise UsageError(f"{target}: {what}", hint)
 
@@ -185,7 +187,7 @@ def _require_names(values: Mapping[KeyPath, Value]) -> None:
 def _over(lower: Mapping[KeyPath, Value], upper: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:
     """Both layers, the upper winning key by key. A length in steps above puts aside one in epochs below, and vice
     versa; an empty mapping above, or null by --set, empties one below; an empty section leaves it as it is."""
-    emptied = {key for key, value in upper.items() if (value.value == {} or _takes_back(value)) and len(key) > 1}
+    emptied = {key for key, value in upper.items() if (value.value == {} or value.takes_back) and len(key) > 1}
     kept = {
         key: value for key, value in lower.items() if not any(key[:depth] in emptied for depth in range(2, len(key)))
     }
@@ -195,14 +197,9 @@ def _over(lower: Mapping[KeyPath, Value], upper: Mapping[KeyPath, Value]) -> dic
     return {**kept, **upper}
 
 
-def _takes_back(value: Value) -> bool:
-    """Whether this is `--set key=null`, by which a value of the recipe goes back to its default."""
-    return value.value is None and value.source.startswith("--set ")
-
-
 def _blocks(flat: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:
     """The values of the blocks that `use` names."""
-    uses = {key[1:]: value for key, value in flat.items() if key[0] == "use" and not _takes_back(value)}
+    uses = {key[1:]: value for key, value in flat.items() if key[0] == "use" and not value.takes_back}
     values: dict[KeyPath, Value] = {}
     for key, value in uses.items():
         if len(key) != 1 or key[0] not in SECTIONS or not isinstance(value.value, str):
@@ -265,7 +262,7 @@ def _parts(value: Any) -> list[Any]:
 def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
     tree: dict[str, Any] = {}
     for key, value in values.items():
-        if _takes_back(value) and len(key) > 1:
+        if value.takes_back and len(key) > 1:
             continue
         node = tree
         for part in key[:-1]:
@@ -291,7 +288,7 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
         known = ", ".join(_names(shipped("configs") / "model"))
         raise UsageError(
             "model.name: no model given",
-            f"give a recipe, a run folder, or --model: a folder, Hub id or alias ({known})",
+            f"give a recipe or a run folder; init and train take --model, too: a folder, Hub id or alias ({known})",
         )
     if isinstance(tree.get("adapter"), dict):
         tree["adapter"].setdefault("method", "pissa")

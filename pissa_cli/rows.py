@@ -13,7 +13,6 @@ from typing import Any
 
 from pissa_cli.errors import Unreachable, UsageError
 from pissa_cli.names import kind_of
-from pissa_cli.weights import hash_file
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -35,6 +34,8 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[tuple[int, Row 
 
 def content_hash(source: str) -> str:
     """A hash of what `read_rows` reads: of the file's bytes and kind, or the data set's own fingerprint."""
+    from pissa_cli.weights import hash_file
+
     if is_file(source):
         return f"{hash_file(Path(source))}{Path(source).suffix}"
     return f"{source} {_hub_data(source)._fingerprint}"

@@ -91,6 +91,11 @@ class Value:
     value: Any
     source: str
 
+    @property
+    def takes_back(self) -> bool:
+        """Whether this is `--set key=null`, by which a value of the recipe goes back to its default."""
+        return self.value is None and self.source.startswith("--set ")
+
 
 KeyPath = tuple[str, ...]
 

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 AREAS = {
     "Any command": "cli.edge",
     "Recipe and flags": "yamlfile recipe_file recipe_errors translations recipe adapter_options data_options cli",
-    "Base model": "model configuration loading weights disk_names plan attach ranks experts side_files heads",
-    "Data": "data sets rows examples chat messages turns classification",
+    "Base model": "inputs model configuration loading weights disk_names plan attach ranks experts side_files heads",
+    "Data": "data sets columns rows examples chat messages turns classification",
     "Run folder": "rundir names integrity initialize checkpoint exported peft_files optim",
     "Training": "train trainer prepare guards kernels launch faults sharding zero",
     "Evaluation": "evals",

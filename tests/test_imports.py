@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ LAYERS = [
     "loading side_files steps ledger pipeline",
     "model peft_files report optim process",
     "sharding disk_names",
+    "inputs",
     "rundir experts integrity configuration",
     "rows loss weights packing turns messages",
     "zero",
@@ -40,6 +42,7 @@ LAYERS = [
     "krylov",
     "panels scales streams orthogonal graphs",
     "recipe_file",
+    "columns",
     "recipe_errors",
     "recipe",
     "adapter_options data_options yamlfile glue names bypassed translations",
@@ -116,13 +119,27 @@ def test_fp32_products_keep_their_bits_in_containers_that_ask_for_fewer() -> Non
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
 
 
-def test_usage_errors_need_no_torch() -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        "init --model x --rank 0",
+        "init --model ./nowhere",
+        "train --model {model}",
+        "train --model {model} --set data.train=nowhere.jsonl",
+        "train --model {model} --set data.train={rows} --set data.format=text",
+        "train --model {model} --set data.train={rows} --output {rows}",
+        "eval gsm8k --bench gsm8k",
+        *(f"{command} gsm8k" for command in ("merge", "quantize", "export")),
+    ],
+)
+def test_usage_errors_need_no_torch(command: str, models: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pissa_cli.cli import app; from pissa_cli.cli.edge import run_guarded;"
-        "words = ['init', '--model', 'x', '--rank', '0'];"
-        "assert run_guarded(lambda: app(words, standalone_mode=False), words) == 2; assert 'torch' not in sys.modules"
+        "import sys; from pissa_cli.cli import app; from pissa_cli.cli.edge import run_guarded; words = sys.argv[1:];"
+        "assert run_guarded(lambda: app(words, standalone_mode=False), words) == 2;"
+        "bad = {'torch', 'transformers', 'numpy'} & set(sys.modules); assert not bad, bad"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    words = command.format(model=models("llama"), rows=rows).split()
+    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, cwd=tmp_path)
 
 
 def test_files_stay_small() -> None:

@@ -60,8 +60,11 @@ def evaluate_command(
         judge_model=judge_model,
         output=output,
     )
+    from pissa_cli import inputs
     from pissa_cli.cli import dryrun, show
 
+    if not dry_run and samples is None:
+        inputs.require_run(loaded.recipe)
     show.quiet_libraries(debug)
     from pissa_cli.evals.benches import check_benches, check_files, runs_code, with_bench
     from pissa_cli.evals.classify import METRICS

@@ -42,9 +42,12 @@ def export_command(
 ) -> None:
     """Write a run, or one of its checkpoints, in a form that other programs load."""
     loaded = load_recipe(target, set_)
+    from pissa_cli import inputs
     from pissa_cli.cli import dryrun, show
     from pissa_cli.errors import UsageError
 
+    if not dry_run:
+        inputs.require_run(loaded.recipe)
     show.quiet_libraries(debug)
     if form != "lora" and (rank is not None or uniform or server is not None):
         raise UsageError(f"--rank, --uniform and --for are about LoRA files, not --as {form}", "leave them out")

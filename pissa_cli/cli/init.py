@@ -44,12 +44,15 @@ def init_command(
         target, set_, model=model, method=method, rank=rank, svd=svd, bits=bits, seed=seed, output=output
     )
     from pissa_cli.cli import dryrun, show
+    from pissa_cli.inputs import require_start
 
+    require_start(loaded.recipe)
     show.quiet_libraries(debug)
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli.errors import UsageError
+    from pissa_cli.exported import is_trained
     from pissa_cli.initialize import initialize
     from pissa_cli.report import left_dense, summarize
 
@@ -71,7 +74,9 @@ def init_command(
         counts = f"; {manifest['trainable']:,} numbers train (LoRA of rank 16: {manifest['trainable_lora_r16']:,})"
     lines = [
         f"{recipe.output}: ready in {manifest['seconds']:.1f} s{counts}",
-        f"next: pissa train {shlex.quote(recipe.output)}{'' if recipe.data.train else ' --set data.train=FILE'}",
+        f"trained already; next: pissa eval {shlex.quote(recipe.output)}"
+        if is_trained(recipe)
+        else f"next: pissa train {shlex.quote(recipe.output)}{'' if recipe.data.train else ' --set data.train=FILE'}",
     ]
     if report:
         from pissa_cli.layer_report import by_kind, layer_report

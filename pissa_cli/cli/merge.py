@@ -25,9 +25,12 @@ def merge_command(
 ) -> None:
     """Write one dense model, checked against the adapter; with --push, upload it in one commit, retried for 15 min."""
     loaded = load_recipe(target, set_, output=output, repo=repo)
+    from pissa_cli import inputs
     from pissa_cli.cli import dryrun, show
     from pissa_cli.errors import UsageError
 
+    if not dry_run:
+        inputs.require_run(loaded.recipe)
     show.quiet_libraries(debug)
     if not push and (force or repo is not None):
         raise UsageError("--repo and --force are about an upload, and there is none", "add --push, or leave them out")

@@ -29,8 +29,11 @@ def quantize_command(
     else:
         loaded = load_recipe(target, set_)
         destination = Path(output) if output else Path(loaded.recipe.output) / "quantized"
+    from pissa_cli import inputs
     from pissa_cli.cli import dryrun, show
 
+    if not is_model and not dry_run:
+        inputs.require_run(loaded.recipe)
     show.quiet_libraries(debug)
     if dry_run:
         dryrun.dry_run(loaded, as_json)

@@ -44,8 +44,11 @@ def train_command(
     loaded = load_recipe(
         target, set_, model=model, method=method, rank=rank, svd=svd, bits=bits, seed=seed, output=output
     )
+    from pissa_cli import inputs
     from pissa_cli.cli import dryrun, edge, show
 
+    inputs.require_start(loaded.recipe)
+    (inputs.require_rows if dry_run else inputs.require_data)(loaded.recipe)
     show.quiet_libraries(debug)
     if dry_run:
         from pissa_cli.prepare import check_inputs

@@ -10,16 +10,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.checkpoint import newest_facts
+from pissa_cli.data_options import held_out_sources
 from pissa_cli.errors import Unreachable, UsageError
 from pissa_cli.evals import competition_math, gsm8k, harness, humaneval, mbpp, mt_bench
 from pissa_cli.evals.bench import Bench
 from pissa_cli.glue import GLUE, SETS
 from pissa_cli.guards import require_context
-from pissa_cli.prepare import check_columns
+from pissa_cli.inputs import check_columns
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, is_file, read_rows, text_of
 from pissa_cli.rundir import Run
-from pissa_cli.sets import held_out_name, held_out_sources, load_held_out, load_sources
+from pissa_cli.sets import held_out_name, load_held_out, load_sources
 from pissa_cli.yamlfile import KeyPath
 
 GENERATED: dict[str, Bench] = {

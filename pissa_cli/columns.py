@@ -1,0 +1,72 @@
+"""The columns that rows have, and those that a format reads. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pissa_cli.data_options import FIELDS, OPTIONAL_FIELDS, DataSection, sources_of
+from pissa_cli.errors import UsageError
+from pissa_cli.glue import GLUE
+
+
+def label_columns(section: DataSection, columns: Sequence[str]) -> dict[str, str]:
+    """text, text_pair where there is such a column, and label: the columns of rows that have these `columns`."""
+    if section.glue is not None:
+        texts, label = GLUE[section.glue].columns(dict.fromkeys(columns))
+        return dict(zip(("text", "text_pair"), texts, strict=False)) | {"label": label}
+    pair = section.optional_column("text_pair")
+    has_pair = pair in columns or "text_pair" in section.columns
+    fields = ("text", "text_pair", "label") if has_pair else ("text", "label")
+    return {name: section.columns.get(name, name) for name in fields}
+
+
+def unused_columns(section: DataSection, columns: Iterable[str]) -> list[str]:
+    """The columns that a format does not read; those of GLUE's own files are known."""
+    if section.glue is not None:
+        return []
+    fields = (*FIELDS[section.format], *OPTIONAL_FIELDS.get(section.format, ()))
+    return [column for column in columns if column not in {section.columns.get(name, name) for name in fields}]
+
+
+def require_columns(source: str, section: DataSection, columns: Sequence[str], whole: bool = True) -> None:
+    """UsageError if `columns`, those that there are, lack some that the recipe needs, or maps in vain. A field that
+    need not be there may come in later rows, where they are not of the `whole` file."""
+    wanted = {name: section.columns.get(name, name) for name in FIELDS.get(section.format, ())}
+    if section.classifies:
+        wanted = label_columns(section, columns)
+    if whole:
+        optional = OPTIONAL_FIELDS.get(section.format, ())
+        wanted |= {name: section.columns[name] for name in optional if name in section.columns}
+    missing = {name: column for name, column in wanted.items() if column not in columns}
+    if not columns or not missing:
+        return
+    other = _format_of(columns)
+    mapped = next((name for name in missing if name in section.columns), None)
+    if source in sources_of(section.train)[1:] or source in sources_of(section.eval)[1:]:
+        hint = "all files of a list have the same columns: rename them in this one"
+    elif mapped is not None:
+        hint = f"data.columns maps '{mapped}' to it; map '{mapped}' to one of these"
+    elif len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
+        hint = "cells are separated by commas in a csv, by tabs in a tsv file: save it so"
+    elif {"chosen", "rejected"} <= set(columns):
+        hint = "preferences are not trained here, but what was chosen can be: map it to a field, as "
+        hint += "{format: prompt, columns: {completion: chosen}} or {format: chat, columns: {messages: chosen}}"
+    elif other is not None:
+        hint = f"these are columns of another format: data: {other}"
+    else:
+        form = "" if section.glue is None else "--set data.format=classification "
+        fields = ", ".join(f"{name}: <column>" for name in missing)
+        hint = f"say which they are, here or so in the recipe: {form}--set 'data.columns={{{fields}}}'"
+    named = [f"'{column}'" if column == name else f"'{column}' for '{name}'" for name, column in missing.items()]
+    raise UsageError(
+        f"{source}: no column {', '.join(named)} (format {section.format}); it has: {', '.join(columns)}", hint
+    )
+
+
+def _format_of(columns: Sequence[str]) -> str | None:
+    """What data.format (and columns) rows with such columns would be read by, of those that are not classified."""
+    if "conversations" in columns:
+        return "{format: chat, columns: {messages: conversations}}"
+    formats = ("chat", "alpaca", "prompt", "text")
+    found = next((name for name in formats if set(FIELDS[name]) <= set(columns)), None)
+    return None if found is None else f"{{format: {found}}}"

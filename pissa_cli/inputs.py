@@ -1,0 +1,94 @@
+"""What commands begin with, looked at before torch is there: a wrong path is answered at once."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from pissa_cli.columns import require_columns
+from pissa_cli.data_options import held_out_sources, sources_of
+from pissa_cli.errors import UsageError
+from pissa_cli.names import kind_of
+from pissa_cli.recipe import ModelSection, Recipe
+from pissa_cli.recipe_file import RUN_MANIFEST
+from pissa_cli.rows import is_file, read_rows
+from pissa_cli.rundir import Run, is_vacant
+
+FIRST_ROWS = 100
+
+
+def require_start(recipe: Recipe) -> None:
+    """UsageError for an output folder with something else in it, and for a local base that is none."""
+    run = Run(Path(recipe.output))
+    if not run.exists():
+        require_place(run)
+        local_base(recipe.model)
+
+
+def require_run(recipe: Recipe) -> None:
+    """UsageError where no run was made yet."""
+    Run(Path(recipe.output)).read_manifest()
+
+
+def require_place(run: Run) -> None:
+    """UsageError for a folder that no run can be made in."""
+    if not is_vacant(run.folder):
+        raise UsageError(f"{run.folder}: exists and is not a run folder", "name another with --output")
+
+
+def require_data(recipe: Recipe) -> None:
+    """UsageError where there is nothing to train on; raises as `require_rows`."""
+    if recipe.data.train is None:
+        raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
+    require_rows(recipe)
+
+
+def require_rows(recipe: Recipe) -> None:
+    """UsageError for local files of data that are not there or lack a column in their first rows. Data on the Hub is
+    not looked at."""
+    for source in dict.fromkeys(sources_of(recipe.data.train) + held_out_sources(recipe.data)):
+        check_columns(source, recipe)
+
+
+def check_columns(source: str, recipe: Recipe) -> None:
+    """UsageError for a local file that is not there or lacks a column in its first rows."""
+    if not is_file(source):
+        return
+    rows = [row for _, row in read_rows(source, FIRST_ROWS)]
+    columns = dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)
+    require_columns(source, recipe.data, list(columns), whole=len(rows) < FIRST_ROWS)
+    if not columns:
+        raise UsageError(f"{source}: no row in the first {len(rows)} that can be used", "is this the file?")
+
+
+def local_base(section: ModelSection) -> Path | None:
+    """The folder of the base model; None for one on the Hub. UsageError as `require_model_folder`, and for a path to
+    nothing."""
+    path = Path(section.name)
+    if path.is_dir():
+        return require_model_folder(path)
+    if path.is_absolute() or section.name.startswith(".") or section.name.count("/") > 1:
+        raise UsageError(
+            f"{section.name}: no such folder",
+            "check the path; one that has moved: --set model.name=FOLDER; on the Hub a model is user/name",
+        )
+    return None
+
+
+def require_model_folder(path: Path) -> Path:
+    """The folder; UsageError for one without config.json, and for one that has more in it than a model."""
+    if not (path / "config.json").is_file():
+        run = next((folder for folder in (path, path.parent) if (folder / RUN_MANIFEST).is_file()), None)
+        if run is not None:
+            merge = f"pissa merge {shlex.quote(str(run))}"
+            raise UsageError(f"{path}: a run, not a model", f"{merge}, and start from {run}/merged")
+        raise UsageError(f"{path}: not a model folder (no config.json)", "give the folder that holds it")
+    if (path / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{path}: a model and an adapter in one folder; transformers would add that to the model unasked",
+            "remove adapter_config.json and adapter_model.safetensors, or merge them into the model first",
+        )
+    odd = next((inside for inside in sorted(path.iterdir()) if kind_of(inside) == "other"), None)
+    if odd is not None:
+        raise UsageError(f"{odd}: neither a file nor a folder, and would be waited for", "remove it")
+    return path
