@@ -20,9 +20,9 @@ from pissa_cli.data_options import held_out_sources
 from pissa_cli.dense import dense_tensors, written_name
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
-from pissa_cli.exported import full_model, load_with, result_files, trained_steps
+from pissa_cli.exported import full_model, load_with, result_files, trained_facts
 from pissa_cli.initialize import Progress, open_run
-from pissa_cli.integrity import model_facts, read_settings, require_finite, sealed
+from pissa_cli.integrity import SEAL, model_facts, read_settings, require_finite, sealed
 from pissa_cli.loading import load_model, load_tokenizer
 from pissa_cli.model import DTYPES, Linear, best_device, linear_layers, skeleton
 from pissa_cli.plan import require_packable, require_same_layout
@@ -84,8 +84,10 @@ def merge(
         model_config.pop("quantization_config", None)
         write_json(target / "config.json", model_config)
         write_text(target / "README.md", model_card(recipe, "merged into one model", step=step))
-        at_step = trained_steps(recipe) if step is None else step
-        provenance: dict[str, Any] = {"method": recipe.adapter.method, "step": at_step}
+        provenance: dict[str, Any] = {"method": recipe.adapter.method, "step": step}
+        if step is None:
+            facts = trained_facts(recipe)
+            provenance |= {"step": facts["step"], "result": facts[SEAL]}
         provenance |= {"base_fingerprint": manifest["base"]["fingerprint"], **model_facts(target)}
         write_json(target / PROVENANCE, sealed(provenance))
         tolerance = max(MERGE_TOLERANCE[dtype] for dtype in dtypes)

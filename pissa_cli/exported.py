@@ -21,6 +21,7 @@ from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import frozen_base, open_run, read_start, require_base
 from pissa_cli.integrity import (
     DISTRUST,
+    SEAL,
     hashes,
     model_facts,
     not_finite,
@@ -35,6 +36,7 @@ from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_config, rank_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, copy_tokenizer, task_settings
+from pissa_cli.weights import hash_file
 
 
 def write_result(
@@ -144,11 +146,18 @@ def load_with(recipe: Recipe, folder: Path, adapter: Adapter, device: torch.devi
     return model.eval()
 
 
-def trained_steps(recipe: Recipe) -> int:
-    """Steps behind the result of a run that was trained to its end."""
+def trained_facts(recipe: Recipe) -> dict[str, Any]:
+    """What a training that reached its end says of its result: `step`, `data`, and a seal over these and its files."""
     run = Run(Path(recipe.output))
     folder = full_model(recipe) if isinstance(recipe.adapter, FullOptions) else _trained_adapter(run)
-    return int(_provenance(folder, _remedy(run))["step"])
+    return _provenance(folder, _remedy(run))
+
+
+def result_hash(recipe: Recipe, step: int | None = None) -> str:
+    """Of a run's result, or of its checkpoint `step`: one training ends at the same step as another."""
+    if step is None:
+        return str(trained_facts(recipe)[SEAL])
+    return hash_file(Run(Path(recipe.output)).checkpoints / f"step-{step}" / "state.json")
 
 
 def is_trained(recipe: Recipe) -> bool:
@@ -183,13 +192,16 @@ def _remedy(run: Run) -> str:
 
 
 def merged_files(recipe: Recipe) -> Path:
-    """`merged/` of a run. Raises UsageError if it is not there, or is of another step than the result."""
+    """`merged/` of a run. Raises UsageError if it is not there, or is of another step or training than the result."""
     run = Run(Path(recipe.output))
     if not (run.merged / PROVENANCE).is_file():
         raise UsageError(f"{run.merged}: not there", "run `pissa merge` first")
-    step, wanted = read_json(run.merged / PROVENANCE).get("step"), trained_steps(recipe)
+    facts, result = read_json(run.merged / PROVENANCE), trained_facts(recipe)
+    step, wanted = facts.get("step"), result["step"]
     if step != wanted:
         raise UsageError(f"{run.merged}: is of step {step}, the result of step {wanted}", "run `pissa merge` again")
+    if facts.get("result", result[SEAL]) != result[SEAL]:
+        raise UsageError(f"{run.merged}: is of another training than the result", "run `pissa merge` again")
     return _require_whole(run.merged, "run `pissa merge` again")
 
 

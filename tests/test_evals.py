@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,6 +274,30 @@ def test_kill_9_loses_no_answer_and_asks_for_none_twice(finished: Any, monkeypat
     assert asked == [1]
     assert (again["score"], again["n"]) == (whole["score"], whole["n"])
     assert (folder / "gsm8k" / "samples.jsonl").read_text() == wanted
+
+
+def test_answers_of_another_training_are_not_kept(
+    models: Callable[[str], Path],
+    recipe: Callable[..., Any],
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = tmp_path / "questions.jsonl"
+    data.write_text('{"prompt": "def f():", "test": "def check(f): pass", "entry_point": "f"}\n')
+    sets = [f"data.train={rows}", "train.steps=2", "adapter.rank=4", "eval.bench=[humaneval]", "eval.max_new_tokens=4"]
+    made = recipe(models("llama"), *sets, f"eval.data={{humaneval: {data}}}")
+    asked: list[int] = []
+    monkeypatch.setattr(module, "generate", lambda *given: asked.append(len(given[2])) or generate(*given))
+    train(made)
+    for _ in range(2):
+        evaluate(made)  # the answers are kept, as nothing runs
+    run = Run(Path(made.output))
+    for folder in (run.adapter, run.checkpoints):
+        shutil.rmtree(folder)
+    train(made.model_copy(update={"train": made.train.model_copy(update={"lr": 0.01})}))
+    evaluate(made)
+    assert asked == [1, 0, 1]
 
 
 def test_prompts_without_room_are_counted(finished: Any, tmp_path: Path) -> None:

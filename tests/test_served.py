@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -146,3 +147,8 @@ def test_what_the_engine_cannot_score(run: str, pissa: Callable[..., Any], monke
     monkeypatch.setenv("PATH", "/nowhere")
     outcome = pissa("eval", run, "--set", "eval.engine=vllm")
     assert outcome.code == 2 and "pissa[vllm]" in outcome.err
+    for folder in ("adapter", "checkpoints"):
+        shutil.rmtree(Path(run) / folder)
+    assert pissa("train", run, "--set", "train.lr=0.02").code == 0
+    outcome = pissa("eval", run, "--set", "eval.engine=vllm")
+    assert outcome.code == 2 and "is of another training than the result" in outcome.err

@@ -27,7 +27,7 @@ from pissa_cli.evals.results import Progress, grade_outputs, write_result
 from pissa_cli.evals.sandbox import protection
 from pissa_cli.evals.served import Server, serve
 from pissa_cli.examples import Examples
-from pissa_cli.exported import load_plain_base, load_result, merged_files, trained_steps
+from pissa_cli.exported import load_plain_base, load_result, merged_files, result_hash, trained_facts
 from pissa_cli.glue import GLUE, SETS
 from pissa_cli.initialize import open_run, require_base
 from pissa_cli.loading import load_tokenizer
@@ -104,7 +104,7 @@ def evaluate(
             require_tokens(bench, [int(loaded.ids.max())], read_config(base_folder, recipe.model))
     facts = {
         "model": "base" if base else "trained",
-        "step": 0 if base else step or trained_steps(recipe),
+        "step": 0 if base else step or trained_facts(recipe)["step"],
         "base_fingerprint": manifest["base"]["fingerprint"],
         "started": manifest["created"],
         "precision": recipe.precision,
@@ -112,6 +112,7 @@ def evaluate(
     folder = run.scores / ("base" if base else f"step-{step}" if step else "")
     require_writable(folder)
     with _writer(recipe, base, step, base_folder, context) as writer:
+        facts |= {} if base else {"result": result_hash(recipe, step)}
         session = _Session(recipe, writer, tokenizer, folder, context, facts, allow_code)
         return _score_all(session, data, progress)
 
