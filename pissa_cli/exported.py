@@ -16,7 +16,7 @@ from pissa_cli.adapters.start import Adapter, Factors, as_lora
 from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_modules
 from pissa_cli.card import model_card
 from pissa_cli.chat import write_stops
-from pissa_cli.checkpoint import Names, checkpoint_tensors, checkpoints, latest_checkpoint, step_of
+from pissa_cli.checkpoint import Names, checkpoint_tensors, checkpoints, latest_checkpoint, newest_facts, step_of
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import frozen_base, open_run, read_start, require_base
 from pissa_cli.integrity import (
@@ -189,6 +189,13 @@ def _remedy(run: Run) -> str:
     if latest_checkpoint(run) is None:
         return DISTRUST
     return f"`pissa train {shlex.quote(str(run.folder))} --resume` writes it anew from the newest checkpoint"
+
+
+def trained_on(recipe: Recipe) -> str:
+    """The hash of the examples that a run was trained on, by its newest checkpoint, else by its result; empty where
+    there is neither."""
+    known: str = newest_facts(Run(Path(recipe.output))).get("data", "")
+    return known or (trained_facts(recipe)["data"]["train"]["hash"] if is_trained(recipe) else "")
 
 
 def merged_files(recipe: Recipe) -> Path:

@@ -366,6 +366,19 @@ def test_held_out_loss_is_the_plain_average(finished: Any) -> None:
     assert result["score"] == pytest.approx(float(wanted), rel=1e-5) and result["n"] == 6 and result["stderr"] > 0
 
 
+def test_a_share_is_known_without_checkpoints(
+    models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, pissa: Callable[..., Outcome]
+) -> None:
+    sets = [f"data.train={rows}", "data.eval=10%", "train.steps=1", "adapter.rank=4"]
+    made = recipe(models("llama"), *sets)
+    train(made)
+    shutil.rmtree(Run(Path(made.output)).checkpoints)
+    assert pissa("eval", made.output, "--bench", "loss").code == 0
+    rows.write_text(rows.read_text() + '{"instruction": "one", "output": "more"}\n')
+    outcome = pissa("eval", made.output, "--bench", "loss")
+    assert outcome.code == 2 and "is not what this run held out" in outcome.err
+
+
 def test_the_base_scores_apart(finished: Any) -> None:
     base = evaluate(finished, base=True)
     assert base["gsm8k"]["model"] == "base"

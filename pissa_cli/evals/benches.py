@@ -9,17 +9,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pissa_cli.checkpoint import newest_facts
 from pissa_cli.data_options import held_out_sources
 from pissa_cli.errors import Unreachable, UsageError
 from pissa_cli.evals import competition_math, gsm8k, harness, humaneval, mbpp, mt_bench
 from pissa_cli.evals.bench import Bench
+from pissa_cli.exported import trained_on
 from pissa_cli.glue import GLUE, SETS
 from pissa_cli.guards import require_context
 from pissa_cli.inputs import check_columns
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, is_file, read_rows, text_of
-from pissa_cli.rundir import Run
 from pissa_cli.sets import held_out_name, load_held_out, load_sources
 from pissa_cli.yamlfile import KeyPath
 
@@ -160,9 +159,7 @@ def _load(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, contex
         return read_bench(bench, recipe)
     source = source_of(bench, recipe)
     if _is_held_out(bench, recipe):
-        examples = load_held_out(
-            recipe, tokenizer, recipe.eval.limit, newest_facts(Run(Path(recipe.output))).get("data", "")
-        )
+        examples = load_held_out(recipe, tokenizer, recipe.eval.limit, trained_on(recipe))
     else:
         section = recipe.data.model_copy(update={"limit": recipe.eval.limit})
         examples = load_sources([source], section, recipe, tokenizer)
