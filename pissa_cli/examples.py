@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.weights import load_tensors, save_tensors
+from pissa_cli.weights import hash_file, load_tensors, save_tensors
 
 CUT = "answer cut off entirely by data.max_length"
 REASONS = 10
@@ -165,11 +165,19 @@ def cache_key(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()  # that of the last text, which every call sets anew
-    identity = backend.to_str() if backend is not None else repr(tokenizer)
+    identity = backend.to_str() if backend is not None else f"{tokenizer!r} {_files_of(tokenizer)}"
+    settings = tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.truncation_side
     whole = xxhash.xxh3_128(content.encode())
-    for part in (json.dumps(options, sort_keys=True), identity, str(tokenizer.chat_template), str(tokenizer.eos_token)):
+    for part in (json.dumps(options, sort_keys=True), identity, str(settings)):
         whole.update(part.encode())
-    return f"v8-{whole.hexdigest()}"
+    return f"v9-{whole.hexdigest()}"
+
+
+def _files_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Hashes of the files of a tokenizer in Python, which does not say what it holds."""
+    folder = Path(tokenizer.name_or_path)
+    paths = [folder / str(name) for name in (*tokenizer.vocab_files_names.values(), "tokenizer_config.json")]
+    return [hash_file(path) for path in paths if path.is_file()]
 
 
 def write_cache(path: Path, examples: Examples) -> None:

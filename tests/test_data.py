@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import EsmTokenizer, PreTrainedTokenizerBase
 
 from pissa_cli import data as module
 from pissa_cli.data import TEMPLATE, load_examples, question_prompt
@@ -222,6 +222,33 @@ def test_the_cache_is_by_content(
         file.write_bytes(b"damaged")
     assert torch.equal(load_examples(str(rows), DataSection(), tokenizer, tmp_path).ids, first.ids)
     assert torch.equal(load_examples(str(rows), DataSection(), tokenizer, copied / "cache").ids, first.ids)  # a file
+
+
+def test_the_cache_knows_what_the_tokenizer_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    text = "Anna has 3 apples, Tom has four."
+    said = [{"role": role, "content": text} for role in ("user", "assistant")]
+    source = write(tmp_path / "rows.jsonl", [{"messages": said, "text": text, "label": "a"}])
+    sections = DataSection(format="chat"), DataSection(format="classification", max_length=8)
+    tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    found = []
+    for key, value in (("bos_token", "<eos>"), ("bos_token", "<pad>"), ("truncation_side", "left")):
+        setattr(tokenizer, key, value)
+        found.append([load_examples(source, one, tokenizer, tmp_path / "cache", ["a", "b"]).ids for one in sections])
+        for ids, section in zip(found[-1], sections, strict=True):
+            assert torch.equal(ids, load_examples(source, section, tokenizer, None, ["a", "b"]).ids)
+    assert found[0][0][0] != found[1][0][0] and not torch.equal(found[1][1], found[2][1])
+
+
+def test_the_cache_knows_the_words_of_a_tokenizer_in_python(tmp_path: Path, rows: Path) -> None:
+    found = []
+    for words in ("one two", "two one"):
+        (tmp_path / "vocab.txt").write_text("\n".join(["<cls>", "<pad>", "<eos>", "<unk>", "<mask>", *words.split()]))
+        EsmTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "made")
+        tokenizer = EsmTokenizer.from_pretrained(tmp_path / "made")
+        (tmp_path / "text.jsonl").write_text('{"text": "one"}\n')
+        section = DataSection(format="text")
+        found.append(load_examples(str(tmp_path / "text.jsonl"), section, tokenizer, tmp_path / "cache").ids)
+    assert found[0].tolist() != found[1].tolist()
 
 
 def test_data_of_the_hub_are_read_and_cached(
