@@ -98,7 +98,8 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
         raise ValueError(f"'{column}' is a list: one class a text; several labels a text are not trained here")
     if value is None or not isinstance(value, str | int | float):
         raise ValueError(f"'{column}' is {'missing' if value is None else 'neither a text nor a number'}")
-    text, number = str(value).strip(), _number(value)
+    text, number = str(value), _number(value)
+    text = text if text in labels else text.strip()
     quoted = escaped(text[:SHOWN])
     if len(labels) == 1:
         if abs(number) <= LARGEST:

@@ -634,6 +634,8 @@ def test_held_out_rows_are_scored_where_no_bench_is_named(
         ("x", [f"intent {n}" for n in range(77)], r"\(intent 0, intent 1, .*, intent 4, ... \(77\)\)$"),
         ("nan", ["score"], "not a number"),
         ("high", ["score"], "'label' is 'high', not a number"),
+        (" >50K", [" <=50K", " >50K"], 1),
+        (" >50K", ["<=50K", ">50K"], 1),
     ],
 )
 def test_labels(value: Any, labels: list[str], wanted: Any) -> None:
