@@ -25,6 +25,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.script: list[Reply] = []
+        self.wait = "0"
         self.otherwise: Reply = (200, "Fine. Rating: [[7]]")
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -38,7 +39,7 @@ class StandIn:
                 code, text = stand_in.script.pop(0) if stand_in.script else stand_in.otherwise
                 reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": text or None}}]}).encode()
                 self.send_response(code)
-                self.send_header("Retry-After", "0")
+                self.send_header("Retry-After", stand_in.wait)
                 self.send_header("Content-Length", str(len(reply)))
                 self.end_headers()
                 self.wfile.write(reply)
@@ -122,6 +123,23 @@ def test_a_judge_that_is_busy_is_asked_again(stand_in: StandIn, monkeypatch: pyt
     assert (last["path"], last["model"], last["temperature"]) == ("/v1/chat/completions", "gpt-4", 0)
     assert [m["content"] for m in last["messages"]] == ["system", "prompt"]
     assert stand_in.headers[-1]["Authorization"] == "Bearer secret"
+
+
+def test_a_key_is_never_shown(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PISSA_JUDGE_KEY", "secret\r\n")
+    asked = Judge(stand_in.url, "m")
+    asked.require()
+    assert asked.ask("s", "p") and stand_in.headers[-1]["Authorization"] == "Bearer secret"
+    for key in ("sec\nret", "s\u00e9cret"):
+        monkeypatch.setenv("PISSA_JUDGE_KEY", key)
+        with pytest.raises(UsageError, match="PISSA_JUDGE_KEY: the key has a character") as refused:
+            asked.require()
+        assert key not in str(refused.value)
+
+
+def test_a_wait_that_is_no_number_is_ours(stand_in: StandIn) -> None:
+    stand_in.script, stand_in.wait = [(429, "x")], "nan"
+    assert Judge(stand_in.url, "m").ask("s", "p")
 
 
 def test_a_judge_that_refuses_or_is_away(stand_in: StandIn) -> None:

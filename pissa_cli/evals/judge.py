@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import socket
 import time
@@ -29,7 +30,8 @@ class Judge:
     model: str
 
     def require(self) -> None:
-        """Raise UsageError if nothing listens there: before the answers, which take long."""
+        """Raise UsageError if nothing listens there, or the key is none: before the answers, which take long."""
+        _key()
         try:
             parts = urllib.parse.urlsplit(self.url)
             usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -55,8 +57,7 @@ class Judge:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 2048}
         headers = {"Content-Type": "application/json"}
-        key = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
-        headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        headers |= {"Authorization": f"Bearer {key}"} if (key := _key()) else {}
         url = f"{self.url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         reason = ""
@@ -81,6 +82,15 @@ class Judge:
         )
 
 
+def _key() -> str | None:
+    """The key, without white space around it. UsageError, which does not show it, for one that no header can hold."""
+    name = next((name for name in KEYS if os.environ.get(name, "").strip()), None)
+    key = os.environ[name].strip() if name else None
+    if key and not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{name}: the key has a character that no key has", "set it again, as the server gave it")
+    return key
+
+
 def _text(answer: Any, url: str) -> str:
     """The message; empty where the judge refused to write one."""
     try:
@@ -102,6 +112,7 @@ def _said(error: urllib.error.HTTPError) -> str:
 
 def _retry_after(header: str | None, otherwise: float) -> float:
     try:
-        return min(max(float(header or ""), 0.0), LONGEST_WAIT)
+        wait = float(header or "")
     except ValueError:
         return otherwise
+    return otherwise if math.isnan(wait) else min(max(wait, 0.0), LONGEST_WAIT)
