@@ -12,7 +12,15 @@ import pytest
 
 from pissa_cli.evals.sandbox import Protection, protection, run_program, run_programs
 
-HARMLESS = ["x = 1", "import math, json, re, collections", "open('a', 'w').write('x')", "print('a' * 10**6)", ""]
+HARMLESS = [
+    "x = 1",
+    "import math, json, re, collections",
+    "open('a', 'w').write('x')",
+    "print('a' * 10**6)",
+    "",
+    "import pickle\nclass A: pass\npickle.loads(pickle.dumps(A()))",
+    "assert open('/proc/self/oom_score_adj').read() == '1000\\n'",
+]
 HOSTILE = {
     "endless loop": "while True: pass",
     "sleep": "import time; time.sleep(1000)",

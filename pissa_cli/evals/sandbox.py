@@ -38,7 +38,7 @@ class Protection:
 
     def text(self) -> str:
         """In words, for people and for result.json."""
-        limits = f"{SECONDS:g} s, {MEGABYTES} MiB, 16 MiB a file, 16 processes, no environment"
+        limits = f"{SECONDS:g} s, 16 processes of {MEGABYTES} MiB, 16 MiB a file, no environment"
         if self.namespaces:
             return f"own namespaces (processes, network, mounts; all files read-only) and limits ({limits})"
         return (

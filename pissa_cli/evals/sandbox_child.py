@@ -16,6 +16,7 @@ import signal
 import struct
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,8 @@ def run(job: dict[str, Any], writing: int) -> None:
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     os.chdir(job["folder"])
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out this goes first
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(nothing, number)
@@ -182,8 +185,9 @@ def run(job: dict[str, Any], writing: int) -> None:
         forbid_sockets()
     program, token = job["program"], job["token"]
     job.clear()
+    sys.modules["__main__"] = module = types.ModuleType("__main__")  # where pickle looks for the program's classes
     try:
-        exec(compile(program, "<program>", "exec", dont_inherit=True), {"__name__": "__main__"})
+        exec(compile(program, "<program>", "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:
         os.write(3, f"raised {type(error).__name__}: {str(error)[:300]}".encode(errors="replace"))
         os._exit(1)
