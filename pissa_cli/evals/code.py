@@ -22,11 +22,13 @@ def ask(problem: str) -> str:
 
 
 def written(output: str) -> str:
-    """The code in an output as the PiSSA repository cuts it: of the first ```python block, else of all of it."""
-    _, fence, after = output.replace("\r", "").partition(FENCE)
-    code = after.partition("\n```")[0] if fence else output.replace("\r", "")
+    """The code in an output as the PiSSA repository cuts and strips it: of the first ```python block, else of all."""
+    code = output.replace("\r", "")
+    if FENCE in code:
+        code, closed, _ = code[code.index(FENCE) :].strip().replace(FENCE, "").partition("\n```")
+        code = code.strip() if closed else code
     for cut in CUTS:
-        code = code.partition(cut)[0]
+        code = code.partition(cut)[0].strip() if cut in code else code
     return code
 
 

@@ -40,7 +40,7 @@ def extract(output: str) -> str | None:
     _, marker, after = output.rpartition(MARKER)
     if not marker:
         return None
-    return after.partition(".\n")[0].strip().removesuffix(".")
+    return after.partition(".\n")[0].strip().removesuffix(".").strip()
 
 
 def equal(one: str, other: str) -> bool:

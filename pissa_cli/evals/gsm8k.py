@@ -32,7 +32,8 @@ def extract(output: str) -> int | None:
     """The answer in a model's output; None if there is none.
 
     Follows the reference protocol to the letter: of what follows the last marker the first number counts, with at
-    most one of `.,/` inside (so "1,234,567" reads 1234), a fraction is divided, and everything is rounded half to even.
+    most one of `.,/` inside (so "1,234,567" reads 1234), a fraction is divided (but by 0), and everything is rounded
+    half to even.
     """
     _, marker, after = output.rpartition(MARKER)
     if not marker:
@@ -42,7 +43,7 @@ def extract(output: str) -> int | None:
         return None
     text = match.group().replace(",", "")
     try:
-        return round(float(Fraction(text)))
+        return round(float(Fraction(text.removesuffix("/0"))))
     except (ValueError, ZeroDivisionError, OverflowError):
         return None
 
