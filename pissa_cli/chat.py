@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,11 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, has_surrogate, value_of
 from pissa_cli.rundir import read_json, write_json
 from pissa_cli.turns import MARKS, Message, Render, common, span_of, tokens_apart
+
+DAY = datetime(2024, 7, 26)
+"""For templates that write the date, as Llama 3's does, which has this one where it is not told another: what is
+trained on, held out and asked must not change from day to day."""
+_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -161,8 +168,11 @@ def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBa
 
 def _render(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> Render:
     def render(messages: Sequence[Message], ask: bool) -> str:
+        template = _DATE.sub(lambda call: repr(DAY.strftime(call[2])), tokenizer.get_chat_template(tools=tools))
         return str(
-            tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=ask)
+            tokenizer.apply_chat_template(
+                list(messages), chat_template=template, tools=tools, tokenize=False, add_generation_prompt=ask
+            )
         )
 
     return render

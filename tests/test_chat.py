@@ -487,6 +487,15 @@ def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer: PreTrainedToke
     assert special_stops(["</a>", "<pad>", "<eos>"], tokenizer) == (["</a>"], sorted([pad, eos]))
 
 
+def test_every_day_is_the_same(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + PLAIN
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(conversation("Hello.", "Good day.")) + "\n")
+    examples = load_examples(str(path), SECTION, tokenizer, None)
+    assert str(tokenizer.decode(examples.ids)).startswith("26 Jul 2024<user>")
+    assert question_prompt("Hello.", SECTION, tokenizer)[0].startswith("26 Jul 2024<user>")
+
+
 def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows: list[tuple[dict[str, Any], str]] = [
         (conversation("Hi", "Yes"), "{format: chat}"),
