@@ -30,7 +30,8 @@ def encode_classified(
     labels: Sequence[str],
     end: int | None = None,
 ) -> list[Encoded | str]:
-    """(tokens, token types, label) of each row, or why it cannot be used. What is too long loses its end.
+    """(tokens, token types, label) of each row, or why it cannot be used. What is too long is cut where the
+    tokenizer cuts it.
 
     end: a token that no text may hold beyond those that the tokenizer adds.
     """
