@@ -40,9 +40,14 @@ class StandIn:
                 reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": text or None}}]}).encode()
                 self.send_response(code)
                 self.send_header("Retry-After", stand_in.wait)
+                self.send_header("Location", "/elsewhere")
                 self.send_header("Content-Length", str(len(reply)))
                 self.end_headers()
                 self.wfile.write(reply)
+
+            def do_GET(self) -> None:
+                stand_in.headers.append(dict(self.headers))
+                self.send_error(404)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -135,6 +140,14 @@ def test_a_key_is_never_shown(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(UsageError, match="PISSA_JUDGE_KEY: the key has a character") as refused:
             asked.require()
         assert key not in str(refused.value)
+
+
+def test_the_key_stays_with_the_judge(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PISSA_JUDGE_KEY", "secret")
+    stand_in.otherwise = (302, "x")
+    with pytest.raises(UsageError, match="302"):
+        Judge(stand_in.url, "m").ask("s", "p")
+    assert len(stand_in.headers) == 1
 
 
 def test_a_wait_that_is_no_number_is_ours(stand_in: StandIn) -> None:

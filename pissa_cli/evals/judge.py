@@ -64,7 +64,7 @@ class Judge:
         for attempt in range(TRIES):
             wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT)
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                with urllib.request.build_opener(_Stays).open(request, timeout=TIMEOUT) as answer:
                     return _text(json.load(answer), url)
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {error.reason}"
@@ -80,6 +80,13 @@ class Judge:
             f"{url}: the judge cannot be reached ({reason}, {TRIES} times)",
             "the answers and judgments so far are kept; run the same command again",
         )
+
+
+class _Stays(urllib.request.HTTPRedirectHandler):
+    """Goes nowhere else: urllib would take the key along."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def _key() -> str | None:
