@@ -89,7 +89,7 @@ def set_up(
     missed: as in `step_examples`. layout: what each of several processes has of it.
     """
     unused = has_experts(model)
-    ways = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
+    ways = DistributedDataParallelKwargs(find_unused_parameters=unused)
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ways])
     accelerator.gradient_accumulation_steps = 1  # whatever the environment says: it would divide every gradient
     if layout != "copies" and accelerator.num_processes == 1:
