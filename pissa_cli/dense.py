@@ -42,21 +42,18 @@ def dense_tensors(
         )
     whole = dict(_on_disk(model, weights, adapter))
 
-    def rounded(name: str, W: Tensor, dtype: torch.dtype) -> Tensor:
-        return rounded_at_random(W, dtype, generator(recipe.seed, name)) if dtype in DROPPED else W.to(dtype)
-
     def work(name: str) -> T:
         linear = linears.get(name)
         if name in whole:
             tied = min(other for other, tensor in whole.items() if torch.equal(tensor, whole[name]))
             dtype = torch.float32 if name.split(".")[0] in head else weights.dtypes[name]
-            return then(name, linear, rounded(tied, whole[name].float(), dtype))
+            return then(name, linear, rounded(recipe, tied, whole[name].float(), dtype))
         if linear is None or (f"{name}.absmax" not in weights.files and linear.name not in adapter.factors):
             return then(name, linear, weights.read(name))
         W, dtype = read_weight(weights, linear, device)
         if linear.name in adapter.factors:
             A, B = adapter.pair(linear.name, W.shape, device)
-            W = rounded(name, minus_product(W, B, A, -1.0), dtype)
+            W = rounded(recipe, name, minus_product(W, B, A, -1.0), dtype)
         return then(name, linear, (W.T if linear.transposed else W).to(dtype).contiguous().cpu())
 
     names = [name for name in weights.files if name in whole or not any(owner in linears for owner in _owners(name))]
@@ -65,6 +62,11 @@ def dense_tensors(
     yield from in_order(work, names, workers, max(2, ahead), each)
     for name in sorted(whole.keys() - weights.files.keys()):
         yield then(name, None, whole[name].float())
+
+
+def rounded(recipe: Recipe, name: str, W: Tensor, dtype: torch.dtype) -> Tensor:
+    """W (any shape, fp32), the tensor of a name, rounded to another dtype as `dense_tensors` does."""
+    return rounded_at_random(W, dtype, generator(recipe.seed, name)) if dtype in DROPPED else W.to(dtype)
 
 
 def _on_disk(model: PreTrainedModel, weights: Weights, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:

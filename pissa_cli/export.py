@@ -17,14 +17,14 @@ from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import model_card
 from pissa_cli.chat import write_stops
 from pissa_cli.data_options import held_out_sources
-from pissa_cli.dense import dense_tensors, written_name
+from pissa_cli.dense import dense_tensors, rounded, written_name
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.exported import full_model, load_with, result_files, trained_facts
 from pissa_cli.initialize import Progress, open_run
 from pissa_cli.integrity import SEAL, model_facts, read_settings, require_finite, sealed
 from pissa_cli.loading import load_model, load_tokenizer
-from pissa_cli.model import DTYPES, Linear, best_device, linear_layers, skeleton
+from pissa_cli.model import DTYPES, Linear, best_device, head_names, linear_layers, skeleton
 from pissa_cli.plan import require_packable, require_same_layout
 from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
@@ -140,10 +140,15 @@ def quantize(
     double_quant = recipe.model.double_quant if double_quant is None else double_quant
     absmax = absmax or recipe.model.absmax
     dense_bytes, error, norm = 0, 0.0, 0.0
+    # transformers leaves beside NF4 what is not packed as it is on disk, and multiplies no fp32 with 16 bits
+    heads = head_names(model) if form == "nf4" else []
+    dense = next(weights.dtypes[layer.tensor] for layer in linears if layer.embedding)
 
     def pack(name: str, linear: Linear | None, tensor: Tensor) -> tuple[str, dict[str, Tensor], int, float, float]:
         if name in weights.files:
             require_finite(name, tensor, weights)
+        if name.split(".")[0] in heads:
+            tensor = rounded(recipe, name, tensor.float(), dense)
         size = tensor.numel() * tensor.element_size()
         if linear is None or not (linear.packable if form == "nf4" else int4.takes(linear, group)):
             return name, {name: tensor}, size, 0.0, 0.0

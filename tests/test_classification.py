@@ -276,6 +276,27 @@ def test_a_classifier_with_other_classes_gets_a_new_head(
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_quantized_runs_in_stock_transformers(
+    dtype: torch.dtype,
+    encoders: Callable[[str], Path],
+    classifier: Callable[..., Any],
+    pissa: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """It takes what is dense beside NF4 as it is on disk: the head, too, has the dtype of the base there."""
+    folder = save_model(AutoModel.from_pretrained(encoders("bert"), dtype=dtype), tmp_path / "base")
+    copy_tokenizer(encoders("bert"), folder, classifier(folder))
+    made = classifier(folder)
+    train(made)
+    for target in (made.output, pissa("merge", made.output, "--json").json["path"]):
+        outcome = pissa("quantize", target, "--output", tmp_path / f"four-{Path(target).name}", "--json")
+        assert outcome.code == 0, outcome.err
+        model = AutoModelForSequenceClassification.from_pretrained(outcome.json["path"])
+        ours, theirs = logits(load_result(made, torch.device("cpu")), folder), logits(model, folder)
+        assert float((ours - theirs).norm() / ours.norm()) < 0.5
+
+
 @pytest.mark.parametrize("problem", ["multi_label_classification", None])
 def test_a_quantized_classifier_stays_what_it_was(
     problem: str | None, encoders: Callable[[str], Path], pissa: Callable[..., Any], tmp_path: Path
