@@ -119,17 +119,17 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
     raise ValueError(f"'{column}' is '{quoted}', not one of model.labels ({listed(labels)})")
 
 
-def numbers_of(rows: list[Row], section: DataSection) -> set[float]:
-    """The whole numbers that are labels of rows."""
-    found = {_number(value_of(row, label_columns(section, list(row))["label"])) for row in rows}
-    return {number for number in found if number.is_integer()}
+def labels_of(rows: list[Row], section: DataSection) -> set[str | float]:
+    """The labels of rows, whole numbers as such."""
+    found = [value_of(row, label_columns(section, list(row))["label"]) for row in rows]
+    return {number if (number := _number(value)).is_integer() else str(value).strip() for value in found}
 
 
-def require_from_zero(source: str, numbers: set[float], labels: Sequence[str]) -> None:
-    """UsageError where the labels of a set, `numbers` among them, count the classes from 1."""
+def require_from_zero(source: str, found: set[str | float], labels: Sequence[str]) -> None:
+    """UsageError where the labels `found` in a set count the classes from 1, all of them: none is a name of one."""
     last = len(labels)
-    named = any(math.isfinite(_number(label)) for label in labels)
-    if last > 1 and not named and last in numbers and 0 not in numbers and numbers & set(range(1, last)):
+    named = any(math.isfinite(_number(label)) for label in labels) or found & set(labels)
+    if last > 1 and not named and last in found and 0 not in found and found & set(range(1, last)):
         raise UsageError(
             f"{source}: its labels count the classes from 1 to {last}; model.labels has them from 0 ({listed(labels)})",
             "write names or numbers from 0 into the rows, or let model.labels be the numbers: "

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.chat import encode_chat, question_text, require_template
-from pissa_cli.classification import encode_classified, numbers_of, require_from_zero
+from pissa_cli.classification import encode_classified, labels_of, require_from_zero
 from pissa_cli.columns import require_columns, unused_columns
 from pissa_cli.configuration import no_panic
 from pissa_cli.data_options import FIELDS, DataSection
@@ -111,7 +111,7 @@ def _tokenize(
     targets: list[Tensor] = []
     lengths = [0]
     classes: list[float] = []
-    numbers: set[float] = set()
+    found: set[str | float] = set()
     unusable: dict[str, list[int]] = {}
     num_cut = num_lost = 0
     batch: list[tuple[int, Row]] = []
@@ -122,7 +122,7 @@ def _tokenize(
         new_ids: list[int] = []
         new_targets: list[bool] = []
         if section.classifies:
-            numbers.update(numbers_of([row for _, row in batch], section))
+            found.update(labels_of([row for _, row in batch], section))
         encoded = _encode([row for _, row in batch], section, tokenizer, labels, end)
         for (number, _), result in zip(batch, encoded, strict=True):
             if isinstance(result, str):
@@ -168,7 +168,7 @@ def _tokenize(
             flush()
     require_columns(source, section, list(columns))
     flush()
-    require_from_zero(source, numbers, labels)
+    require_from_zero(source, found, labels)
     if len(lengths) == 1:
         raise no_usable_row(source, section, unusable)
     offsets = torch.tensor(lengths).cumsum(0)

@@ -132,3 +132,10 @@ def held_out_sources(section: DataSection) -> list[str]:
     if section.held_out_share is not None and section.train is None:
         raise UsageError(f"data.eval: {section.eval} of data.train, which names nothing", "name a file or a Hub id")
     return sources_of(section.eval if section.held_out_share is None else section.train)
+
+
+def held_out_name(section: DataSection) -> str:
+    """What is held out, in words."""
+    if section.held_out_share is None:
+        return ", ".join(sources_of(section.eval))
+    return f"{section.eval} of {', '.join(sources_of(section.train))}"

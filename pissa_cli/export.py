@@ -113,7 +113,8 @@ def quantize(
     Returns sizes, the relative Frobenius error over the quantized weights, differences of logits, and perplexity before
     and after: on `data.eval` where the recipe has it, else on four built-in prompts, which says little; None for a
     classifier.
-    The run's own `quantized/` is replaced; any other folder with something in it is a UsageError.
+    The run's own `quantized/`, or `int4/` of compressed-tensors, is replaced; any other folder with something in it is
+    a UsageError.
     """
     if model_folder is None and isinstance(recipe.adapter, FullOptions):
         model_folder = full_model(recipe, step)
@@ -125,7 +126,8 @@ def quantize(
         if "quantization_config" in settings:
             raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=task_of(settings))})
-    require_free(output, Run(Path(recipe.output)).quantized)
+    run = Run(Path(recipe.output))
+    require_free(output, run.quantized if form == "nf4" else run.int4)
     for source in held_out_sources(recipe.data):
         is_file(source)  # or it is refused now, and not after all is done
     weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe)

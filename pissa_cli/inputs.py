@@ -56,9 +56,10 @@ def check_columns(source: str, recipe: Recipe) -> None:
         return
     rows = [row for _, row in read_rows(source, FIRST_ROWS)]
     columns = dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)
-    require_columns(source, recipe.data, list(columns), whole=len(rows) < FIRST_ROWS)
-    if not columns:
-        raise UsageError(f"{source}: no row in the first {len(rows)} that can be used", "is this the file?")
+    whole = len(rows) < FIRST_ROWS
+    require_columns(source, recipe.data, list(columns), whole)
+    if whole and not columns:
+        raise UsageError(f"{source}: no usable row ({rows[0] if rows else 'it is empty'})", "is this the file?")
 
 
 def local_base(section: ModelSection) -> Path | None:

@@ -21,7 +21,7 @@ COSMETIC = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Keys of config.json that change nothing here."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 FILES = ("metrics.jsonl", "loss.png", "report.json", "report.png")
-FOLDERS = ("init", "base", "checkpoints", "adapter", "merged", "quantized", "exported", "eval")
+FOLDERS = ("init", "base", "checkpoints", "adapter", "merged", "quantized", "int4", "exported", "eval")
 SEAL = "seal"
 LARGEST = 1e15
 """Of weights: sums of their squares have to fit into fp32."""

@@ -10,12 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli.batches import batch_losses, padding
 from pissa_cli.configuration import require_tokens
+from pissa_cli.data_options import held_out_name
 from pissa_cli.errors import PissaError
 from pissa_cli.integrity import not_finite
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.model import head_names
 from pissa_cli.recipe import Recipe
-from pissa_cli.sets import held_out_name, load_held_out
+from pissa_cli.sets import load_held_out
 from pissa_cli.svd import frobenius_norm
 
 TINY = 1e-30

@@ -68,6 +68,10 @@ class Run:
         return self.folder / "quantized"
 
     @property
+    def int4(self) -> Path:
+        return self.folder / "int4"
+
+    @property
     def exported(self) -> Path:
         return self.folder / "exported"
 
@@ -77,7 +81,7 @@ class Run:
 
     @property
     def made_from_result(self) -> list[Path]:
-        return [self.merged, self.quantized, self.exported, self.scores]
+        return [self.merged, self.quantized, self.int4, self.exported, self.scores]
 
     @property
     def metrics(self) -> Path:
@@ -251,7 +255,7 @@ def clear_leftovers(run: Run) -> None:
         else:
             with suppress(OSError):
                 path.unlink()
-    for folder in (run.folder.absolute(), run.init, run.base, run.adapter, run.merged, run.quantized):
+    for folder in (run.folder.absolute(), run.init, run.base, run.adapter, *run.made_from_result[:-1]):
         if _lock_of(folder).exists():
             with suppress(PissaError), locked(folder):
                 pass  # nobody has it, and its release removes it

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from pissa_cli.classification import require_same_ends
 from pissa_cli.configuration import end_tokens, read_config
 from pissa_cli.data import load_examples
-from pissa_cli.data_options import DataSection, held_out_sources, sources_of
+from pissa_cli.data_options import DataSection, held_out_name, held_out_sources, sources_of
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples, join
 from pissa_cli.recipe import Recipe
@@ -81,13 +81,6 @@ def load_sources(
     if end is not None:
         require_same_ends(", ".join(sources), examples, end)
     return examples
-
-
-def held_out_name(section: DataSection) -> str:
-    """What is held out, in words."""
-    if section.held_out_share is None:
-        return ", ".join(sources_of(section.eval))
-    return f"{section.eval} of {', '.join(sources_of(section.train))}"
 
 
 def num_held_out(num: int, share: float) -> int:

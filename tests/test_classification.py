@@ -714,6 +714,7 @@ def test_tokens_are_the_tokenizers(
         ([1, 2, 3, 0], ["a", "b", "c"], False),
         ([1, 2], ["a", "b", "c"], False),
         (["a", "b", "c", 3], ["a", "b", "c"], False),
+        ([1, 3, " b"], ["a", "b", "c"], False),
         ([1, 2, 3], ["1", "2", "3"], False),
         ([1, 2], ["score"], False),
         (["NaN", 1e400, 2, 1], ["a", "b"], True),

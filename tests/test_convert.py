@@ -156,6 +156,8 @@ def test_servers_refuse_what_they_cannot_serve(
     assert done.code == 0 and 0 < done.json["relative_error"] < 1 and done.json["serve"].endswith(" 8")
     quoted = pissa("export", made.output, "--for", "vllm", "--rank", "8", "-o", f"{made.output}/it's mine", "--json")
     assert shlex.split(quoted.json["serve"])[2] == f"{made.output}/it's mine"
+    more = pissa("export", made.output, "--rank", "500")
+    assert more.code == 0 and "--rank 500: there is no more to write than rank 12" in more.out + more.err
     assert pissa("export", made.output, "--for", "ollama").code == 2
     assert pissa("export", made.output, "--as", "nf4", "--rank", "4").code == 2
 
@@ -322,6 +324,7 @@ def test_compressed_tensors_by_stock_transformers(
     done = pissa("export", made.output, "--as", "compressed-tensors", "--check", "--json")
     assert done.code == 0, done.err
     folder = Path(done.json["path"])
+    assert folder == Run(Path(made.output)).int4  # beside what quantize writes
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     dense = load_file(Path(merge(made)["path"]) / "model.safetensors")
     stored = load_file(folder / "model.safetensors")

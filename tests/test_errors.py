@@ -148,7 +148,7 @@ def test_data(refused: Callable[..., str], models: Callable[[str], Path], tmp_pa
     file = write(tmp_path / "rows.jsonl", '{"question": "a", "answer": "b"}\n')
     message = refused("train", "--model", models("llama"), "--set", f"data.train={file}")
     assert "no column 'instruction'" in message and "it has: question, answer" in message
-    assert "map it in the recipe: data: {columns: {instruction: <one of these>}}" in message
+    assert "--set 'data.columns={instruction: <column>, output: <column>}'" in message
     mapped = ["--set", "data.columns={instruction: query, output: answer}"]
     message = refused("train", "--model", models("llama"), "--set", f"data.train={file}", *mapped)
     assert "no column 'query'" in message and "data.columns maps 'instruction' to it; map 'instruction'" in message
@@ -330,8 +330,9 @@ def test_benchmarks(refused: Callable[..., str]) -> None:
     assert "not a run folder" in refused("eval", "demo/pissa", "--bench", "gsm8k")
 
 
-def test_push_without_token(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_without_token(refused: Callable[..., str], pissa: Pissa, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert pissa("init", "demo/pissa").code == 0
     assert "no token for the Hub" in refused("merge", "demo/pissa", "--push")
 
 
@@ -400,7 +401,7 @@ def test_a_comment_in_set_is_no_value(text: str, refused: Callable[..., str]) ->
 
 def test_a_column_mapped_in_vain(refused: Callable[..., str], models: Callable[[str], Path], rows: Path) -> None:
     words = ["--set", f"data.train={rows}", "--set", "data.columns={input: contxt}"]
-    assert "no column 'contxt' ('input' of format alpaca)" in refused("train", "--model", models("llama"), *words)
+    assert "no column 'contxt' for 'input' (format alpaca)" in refused("train", "--model", models("llama"), *words)
     assert "no column 'contxt'" in refused("train", "--model", models("llama"), *words, "--dry-run")
 
 

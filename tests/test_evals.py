@@ -375,7 +375,7 @@ def test_a_share_is_known_without_checkpoints(
     made = recipe(models("llama"), *sets)
     train(made)
     shutil.rmtree(Run(Path(made.output)).checkpoints)
-    assert pissa("eval", made.output, "--bench", "loss").code == 0
+    assert pissa("eval", made.output).code == 0  # of what is held out, as nothing else is asked for
     rows.write_text(rows.read_text() + '{"instruction": "one", "output": "more"}\n')
     outcome = pissa("eval", made.output, "--bench", "loss")
     assert outcome.code == 2 and "is not what this run held out" in outcome.err

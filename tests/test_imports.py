@@ -129,6 +129,8 @@ def test_fp32_products_keep_their_bits_in_containers_that_ask_for_fewer() -> Non
         "train --model {model} --set data.train={rows} --set data.format=text",
         "train --model {model} --set data.train={rows} --output {rows}",
         "eval gsm8k --bench gsm8k",
+        "eval gsm8k --bench gsm9k",
+        "eval gsm8k --bench gsm8k --data gsm8k=nowhere.jsonl",
         *(f"{command} gsm8k" for command in ("merge", "quantize", "export")),
     ],
 )

@@ -62,23 +62,23 @@ def evaluate_command(
     )
     from pissa_cli import inputs
     from pissa_cli.cli import dryrun, show
+    from pissa_cli.evals.benches import check_benches, check_files, runs_code, with_bench
 
+    if samples is not None and (compare_base or checkpoint is not None):
+        raise UsageError("--samples: there is no model", "leave --compare-base and --checkpoint out")
+    loaded = replace(loaded, recipe=with_bench(loaded.recipe))
+    check_benches(loaded.recipe, compare_base, loaded.sources)
+    check_files(loaded.recipe)
     if not dry_run and samples is None:
         inputs.require_run(loaded.recipe)
     show.quiet_libraries(debug)
-    from pissa_cli.evals.benches import check_benches, check_files, runs_code, with_bench
     from pissa_cli.evals.classify import METRICS
     from pissa_cli.evals.results import score_samples
     from pissa_cli.evals.run import evaluate
     from pissa_cli.evals.sandbox import protection
     from pissa_cli.exported import is_trained
 
-    if samples is not None and (compare_base or checkpoint is not None):
-        raise UsageError("--samples: there is no model", "leave --compare-base and --checkpoint out")
-    loaded = replace(loaded, recipe=with_bench(loaded.recipe))
-    check_benches(loaded.recipe, compare_base, loaded.sources)
     if dry_run:
-        check_files(loaded.recipe)
         dryrun.dry_run(loaded, as_json)
         return
     if allow_code_execution and runs_code(loaded.recipe):

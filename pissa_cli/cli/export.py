@@ -60,7 +60,8 @@ def export_command(
     from pissa_cli.rundir import Run
 
     recipe, run = loaded.recipe, Run(Path(loaded.recipe.output))
-    folder = Path(output) if output else {"lora": run.exported, "merged": run.merged}.get(form, run.quantized)
+    places = {"lora": run.exported, "merged": run.merged, "nf4": run.quantized, "compressed-tensors": run.int4}
+    folder = Path(output) if output else places[form]
     with show.counting("export") as progress:
         if form == "merged":
             result = export.merge(recipe, progress, folder, checkpoint)
@@ -73,6 +74,8 @@ def export_command(
         least, most = result["ranks"]
         ranks = f"rank {most}" if least == most else f"ranks {least} to {most}"
         lines.append(f"LoRA of {ranks} for {result['base']}, {_error(result['relative_error'])}")
+        if rank is not None and rank > most:
+            lines.append(f"--rank {rank}: there is no more to write than rank {most}")
         if recipe.model.bits == 4:
             lines.append(
                 "what 4-bit storage lost of the base is no part of it; exactly as it was trained, with that loss: "

@@ -1,25 +1,19 @@
-"""The benchmarks there are, what a recipe says of them, and their data."""
+"""The benchmarks there are, what a recipe says of them, and their rows. Knows no torch."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from pissa_cli.data_options import held_out_sources
-from pissa_cli.errors import Unreachable, UsageError
+from pissa_cli.data_options import held_out_name, held_out_sources
+from pissa_cli.errors import UsageError
 from pissa_cli.evals import competition_math, gsm8k, harness, humaneval, mbpp, mt_bench
 from pissa_cli.evals.bench import Bench
-from pissa_cli.exported import trained_on
 from pissa_cli.glue import GLUE, SETS
-from pissa_cli.guards import require_context
 from pissa_cli.inputs import check_columns
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, is_file, read_rows, text_of
-from pissa_cli.sets import held_out_name, load_held_out, load_sources
 from pissa_cli.yamlfile import KeyPath
 
 GENERATED: dict[str, Bench] = {
@@ -37,9 +31,9 @@ def runs_code(recipe: Recipe) -> bool:
 
 
 def with_bench(recipe: Recipe) -> Recipe:
-    """The recipe, in which a classifier with held-out rows and no benchmark is scored on these."""
+    """The recipe, in which a model with held-out rows and no benchmark is scored on these."""
     section = recipe.eval
-    if section.bench or not recipe.data.classifies or not (recipe.data.eval or "loss" in section.data):
+    if section.bench or not (recipe.data.eval or "loss" in section.data):
         return recipe
     return recipe.model_copy(update={"eval": section.model_copy(update={"bench": ["loss"]})})
 
@@ -137,37 +131,12 @@ def check_files(recipe: Recipe) -> None:
             if is_file(source):
                 read_bench(bench, recipe)
         else:
-            for one in held_out_sources(recipe.data) if _is_held_out(bench, recipe) else [source]:
+            for one in held_out_sources(recipe.data) if is_held_out(bench, recipe) else [source]:
                 check_columns(one, recipe)
 
 
-def load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> Any:
-    """What a benchmark is scored on: rows, tokenized examples, or MT-Bench's questions. Raises as `read_bench`."""
-    try:
-        return _load(bench, recipe, tokenizer, context)
-    except Unreachable as error:
-        error.hint = f"check the network, or give a local file: --data {bench}=FILE"
-        raise
-
-
-def _load(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> Any:
-    if bench.startswith(harness.PREFIX):
-        return harness.load_task(bench, recipe.eval.data.get(bench))
-    if bench == "mt_bench":
-        return mt_bench.load(source_of(bench, recipe), recipe.eval.limit)
-    if bench in GENERATED:
-        return read_bench(bench, recipe)
-    source = source_of(bench, recipe)
-    if _is_held_out(bench, recipe):
-        examples = load_held_out(recipe, tokenizer, recipe.eval.limit, trained_on(recipe))
-    else:
-        section = recipe.data.model_copy(update={"limit": recipe.eval.limit})
-        examples = load_sources([source], section, recipe, tokenizer)
-    require_context(source, examples, context)
-    return examples
-
-
-def _is_held_out(bench: str, recipe: Recipe) -> bool:
+def is_held_out(bench: str, recipe: Recipe) -> bool:
+    """Whether it is the loss on what training held out."""
     return bench == "loss" and bench not in recipe.eval.data
 
 

@@ -6,12 +6,12 @@ import contextlib
 import importlib.util
 import json
 import sys
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from pissa_cli.errors import PissaError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = "lm_eval:"
 MAIN = ("acc_norm", "exact_match", "acc", "f1", "em", "pass@1", "bleu", "rougeL", "word_perplexity")
@@ -53,6 +53,7 @@ def score(
     chat: ask in the model's chat template. Raises PissaError, with the reason, for what the harness cannot do.
     """
     import lm_eval
+    import torch
     from lm_eval.models.huggingface import HFLM
 
     task = bench.removeprefix(PREFIX)

@@ -18,13 +18,14 @@ from pissa_cli.data import question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import classify, harness, held_out, mt_bench
 from pissa_cli.evals.bench import Progress as Count
-from pissa_cli.evals.benches import GENERATED, check_benches, load_bench, runs_code
+from pissa_cli.evals.benches import GENERATED, check_benches, runs_code
 from pissa_cli.evals.generate import generate, same_in_batches, special_stops
 from pissa_cli.evals.judge import Judge
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.published import published
 from pissa_cli.evals.results import Progress, grade_outputs, write_result
 from pissa_cli.evals.sandbox import protection
+from pissa_cli.evals.scored import load_bench
 from pissa_cli.evals.served import Server, serve
 from pissa_cli.examples import Examples
 from pissa_cli.exported import load_plain_base, load_result, merged_files, result_hash, trained_facts
