@@ -14,11 +14,12 @@ from pissa_cli.rows import Row, value_of
 from pissa_cli.turns import Message
 
 ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
     **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "ai", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function_response"), "tool"),
 }
-"""Roles of ShareGPT's and OASST's rows, in small letters; others are called as elsewhere."""
+"""Roles of templates, and of ShareGPT's and OASST's rows, in small letters; others are called as they are."""
 READ = {"role", "content", "from", "value", "tool_calls", "tool_call_id", "weight", "train"}
 """Keys of a message that are looked at here, whatever the template does with them."""
 

@@ -324,9 +324,9 @@ def test_a_row_that_the_template_does_not_take_in_parts(tokenizer: PreTrainedTok
 
 def test_roles_of_other_tools_and_what_a_template_drops(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = PLAIN.replace("in messages %}", "in messages if m.role in ('user', 'assistant') %}")
-    for role in ("prompter", "Human", "human"):
+    for place, role in ((0, "prompter"), (0, "Human"), (0, "human"), (0, "User"), (1, "Assistant"), (1, "bot")):
         row = conversation("Hi", "Yes")
-        row["messages"][0]["role"] = role
+        row["messages"][place]["role"] = role
         assert learned(row, tokenizer) == ["<user>Hi<assistant>", "Yes<eos>"]
     for role in ("tool", "function_response", "critic"):
         row = conversation("Hi", "Yes")
@@ -501,7 +501,7 @@ def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTo
         (conversation("Hi", "Yes"), "{format: chat}"),
         ({"conversations": []}, "{format: chat, columns: {messages: conversations}}"),
         ({"prompt": "a", "completion": "b"}, "{format: prompt}"),
-        ({"question": "a", "answer": "b"}, "columns: {instruction: <one of these>}"),
+        ({"question": "a", "answer": "b"}, "data.columns={instruction: <column>, output: <column>}"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences are not trained here"),
     ]
     for row, hint in rows:
