@@ -36,6 +36,8 @@ from transformers import (
 
 from pissa_cli.recipe_file import load
 
+pytest_plugins = ["classifiers"]
+
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 DEMO = PACKAGE / "demo"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
