@@ -10,6 +10,7 @@ from typing import Any
 
 from pissa_cli.cli import show
 from pissa_cli.cli.edge import run_guarded
+from pissa_cli.errors import Interrupted
 
 OUT = Path("demo-out")
 RATES = {"pissa": (1.5e-3, 3e-3, 5e-3), "lora": (2.5e-3, 5e-3, 1e-2)}
@@ -65,7 +66,10 @@ def best_of(method: str) -> dict[str, Any]:
         shutil.rmtree(output, ignore_errors=True)
         show.say(f"training {method} at learning rate {rate:g} ...")
         recipe = load(f"demo/{method}", {}, [f"train.lr={rate}", f"output={output}"]).recipe
-        figures = train(recipe)
+        try:
+            figures = train(recipe)
+        except Interrupted:
+            raise Interrupted("stopped", "the demo begins anew") from None
         show.say(f"  held-out loss {figures['eval_loss']:.4f} after {figures['seconds']:.1f} s")
         tried.append({**figures, "lr": rate, "recipe": recipe, "run": str(output)})
     best = min(tried, key=lambda one: one["eval_loss"])
