@@ -26,7 +26,13 @@ COMMANDS = {
     "pissa train --rnak 8": ((*PISSA, "train", "--rnak", "8"), 2),
     "pissa train missing.yaml": ((*PISSA, "train", "missing.yaml"), 2),
     "pissa train --set adapter.rnak=8": ((*PISSA, "train", "--set", "adapter.rnak=8"), 2),
-    "pissa eval --bench gms8k": ((*PISSA, "eval", "--bench", "gms8k"), 2),
+    "pissa train --model ./missing": ((*PISSA, "train", "--model", "./missing"), 2),
+    "pissa train --model demo --set data.train=missing.jsonl": (
+        (*PISSA, "train", "--model", "demo", "--set", "data.train=missing.jsonl"),
+        2,
+    ),
+    "pissa eval gsm8k --bench gms8k": ((*PISSA, "eval", "gsm8k", "--bench", "gms8k"), 2),
+    "pissa merge gsm8k": ((*PISSA, "merge", "gsm8k"), 2),
 }
 
 
