@@ -21,12 +21,14 @@ from pissa_cli.inputs import require_data
 from pissa_cli.kernels import require_kernels
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import context_length, resolve_base
+from pissa_cli.plan import make_plan
 from pissa_cli.recipe import Recipe
 from pissa_cli.report import left_dense
 from pissa_cli.rows import is_file, read_rows
 from pissa_cli.rundir import Run
 from pissa_cli.sets import load_sets, num_held_out
 from pissa_cli.steps import count_steps, step_examples
+from pissa_cli.weights import open_weights
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with what goes to metrics.jsonl, and with {"note": text}."""
@@ -75,6 +77,8 @@ def prepare(
         watch({"note": "train.eval_every: without data.eval there is nothing to take losses on"})
     require_kernels(recipe.train)
     folder = require_base(*open_run(recipe), recipe) if run.exists() else resolve_base(recipe.model)
+    if not run.exists():
+        make_plan(recipe, folder, open_weights(folder))  # a wrong rank or target must not cost the tokenization
     tokenizer = load_tokenizer(folder, recipe)
     examples, held_out = load_sets(recipe, tokenizer)
     require_reach(run, len(examples), recipe)

@@ -144,6 +144,15 @@ def test_files_that_are_not_there(refused: Callable[..., str], models: Callable[
     assert "no model given" in refused("init")
 
 
+def test_what_is_wrong_with_the_adapter_costs_no_tokenization(
+    refused: Callable[..., str], models: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pissa_cli.prepare.load_sets", lambda *_: pytest.fail("tokenized"))
+    words = ["train", "--model", models("llama"), "--set", f"data.train={rows}"]
+    assert "adapter.rank" in refused(*words, "--rank", "4096")
+    assert "adapter.targets" in refused(*words, "--set", "adapter.targets=[q_prj]")
+
+
 def test_data(refused: Callable[..., str], models: Callable[[str], Path], tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", '{"question": "a", "answer": "b"}\n')
     message = refused("train", "--model", models("llama"), "--set", f"data.train={file}")
