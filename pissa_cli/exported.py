@@ -168,7 +168,10 @@ def is_trained(recipe: Recipe) -> bool:
 
 def _trained_adapter(run: Run) -> Path:
     if not run.adapter.is_dir():
-        raise UsageError(f"{run.folder}: no trained adapter yet", "run `pissa train` to its end first")
+        hint = "run `pissa train` to its end first"
+        if last := latest_checkpoint(run):
+            hint += f"; `pissa eval` and `pissa export` take a checkpoint: --checkpoint {step_of(last)}"
+        raise UsageError(f"{run.folder}: no trained adapter yet", hint)
     return run.adapter
 
 

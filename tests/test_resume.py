@@ -20,6 +20,7 @@ import pytest
 from runs import BASE, adapter, events, same, state_of
 
 from pissa_cli.errors import Interrupted, UsageError
+from pissa_cli.export import merge
 from pissa_cli.guards import schedule_change
 from pissa_cli.initialize import initialize
 from pissa_cli.prepare import check_inputs
@@ -110,6 +111,9 @@ def test_a_signal_saves_and_resume_finishes_bit_for_bit(
     assert [p.name for p in Run(Path(stopped.output)).checkpoints.iterdir()] == ["step-4"]
     with pytest.raises(UsageError, match="step-4"):
         train(stopped)
+    with pytest.raises(UsageError, match="no trained adapter yet") as early:
+        merge(stopped)
+    assert "--checkpoint 4" in str(early.value.hint)
     train(stopped, resume=True)
     assert same(adapter(whole), adapter(stopped))
 
