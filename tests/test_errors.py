@@ -339,6 +339,18 @@ def test_benchmarks(refused: Callable[..., str]) -> None:
     assert "not a run folder" in refused("eval", "demo/pissa", "--bench", "gsm8k")
 
 
+def test_what_no_benchmark_uses_is_refused(refused: Callable[..., str]) -> None:
+    words = ["eval", "gsm8k", "--bench"]
+    for key in ("max_new_tokens=9", "temperature=0.5", "stop=[x]"):
+        assert f"--set eval.{key.partition('=')[0]}: loss does not use it" in refused(
+            *words, "loss", "--set", f"eval.{key}"
+        )
+        assert "not a run folder" in refused(*words, "gsm8k", "--set", f"eval.{key}")
+    judge = ["--judge-url", "http://localhost:1/v1", "--judge-model", "x", "--set", "eval.temperature=0.5"]
+    assert "not a run folder" in refused(*words, "mt_bench", *judge)
+    assert "eval.samples: mt_bench does not use it" in refused(*words, "mt_bench", *judge, "--set", "eval.samples=3")
+
+
 def test_push_without_token(refused: Callable[..., str], pissa: Pissa, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert pissa("init", "demo/pissa").code == 0

@@ -55,6 +55,7 @@ def check_benches(recipe: Recipe, base: bool = False, sources: Mapping[KeyPath, 
             raise _unknown(bench, written.get(("eval", "bench")), "eval.bench")
         _check_task(bench, recipe)
         _check_engine(bench, recipe)
+    _require_use(recipe, written)
     unknown = {bench for bench in recipe.eval.data if not bench.startswith(harness.PREFIX)} - set(BENCHES)
     if unknown:
         raise _unknown(min(unknown), written.get(("eval", "data", min(unknown))), "eval.data")
@@ -63,6 +64,16 @@ def check_benches(recipe: Recipe, base: bool = False, sources: Mapping[KeyPath, 
             "mt_bench: a judge has to grade the answers",
             "name one: --judge-url https://api.openai.com/v1 --judge-model gpt-4, its key in PISSA_JUDGE_KEY",
         )
+
+
+def _require_use(recipe: Recipe, written: Mapping[KeyPath, str]) -> None:
+    """UsageError for what `--set` says of answers where no benchmark has the model write any."""
+    answered = set(recipe.eval.bench) & {*GENERATED, "mt_bench"}
+    used = {"samples": answered - {"mt_bench"}} | dict.fromkeys(("temperature", "stop", "max_new_tokens"), answered)
+    for key, benches in used.items():
+        if not benches and written.get(("eval", key), "").startswith("--set "):
+            unused = f"--set eval.{key}: {', '.join(recipe.eval.bench)} does not use it"
+            raise UsageError(unused, "leave it out, or name another --bench")
 
 
 def _unknown(bench: str, source: str | None, key: str) -> UsageError:
