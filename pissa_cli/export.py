@@ -24,7 +24,7 @@ from pissa_cli.exported import full_model, load_with, result_files, trained_fact
 from pissa_cli.initialize import Progress, open_run
 from pissa_cli.integrity import SEAL, model_facts, read_settings, require_finite, sealed
 from pissa_cli.loading import load_model, load_tokenizer
-from pissa_cli.model import DTYPES, Linear, best_device, head_names, linear_layers, skeleton
+from pissa_cli.model import DTYPES, Linear, best_device, head_names, linear_layers, read_weight, skeleton
 from pissa_cli.plan import require_packable, require_same_layout
 from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
@@ -144,12 +144,12 @@ def quantize(
     dense_bytes, error, norm = 0, 0.0, 0.0
     # transformers leaves beside NF4 what is not packed as it is on disk, and multiplies no fp32 with 16 bits
     heads = head_names(model) if form == "nf4" else []
-    dense = next(weights.dtypes[layer.tensor] for layer in linears if layer.embedding)
+    dense = read_weight(weights, linears[0], torch.device("cpu"))[1] if heads else None
 
     def pack(name: str, linear: Linear | None, tensor: Tensor) -> tuple[str, dict[str, Tensor], int, float, float]:
         if name in weights.files:
             require_finite(name, tensor, weights)
-        if name.split(".")[0] in heads:
+        if dense is not None and name.split(".")[0] in heads:
             tensor = rounded(recipe, name, tensor.float(), dense)
         size = tensor.numel() * tensor.element_size()
         if linear is None or not (linear.packable if form == "nf4" else int4.takes(linear, group)):

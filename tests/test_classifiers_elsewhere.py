@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from classifiers import CONFIGS, close, logits
+from classifiers import CONFIGS, SHAPE, close, logits
 from conftest import Outcome, exact_scales, save_model
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    Gemma3TextConfig,
     pipeline,
 )
 
@@ -187,6 +189,20 @@ def test_what_is_quantized_runs_in_stock_transformers(
         model = AutoModelForSequenceClassification.from_pretrained(outcome.json["path"])
         ours, theirs = logits(load_result(made, torch.device("cpu")), folder), logits(model, folder)
         assert float((ours - theirs).norm() / ours.norm()) < 0.5
+
+
+def test_a_quantized_head_without_a_plain_embedding(
+    classifier: Callable[..., Any], pissa: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Gemma 3 scales what its embedding gives, by a class of its own, which is no layer to adapt."""
+    shape = SHAPE | {"num_key_value_heads": 4, "head_dim": 16, "pad_token_id": 0}
+    model = AutoModel.from_config(Gemma3TextConfig(**shape), dtype=torch.bfloat16)
+    made = classifier(save_model(model, tmp_path / "base"))
+    train(made)
+    outcome = pissa("quantize", made.output, "--json")
+    assert outcome.code == 0, outcome.err
+    stored = load_file(Path(outcome.json["path"]) / "model.safetensors")
+    assert stored["score.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("problem", ["multi_label_classification", None])

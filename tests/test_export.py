@@ -16,7 +16,14 @@ import yaml
 from conftest import Outcome, exact_scales, make_model, save_model
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, BertConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BertConfig,
+    Gemma3TextConfig,
+)
 
 from pissa_cli import export, quant
 from pissa_cli.adapters.start import Adapter
@@ -227,6 +234,22 @@ def test_quantize_a_dense_folder(pissa: Callable[..., Outcome], models: Callable
     assert 0 < float((logits(model) - plain).norm() / plain.norm()) < 0.5
     again = pissa("quantize", tmp_path / "nf4", "--output", tmp_path / "twice")
     assert again.code == 2 and "quantized already" in again.err
+
+
+def test_a_model_without_a_plain_embedding_is_quantized(pissa: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Gemma 3 scales what its embedding gives, by a class of its own, which is no layer to adapt."""
+    config = Gemma3TextConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "dense")
+    outcome = pissa("quantize", folder, "--output", tmp_path / "nf4")
+    assert outcome.code == 0, outcome.err
 
 
 def test_a_dense_folder_has_nothing_of_the_run_beside_it(
