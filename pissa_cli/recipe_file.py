@@ -199,7 +199,7 @@ def _over(lower: Mapping[KeyPath, Value], upper: Mapping[KeyPath, Value]) -> dic
 
 def _blocks(flat: Mapping[KeyPath, Value]) -> dict[KeyPath, Value]:
     """The values of the blocks that `use` names."""
-    uses = {key[1:]: value for key, value in flat.items() if key[0] == "use" and not value.takes_back}
+    uses = {key[1:]: v for key, v in flat.items() if key[0] == "use" and not (v.takes_back and len(key) > 1)}
     values: dict[KeyPath, Value] = {}
     for key, value in uses.items():
         if len(key) != 1 or key[0] not in SECTIONS or not isinstance(value.value, str):

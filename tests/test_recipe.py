@@ -243,6 +243,8 @@ def test_set_takes_a_mapping_and_a_block_back(tmp_path: Path) -> None:
     one = load(path, {}, ["data.columns=null", "data.columns.output=x"]).recipe
     assert one.data.columns == {"output": "x"}
     assert load(path, {}, ["use.data=null"]).recipe.data.train is None
+    with pytest.raises(UsageError, match="--set use: use: expected"):  # and no block is left out unsaid
+        load(path, {}, ["use=null"])
 
 
 def test_set_takes_mappings_key_by_key(tmp_path: Path) -> None:
