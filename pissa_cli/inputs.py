@@ -14,7 +14,8 @@ from pissa_cli.recipe_file import RUN_MANIFEST
 from pissa_cli.rows import is_file, read_rows
 from pissa_cli.rundir import Run, is_vacant
 
-FIRST_ROWS = 100
+FIRST_ROWS = 1000
+"""Training, too, wants every column among so many."""
 
 
 def require_start(recipe: Recipe) -> None:
@@ -54,12 +55,17 @@ def check_columns(source: str, recipe: Recipe) -> None:
     """UsageError for a local file that is not there or lacks a column in its first rows."""
     if not is_file(source):
         return
-    rows = [row for _, row in read_rows(source, FIRST_ROWS)]
-    columns = dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)
-    whole = len(rows) < FIRST_ROWS
+    columns: dict[str, None] = {}
+    count, reason = 0, "it is empty"
+    for count, (_, row) in enumerate(read_rows(source, FIRST_ROWS), start=1):
+        if isinstance(row, dict):
+            columns |= dict.fromkeys(row)
+        if count == 1:
+            reason = row if isinstance(row, str) else "its rows are empty"
+    whole = count < FIRST_ROWS
     require_columns(source, recipe.data, list(columns), whole)
     if whole and not columns:
-        raise UsageError(f"{source}: no usable row ({rows[0] if rows else 'it is empty'})", "is this the file?")
+        raise UsageError(f"{source}: no usable row ({reason})", "is this the file?")
 
 
 def local_base(section: ModelSection) -> Path | None:

@@ -163,6 +163,8 @@ def test_data(refused: Callable[..., str], models: Callable[[str], Path], tmp_pa
     assert "no column 'query'" in message and "data.columns maps 'instruction' to it; map 'instruction'" in message
     empty = write(tmp_path / "empty.jsonl", "")
     assert "no usable row (it is empty)" in refused("train", "--model", models("llama"), "--set", f"data.train={empty}")
+    blank = write(tmp_path / "blank.jsonl", "{}\n{}\n")
+    assert "(its rows are empty)" in refused("train", "--model", models("llama"), "--set", f"data.train={blank}")
     long = write(tmp_path / "long.jsonl", json.dumps({"instruction": "1" * 300, "output": "b"}) + "\n")
     message = refused("train", "--model", models("llama"), "--set", f"data.train={long}")
     assert "tokens, the model sees 256" in message and "set data.max_length to 256" in message
@@ -418,6 +420,14 @@ def test_a_model_with_an_adapter_beside_it(refused: Callable[..., str], tmp_path
 @pytest.mark.parametrize("text", ["### Q {instruction}", "Q {instruction} # x", "#1.jsonl"])
 def test_a_comment_in_set_is_no_value(text: str, refused: Callable[..., str]) -> None:
     assert "what follows # is a comment" in refused("init", "--model", "x", "--set", f"data.template={text}")
+
+
+def test_a_column_that_comes_late(pissa: Pissa, models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Rows without it cannot be used; those after them can."""
+    lines = ['{"instruction": "a"}'] * 500 + ['{"instruction": "a", "output": "b"}'] * 8
+    words = ["--set", f"data.train={write(tmp_path / 'late.jsonl', chr(10).join(lines))}", "--set", "train.steps=1"]
+    outcome = pissa("train", "--model", models("llama"), "--rank", 4, "--output", tmp_path / "out", *words)
+    assert outcome.code == 0 and "500" in outcome.err, outcome.err
 
 
 def test_a_column_mapped_in_vain(refused: Callable[..., str], models: Callable[[str], Path], rows: Path) -> None:
