@@ -19,10 +19,11 @@ import pytest
 import torch
 from conftest import Outcome, make_model, save_model
 
-from pissa_cli import recipe_file
+from pissa_cli import inputs, recipe_file
 from pissa_cli.cli import edge
 from pissa_cli.errors import LAUNCHED
 from pissa_cli.initialize import initialize
+from pissa_cli.rows import read_rows
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
 from pissa_cli.weights import load_tensors
@@ -62,7 +63,7 @@ def write(path: Path, text: str) -> Path:
 def test_one_of_several_processes_says_a_failure_as_json(
     launched: bool, pissa: Pissa, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    words = ("train", "--model", "none", "--set", "data.train=x.jsonl", "--json")
+    words = ("train", "--model", "./none", "--set", "data.train=x.jsonl", "--json")
     alone = pissa(*words)
     assert alone.code == 2 and alone.json["exit_code"] == 2
     file = tmp_path / "failure.json"
@@ -428,6 +429,18 @@ def test_a_column_that_comes_late(pissa: Pissa, models: Callable[[str], Path], t
     words = ["--set", f"data.train={write(tmp_path / 'late.jsonl', chr(10).join(lines))}", "--set", "train.steps=1"]
     outcome = pissa("train", "--model", models("llama"), "--rank", 4, "--output", tmp_path / "out", *words)
     assert outcome.code == 0 and "500" in outcome.err, outcome.err
+
+
+def test_files_are_looked_at_once(
+    pissa: Pissa, models: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A json file has to be read in whole for it: not again by each of the processes that a command starts."""
+    looked: list[Any] = []
+    monkeypatch.setattr(inputs, "read_rows", lambda *words: looked.append(words) or read_rows(*words))
+    words = ["--model", models("llama"), "--rank", 4, "--set", f"data.train={rows}", "--set", "train.steps=1"]
+    assert pissa("train", *words, "--output", tmp_path / "one").code == 0 and len(looked) == 1
+    monkeypatch.setenv(LAUNCHED, str(tmp_path / "failure.json"))
+    assert pissa("train", *words, "--output", tmp_path / "other").code == 0 and len(looked) == 1
 
 
 def test_a_column_mapped_in_vain(refused: Callable[..., str], models: Callable[[str], Path], rows: Path) -> None:

@@ -1,5 +1,6 @@
 """`pissa train`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ from pissa_cli.cli.options import (
     Target,
     load_recipe,
 )
+from pissa_cli.errors import LAUNCHED
 
 
 def train_command(
@@ -48,7 +50,10 @@ def train_command(
     from pissa_cli.cli import dryrun, edge, show
 
     inputs.require_start(loaded.recipe)
-    (inputs.require_rows if dry_run else inputs.require_data)(loaded.recipe)
+    if not dry_run:
+        inputs.require_data(loaded.recipe)
+    if LAUNCHED not in os.environ:  # by a process that has looked
+        inputs.require_rows(loaded.recipe)
     show.quiet_libraries(debug)
     if dry_run:
         from pissa_cli.prepare import check_inputs
