@@ -162,7 +162,7 @@ def _tokenize(
         if section.format == "chat" and len(inner) < 100:
             inner |= dict.fromkeys(unused_keys(row, section, tokenizer))
         batch.append((number, row))
-        characters += sum(len(value) for value in row.values() if isinstance(value, str))
+        characters += sum(len(str(value)) for value in row.values())
         if len(batch) == BATCH or characters >= CHARACTERS:
             require_columns(source, section, list(columns), whole=False)
             flush()

@@ -155,6 +155,19 @@ def test_how_many_are_tokenized_at_once_changes_nothing(
     assert apart.digest() == together.digest() and apart.notes("") == together.notes("")
 
 
+def test_long_chats_are_tokenized_a_few_at_a_time(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    said = [{"role": "user", "content": "a" * 50}, {"role": "assistant", "content": "b"}]
+    source, sizes = write(tmp_path / "rows.jsonl", [{"messages": said}] * 4), []
+    encode = module._encode
+    monkeypatch.setattr(module, "_encode", lambda rows, *words: sizes.append(len(rows)) or encode(rows, *words))
+    monkeypatch.setattr(module, "CHARACTERS", 200)
+    assert len(load_examples(source, DataSection(format="chat"), tokenizer, None)) == 4
+    assert max(sizes) == 2
+
+
 def test_nan_is_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """pandas writes it for an empty cell."""
     rows = [{"instruction": "a", "input": math.nan, "output": "b"}, {"instruction": "a", "output": math.nan}]
