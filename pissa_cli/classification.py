@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,17 +120,20 @@ def label_number(value: object, column: str, labels: Sequence[str]) -> float:
     raise ValueError(f"'{column}' is '{quoted}', not one of model.labels ({listed(labels)})")
 
 
-def labels_of(rows: list[Row], section: DataSection) -> set[str | float]:
-    """The labels of rows, whole numbers as such."""
+def labels_of(rows: list[Row], section: DataSection, labels: Sequence[str]) -> Counter[str | float]:
+    """How many rows have each name of `labels`, and each number up to as many, for their label."""
     found = [value_of(row, label_columns(section, list(row))["label"]) for row in rows]
-    return {number if (number := _number(value)).is_integer() else str(value).strip() for value in found}
+    known = {*labels, *range(len(labels) + 1)}
+    keys = [number if (number := _number(value)).is_integer() else str(value).strip() for value in found]
+    return Counter(key for key in keys if key in known)
 
 
-def require_from_zero(source: str, found: set[str | float], labels: Sequence[str]) -> None:
-    """UsageError where the labels `found` in a set count the classes from 1, all of them: none is a name of one."""
+def require_from_zero(source: str, found: Counter[str | float], labels: Sequence[str]) -> None:
+    """UsageError where the labels `found` in a set count the classes from 1, and most of them are no names of one."""
     last = len(labels)
-    named = any(math.isfinite(_number(label)) for label in labels) or found & set(labels)
-    if last > 1 and not named and last in found and 0 not in found and found & set(range(1, last)):
+    numbers, names = [found[number] for number in range(1, last + 1)], sum(found[label] for label in labels)
+    named = any(math.isfinite(_number(label)) for label in labels) or names > sum(numbers)
+    if last > 1 and not named and found[last] and not found[0] and any(numbers[:-1]):
         raise UsageError(
             f"{source}: its labels count the classes from 1 to {last}; model.labels has them from 0 ({listed(labels)})",
             "write names or numbers from 0 into the rows, or let model.labels be the numbers: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def _tokenize(
     targets: list[Tensor] = []
     lengths = [0]
     classes: list[float] = []
-    found: set[str | float] = set()
+    found = Counter[str | float]()
     unusable: dict[str, list[int]] = {}
     num_cut = num_lost = 0
     batch: list[tuple[int, Row]] = []
@@ -122,7 +123,7 @@ def _tokenize(
         new_ids: list[int] = []
         new_targets: list[bool] = []
         if section.classifies:
-            found.update(labels_of([row for _, row in batch], section))
+            found.update(labels_of([row for _, row in batch], section, labels))
         encoded = _encode([row for _, row in batch], section, tokenizer, labels, end)
         for (number, _), result in zip(batch, encoded, strict=True):
             if isinstance(result, str):
