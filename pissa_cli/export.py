@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli import int4, quant
 from pissa_cli.adapter_options import FullOptions
@@ -135,12 +137,10 @@ def quantize(
     linears = linear_layers(model, weights)
     require_same_layout(model, DENSE)
     if form == "nf4":
-        require_packable(linears, DENSE)
+        double_quant = recipe.model.double_quant if double_quant is None else double_quant
+        four = _nf4(recipe, folder, linears, double_quant, absmax or recipe.model.absmax)
     else:
-        int4.require_compressed_tensors()
-        group = int4.group_size(linears)
-    double_quant = recipe.model.double_quant if double_quant is None else double_quant
-    absmax = absmax or recipe.model.absmax
+        four = _compressed_tensors(recipe, folder, model, linears)
     dense_bytes, error, norm = 0, 0.0, 0.0
     # transformers leaves beside NF4 what is not packed as it is on disk, and multiplies no fp32 with 16 bits
     heads = head_names(model) if form == "nf4" else []
@@ -152,13 +152,10 @@ def quantize(
         if dense is not None and name.split(".")[0] in heads:
             tensor = rounded(recipe, name, tensor.float(), dense)
         size = tensor.numel() * tensor.element_size()
-        if linear is None or not (linear.packable if form == "nf4" else int4.takes(linear, group)):
+        if linear is None or not four.takes(linear):
             return name, {name: tensor}, size, 0.0, 0.0
         W = (tensor.T if linear.transposed else tensor).to(best_device()).float().contiguous()
-        if form == "nf4":
-            parts, back = quant.pack_tensors(name, quant.Store(4, tensor.dtype, double_quant, absmax), W)
-        else:
-            parts, back = int4.pack(name, W, tensor.dtype, group)
+        parts, back = four.pack(name, W, tensor.dtype)
         return name, parts, size, frobenius_norm(back.sub_(W)) ** 2, frobenius_norm(W) ** 2
 
     with whole_folder(output) as target:
@@ -170,14 +167,7 @@ def quantize(
                 writer.add(written(part), content)
             progress(number + 1, len(weights.files), name)
         writer.close()
-        if form == "nf4":
-            write_nf4_config(folder, target, recipe, linears, double_quant)
-        else:
-            copy_side_files(folder, target, recipe)
-            settings = read_settings(folder) | task_settings(model)
-            taken = {layer.name for layer in linears if int4.takes(layer, group)}
-            settings["quantization_config"] = int4.config(dense_modules(model, target, taken), group)
-            write_json(target / "config.json", settings)
+        four.write_config(target)
         if model_folder is not None:
             keep_problem_type(folder, target)
         write_stops(target, recipe)
@@ -187,11 +177,46 @@ def quantize(
         "path": str(output),
         "bytes": writer.total_bytes,
         "dense_bytes": dense_bytes,
-        "kept_dense": [layer.name for layer in linears if form == "nf4" and not (layer.packable or layer.embedding)],
+        "kept_dense": [layer.name for layer in linears if not (four.takes(layer) or layer.embedding)],
         "relative_error": math.sqrt(error / max(norm, 1e-300)),
         "packed_experts": form == "nf4" and any(layer.expert and layer.packable for layer in linears),
         **compared,
     }
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A way to write 4 bits: which layers it takes, the tensors of a weight (out, in) fp32 and how it reads back, and
+    the side files of a folder."""
+
+    takes: Callable[[Linear], bool]
+    pack: Callable[[str, Tensor, torch.dtype], tuple[dict[str, Tensor], Tensor]]
+    write_config: Callable[[Path], None]
+
+
+def _nf4(recipe: Recipe, folder: Path, linears: list[Linear], double_quant: bool, absmax: quant.Absmax) -> _Form:
+    require_packable(linears, DENSE)
+    return _Form(
+        lambda linear: linear.packable,
+        lambda name, W, dtype: quant.pack_tensors(name, quant.Store(4, dtype, double_quant, absmax), W),
+        lambda target: write_nf4_config(folder, target, recipe, linears, double_quant),
+    )
+
+
+def _compressed_tensors(recipe: Recipe, folder: Path, model: PreTrainedModel, linears: list[Linear]) -> _Form:
+    int4.require_compressed_tensors()
+    group = int4.group_size(linears)
+    taken = {layer.name for layer in linears if int4.takes(layer, group)}
+
+    def write_config(target: Path) -> None:
+        copy_side_files(folder, target, recipe)
+        settings = read_settings(folder) | task_settings(model)
+        settings["quantization_config"] = int4.config(dense_modules(model, target, taken), group)
+        write_json(target / "config.json", settings)
+
+    return _Form(
+        lambda linear: linear.name in taken, lambda name, W, dtype: int4.pack(name, W, dtype, group), write_config
+    )
 
 
 def _finish_full(recipe: Recipe) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def left_dense(names: list[str]) -> str | None:
     if not names:
         return None
     what, more = ("1 linear layer stays", "") if len(names) == 1 else (f"{len(names)} linear layers stay", ", ...")
-    why = "as gates, for rows that are no whole NF4 blocks of 64, or as the model reads them otherwise"
+    why = "as gates, for rows that are no whole blocks, or as the model reads them otherwise"
     return f"{what} in 16 bits, {why}: {names[0]}{more}"
 
 

@@ -16,6 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from pissa_cli import report
 from pissa_cli.adapter_options import FullOptions
+from pissa_cli.assembly import assemble
 from pissa_cli.batches import padding
 from pissa_cli.checkpoint import (
     facts_of,
@@ -41,7 +42,7 @@ from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, write_text
 from pissa_cli.sharding import asked_by_accelerate
 from pissa_cli.steps import step_examples
-from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, set_up, update
+from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, update
 
 SAVE_SECONDS, SAVE_SHARE = 600, 20
 """Where the recipe does not say when: so long after a checkpoint comes the next, and so many times what it took. Twice
@@ -75,7 +76,7 @@ def train(
                 remove_old(run, recipe.train.keep, not full)  # as a training killed just before it would have done
         missed = facts_of(checkpoint)["missed"] if checkpoint else 0
         model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed)
-        trainer = set_up(
+        trainer = assemble(
             run, manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, missed, layout, watch
         )
         first_step = _restore(trainer, checkpoint) if checkpoint else 0

@@ -1,56 +1,24 @@
-"""A model made ready to train, and what one step of it is."""
+"""What one step of training is."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
 from pissa_cli import zero
-from pissa_cli.adapter_options import FullOptions
-from pissa_cli.adapters.methods import METHODS
-from pissa_cli.attach import (
-    attach,
-    checkpoint_activations,
-    forget_shared,
-    join_gates,
-    joins_gates,
-    lowrank_layers,
-    share_inputs,
-    train_whole,
-)
+from pissa_cli.attach import forget_shared
 from pissa_cli.batches import collate, micro_batches, on_device
 from pissa_cli.checkpoint import Names
-from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
-from pissa_cli.experts import has_experts
-from pissa_cli.guards import (
-    START_TOLERANCE,
-    chunks_loss,
-    packs,
-    probe_loss,
-    require_causal,
-    require_padding_unseen,
-    require_same_loss,
-)
-from pissa_cli.initialize import read_start, require_base
-from pissa_cli.kernels import compile_blocks, misses_liger, use_liger, wants_liger
-from pissa_cli.loss import autocast, autocast_inside, summed_loss
-from pissa_cli.model import num_parameters
-from pissa_cli.optim import make_optimizer
+from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.prepare import Watch
 from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import Run
-from pissa_cli.sharding import FSDPModule, Layout, shard, whole
-from pissa_cli.steps import count_steps, seed_step, step_examples
-from pissa_cli.weights import open_weights
+from pissa_cli.sharding import FSDPModule, whole
+from pissa_cli.steps import seed_step, step_examples
 
 
 @dataclass
@@ -70,141 +38,6 @@ class Trainer:
     chunked: bool
     watch: Watch
     micro_batch_size: int
-
-
-def set_up(
-    run: Run,
-    manifest: dict[str, Any],
-    recipe: Recipe,
-    model: PreTrainedModel,
-    examples: Examples,
-    pad_id: int,
-    fresh: bool,
-    missed: int,
-    layout: Layout,
-    watch: Watch,
-) -> Trainer:
-    """Put the model on its device, make it train what the method trains, and give that an optimizer.
-
-    missed: as in `step_examples`. layout: what each of several processes has of it.
-    """
-    unused = has_experts(model)
-    ways = DistributedDataParallelKwargs(find_unused_parameters=unused)
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ways])
-    accelerator.gradient_accumulation_steps = 1  # whatever the environment says: it would divide every gradient
-    if layout != "copies" and accelerator.num_processes == 1:
-        watch({"note": "a single process has the whole model"})
-        layout = "copies"
-    sharded, deepspeed = layout != "copies", layout.startswith("zero")
-    if sharded:
-        _require_spreadable(recipe, unused, deepspeed)
-    num_base = num_parameters(model)
-    if accelerator.device.type != "cpu":  # which Accelerate calls cpu:0, and to() would copy every weight
-        model.to(accelerator.device)
-    probe = partial(probe_loss, recipe, model, examples, pad_id, accelerator.device)
-    if wants_liger(recipe.train) and use_liger(model, recipe.train, probe, START_TOLERANCE[recipe.precision]):
-        watch({"note": "norms, rotary embeddings and MLPs run by Liger's kernels"})
-    elif misses_liger(recipe.train):
-        advice = "with it most models take a fifth less time for a step: pip install 'pissa[liger]'"
-        watch({"note": f"liger-kernel is not installed; {advice}"})
-    packed = packs(recipe, model.eval(), examples, pad_id, accelerator.device)
-    if recipe.data.classifies:
-        require_padding_unseen(recipe, model, examples, pad_id, accelerator.device)
-    else:
-        require_causal(recipe, model, examples, accelerator.device)
-    if recipe.data.packing == "auto" and not packed and not recipe.data.classifies:
-        watch({"note": "examples are padded: packed ones would see each other, or cost more, in this model"})
-    if isinstance(recipe.adapter, FullOptions):
-        model.requires_grad_(True)
-    else:
-        before = probe(packed) if fresh and recipe.model.bits != 4 else None
-        _, start = read_start(run, manifest)
-        plain, dropout = recipe.model.bits != 4, getattr(recipe.adapter, "dropout", 0.0)
-        attach(model, start, METHODS[recipe.adapter.method], plain, dropout)
-        train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
-        if layout != "zero-3":  # where a layer's parameters are there only while it runs itself
-            share_inputs(model, partial(probe, packed))
-            if joins_gates(recipe):
-                join_gates(model)
-        if before is not None:
-            require_same_loss(before, probe(packed), recipe.precision)
-    head = model.get_output_embeddings()
-    trains_head = head is not None and head.weight.requires_grad
-    aside = (unused and accelerator.num_processes > 1) or layout == "zero-3"  # neither finds it outside of the model
-    chunked = chunks_loss(model, examples) and not (aside and trains_head)
-    if recipe.train.gradient_checkpointing:
-        checkpoint_activations(model)
-    if recipe.train.torch_compile:
-        compile_blocks(model, accelerator.device)
-    if layout == "fsdp2":
-        shard(model, accelerator.device, accelerator.num_processes)
-    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, layer in lowrank_layers(model).items():
-        names |= {p: f"{name}.{key}" for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
-    total_steps = count_steps(len(examples), recipe, missed)
-    trainable = sum(parameter.numel() for parameter in names)
-    steps = f"{total_steps} steps of {recipe.train.batch_size} examples"
-    processes = f", in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    processes += " that share the model" if sharded else ""
-    watch({"note": f"{trainable:,} parameters train, the base has {num_base:,}; {steps}{processes}"})
-    frozen = [*(name for name, p in model.named_parameters() if not p.requires_grad), *dict(model.named_buffers())]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # each process has read its own
-    optimizer = make_optimizer(names, recipe)
-    if accelerator.num_processes > 1 and not sharded and not unused:
-        ways.find_unused_parameters = not _reaches_all(recipe, model, examples, pad_id, accelerator.device, chunked)
-    if deepspeed:
-        autocast_inside(model, recipe, accelerator.device)
-        prepared = zero.initialize(model, optimizer, int(layout[-1]), recipe.train.max_grad_norm, accelerator.device)
-        optimizer = prepared.optimizer
-    else:
-        optimizer = accelerator.prepare(optimizer)
-        prepared = model if sharded else accelerator.prepare_model(model, device_placement=False)
-    return Trainer(
-        recipe=recipe,
-        accelerator=accelerator,
-        model=prepared,
-        optimizer=optimizer,
-        names=names,
-        examples=examples,
-        pad_id=pad_id,
-        total_steps=total_steps,
-        missed=missed,
-        packed=packed,
-        chunked=chunked,
-        watch=watch,
-        micro_batch_size=recipe.train.micro_batch_size,
-    )
-
-
-def _require_spreadable(recipe: Recipe, experts: bool, deepspeed: bool) -> None:
-    """UsageError for what does not go with a model that is spread over the processes."""
-    if recipe.train.optimizer != "adamw":
-        raise UsageError("bitsandbytes' optimizer cannot be spread over processes", "set train.optimizer to adamw")
-    if experts:
-        raise UsageError(
-            "the experts of this model cannot be spread over processes: one process may use some that another does not",
-            "train without sharding: each process then has the whole model",
-        )
-    if deepspeed and recipe.train.on_fault != "stop":
-        raise UsageError("DeepSpeed cannot take a step back", "set train.on_fault to stop, or share the model by FSDP2")
-    if deepspeed and recipe.train.torch_compile:
-        raise UsageError("train.torch_compile: not under DeepSpeed", "set it to false, or share the model by FSDP2")
-
-
-def _reaches_all(
-    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device, chunked: bool
-) -> bool:
-    """Whether an example gives every parameter that trains a gradient. A model may have parts that no text reaches.
-
-    In training mode: in the other one nothing is checkpointed, and every layer keeps the weight that it read.
-    """
-    batch = on_device(collate(examples, [0], pad_id, packing=False), device)
-    with autocast(recipe, device):
-        loss = summed_loss(model.train(), batch, chunked)
-    loss.backward()
-    reached = all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-    model.zero_grad()
-    return reached
 
 
 def form_gradients(trainer: Trainer, step: int) -> tuple[float, float, int]:

@@ -17,7 +17,7 @@ AREAS = {
     "Base model": "inputs model configuration loading weights disk_names plan attach ranks experts side_files heads",
     "Data": "data sets columns rows examples chat messages turns classification",
     "Run folder": "rundir names integrity initialize checkpoint exported peft_files optim",
-    "Training": "train trainer demo prepare guards kernels launch faults sharding zero",
+    "Training": "train assembly trainer demo prepare guards kernels launch faults sharding zero",
     "Evaluation": "evals",
     "Merge, quantize, export": "export dense convert serving int4 probes card",
     "Upload": "hub",

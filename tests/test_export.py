@@ -363,7 +363,9 @@ def test_a_head_is_written_beside_names_of_its_kind(bits: int, recipe: Make, tmp
 @pytest.mark.parametrize("form", ["nf4", "compressed-tensors"])
 def test_routers_are_named_as_dense(form: Any, models: Callable[[str], Path], recipe: Make, tmp_path: Path) -> None:
     """transformers 4 and vLLM have linear layers there, which they would take for packed ones."""
-    export.quantize(recipe(models("qwen2_moe")), models("qwen2_moe"), tmp_path / "four", form=form)
+    result = export.quantize(recipe(models("qwen2_moe")), models("qwen2_moe"), tmp_path / "four", form=form)
+    assert "model.layers.1.mlp.shared_expert_gate" in result["kept_dense"]
+    assert set(result["kept_dense"]) <= {f"model.layers.{i}.mlp.shared_expert_gate" for i in range(2)}
     said = json.loads((tmp_path / "four" / "config.json").read_text())["quantization_config"]
     dense = said["llm_int8_skip_modules" if form == "nf4" else "ignore"]
     tensors = open_weights(tmp_path / "four").files

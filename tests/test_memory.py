@@ -15,6 +15,7 @@ import torch
 from runs import BASE
 from transformers.models.llama.modeling_llama import LlamaModel
 
+from pissa_cli.assembly import _reaches_all
 from pissa_cli.errors import Interrupted
 from pissa_cli.heap import TUNABLES
 from pissa_cli.ledger import Heap, Ledger
@@ -23,7 +24,7 @@ from pissa_cli.model import resolve_base
 from pissa_cli.pipeline import in_order
 from pissa_cli.plan import make_plan
 from pissa_cli.train import train
-from pissa_cli.trainer import Trainer, _accumulate, _reaches_all
+from pissa_cli.trainer import Trainer, _accumulate
 
 Make = Callable[..., Any]
 LENGTH = 96

@@ -17,7 +17,7 @@ from conftest import Outcome, make_model
 from runs import BASE, events
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from pissa_cli import loss
+from pissa_cli import assembly, loss
 from pissa_cli import train as loop
 from pissa_cli import trainer as module
 from pissa_cli.batches import padding
@@ -348,8 +348,8 @@ def test_a_start_that_is_not_the_base_is_noticed(
     models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The adapter without its residual, the commonest mistake with PiSSA elsewhere: the loss would start too high."""
-    original = module.attach
-    monkeypatch.setattr(module, "attach", lambda m, f, _, *rest: original(m, f, module.METHODS["lora"], *rest))
+    original = assembly.attach
+    monkeypatch.setattr(assembly, "attach", lambda m, f, _, *rest: original(m, f, assembly.METHODS["lora"], *rest))
     with pytest.raises(PissaError, match="step 0"):
         train(recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=2"))
 
@@ -454,7 +454,7 @@ def test_training_in_chunks_is_training(
     results = []
     for chunked in (True, False):
         if not chunked:
-            monkeypatch.setattr("pissa_cli.trainer.chunks_loss", lambda *_: False)
+            monkeypatch.setattr("pissa_cli.assembly.chunks_loss", lambda *_: False)
         made = recipe(models(architecture), *sets, f"output={rows.parent / str(chunked)}")
         train(made)
         results.append([event["loss"] for event in events(made) if "loss" in event])

@@ -57,6 +57,7 @@ def export_command(
         dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli import convert, export
+    from pissa_cli.report import left_dense
     from pissa_cli.rundir import Run
 
     recipe, run = loaded.recipe, Run(Path(loaded.recipe.output))
@@ -82,6 +83,8 @@ def export_command(
                 f"--as merged, or {recipe.output}/adapter on {recipe.output}/base"
             )
     elif form != "merged":
+        if note := left_dense(result["kept_dense"]):
+            lines.append(note)
         lines.append(f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)")
     if result.get("packed_experts"):
         lines.append(show.PACKED_EXPERTS)
