@@ -511,3 +511,23 @@ def test_advice_on_memory_is_that_of_the_command(command: str, advice: str, caps
     assert edge.run_guarded(run, [command]) == 1
     said = capsys.readouterr().err
     assert "error: out of memory" in said and advice in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_memory_that_others_hold_of_a_gpu(
+    text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> None:
+        raise RuntimeError(text)  # of the driver and the libraries, not of torch's own allocator
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert edge.run_guarded(run, ["init"]) == 1
+    said = capsys.readouterr().err
+    assert "error: out of memory" in said and "free memory that other programs hold" in said

@@ -19,7 +19,7 @@ from rich.markup import escape
 from pissa_cli.errors import LAUNCHED, PissaError
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-NO_MEMORY = r"(can't|[Cc]annot) allocate memory"
+NO_MEMORY = r"(can't|[Cc]annot) allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 LESS_MEMORY = {
     "train": "lower train.micro_batch_size or set train.gradient_checkpointing",
     "eval": "lower eval.batch_size, or eval.max_new_tokens",
