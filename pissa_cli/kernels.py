@@ -58,12 +58,12 @@ def use_liger(model: PreTrainedModel, section: TrainSection, loss: Callable[[], 
     """
     from transformers.integrations.liger import apply_liger_kernel
 
-    before = loss()
+    before, own = loss(), {module: vars(module).get("forward") for module in model.modules()}
     try:
         apply_liger_kernel(model, LIGER)
         for name in holders_of_3d_weights(model):
             model.get_submodule(name).__dict__.pop("forward", None)
-        used = any("forward" in module.__dict__ for module in model.modules())
+        used = any(vars(module).get("forward") is not forward for module, forward in own.items())
         after = loss() if used else before
     except torch.OutOfMemoryError:
         raise

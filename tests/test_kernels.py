@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -94,6 +95,22 @@ def test_liger_leaves_experts_to_their_adapters(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UsageError, match="no kernels for mixtral"):
         use_liger(model, WANTED, lambda: 1.0, 1e-4)
     assert not use_liger(model, AUTO, lambda: 1.0, 1e-4)
+
+
+def test_a_forward_of_our_own_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the head of a regression has one, which computes in fp32."""
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    head = model.lm_head
+    head.forward = own = partial(type(head).forward, head)
+    patched(monkeypatch)
+    assert not use_liger(model, AUTO, lambda: 1.0, 1e-4)
+    with pytest.raises(UsageError, match="no kernels for llama"):
+        use_liger(model, WANTED, lambda: 1.0, 1e-4)
+    assert head.forward is own
+    patched(monkeypatch, model.model.norm)
+    assert use_liger(model, WANTED, lambda: 1.0, 1e-4)
 
 
 def test_kernels_that_fail_or_change_the_loss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
