@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -59,12 +60,14 @@ def use_liger(model: PreTrainedModel, section: TrainSection, loss: Callable[[], 
     from transformers.integrations.liger import apply_liger_kernel
 
     before, own = loss(), {module: vars(module).get("forward") for module in model.modules()}
+    unknown = (TypeError, ValueError) if section.use_liger_kernel == "auto" else ()  # a class of the model's kind
     try:
-        apply_liger_kernel(model, LIGER)
+        with suppress(*unknown):
+            apply_liger_kernel(model, LIGER)
         for name in holders_of_3d_weights(model):
             model.get_submodule(name).__dict__.pop("forward", None)
         used = any(vars(module).get("forward") is not forward for module, forward in own.items())
-        after = loss() if used else before
+        after = loss()  # functions of the model's file may be replaced, too
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of kernels for other versions of torch or transformers

@@ -113,6 +113,23 @@ def test_a_forward_of_our_own_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     assert use_liger(model, WANTED, lambda: 1.0, 1e-4)
 
 
+def test_a_model_that_liger_does_not_take_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has kernels for Gemma 3, and raises TypeError for its classifier."""
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+
+    def refuse(*_: Any) -> None:
+        raise TypeError("The model must be Gemma3ForCausalLM.")
+
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", refuse)
+    assert not use_liger(model, AUTO, lambda: 1.0, 1e-4)
+    with pytest.raises(UsageError, match=r"Liger's kernels fail: The model must be Gemma3ForCausalLM\."):
+        use_liger(model, WANTED, lambda: 1.0, 1e-4)
+    with pytest.raises(UsageError, match="with Liger's kernels the loss is 2"):  # a function was replaced before that
+        use_liger(model, AUTO, iter([1.0, 2.0]).__next__, 1e-4)
+
+
 def test_kernels_that_fail_or_change_the_loss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = LlamaForCausalLM(config)
