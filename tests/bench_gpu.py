@@ -33,7 +33,7 @@ from pissa_cli import quant
 from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
-from pissa_cli.attach import checkpoint_activations, forget_shared, share_inputs
+from pissa_cli.attach import checkpoint_activations, forget_shared, join_gates, share_inputs
 from pissa_cli.kernels import LIGER as LIGER_PARTS
 from pissa_cli.kernels import compile_blocks
 from pissa_cli.loss import IGNORED, summed_loss
@@ -186,7 +186,7 @@ def with_peft(model: nn.Module) -> nn.Module:
 def step_seconds(model: nn.Module, length: int, words: int, ours: bool) -> float:
     """The median step over TOKENS tokens, all of them targets; the peer as transformers' Trainer runs it."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=DEVICE.type == "cuda")
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True if DEVICE.type == "cuda" and not ours else None)
     ids = torch.randint(0, words, (TOKENS // length, length), device=DEVICE)
     labels = ids.clone()
     labels[:, 0] = IGNORED
@@ -241,6 +241,8 @@ def training_rows(taker: Taker, rate: float) -> list[dict[str, Any]]:
     model, counted = model_of(shape, taker.bits, RANK if ours else None)
     if LIGER in taker.uses:
         apply_liger_kernel(model, LIGER_PARTS)
+    if ours and not {COMPILED, CHECKPOINTED} & set(taker.uses):
+        join_gates(model)
     if COMPILED in taker.uses:
         compile_blocks(model, DEVICE)
     if CHECKPOINTED in taker.uses:

@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.adapters.start import Factors, Projections
-from pissa_cli.attach import share_inputs
+from pissa_cli.attach import join_gates, share_inputs
 from pissa_cli.loss import summed_loss
 from pissa_cli.process import keep_freed_memory
 from pissa_cli.products import has_fast_bf16
@@ -130,6 +130,7 @@ def adapted(model: PreTrainedModel, setting: Setting, method: str, rank: int) ->
             made = LowRank(layer, factors, frozenset(factors), 1.0, 0.0, shared if method == "vera" else None)
             setattr(model.get_submodule(parent), kind, made)
     share_inputs(model, lambda: model(input_ids=torch.full((1, 2), 5, device=DEVICE)))
+    join_gates(model)
     return model
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_gpu
+import bench_vera
 import pytest
 import torch
 from test_start import started
@@ -419,3 +422,16 @@ def test_only_the_plain_gate_is_joined(models: Callable[[str], Path], recipe: Ca
     assert first(x.requires_grad_()).grad_fn.name().startswith("LowRank")
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(first(x).sum(), x, create_graph=True)
+
+
+def test_the_benches_on_a_gpu_join_the_gates_that_training_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They make their models themselves, and have to keep up with `trainer.set_up`."""
+    plain, steps = bench_gpu.Taker(bench_gpu.Shape("tiny", 64, 64, 128, 1, 100), 16, "pissa"), []
+    monkeypatch.setattr(bench_gpu, "LENGTHS", (8,))
+    monkeypatch.setattr(bench_gpu, "compile_blocks", lambda *_: None)
+    monkeypatch.setattr(bench_gpu, "step_seconds", lambda model, *_: steps.append(model) or 1.0)
+    for uses in ((), (bench_gpu.CHECKPOINTED,), (bench_gpu.COMPILED,)):
+        bench_gpu.training_rows(dataclasses.replace(plain, uses=uses), 1.0)
+    assert ["forward" in vars(model.model.layers[0].mlp) for model in steps] == [True, False, False]
+    setting = bench_vera.Setting("", 64, 128, 1, torch.float32, bench_vera.LINEAR, 1, 8, 50, 4, (4,))
+    assert "forward" in vars(bench_vera.adapted(setting.base(), setting, "vera", 4).model.layers[0].mlp)
