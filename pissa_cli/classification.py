@@ -37,8 +37,9 @@ def encode_classified(
     end: a token that no text may hold beyond those that the tokenizer adds.
     """
     results: list[Encoded | str] = []
-    ends = [tokenizer(*["a"] * texts, verbose=False)["input_ids"].count(end) for texts in range(1, 3)]
-    for row in rows:
+    found: dict[int, list[tuple[int, list[str], float]]] = {1: [], 2: []}
+    for index, row in enumerate(rows):
+        results.append("no text")
         *columns, label_column = label_columns(section, list(row)).values()
         try:
             if section.glue is None and value_of(row, columns[-1]) in (None, ""):
@@ -46,24 +47,40 @@ def encode_classified(
             texts = [text_of(row, column) for column in columns]
             label = label_number(value_of(row, label_column), label_column, labels)
         except ValueError as error:
-            results.append(str(error))
+            results[index] = str(error)
             continue
-        if not texts[0].strip():
-            results.append("no text")
-            continue
-        encoded: Any = tokenizer(*texts, verbose=False)
-        cut = len(encoded["input_ids"]) > section.max_length
-        if cut:
-            encoded = tokenizer(*texts, truncation=True, max_length=section.max_length)
-        ids = encoded["input_ids"]
-        if ids.count(end) != ends[len(texts) - 1]:
-            results.append(
-                f"a text holds {tokenizer.convert_ids_to_tokens(end)}, at which this model looks for its end"
-            )
-            continue
-        types = [bool(kind) for kind in encoded.get("token_type_ids", [0] * len(ids))]
-        results.append(Encoded(ids, types, label, cut) if ids else "no text")
+        if texts[0].strip():
+            found[len(texts)].append((index, texts, label))
+    for num_texts, group in found.items():
+        wanted = [texts for _, texts, _ in group]
+        encoded = _encode(wanted, tokenizer)
+        long = [place for place, (ids, _) in enumerate(encoded) if len(ids) > section.max_length]
+        shorter = _encode([wanted[place] for place in long], tokenizer, truncation=True, max_length=section.max_length)
+        cut = dict(zip(long, shorter, strict=True))
+        ends = tokenizer(*["a"] * num_texts, verbose=False)["input_ids"].count(end)
+        for place, (index, _, label) in enumerate(group):
+            ids, types = cut.get(place, encoded[place])
+            if end is not None and ids.count(end) != ends:
+                results[index] = _one_end_more(str(tokenizer.convert_ids_to_tokens(end)))
+            elif ids:
+                results[index] = Encoded(ids, list(map(bool, types)), label, place in cut)
     return results
+
+
+def _one_end_more(token: str) -> str:
+    return f"a text holds {token}, at which this model looks for its end"
+
+
+def _encode(
+    texts: list[list[str]], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> list[tuple[list[int], list[int]]]:
+    """(tokens, token types) of single texts, or of pairs, all at once."""
+    if not texts:
+        return []
+    columns = map(list, zip(*texts, strict=True))
+    encoded: Any = tokenizer(*columns, verbose=False, return_attention_mask=False, **options)
+    types = encoded.get("token_type_ids") or [[0] * len(ids) for ids in encoded["input_ids"]]
+    return list(zip(encoded["input_ids"], types, strict=True))
 
 
 def require_same_ends(name: str, examples: Examples, end: int) -> None:

@@ -28,8 +28,8 @@ IN_MESSAGE = ("recipe", "adapter_options", "data_options")
 IN_ROWS = ("data", "rows", "chat", "messages", "turns", "classification")
 RETURNED = {
     "recipe_errors": ("messages", "_unknown_key"),
-    "chat": ("encode_chat",),
-    "classification": ("encode_classified",),
+    "chat": ("_conversation",),
+    "classification": ("encode_classified", "_one_end_more"),
     "rows": ("_file_rows", "_json_lines", "_json_list"),
 }
 NOTED = {

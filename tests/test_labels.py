@@ -110,6 +110,30 @@ def test_tokens_are_the_tokenizers(
     assert examples.ids[examples.length(0) :].tolist() == short
 
 
+def test_texts_are_tokenized_together_to_what_each_is_by_itself(
+    encoders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = AutoTokenizer.from_pretrained(encoders("bert")).backend_tokenizer.to_str()
+    names = ["input_ids", "token_type_ids"]
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(plain), model_input_names=names)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    pairs = [("a " * (7 * n % 40 + 1), "b " * (11 * n % 30) if n % 3 else "") for n in range(200)]
+    wanted = [tokenizer(*filter(None, pair), truncation=True, max_length=32) for pair in pairs]
+    rows = [{"text": one, "text_pair": other, "label": n % 2} for n, (one, other) in enumerate(pairs)]
+    rows[50:50] = [{"text": " ", "text_pair": "b", "label": 0}, {"text": "a", "text_pair": "b", "label": "x"}]
+    path, calls = tmp_path / "rows.jsonl", list[Any]()
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *a, **k: calls.append(a) or call(*a, **k))
+    section = DataSection(format="classification", max_length=32)
+    examples = load_examples(str(path), section, tokenizer, None, ["no", "yes"])
+    assert len(calls) < 10 and list(examples.unusable.values()) == [[51], [52]]
+    assert examples.ids.tolist() == [token for one in wanted for token in one["input_ids"]]
+    assert examples.targets.tolist() == [kind == 1 for one in wanted for kind in one["token_type_ids"]]
+    assert examples.labels is not None and examples.labels.tolist() == [n % 2 for n in range(200)]
+    assert examples.num_cut == sum(len(tokenizer(*filter(None, pair))["input_ids"]) > 32 for pair in pairs) > 20
+
+
 @pytest.mark.parametrize(
     ("found", "labels", "refused"),
     [
