@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -107,8 +109,38 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
+class _Conversation(NamedTuple):
+    """The text of a conversation, where in it the assistant speaks, and which of these turns are learned."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    learned: list[bool]
+
+
 def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Encoded | str:
     """Tokens of a conversation, or why it cannot be used."""
+    return encode_chats([row], section, tokenizer)[0]
+
+
+def encode_chats(rows: Sequence[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[Encoded | str]:
+    """As `encode_chat`, of many rows: they are tokenized together."""
+    found = [_conversation(row, section, tokenizer) for row in rows]
+    texts = [(one.text, list(chain(*one.spans))) for one in found if not isinstance(one, str)]
+    tokens = tokens_apart(texts, tokenizer)
+    return [one if isinstance(one, str) else _masked(one, *next(tokens), tokenizer) for one in found]
+
+
+def _masked(found: _Conversation, ids: list[int], counts: list[int], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """counts: tokens before each begin and end of a span."""
+    targets = [False] * len(ids)
+    for begin, end, one in zip(counts[::2], counts[1::2], found.learned, strict=True):
+        targets[begin:end] = [one] * (end - begin)
+    if targets[-1] and not end_of_turn(tokenizer):
+        ids, targets = [*ids, tokenizer.eos_token_id], [*targets, True]
+    return Encoded(ids, targets)
+
+
+def _conversation(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> _Conversation | str:
     column = section.columns.get("messages", "messages")
     try:
         messages = messages_of(value_of(row, column), "tool_calls" in str(tokenizer.chat_template))
@@ -144,26 +176,83 @@ def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBa
         return "the chat template leaves out the tools"
     if has_surrogate(whole):
         return f"'{column}' holds a broken character (a lone surrogate)"
+    turns = [one for one, message in zip(learned, messages, strict=True) if message["role"] == "assistant"]
+    spans = None if tools else _spans_by_roles(messages, whole, tokenizer)
+    try:
+        return _Conversation(whole, spans or _spans(messages, whole, render, tokenizer), turns)
+    except ValueError as error:
+        return str(error)
+
+
+def _spans(
+    messages: list[Message], whole: str, render: Render, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int]]:
+    """Where in the `whole` text the assistant speaks. Raises ValueError, with the reason, where that cannot be found,
+    or a message is left out."""
     spans = []
     for turn, message in enumerate(messages):
         span = (0, len(whole))
         if message["role"] == "assistant":
-            try:
-                span = span_of(messages, turn, whole, render, tokenizer)
-            except ValueError as error:
-                return str(error)
+            span = span_of(messages, turn, whole, render, tokenizer)
             spans.append(span)
         last, text = turn == len(messages) - 1, whole[slice(*span)]
         if not _shown(message, text, last) and not _shown(message, _asks(messages[:turn], render) + text, last):
-            return f"the chat template leaves out what the {message['role']} says"
-    ids, counts = tokens_apart(whole, [place for span in spans for place in span], tokenizer)
-    targets = [False] * len(ids)
-    turns = [one for one, message in zip(learned, messages, strict=True) if message["role"] == "assistant"]
-    for begin, end, one in zip(counts[::2], counts[1::2], turns, strict=True):
-        targets[begin:end] = [one] * (end - begin)
-    if targets[-1] and not end_of_turn(tokenizer):
-        ids, targets = [*ids, tokenizer.eos_token_id], [*targets, True]
-    return Encoded(ids, targets)
+            raise ValueError(f"the chat template leaves out what the {message['role']} says")
+    return spans
+
+
+def _spans_by_roles(
+    messages: list[Message], whole: str, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, int]] | None:
+    """As `_spans`, for a text that is the contents of the messages and what the template writes around those of any
+    others in these roles; None if it is not. To find it in each conversation takes as many renderings as it has turns.
+    """
+    contents = [message.get("content") or "" for message in messages]
+    if any(set(message) != {"role", "content"} for message in messages) or not all(contents):
+        return None
+    roles = tuple(message["role"] for message in messages)
+    around, places = _around(roles, tokenizer, str(tokenizer.chat_template))
+    if not around or "".join(chain(*zip(around, contents, strict=False), around[-1:])) != whole:
+        return None
+    before = [0, *accumulate(map(len, contents))]
+    bounds = [before[count] + length for count, length in places]
+    return list(zip(bounds[::2], bounds[1::2], strict=True))
+
+
+@lru_cache(1000)
+def _around(
+    roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, _template: str
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """The texts around the contents of messages in these roles, and each begin and end of a turn of the assistant:
+    (contents before it, characters around these). Nothing unless the template writes the contents one by one, and each
+    part of a conversation as the whole begins."""
+    messages = [{"role": role, "content": f"a{number}b"} for number, role in enumerate(roles)]
+    render, bounds = _render(tokenizer), list[int]()
+    try:
+        whole = render(messages, False)
+        for turn, role in enumerate(roles):
+            if role == "assistant":
+                asked, upto = render(messages[:turn], True), render(messages[: turn + 1], False)
+                if not whole.startswith(asked) or not whole.startswith(upto):
+                    return [], []
+                bounds += len(asked), len(upto)
+    except Exception:  # as above
+        return [], []
+    around, ends, rest = list[str](), list[int](), whole
+    for message in messages:
+        before, found, rest = rest.partition(message["content"])
+        if not found or message["content"] in rest:
+            return [], []
+        around.append(before)
+        ends.append(len(whole) - len(rest))
+    lengths = [len(message["content"]) for message in messages]
+    places = list[tuple[int, int]]()
+    for place in bounds:
+        count = bisect_right(ends, place)
+        if count < len(ends) and place > ends[count] - lengths[count]:
+            return [], []
+        places.append((count, place - sum(lengths[:count])))
+    return [*around, rest], places
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> Render:

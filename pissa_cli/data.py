@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pissa_cli.chat import encode_chat, question_text, require_template
+from pissa_cli.chat import encode_chats, question_text, require_template
 from pissa_cli.classification import encode_classified, labels_of, require_from_zero
 from pissa_cli.columns import require_columns, unused_columns
 from pissa_cli.configuration import no_panic
@@ -197,7 +197,7 @@ def _encode(
     if section.classifies:
         return encode_classified(rows, section, tokenizer, labels, end)
     if section.format == "chat":
-        return [encode_chat(row, section, tokenizer) for row in rows]
+        return encode_chats(rows, section, tokenizer)
     results: list[Encoded | str] = []
     texts: list[tuple[int, str, str]] = []
     for row in rows:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -135,14 +135,26 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, added)) or r"(?!)")
 
 
-def tokens_apart(text: str, bounds: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Tokens of the text, none of which spans one of the `bounds` (ascending), and how many lie before each of these.
+def tokens_apart(
+    texts: Sequence[tuple[str, list[int]]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Of each (text, bounds, ascending) its tokens, none of which spans one of the bounds, and how many lie before each
+    of these.
 
     At a bound within a token of the whole text, both sides are tokenized apart.
     """
-    whole, *pieces = _tokens([text, *(text[begin:end] for begin, end in pairwise([0, *bounds, len(text)]))], tokenizer)
-    if list(chain(*pieces)) == whole:
-        return whole, list(accumulate(map(len, pieces[:-1])))
+    cut = [[text[begin:end] for begin, end in pairwise([0, *bounds, len(text)])] for text, bounds in texts]
+    wholes = _tokens([text for text, _ in texts], tokenizer)
+    parts = iter(_tokens(list(chain(*cut)), tokenizer))
+    for (text, bounds), pieces, whole in zip(texts, cut, wholes, strict=True):
+        found = list(islice(parts, len(pieces)))
+        if list(chain(*found)) == whole:
+            yield whole, list(accumulate(map(len, found[:-1])))
+        else:
+            yield _parted(text, bounds, tokenizer)
+
+
+def _parted(text: str, bounds: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     done: list[int] = []
     start, counts, tokens = 0, [], tokens_of
     for bound, following in pairwise([*bounds, len(text)]):
@@ -184,4 +196,6 @@ def _tokens_after(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    if not texts:
+        return []
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"])

@@ -11,7 +11,8 @@ import pandas
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pissa_cli.chat import encode_chat, end_of_turn, unlearned_prompt, write_stops
+from pissa_cli import chat
+from pissa_cli.chat import encode_chat, encode_chats, end_of_turn, unlearned_prompt, write_stops
 from pissa_cli.data import load_examples, question_prompt
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
@@ -509,3 +510,66 @@ def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTo
         with pytest.raises(UsageError) as raised:
             load_examples(str(tmp_path / "rows.jsonl"), DataSection(), tokenizer, None)
         assert hint in str(raised.value.hint)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        PLAIN,
+        CHATML,
+        THOUGHTS,
+        OPENED,
+        ENDED,
+        ASKED,
+        BARE,
+        THINKS,
+        STRICT,
+        MOVED,
+        FORGETS,
+        PLAIN.replace("t }}", "t | trim }}"),
+    ],
+)
+def test_conversations_in_like_roles_are_what_each_is_by_itself(
+    template: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the assistant speaks in a conversation does not come from others: every turn is looked for in each."""
+    tokenizer.chat_template = template
+    said = [
+        "Hi",
+        "Yes",
+        "a1b",
+        " spaces \n",
+        "<think>\na</think>No",
+        "<eos>",
+        "<A>",
+        "\u00a7",
+        "assistant: ",
+        "<user>a0b",
+    ]
+    rows: list[dict[str, Any]] = [conversation(*(said[-n:] + said)[: 1 + n % 5]) for n in range(len(said))]
+    rows += [conversation(*[one] * count) for one in said for count in (2, 4, 5)]
+    rows += [{"messages": [{"role": "system", "content": "Be kind."}, *row["messages"]]} for row in rows]
+    together = encode_chats(rows, SECTION, tokenizer)
+    monkeypatch.setattr(chat, "_spans_by_roles", lambda *_: None)
+    assert [encode_chat(row, SECTION, tokenizer) for row in rows] == together
+    assert sum(not isinstance(found, str) for found in together) > 10
+
+
+def test_many_conversations_are_rendered_once_each_and_tokenized_together(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = CHATML
+    rows = [conversation(*(f"{n} and {turn}" for turn in range(20))) for n in range(30)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    counts = {"apply_chat_template": 0, "__call__": 0}
+    for name in counts:
+        method = getattr(type(tokenizer), name)
+
+        def counted(*given: Any, _name: str = name, _method: Any = method, **named: Any) -> Any:
+            counts[_name] += 1
+            return _method(*given, **named)
+
+        monkeypatch.setattr(type(tokenizer), name, counted)
+    assert len(load_examples(str(source), SECTION, tokenizer, None)) == 30
+    assert counts["apply_chat_template"] < 2 * 30 and counts["__call__"] < 10
