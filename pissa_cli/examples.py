@@ -60,6 +60,10 @@ class Examples:
         """Tokens of one example."""
         return int(self.offsets[index + 1] - self.offsets[index])
 
+    def by_length(self) -> Tensor:
+        """The examples (n,) from the shortest to the longest, alike ones in their order."""
+        return self.offsets.diff().argsort(stable=True)
+
     def tokens(self, index: int) -> Tensor:
         """Those of one example, int32."""
         return self.ids[int(self.offsets[index]) : int(self.offsets[index + 1])]

@@ -178,8 +178,7 @@ def require_padding_unseen(
     recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device
 ) -> None:
     """Raise UsageError for a classifier whose answer to a text depends on what is padded beside it."""
-    order = sorted(range(len(examples)), key=examples.length)
-    short, long = order[0], order[-1]
+    short, long = examples.by_length()[[0, -1]].tolist()
 
     def logits(chosen: list[int]) -> torch.Tensor:
         batch = collate(examples, chosen, pad_id, packing=False)
@@ -238,7 +237,7 @@ def _packs_soundly(
 ) -> bool:
     """Whether the loss is that of padded examples, on the first few and in the longest row that a step can have, and no
     position of an example depends on the one before it."""
-    longest = sorted(range(len(examples)), key=examples.length)[-recipe.train.micro_batch_size :]
+    longest = examples.by_length()[-recipe.train.micro_batch_size :].tolist()
     tried = _first_few(recipe, examples), longest
     first, second = examples.tokens(longest[-1])[:LEAK_TOKENS], examples.tokens(longest[0])[:LEAK_TOKENS]
     # tokens from half of the data away, and one more for rows that are there twice

@@ -55,7 +55,11 @@ def text_of(row: Row, column: str) -> str:
 
 def has_surrogate(text: str) -> bool:
     """Whether there is half of a character, which no tokenizer takes."""
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def value_of(row: Row, column: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -92,7 +93,8 @@ def _split(examples: Examples, share: float) -> tuple[Examples, Examples]:
     """(the others, `share` of the examples): those whose tokens have the lowest hashes, so that equal ones are on one
     side, and rows that are added later move few from one side to the other. Of what is there so often that it is more
     than is left of the share nothing is held out."""
-    hashes = [xxhash.xxh3_64(examples.tokens(i).numpy().data).intdigest() >> 1 for i in range(len(examples))]
+    ids, offsets = examples.ids.numpy(), examples.offsets.tolist()
+    hashes = [xxhash.xxh3_64_intdigest(ids[begin:end].data) >> 1 for begin, end in pairwise(offsets)]
     groups, group_of, counts = torch.tensor(hashes).unique(return_inverse=True, return_counts=True)
     taken, room = torch.zeros(len(groups), dtype=torch.bool), num_held_out(len(examples), share)
     for group, count in enumerate(counts.tolist()):
