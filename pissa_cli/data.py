@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +30,8 @@ INTRO_INPUT = (
 TEMPLATE = INTRO + "### Instruction:\n{instruction}\n\n### Response:{output}\n"
 """PiSSA's template (its train.py): nothing between 'Response:' and the answer, a newline before end-of-text."""
 TEMPLATE_INPUT = INTRO_INPUT + "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:{output}\n"
+Say = Callable[[str], None]
+SAY_SECONDS = 10
 BATCH, CHARACTERS = 1000, 2**22
 """Rows that are tokenized at once; characters from which on they are fewer: their tokens take a hundred times that."""
 
@@ -40,9 +43,10 @@ def load_examples(
     cache: Path | None,
     labels: Sequence[str] = (),
     end: int | None = None,
+    say: Say = lambda _: None,
 ) -> Examples:
     """Tokenize `source` by the recipe's `data` section, or take the tokens from the cache. labels: `model.labels`; end:
-    as in `encode_classified`.
+    as in `encode_classified`; say: told every ten seconds how far it is.
 
     Raises UsageError for a missing column (the columns are listed) and for a set without a usable row.
     """
@@ -54,7 +58,7 @@ def load_examples(
     if path is not None and path.is_file() and (cached := read_cache(path)) is not None:
         return cached
     with no_panic(source):
-        examples = _tokenize(source, section, tokenizer, labels, end)
+        examples = _tokenize(source, section, tokenizer, labels, end, say)
     if path is not None:
         write_cache(path, examples)
     return examples
@@ -106,7 +110,12 @@ def _fill(section: DataSection, instruction: str, extra: str, output: str) -> tu
 
 
 def _tokenize(
-    source: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], end: int | None
+    source: str,
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    end: int | None,
+    say: Say,
 ) -> Examples:
     ids: list[Tensor] = []
     targets: list[Tensor] = []
@@ -116,7 +125,7 @@ def _tokenize(
     unusable: dict[str, list[int]] = {}
     num_cut = num_lost = 0
     batch: list[tuple[int, Row]] = []
-    characters = 0
+    characters, said = 0, time.monotonic()
 
     def flush() -> None:
         nonlocal num_cut, num_lost, characters
@@ -167,6 +176,9 @@ def _tokenize(
         if len(batch) == BATCH or characters >= CHARACTERS:
             require_columns(source, section, list(columns), whole=False)
             flush()
+            if time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                say(f"{source}: {number:,} rows tokenized so far")
     require_columns(source, section, list(columns))
     flush()
     require_from_zero(source, found, labels)

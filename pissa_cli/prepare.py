@@ -80,7 +80,7 @@ def prepare(
     if not run.exists():
         make_plan(recipe, folder, open_weights(folder))  # a wrong rank or target must not cost the tokenization
     tokenizer = load_tokenizer(folder, recipe)
-    examples, held_out = load_sets(recipe, tokenizer)
+    examples, held_out = load_sets(recipe, tokenizer, lambda line: watch({"note": line}))
     require_reach(run, len(examples), recipe)
     if len(step_examples(0, len(examples), recipe)) > len(examples):
         watch({"note": f"train.batch_size: a step of {recipe.train.batch_size} has each example more than once"})

@@ -15,26 +15,29 @@ from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.classification import require_same_ends
 from pissa_cli.configuration import end_tokens, read_config
-from pissa_cli.data import load_examples
+from pissa_cli.data import Say, load_examples
 from pissa_cli.data_options import DataSection, held_out_name, held_out_sources, sources_of
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples, join
 from pissa_cli.recipe import Recipe
 
 
-def load_sets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples | None]:
-    """(to train on, held out) as `data.train` and `data.eval` say; what is held out is used whole.
+def load_sets(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Say = lambda _: None
+) -> tuple[Examples, Examples | None]:
+    """(to train on, held out) as `data.train` and `data.eval` say; what is held out is used whole. say: as in
+    `load_examples`.
 
     Raises UsageError as `load_examples`, and for a share of too few examples.
     """
     section = recipe.data
-    train = load_sources(sources_of(section.train), section, recipe, tokenizer)
+    train = load_sources(sources_of(section.train), section, recipe, tokenizer, say)
     if section.held_out_share is not None:
         return _split(train, section.held_out_share)
     if section.eval is None:
         return train, None
     whole = section.model_copy(update={"limit": None})
-    return train, load_sources(sources_of(section.eval), whole, recipe, tokenizer)
+    return train, load_sources(sources_of(section.eval), whole, recipe, tokenizer, say)
 
 
 def load_held_out(
@@ -63,7 +66,11 @@ def load_held_out(
 
 
 def load_sources(
-    sources: Sequence[str], section: DataSection, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+    sources: Sequence[str],
+    section: DataSection,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say = lambda _: None,
 ) -> Examples:
     """The examples of all sources, each from the cache of tokens if it is there. Raises as `load_examples`.
 
@@ -72,11 +79,13 @@ def load_sources(
     """
     cache, labels = Path(HF_HOME) / "pissa" / "tokens", recipe.model.labels
     if not section.classifies:
-        return join([(source, load_examples(source, section, tokenizer, cache)) for source in sources])
+        return join([(source, load_examples(source, section, tokenizer, cache, say=say)) for source in sources])
     config = read_config(Path(tokenizer.name_or_path), recipe.model)
     ends = end_tokens(getattr(config, "eos_token_id", None)) if config.is_encoder_decoder else []
     end = ends[0] if ends else None
-    examples = join([(source, load_examples(source, section, tokenizer, cache, labels, end)) for source in sources])
+    examples = join(
+        [(source, load_examples(source, section, tokenizer, cache, labels, end, say)) for source in sources]
+    )
     if getattr(config, "type_vocab_size", 2) < 2:
         examples.targets = torch.zeros_like(examples.targets)
     if end is not None:

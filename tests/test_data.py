@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,17 @@ def test_long_chats_are_tokenized_a_few_at_a_time(
     monkeypatch.setattr(module, "CHARACTERS", 200)
     assert len(load_examples(source, DataSection(format="chat"), tokenizer, None)) == 4
     assert max(sizes) == 2
+
+
+def test_how_far_it_is_is_said(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 25)
+    monkeypatch.setattr(module, "BATCH", 10)
+    clock, said = itertools.count(0, 11), list[str]()
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    load_examples(source, DataSection(), tokenizer, None, say=said.append)
+    assert said == [f"{source}: {rows} rows tokenized so far" for rows in (10, 20)]
 
 
 def test_nan_is_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
