@@ -77,11 +77,13 @@ class Examples:
 
     def select(self, wanted: Tensor) -> Examples:
         """The examples where `wanted` (n,) bool is true, in their order; what happened on the way stays."""
-        lengths = self.offsets.diff()
-        inside = wanted.repeat_interleave(lengths)
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[wanted].cumsum(0)])
+        outside = torch.zeros(1, dtype=torch.int64)
+        edges = torch.cat([outside, wanted, outside]).diff().nonzero().flatten()
+        runs = [slice(*run) for run in self.offsets[edges].reshape(-1, 2).tolist()]
+        ids, targets = (torch.cat([flat[:0], *(flat[run] for run in runs)]) for flat in (self.ids, self.targets))
+        offsets = torch.cat([outside, self.offsets.diff()[wanted].cumsum(0)])
         labels = None if self.labels is None else self.labels[wanted]
-        return replace(self, ids=self.ids[inside], targets=self.targets[inside], offsets=offsets, labels=labels)
+        return replace(self, ids=ids, targets=targets, offsets=offsets, labels=labels)
 
     def digest(self) -> str:
         """A hash over all tokens, targets and lengths."""

@@ -129,3 +129,14 @@ def test_a_long_text_becomes_several_examples(tmp_path: Path, tokenizer: PreTrai
         assert [piece[0] for piece in pieces] == ends
         assert sum(cut.num_targets(i) for i in range(len(pieces))) == length - 1
         assert cut.num_cut == cut.num_lost == 0 and torch.equal(cut.tokens(len(cut) - 1), whole.tokens(1))
+
+
+@pytest.mark.parametrize("wanted", [[], [0], [6], [1, 2, 5], [0, 1, 2, 3, 4, 5, 6]])
+def test_examples_are_selected_with_all_that_is_theirs(wanted: list[int]) -> None:
+    lengths = [3, 1, 4, 1, 5, 9, 2]
+    ids, offsets = torch.arange(25, dtype=torch.int32), torch.tensor([0, *lengths]).cumsum(0)
+    examples = Examples(ids, ids % 3 == 0, offsets, labels=torch.arange(7.0))
+    found = examples.select(torch.tensor([number in wanted for number in range(7)]))
+    assert [found.tokens(i).tolist() for i in range(len(found))] == [examples.tokens(i).tolist() for i in wanted]
+    assert torch.equal(found.targets, found.ids % 3 == 0) and found.ids.dtype == torch.int32
+    assert found.labels is not None and found.labels.tolist() == wanted
