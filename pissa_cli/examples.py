@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import secrets
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,6 +24,8 @@ from pissa_cli.weights import hash_file, load_tensors, save_tensors
 
 CUT = "answer cut off entirely by data.max_length"
 REASONS = 10
+KEPT_SECONDS = 30 * 24 * 3600
+"""How long the tokens of a set stay in the cache when nobody asks for them."""
 SHOWN, TURNS = 60, 4  # of the first example: characters at either end of a text, texts
 
 
@@ -187,7 +191,8 @@ def _files_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def write_cache(path: Path, examples: Examples) -> None:
-    """Keep the tokens; a cache that cannot be written costs time, not the run."""
+    """Keep the tokens, and no longer those that nobody asked for in a month; a cache that cannot be written costs time,
+    not the run."""
     kept = ("unusable", "num_cut", "num_lost", "unused")
     notes = json.dumps({name: getattr(examples, name) for name in kept}).encode()
     tensors = {"ids": examples.ids, "targets": examples.targets, "offsets": examples.offsets}
@@ -198,6 +203,9 @@ def write_cache(path: Path, examples: Examples) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(temporary, tensors)
         temporary.replace(path)
+        for other in path.parent.iterdir():
+            if other.stat().st_mtime < time.time() - KEPT_SECONDS:
+                other.unlink(missing_ok=True)
     except (OSError, PissaError):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -206,6 +214,8 @@ def write_cache(path: Path, examples: Examples) -> None:
 def read_cache(path: Path) -> Examples | None:
     try:
         tensors = load_tensors(path)
+        with suppress(OSError):  # of a cache that may only be read
+            os.utime(path)
         notes = json.loads(bytes(tensors.pop("notes").tolist()))
         flat = tensors["ids"], tensors["targets"], tensors["offsets"]
         return Examples(*flat, labels=tensors.get("labels"), **notes)

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,19 @@ def test_the_cache_is_by_content(
         file.write_bytes(b"damaged")
     assert torch.equal(load_examples(str(rows), DataSection(), tokenizer, tmp_path).ids, first.ids)
     assert torch.equal(load_examples(str(rows), DataSection(), tokenizer, copied / "cache").ids, first.ids)  # a file
+
+
+def test_the_cache_forgets_what_nobody_asks_for(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, rows: Path) -> None:
+    cache, month = tmp_path / "cache", 31 * 24 * 3600
+    sections = [DataSection(max_length=length) for length in (300, 400, 500, 600)]
+    for section in sections[:3]:
+        load_examples(str(rows), section, tokenizer, cache)
+    asked, old, recent = sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime)
+    for path in (asked, old):
+        os.utime(path, (time.time() - month, time.time() - month))
+    load_examples(str(rows), sections[0], tokenizer, cache)
+    load_examples(str(rows), sections[3], tokenizer, cache)
+    assert asked.exists() and recent.exists() and not old.exists() and len(list(cache.iterdir())) == 3
 
 
 def test_the_cache_knows_what_the_tokenizer_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
