@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain, islice, pairwise
 from typing import Any
@@ -28,59 +29,79 @@ def span_of(
     Templates that write a turn in another way once it is followed by others (Qwen3 drops the thoughts) are seen by what
     changes with a mark in the message. Raises ValueError, with the reason, where that does not show it.
     """
-    special, mark = _special(tokenizer), 2 * next(one for one in MARKS if one not in whole)
+    look = _Look(messages, turn, whole, render, 2 * next(one for one in MARKS if one not in whole))
+    upto = whole if turn + 1 == len(messages) else look.attempt(messages[: turn + 1])
+    if upto is None:
+        raise ValueError(PARTED)
+    begin = _begin(look)
+    end = len(upto) if whole.startswith(upto) else _end(look, begin, upto, _special(tokenizer))
+    if end <= begin:
+        raise ValueError(LOST)
+    return begin, end
 
-    def attempt(changed: Sequence[Message] | None, ask: bool = False) -> str | None:
+
+@dataclass(frozen=True)
+class _Look:
+    """A turn of a conversation, looked for in the `whole` text by rendering others with a mark in a message."""
+
+    messages: list[Message]
+    turn: int
+    whole: str
+    render: Render
+    mark: str
+
+    def attempt(self, changed: Sequence[Message] | None, ask: bool = False) -> str | None:
         """The text; None if it is refused: some want no content beside a thought or a call."""
         try:
-            return None if changed is None else render(changed, ask)
+            return None if changed is None else self.render(changed, ask)
         except Exception:  # templates raise what they like
             return None
 
-    def marked(before: str = "", after: str = "", upto: int | None = None, at: int = turn) -> str | None:
-        """With a mark beside the content of a message, or in its place if both are given."""
-        return attempt(_marked(messages, at, before, after)[:upto])
+    def marked(self, turn: int, before: bool, after: bool, upto: int | None = None) -> str | None:
+        """With a mark beside the content of a message, or in its place if both are wanted."""
+        marks = self.mark if before else "", self.mark if after else ""
+        return self.attempt(_marked(self.messages, turn, *marks)[:upto])
 
-    def named(upto: int | None = None) -> str | None:
+    def named(self, upto: int | None = None) -> str | None:
         """With a mark for the name of the first tool call."""
-        changed = _named(messages, turn, mark)
-        return attempt(changed and changed[:upto])
+        changed = _named(self.messages, self.turn, self.mark)
+        return self.attempt(changed and changed[:upto])
 
-    def differs(text: str, other: str | None) -> int | None:
-        """Characters until the texts part; None if they do not."""
-        return None if other is None or other == text else common(text, other)
 
-    asked = attempt(messages[:turn], True) if turn else None
-    upto = whole if turn + 1 == len(messages) else attempt(messages[: turn + 1])
-    if upto is None:
-        raise ValueError(PARTED)
-    begin: int | None
+def _begin(look: _Look) -> int:
+    """Where the model begins to write the turn."""
+    messages, turn, whole = look.messages, look.turn, look.whole
+    asked = look.attempt(messages[:turn], True) if turn else None
     if asked is not None and whole.startswith(asked):
-        begin = len(asked)
-    else:
-        begin, alone = differs(whole, marked(mark, mark)), marked(mark, mark, turn + 1)
-        called = begin is None
-        if called:
-            begin, alone = differs(whole, named()), named(turn + 1)
-        if begin is None:
-            raise ValueError(LOST)
-        lead = "" if asked is None or alone is None else alone.removeprefix(asked).partition(mark)[0]
-        prompt = "" if asked is None else asked.removeprefix(attempt(messages[:turn]) or asked)
-        said = differs(whole, marked(after=mark, at=turn - 1)) if turn and prompt else None
-        place = -1 if said is None else whole.find(prompt, said, begin)
-        if place >= 0:  # what it is asked with, after what was said before
-            begin = place + len(prompt)
-        elif alone is not None and asked is not None and alone.startswith(asked) and whole[:begin].endswith(lead):
-            begin -= len(lead)
-        elif called:  # it begins somewhere before the name
-            raise ValueError(LOST)
-    if whole.startswith(upto):
-        if len(upto) <= begin:
-            raise ValueError(LOST)
-        return begin, len(upto)
-    said, alone_said = differs(whole, marked(after=mark)), differs(upto, marked(after=mark, upto=turn + 1))
+        return len(asked)
+    begin, alone = _parts(whole, look.marked(turn, True, True)), look.marked(turn, True, True, turn + 1)
+    called = begin is None
+    if called:
+        begin, alone = _parts(whole, look.named()), look.named(turn + 1)
+    if begin is None:
+        raise ValueError(LOST)
+    prompt = "" if asked is None else asked.removeprefix(look.attempt(messages[:turn]) or asked)
+    said = _parts(whole, look.marked(turn - 1, False, True)) if turn and prompt else None
+    place = -1 if said is None else whole.find(prompt, said, begin)
+    if place >= 0:  # what it is asked with, after what was said before
+        return place + len(prompt)
+    lead = "" if asked is None or alone is None else alone.removeprefix(asked).partition(look.mark)[0]
+    if alone is not None and asked is not None and alone.startswith(asked) and whole[:begin].endswith(lead):
+        return begin - len(lead)
+    if called:  # it begins somewhere before the name
+        raise ValueError(LOST)
+    return begin
+
+
+def _end(look: _Look, begin: int, upto: str, special: re.Pattern[str]) -> int:
+    """Where the turn ends in the whole text, which goes on otherwise than that `upto` it."""
+    turn, whole = look.turn, look.whole
+    said, alone_said = (
+        _parts(whole, look.marked(turn, False, True)),
+        _parts(upto, look.marked(turn, False, True, turn + 1)),
+    )
     if said is None or alone_said is None or said < begin:  # a call, beside which the content is not shown
-        said, alone_said = differs(whole, named()), differs(upto, named(turn + 1))
+        said, alone_said = _parts(whole, look.named()), _parts(upto, look.named(turn + 1))
     if said is None or alone_said is None or said < begin:
         said = alone_said = begin
     end = said + common(whole[said:], upto[alone_said:])
@@ -92,11 +113,13 @@ def span_of(
             whole_one = special.search(text, after, parted.start()) or text is upto
             end = said - after + (parted.start() if whole_one else parted.end())
             break
-    limit = differs(whole, marked(mark, at=turn + 1)) if turn + 1 < len(messages) else None
-    end = end if limit is None else min(end, limit)
-    if end <= begin:
-        raise ValueError(LOST)
-    return begin, end
+    limit = _parts(whole, look.marked(turn + 1, True, False)) if turn + 1 < len(look.messages) else None
+    return end if limit is None else min(end, limit)
+
+
+def _parts(text: str, other: str | None) -> int | None:
+    """Characters until the texts part; None if they do not."""
+    return None if other is None or other == text else common(text, other)
 
 
 def _marked(messages: list[Message], turn: int, before: str, after: str) -> list[Message]:
