@@ -49,7 +49,8 @@ def names_on_disk(model: PreTrainedModel, weights: Weights) -> DiskName:
         if required:
             raise UsageError(
                 f"{weights.folder}: no tensor for {parameter}: it is missing, or under a name that is not understood",
-                "if transformers loads this folder, save it from there (save_pretrained); else download it again",
+                "if transformers loads this folder, save it from there, by save_pretrained(NEW, "
+                "save_original_format=False), and copy the tokenizer's files into NEW; else download it again",
             )
         return ""
 

@@ -12,11 +12,11 @@ import bitsandbytes
 import peft
 import pytest
 import torch
-from conftest import MOE_CONFIGS, exact_scales, save_model
+from conftest import MOE_CONFIGS, TOKENIZER_FILES, exact_scales, save_model
 from safetensors.torch import load_file, save_file
 from test_start import logits, relative, started
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3Config, GraniteMoeConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, GraniteMoeConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import export
@@ -322,3 +322,24 @@ def test_names_that_transformers_changes_as_it_loads(recipe: Make, rows: Path, t
     assert relative(logits(base), logits(merged)) > 1e-3
     adapted = peft.PeftModel.from_pretrained(base, Path(made.output) / "adapter")
     assert relative(logits(adapted), logits(merged)) < 1e-5
+
+
+@pytest.mark.skipif("hrm_text" not in CONFIG_MAPPING, reason="this transformers does not know the model")
+def test_tensors_that_transformers_splits_as_it_loads(pissa: Any, recipe: Make, rows: Path, tmp_path: Path) -> None:
+    """q, k, v and a gate of HRM are one tensor on disk, and save_pretrained makes one of them again unless told."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    config = CONFIG_MAPPING["hrm_text"](**sizes, num_hidden_layers=2, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "hrm")
+    outcome = pissa("init", "--model", folder, "--rank", 4, "--output", tmp_path / "run")
+    assert outcome.code == 2 and "save_pretrained(NEW, save_original_format=False)" in " ".join(outcome.err.split())
+    new = tmp_path / "new"
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new, save_original_format=False)
+    for name in TOKENIZER_FILES:
+        shutil.copy(folder / name, new / name)
+    made = recipe(new, "model.bits=32", "adapter.rank=4", "train.lr=0.01", f"data.train={rows}", "train.steps=2")
+    train(made)
+    merged = logits(AutoModelForCausalLM.from_pretrained(export.merge(made)["path"]))
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    assert relative(logits(base), merged) > 1e-3
+    assert relative(logits(peft.PeftModel.from_pretrained(base, Path(made.output) / "adapter")), merged) < 1e-5
