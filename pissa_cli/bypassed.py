@@ -10,6 +10,8 @@ from torch import nn
 
 CLAMPED = ("correction_coefs", "prediction_coefs")
 """Of Gemma 3n, which clamps their weights while it trains."""
+RESCALED = {("RwkvSelfAttention", "output"), ("RwkvFeedForward", "value")}
+"""Of RWKV, which divides their weights in place where it does not train."""
 
 
 def is_bypassed(holder: nn.Module, kind: str) -> bool:
@@ -17,7 +19,8 @@ def is_bypassed(holder: nn.Module, kind: str) -> bool:
     hands it to a kernel where there is one (state-space models: Mamba, Jamba, Falcon-H1)."""
     code = _code(type(holder))  # type: ignore[arg-type]
     reads = re.search(rf"\bself\.{re.escape(kind)}\.weight\b(?!\.(dtype|device|shape))", code) is not None
-    return kind in CLAMPED or (reads and (hasattr(holder, "A_log") or f"self.{kind}(" not in code))
+    rescaled = (type(holder).__name__, kind) in RESCALED
+    return rescaled or kind in CLAMPED or (reads and (hasattr(holder, "A_log") or f"self.{kind}(" not in code))
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import Outcome, exact_scales, make_model, save_model
 from huggingface_hub.utils import filter_repo_objects
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -23,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     Gemma3TextConfig,
+    RwkvConfig,
 )
 
 from pissa_cli import export, quant
@@ -250,6 +252,23 @@ def test_a_model_without_a_plain_embedding_is_quantized(pissa: Callable[..., Out
     folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "dense")
     outcome = pissa("quantize", folder, "--output", tmp_path / "nf4")
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_weights_that_a_model_divides_outside_training(bits: int, recipe: Make, rows: Path, tmp_path: Path) -> None:
+    """RWKV halves two weights of every block here, and with them what goes on from it."""
+    sizes = {"vocab_size": 512, "hidden_size": 64, "attention_hidden_size": 64, "intermediate_size": 128}
+    config = RwkvConfig(
+        **sizes, num_hidden_layers=2, context_length=64, rescale_every=1, bos_token_id=1, eos_token_id=1
+    )
+    folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "rwkv")
+    short = ("data.format=text", "data.columns={text: instruction}", "data.max_length=16", "data.limit=2")
+    made = trained(recipe, folder, rows, f"model.bits={bits}", "train.precision=fp32", "data.eval=null", *short)
+    merged = logits(AutoModelForCausalLM.from_pretrained(export.merge(made)["path"], dtype=torch.float32))
+    if bits == 32:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        adapted = logits(PeftModel.from_pretrained(base, Run(Path(made.output)).adapter))
+        assert float((adapted - merged).norm() / merged.norm()) < 1e-5
 
 
 def test_a_dense_folder_has_nothing_of_the_run_beside_it(

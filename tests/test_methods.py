@@ -29,6 +29,8 @@ from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextAltUp
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
+from transformers.models.rwkv.configuration_rwkv import RwkvConfig
+from transformers.models.rwkv.modeling_rwkv import RwkvBlock
 
 from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
@@ -341,8 +343,9 @@ def test_what_kernels_read_gets_no_adapter_by_itself() -> None:
 
 
 def test_a_weight_that_is_read_past_its_layer_gets_no_adapter() -> None:
-    """LongCat's router never calls its layer; Gemma 3n clamps two weights in training."""
+    """LongCat's router never calls its layer; Gemma 3n clamps two weights in training, RWKV divides two outside it."""
     with torch.device("meta"):
+        block = RwkvBlock(RwkvConfig(), 0)
         router = LongcatFlashTopkRouter(LongcatFlashConfig(num_local_experts=4))
         altup = Gemma3nTextAltUp(Gemma3nTextConfig())
         attention = LlamaAttention(LlamaConfig(), 0)
@@ -350,6 +353,8 @@ def test_a_weight_that_is_read_past_its_layer_gets_no_adapter() -> None:
     kinds = {"correction_coefs", "prediction_coefs", "modality_router"}
     assert {kind for kind in kinds if is_bypassed(altup, kind)} == kinds - {"modality_router"}
     assert not any(is_bypassed(attention, kind) for kind in ("q_proj", "o_proj"))
+    assert [kind for kind in ("key", "value", "output") if is_bypassed(block.attention, kind)] == ["output"]
+    assert [kind for kind in ("key", "value", "receptance") if is_bypassed(block.feed_forward, kind)] == ["value"]
     assert not Linear("dt_proj", "dt_proj.weight", 64, 64, False, bypassed=True).packable
 
 
