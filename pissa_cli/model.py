@@ -36,6 +36,8 @@ AUTO_CLASSES: dict[str, Any] = {
 """By `model.task`."""
 LINEAR_SUBCLASSES = ("FalconLinear",)
 """They compute what torch's Linear does, but for the rounding; transformers stores none of them in NF4."""
+UNREAD = ("weight",)
+"""Ends of names of layers whose scales transformers does not find in NF4 (Qwen4's block_inject_weight)."""
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALL_FILES = ["*.json", "*.py"]
 HUB_FILES = [*SMALL_FILES, "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md", *LICENCES]
@@ -46,7 +48,7 @@ class Linear:
     """A linear layer of the model: weight (out, in), stored transposed on disk by GPT-2's Conv1D and by embeddings.
 
     An embedding is the linear map of one-hot vectors: out = its width, in = the size of the vocabulary. Bypassed: see
-    `is_bypassed`. Dense: transformers never stores it in NF4.
+    `is_bypassed`. Dense: transformers never stores it in NF4, or cannot read it back.
     """
 
     name: str
@@ -150,7 +152,7 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
                     )
             holder, _, kind = name.rpartition(".")
             bypassed = not embedding and is_bypassed(model.get_submodule(holder), kind)
-            dense = subclass or name.endswith(tuple(model._keep_in_fp32_modules or ()))
+            dense = subclass or name.endswith((*UNREAD, *(model._keep_in_fp32_modules or ())))
             layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding, bypassed, dense))
     for name, expert, shape in expert_layers(model):
         packed = weights is not None and f"{name}.weight.absmax" in weights.files

@@ -18,6 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -269,6 +270,43 @@ def test_weights_that_a_model_divides_outside_training(bits: int, recipe: Make, 
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         adapted = logits(PeftModel.from_pretrained(base, Run(Path(made.output)).adapter))
         assert float((adapted - merged).norm() / merged.norm()) < 1e-5
+
+
+@pytest.mark.skipif("qwen4_exp_text" not in CONFIG_MAPPING, reason="this transformers does not know the model")
+def test_layers_named_weight_stay_dense(pissa: Callable[..., Outcome], tmp_path: Path) -> None:
+    """transformers takes the scales of Qwen4's block_inject_weight for those of another tensor."""
+    config = CONFIG_MAPPING["qwen4_exp_text"](
+        vocab_size=512,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        layer_types=["linear_attention", "indexed_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=32,
+        indexer_budget=16,
+        indexer_compress_ratio=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        hc_lowrank=64,
+        ple_embed_dim=64,
+    )
+    folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "dense")
+    outcome = pissa("quantize", folder, "--output", tmp_path / "nf4", "--set", "model.bits=32", "--json")
+    assert outcome.code == 0, outcome.err
+    assert "model.layers.0.attn_hyper_connection.block_inject_weight" in outcome.json["kept_dense"]
+    plain, packed = (
+        logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)) for path in (folder, tmp_path / "nf4")
+    )
+    assert 0 < float((packed - plain).norm() / plain.norm()) < 0.5
 
 
 def test_a_dense_folder_has_nothing_of_the_run_beside_it(
