@@ -118,14 +118,21 @@ def head_names(model: PreTrainedModel) -> list[str]:
     return [name for name in parts if name != model.base_model_prefix]
 
 
+def shared_layers(model: PreTrainedModel) -> set[str]:
+    """The names of linear layers that have one weight together, as in Zamba's blocks; the head has that of no layer."""
+    linear = {f"{n}.weight" for n, m in model.named_modules() if type(m) is nn.Linear}
+    pairs = (set(pair) for pair in model.all_tied_weights_keys.items())
+    return {name.removesuffix(".weight") for pair in pairs if pair <= linear for name in pair}
+
+
 def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> list[Linear]:
     """Every linear layer but those of the head, and every embedding, with the tensor on disk (if `weights` is given).
 
     Those that transformers stores in NF4, torch's own Linear and Conv1D, and `LINEAR_SUBCLASSES`; other subclasses may
-    compute otherwise.
+    compute otherwise. Not those of which two have one weight (`shared_layers`), which each adapter would move.
     Raises UsageError for a tensor that is missing, has another shape, or is no floating-point weight.
     """
-    output, head = model.get_output_embeddings(), head_names(model)
+    output, head, shared = model.get_output_embeddings(), head_names(model), shared_layers(model)
     layers = []
     if weights is not None:
         disk_name = names_on_disk(model, weights)
@@ -135,7 +142,7 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
         transposed = embedding or isinstance(module, Conv1D)
         subclass = type(module).__name__ in LINEAR_SUBCLASSES
         linear = type(module) is nn.Linear or subclass or transposed
-        if linear and module is not output and name.split(".")[0] not in head:
+        if linear and module is not output and name.split(".")[0] not in head and name not in shared:
             shape: torch.Size = module.weight.shape
             num_in, num_out = shape if transposed else reversed(shape)
             tensor = f"{name}.weight"

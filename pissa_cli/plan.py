@@ -17,7 +17,16 @@ from pissa_cli.attach import whole_modules
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.heads import require_order, require_pooler
-from pissa_cli.model import DTYPES, Linear, head_names, linear_layers, match_targets, peft_targets, skeleton
+from pissa_cli.model import (
+    DTYPES,
+    Linear,
+    head_names,
+    linear_layers,
+    match_targets,
+    peft_targets,
+    shared_layers,
+    skeleton,
+)
 from pissa_cli.peft_files import FACTOR_NAMES
 from pissa_cli.recipe import Recipe
 from pissa_cli.weights import Weights
@@ -25,7 +34,7 @@ from pissa_cli.weights import Weights
 
 @dataclass(frozen=True)
 class Plan:
-    """The base on disk, its linear layers, those that get an adapter, and modules of 3-D weights that get none.
+    """The base on disk, its linear layers, those that get an adapter, and what gets none for 3-D or shared weights.
 
     num_total: parameters of the model; vocabulary: rows of its output head, 0 without one; num_whole: numbers that
     train beside the adapter. Full fine-tuning has no more than the first four.
@@ -125,7 +134,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     _require_apart(whole, targets, linears, recipe.model.bits)
     trained = {id(p): p.numel() for module in whole.values() for p in module.parameters(recurse=False)}
     adaptable = {layer.expert.module for layer in linears if method.experts and layer.expert is not None}
-    left_out = sorted(holders_of_3d_weights(model) - adaptable)
+    left_out = sorted((holders_of_3d_weights(model) - adaptable) | shared_layers(model))
     return Plan(
         folder,
         linears,

@@ -16,7 +16,14 @@ from conftest import MOE_CONFIGS, TOKENIZER_FILES, exact_scales, save_model
 from safetensors.torch import load_file, save_file
 from test_start import logits, relative, started
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, GraniteMoeConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    GraniteMoeConfig,
+    PreTrainedModel,
+    Zamba2Config,
+)
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import export
@@ -291,7 +298,10 @@ def test_weights_that_get_no_adapter_are_named(
     folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "granite")
     outcome = pissa("init", "--model", folder, "--bits", 4, "--rank", 4, "--output", tmp_path / "run")
     assert outcome.code == 0
-    assert "get no adapter, as 3-D weights that pissa cannot take: model.layers.0.block_sparse_moe" in outcome.err
+    assert (
+        "get no adapter, as 3-D or shared weights that pissa cannot take: model.layers.0.block_sparse_moe"
+        in outcome.err
+    )
     outcome = pissa("init", "--model", models("qwen2_moe"), "--bits", 4, "--rank", 4, "--json", "-o", tmp_path / "moe")
     assert outcome.json["kept_dense"] == ["model.layers.1.mlp.shared_expert_gate"]
     assert not any("shared_expert_gate" in layer["name"] for layer in outcome.json["layers"])
@@ -343,3 +353,38 @@ def test_tensors_that_transformers_splits_as_it_loads(pissa: Any, recipe: Make, 
     base = AutoModelForCausalLM.from_pretrained(folder)
     assert relative(logits(base), merged) > 1e-3
     assert relative(logits(peft.PeftModel.from_pretrained(base, Path(made.output) / "adapter")), merged) < 1e-5
+
+
+@pytest.mark.parametrize("sets", [["model.bits=32"], ["model.bits=4", "train.precision=fp32"], ["adapter.method=full"]])
+def test_blocks_that_share_their_weights(sets: list[str], recipe: Make, rows: Path, tmp_path: Path) -> None:
+    """Zamba 2 has one attention and one MLP in several places; its files hold their tensors once."""
+    torch.manual_seed(0)
+    config = Zamba2Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_mamba_heads=8,
+        mamba_headdim=16,
+        mamba_d_state=16,
+        chunk_size=16,
+        eos_token_id=1,
+    )
+    folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "zamba2")
+    full = "adapter.method=full" in sets
+    size = ["model.bits=32"] if full else ["adapter.rank=4"]
+    made = recipe(folder, *sets, *size, f"data.train={rows}", "data.limit=4", "train.steps=1", "train.lr=0.01")
+    train(made)
+    merged, info = AutoModelForCausalLM.from_pretrained(export.merge(made)["path"], output_loading_info=True)
+    one, other = (merged.get_submodule(f"model.layers.{n}.shared_transformer").state_dict() for n in (1, 3))
+    assert not any(info.values()) and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    if not full:
+        left_out = json.loads((Path(made.output) / "manifest.json").read_text())["left_out"]
+        assert "model.layers.3.shared_transformer.self_attn.q_proj" in left_out
+    if sets == ["model.bits=32"]:
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        adapted = logits(peft.PeftModel.from_pretrained(base, Path(made.output) / "adapter"))
+        assert relative(adapted, logits(merged)) < 1e-5

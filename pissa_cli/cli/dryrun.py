@@ -49,7 +49,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
         "",
         f"{result['trainable']:,} parameters train, the base has {result['parameters']:,} ({share:.2%}); adapters in "
         f"{result['layers']} layers of {planned.folder}",
-        *([f"3-D weights that get no adapter: {', '.join(planned.left_out)}"] if planned.left_out else []),
+        *([f"3-D or shared weights that get no adapter: {', '.join(planned.left_out)}"] if planned.left_out else []),
         *(["ranks are chosen at init from the spectra; counted here: rank 1"] if auto else []),
         *([_steps_line(*steps, recipe.train.batch_size)] if steps else []),
         _memory_line(memory, processes),

@@ -67,7 +67,7 @@ def init_command(
     if note := left_dense(manifest.get("kept_dense", [])):
         show.say(note)
     if names := manifest.get("left_out", []):
-        note = f"get no adapter, as 3-D weights that {recipe.adapter.method} cannot take"
+        note = f"get no adapter, as 3-D or shared weights that {recipe.adapter.method} cannot take"
         show.say(f"{note}: {names[0]}{f', ... ({len(names)} in all)' if len(names) > 1 else ''}")
     counts = ""
     if "trainable" in manifest:
