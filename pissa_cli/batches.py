@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pissa_cli.configuration import vocabulary_of
 from pissa_cli.examples import Examples
 from pissa_cli.loss import IGNORED, summed_loss
 
@@ -30,7 +31,7 @@ def padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that fills up a batch; a classifier that looks for the last token before it has its own. The tokenizer
     may have one that was added to it alone, of which the model has no embedding."""
     own = model.config.pad_token_id if model.get_output_embeddings() is None else tokenizer.pad_token_id
-    return own if own is not None and 0 <= own < model.config.get_text_config().vocab_size else 0
+    return own if own is not None and 0 <= own < vocabulary_of(model.config) else 0
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -44,7 +45,7 @@ def read_config(folder: Path, section: ModelSection) -> Any:
 def _padding(folder: Path, section: ModelSection, config: Any) -> int | None:
     """Of what can be padding, the first that the model has an embedding of: its own, if texts do not have it, the
     tokenizer's, which is what others pad with, and the end-of-text of either."""
-    known = config.get_text_config().vocab_size
+    known = vocabulary_of(config)
     own, found = getattr(config, "pad_token_id", None), end_tokens(getattr(config, "eos_token_id", None))
     files = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.glob("*token*")))
     pad, end, added = _tokenizers_own(folder, files, section.trust_remote_code)
@@ -67,12 +68,17 @@ def _tokenizers_own(
 
 def require_tokens(name: str, tokens: Iterable[int], config: Any) -> None:
     """UsageError for a token above those that the model has embeddings of."""
-    known, highest = config.get_text_config().vocab_size, max(tokens, default=0)
+    known, highest = vocabulary_of(config), max(tokens, default=0)
     if highest >= known:
         raise UsageError(
             f"{name}: token {highest} is beyond the model's vocabulary of {known}",
             "the tokenizer and the model do not belong together",
         )
+
+
+def vocabulary_of(config: Any) -> int:
+    """How many tokens a model knows. CANINE has no such number: its tokens are characters, whichever they are."""
+    return int(getattr(config.get_text_config(), "vocab_size", sys.maxunicode + 1))
 
 
 def context_of(config: Any) -> int | None:

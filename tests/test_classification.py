@@ -20,6 +20,9 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    CanineConfig,
+    CanineForSequenceClassification,
+    CanineTokenizer,
     DebertaConfig,
     DebertaV2Config,
     RobertaConfig,
@@ -313,3 +316,13 @@ def test_rank_8_of_the_paper_counts_1_33_million(recipe: Callable[..., Any], tmp
     plan = make_plan(made, tmp_path)
     assert plan.num_lora(8) == 1_327_104
     assert plan.num_trainable(made) == 1_327_104 + 768 * 768 + 768 + 2 * 768 + 2
+
+
+def test_a_model_of_characters_has_no_vocabulary(classifier: Callable[..., Any], tmp_path: Path) -> None:
+    """CANINE takes every character."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = CanineConfig(**sizes, num_hash_buckets=64, local_transformer_stride=32)
+    CanineForSequenceClassification(config).save_pretrained(tmp_path / "canine")
+    CanineTokenizer().save_pretrained(tmp_path / "canine")
+    assert train(classifier(tmp_path / "canine", "model.bits=32"))["steps_taken"] == 4
