@@ -239,15 +239,26 @@ def _ranks(adapter: AdapterBase, targets: list[Linear]) -> dict[str, int]:
     for layer in targets:
         rank, smallest = adapter.layer_rank(layer.name), min(layer.num_out, layer.num_in)
         if limit == "error" and rank > smallest:
-            own = rank != adapter.rank
-            least = smallest if own else min(min(t.num_out, t.num_in) for t in targets)
-            raise UsageError(
-                f"adapter.{'rank_pattern' if own else 'rank'}: {rank} is above the smallest dimension of {layer.name} "
-                f"({layer.num_out} x {layer.num_in})",
-                f"use at most {least}, which all targets take, or fewer targets (adapter.targets)",
-            )
+            raise _above(rank, layer, adapter, targets)
         ranks[layer.name] = min(rank, smallest) if limit == "lowered" else rank
     return ranks
+
+
+def _above(rank: int, layer: Linear, adapter: AdapterBase, targets: list[Linear]) -> UsageError:
+    """For a rank that a layer cannot have, with those that the targets can."""
+    where = f"{rank} is above the smallest dimension of {layer.name} ({layer.num_out} x {layer.num_in})"
+    if rank != adapter.rank:
+        least = min(layer.num_out, layer.num_in)
+        return UsageError(f"adapter.rank_pattern: {where}", f"use at most {least}")
+    most: dict[str, int] = {}
+    for target in targets:
+        most[target.kind] = min(target.num_out, target.num_in, most.get(target.kind, rank))
+    pattern, least = ", ".join(f"{kind}: {r}" for kind, r in most.items() if r < rank), min(most.values())
+    return UsageError(
+        f"adapter.rank: {where}",
+        f"lower it there alone, adapter.rank_pattern: {{{pattern}}}, or use at most {least}, which all "
+        "targets take, or fewer targets (adapter.targets)",
+    )
 
 
 def rough_memory(recipe: Recipe, plan: Plan) -> dict[str, int]:

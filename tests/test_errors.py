@@ -121,11 +121,15 @@ def test_wrong_types_and_combinations(refused: Callable[..., str], tmp_path: Pat
         assert wanted in message
 
 
-def test_rank(refused: Callable[..., str], models: Callable[[str], Path]) -> None:
+def test_rank(refused: Callable[..., str], pissa: Pissa, models: Callable[[str], Path]) -> None:
     assert "adapter.rank" in refused("init", "--model", models("llama"), "--rank", 0)
     message = refused("init", "--model", models("llama"), "--rank", 33)
     assert "33 is above the smallest dimension of model.layers.0.self_attn.k_proj (32 x 64)" in message
-    assert "use at most 32" in message
+    assert "use at most 32" in message and "adapter.rank_pattern: {k_proj: 32, v_proj: 32}" in message
+    own = ("--rank", 33, "--set", "adapter.rank_pattern={k_proj: 32, v_proj: 32}")
+    assert pissa("init", "--model", models("llama"), *own, "--dry-run").code == 0
+    message = refused("init", "--model", models("llama"), "--rank", 4, "--set", "adapter.rank_pattern={k_proj: 40}")
+    assert "adapter.rank_pattern: 40" in message and "use at most 32" in message
 
 
 def test_targets(refused: Callable[..., str], models: Callable[[str], Path]) -> None:
