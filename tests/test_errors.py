@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -71,6 +73,33 @@ def test_one_of_several_processes_says_a_failure_as_json(
     silent = pissa(*words)
     assert silent.code == 2 and silent.out == "" and silent.err == alone.err
     assert not launched or json.loads(file.read_text())["error"] == alone.json["error"]
+
+
+@pytest.mark.parametrize("lines", range(40))
+def test_a_failure_is_told_whole_or_not_at_all(lines: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The launcher stops the other processes of one that failed, while they tell of their own failures, too."""
+    count = itertools.count()
+
+    def trace(_frame: Any, event: str, _argument: Any) -> Any:
+        if event == "line" and next(count) == lines:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    def fail() -> None:
+        raise RuntimeError
+
+    monkeypatch.setenv(LAUNCHED, str(tmp_path / "failure.json"))
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: trace if frame.f_code.co_filename == edge.__file__ else None)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            edge.run_guarded(fail, ["train"])
+    finally:
+        sys.settrace(before)
+    left = [path.read_text() for path in tmp_path.glob("failure.json")]
+    assert len(left) == 1 or next(count) > lines
+    assert all("error" in json.loads(text) for text in left)
 
 
 def test_another_process_is_gone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,10 +149,17 @@ def _show(message: str, hint: str | None, code: int, as_json: bool) -> None:
     if hint:
         console.print(f"[bold]next:[/]  {escape(hint)}")
     if LAUNCHED in os.environ:
-        with contextlib.suppress(OSError), Path(os.environ[LAUNCHED]).open("x", encoding="utf-8") as file:
-            json.dump({"error": message, "hint": hint, "exit_code": code}, file)
+        _tell_launcher(Path(os.environ[LAUNCHED]), {"error": message, "hint": hint, "exit_code": code})
     elif as_json:
         _print_failure(message, hint, code)
+
+
+def _tell_launcher(file: Path, failure: dict[str, Any]) -> None:
+    """Leave the failure there, whole or not at all (this process may be killed any moment), unless another one has."""
+    own = file.with_name(f"{os.getpid()}.json")
+    with contextlib.suppress(OSError):
+        own.write_text(json.dumps(failure), encoding="utf-8")
+        os.link(own, file)
 
 
 def _print_failure(message: str, hint: str | None, code: int) -> None:
