@@ -23,6 +23,21 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, locked
 
+LAUNCHER = """
+import sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main()
+except SignalException:
+    sys.exit(130)
+except ChildFailedError as error:
+    print(error, file=sys.stderr)
+    code = error.get_first_failure()[1].exitcode
+    sys.exit(code if code > 0 else 128 - code)
+"""
+"""torchrun, without its traceback, and with the exit code of the process that failed first."""
 STOPPED = 130
 SHUTDOWN_SECONDS = "600"
 """What torchrun grants a process that was asked to stop: the step it is in and a checkpoint."""
@@ -53,30 +68,39 @@ def launch(
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     if Path.cwd() != Path(__file__).parents[1]:  # a checkout has to be there for them
         environment["PYTHONSAFEPATH"] = "1"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-c", LAUNCHER, "--standalone", f"--nproc-per-node={processes}"]
     with tempfile.TemporaryDirectory() as folder:
         file, failure = Path(folder) / "recipe.yaml", Path(folder) / "failure.json"
         file.write_text(dump(recipe), encoding="utf-8")
         command += ["-m", "pissa_cli", "train", str(file), *(["--resume"] if resume else []), *flags]
         environment |= {LAUNCHED: str(failure)}
-        code, stopped = _wait(subprocess.Popen(command, stdout=stdout, env=environment, preexec_fn=end_with_parent))
+        launcher = subprocess.Popen(
+            command, stdout=stdout, env=environment, start_new_session=True, preexec_fn=end_with_parent
+        )
+        code, stopped = _wait(launcher)
         told = json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else {}
-    if code and told.get("exit_code", STOPPED if stopped else code) == STOPPED:
+    told_of_failure = told.get("exit_code", STOPPED) != STOPPED
+    if code and (not told_of_failure if stopped else code == STOPPED):
         raise Interrupted("stopped", go_on(recipe.output))
     if code:
-        reason = told.get("error", f"one ended with exit code {code}")
+        reason = told["error"] if told_of_failure else f"one ended with exit code {code}"
         hint = told.get("hint") or f"{go_on(recipe.output)} if a checkpoint was saved"
         raise PissaError(f"training in {processes} processes failed: {reason}", hint)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, bool]:
-    """(exit code, whether a signal asked for a stop). The processes get SIGINT from the terminal themselves."""
+    """(exit code, whether a signal asked for a stop). `process` is in another session, and hears of signals from here.
+
+    When it is killed, as by a second SIGINT, those that it started get SIGINT (from Linux).
+    """
     asked: list[int] = []
 
     def handle(number: int, _frame: Any) -> None:
-        asked.append(number)
-        if number != signal.SIGINT:
+        if asked and number == signal.SIGINT and sys.platform == "linux":
+            process.kill()
+        else:
             process.send_signal(signal.SIGTERM)
+        asked.append(number)
 
     with handling_stops(handle):
         return process.wait(), bool(asked)

@@ -90,10 +90,10 @@ def handling_stops(handle: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def end_with_parent() -> None:
-    """For `preexec_fn`: have this process asked to stop when the one that starts it is killed, be it by SIGKILL."""
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have this process asked to stop, by a signal, when the one that started it is killed, be it by SIGKILL."""
     if LIBC is not None:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
 def peak_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -181,7 +182,7 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes learn of it from Linux")
-@pytest.mark.parametrize("signaled", ["the command", "one of them"])
+@pytest.mark.parametrize("signaled", ["the command", "the launcher", "one of them", "the command, by Ctrl-C"])
 def test_killing_the_command_stops_its_processes(
     models: Callable[[str], Path], rows: Path, tmp_path: Path, signaled: str
 ) -> None:
@@ -191,6 +192,7 @@ def test_killing_the_command_stops_its_processes(
     started = subprocess.Popen(
         [sys.executable, "-m", "pissa_cli", *command, "--output", str(tmp_path / "out"), "--processes", "2"],
         env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
     )
     run = Run(tmp_path / "out")
     until = time.monotonic() + 120
@@ -201,9 +203,16 @@ def test_killing_the_command_stops_its_processes(
     if signaled == "the command":
         started.kill()
         started.wait()
-    else:
+    elif signaled == "the launcher":
+        os.kill(int(_fields(Path(f"/proc/{workers[0]}/stat"))[1]), signal.SIGKILL)
+        assert started.wait(120) == 1
+    elif signaled == "one of them":
         os.kill(workers[-1], signal.SIGTERM)
         assert started.wait(120) == 130
+    else:
+        started.send_signal(signal.SIGINT)
+        assert b"Traceback" not in started.communicate(timeout=120)[1]
+        assert started.returncode == 130
     while any(map(_lives, workers)) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(map(_lives, workers))
@@ -211,9 +220,68 @@ def test_killing_the_command_stops_its_processes(
     assert steps < 3000 and (run.checkpoints / f"step-{steps}").is_dir()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes learn of it from Linux")
+def test_a_second_interrupt_does_not_wait_for_the_step(
+    models: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    sets = [*BASE, f"data.train={rows}", "train.steps=2", "train.batch_size=100000", "train.micro_batch_size=1"]
+    command = ["train", "--model", str(models("llama")), *(word for one in sets for word in ("--set", one))]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "pissa_cli", *command, "--output", str(tmp_path / "out"), "--processes", "2"],
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 120
+    while not Run(tmp_path / "out").metrics.is_file() and time.monotonic() < until:
+        time.sleep(0.05)
+    workers = _workers(started.pid)
+    assert len(workers) == 2
+    try:
+        started.send_signal(signal.SIGINT)
+        time.sleep(2)
+        assert all(map(_lives, workers))
+        started.send_signal(signal.SIGINT)
+        assert started.wait(20) == 130
+        until = time.monotonic() + 20
+        while any(map(_lives, workers)) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not any(map(_lives, workers))
+    finally:
+        for process in (*workers, started.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        started.wait()
+
+
+def test_a_process_killed_before_the_first_step_is_no_stop(
+    models: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    sets = [*BASE, f"data.train={rows}", "train.steps=3000"]
+    command = ["train", "--model", str(models("llama")), *(word for one in sets for word in ("--set", one))]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "pissa_cli", *command, "--output", str(tmp_path / "out"), "--processes", "2"],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+    )
+    assert started.stderr is not None
+    next(line for line in started.stderr if line.startswith(b"train: "))
+    first, last = sorted(_workers(started.pid))
+    os.kill(first, signal.SIGSTOP)
+    os.kill(last, signal.SIGKILL)
+    time.sleep(2)  # the launcher has seen it, and asked the other one to stop
+    os.kill(first, signal.SIGCONT)
+    said = started.communicate(timeout=120)[1]
+    assert started.returncode == 1 and b"in 2 processes failed: " in said and b"please report it" not in said
+
+
+def _fields(stat: Path) -> list[str]:
+    """State, parent, ... of a process."""
+    return stat.read_text().rpartition(")")[2].split()
+
+
 def _lives(process: int) -> bool:
     try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        state = _fields(Path(f"/proc/{process}/stat"))[0]
     except OSError:
         return False
     return state != "Z"
@@ -224,7 +292,7 @@ def _workers(parent: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            fields = _fields(stat)
         except OSError:
             continue
         children.setdefault(int(fields[1]), []).append(int(stat.parent.name))

@@ -1,6 +1,7 @@
 """`pissa train`."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -68,10 +69,12 @@ def train_command(
         with show.counting("init") as progress:
             launch(recipe, resume, processes, flags, edge.document, progress)
         return
-    from pissa_cli.process import one_of_several
+    from pissa_cli.process import end_with_parent, one_of_several
     from pissa_cli.report import mean_losses
     from pissa_cli.train import train
 
+    if LAUNCHED in os.environ:
+        end_with_parent(signal.SIGINT)  # the launcher, which may be killed together with the command
     with one_of_several() as state, show.training() as watch, show.counting("init") as progress:
         first = state.is_main_process
         if first:
