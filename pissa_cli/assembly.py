@@ -126,6 +126,9 @@ def assemble(
     else:
         optimizer = accelerator.prepare(optimizer)
         prepared = model if sharded else accelerator.prepare_model(model, device_placement=False)
+        if accelerator.num_processes > 2 and not (sharded or ddp.find_unused_parameters):
+            # after its first pass DDP adds gradients up in another order: that pass is none of the training
+            _reaches_all(recipe, prepared, examples, pad_id, device, chunked)
     return Trainer(
         recipe=recipe,
         accelerator=accelerator,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MOE_CONFIGS, make_model, save_model
-from runs import BASE, adapter, events
+from runs import BASE, adapter, events, same
 from transformers import (
     AutoModelForCausalLM,
     BigBirdConfig,
@@ -35,13 +35,16 @@ from pissa_cli.weights import load_tensors
 LOOP = """
 import os
 import sys
+from pathlib import Path
 from pissa_cli.recipe_file import load
+from pissa_cli.rundir import Run
 from pissa_cli.train import train
 from pissa_cli.process import process_state
 asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")
 for name in sys.argv[1:]:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
-    train(load(name, {}).recipe)
+    recipe = load(name, {}).recipe
+    train(recipe, resume=Run(Path(recipe.output)).exists())
 process_state().destroy_process_group()
 """
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -272,6 +275,22 @@ def test_a_process_killed_before_the_first_step_is_no_stop(
     os.kill(first, signal.SIGCONT)
     said = started.communicate(timeout=120)[1]
     assert started.returncode == 1 and b"in 2 processes failed: " in said and b"please report it" not in said
+
+
+def test_three_processes_go_on_with_the_same_bits(models: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
+    files = []
+    for name, steps in (("whole", 6), ("halves", 3), ("halves", 6)):
+        sets = [*BASE, f"data.train={rows}", "train.schedule=constant", "train.warmup=0", f"train.steps={steps}"]
+        recipe = load(None, {}, [f"model.name={models('llama')}", *sets, f"output={tmp_path / name}"]).recipe
+        files.append(tmp_path / f"{name}-{steps}.yaml")
+        files[-1].write_text(dump(recipe))
+    (tmp_path / "loop.py").write_text(LOOP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "loop.py"), *map(str, files)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert same(*(adapter(load(str(tmp_path / name), {}).recipe) for name in ("whole", "halves")))
 
 
 def _fields(stat: Path) -> list[str]:
