@@ -19,6 +19,7 @@ from pissa_cli.checkpoint import latest_checkpoint, newest_facts, step_of
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.initialize import open_run
+from pissa_cli.inputs import require_start
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.packing import attend_by_mask, attend_by_sequence, takes_positions, without_mask
 from pissa_cli.recipe import Recipe
@@ -47,9 +48,8 @@ MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
 
 def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
     """Whether there are checkpoints to go on from. Refuses to overwrite a run, and to resume it with another recipe."""
+    require_start(recipe, resume)
     if not run.exists():
-        if resume:
-            raise UsageError(f"{run.folder}: nothing to resume", "start it without --resume")
         return False
     open_run(recipe)
     checkpoint = latest_checkpoint(run)

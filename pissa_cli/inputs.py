@@ -18,10 +18,13 @@ FIRST_ROWS = 1000
 """Training, too, wants every column among so many."""
 
 
-def require_start(recipe: Recipe) -> None:
-    """UsageError for an output folder with something else in it, and for a local base that is none."""
+def require_start(recipe: Recipe, resume: bool = False) -> None:
+    """UsageError for an output folder with something else in it or without what is to be resumed, and for a local base
+    that is none."""
     run = Run(Path(recipe.output))
     if not run.exists():
+        if resume:
+            raise UsageError(f"{run.folder}: nothing to resume", "start it without --resume")
         require_place(run)
         local_base(recipe.model)
 
@@ -73,7 +76,7 @@ def local_base(section: ModelSection) -> Path | None:
     path = Path(section.name)
     if path.is_dir():
         return require_model_folder(path)
-    if path.is_absolute() or section.name.startswith(".") or section.name.count("/") > 1:
+    if path.is_absolute() or section.name.startswith(".") or section.name.count("/") > 1 or section.name.endswith("/"):
         raise UsageError(
             f"{section.name}: no such folder",
             "check the path; one that has moved: --set model.name=FOLDER; on the Hub a model is user/name",

@@ -125,10 +125,12 @@ def test_fp32_products_keep_their_bits_in_containers_that_ask_for_fewer() -> Non
     [
         "init --model x --rank 0",
         "init --model ./nowhere",
+        "init --model nowhere/",
         "train --model {model}",
         "train --model {model} --set data.train=nowhere.jsonl",
         "train --model {model} --set data.train={rows} --set data.format=text",
         "train --model {model} --set data.train={rows} --output {rows}",
+        "train --model {model} --set data.train={rows} --resume",
         "eval gsm8k --bench gsm8k",
         "eval gsm8k --bench gsm9k",
         "eval gsm8k --bench gsm8k --data gsm8k=nowhere.jsonl",

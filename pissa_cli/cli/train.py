@@ -50,7 +50,7 @@ def train_command(
     from pissa_cli import inputs
     from pissa_cli.cli import dryrun, edge, show
 
-    inputs.require_start(loaded.recipe)
+    inputs.require_start(loaded.recipe, resume)
     if not dry_run:
         inputs.require_data(loaded.recipe)
     if LAUNCHED not in os.environ:  # by a process that has looked
