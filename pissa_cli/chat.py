@@ -233,7 +233,7 @@ def _around(
         for turn, role in enumerate(roles):
             if role == "assistant":
                 asked, upto = render(messages[:turn], True), render(messages[: turn + 1], False)
-                if not whole.startswith(asked) or not whole.startswith(upto):
+                if not whole.startswith(asked) or not whole.startswith(upto) or len(upto) <= len(asked):
                     return [], []
                 bounds += len(asked), len(upto)
     except Exception:  # as above

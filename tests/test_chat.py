@@ -251,6 +251,8 @@ def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
     assert encode_chat(row, SECTION, tokenizer) == "the chat template leaves out what the system says"
     tokenizer.chat_template = "{% for m in messages[-2:] %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     assert "leaves out" in str(encode_chat(conversation("Hi", "Yes", "And", "No"), SECTION, tokenizer))
+    tokenizer.chat_template = PLAIN.replace("in messages %}", "in messages if m.role == 'user' or m != messages[-1] %}")
+    assert "cannot be found" in str(encode_chat(conversation("Hi", "Yes", "And"), SECTION, tokenizer))
     tokenizer.chat_template = PLAIN
     assert encode_chat(conversation("Hi"), SECTION, tokenizer) == "no assistant message"
     assert encode_chat(conversation("Hi", ""), SECTION, tokenizer) == "the assistant says nothing"
