@@ -203,12 +203,13 @@ def write_cache(path: Path, examples: Examples) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(temporary, tensors)
         temporary.replace(path)
-        for other in path.parent.iterdir():
-            if other.stat().st_mtime < time.time() - KEPT_SECONDS:
-                other.unlink(missing_ok=True)
     except (OSError, PissaError):
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+    for other in path.parent.glob("v*-*"):
+        with suppress(OSError):  # another process forgets them, too
+            if other.stat().st_mtime < time.time() - KEPT_SECONDS:
+                other.unlink()
 
 
 def read_cache(path: Path) -> Examples | None:

@@ -264,6 +264,22 @@ def test_the_cache_forgets_what_nobody_asks_for(tmp_path: Path, tokenizer: PreTr
     assert asked.exists() and recent.exists() and not old.exists() and len(list(cache.iterdir())) == 3
 
 
+def test_the_cache_forgets_nothing_that_is_not_its_own(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, rows: Path
+) -> None:
+    cache, month = tmp_path / "cache", 31 * 24 * 3600
+    (cache / "v1-folder").mkdir(parents=True)
+    load_examples(str(rows), DataSection(max_length=300), tokenizer, cache)
+    [tokens] = cache.glob("*.safetensors")
+    half = tokens.with_suffix(".0123abcd.tmp")  # of a run that was killed
+    for path in (note := cache / "note.txt", half):
+        path.write_text("mine")
+    for path in cache.iterdir():
+        os.utime(path, (time.time() - month, time.time() - month))
+    load_examples(str(rows), DataSection(max_length=400), tokenizer, cache)
+    assert note.exists() and not tokens.exists() and not half.exists()
+
+
 def test_the_cache_knows_what_the_tokenizer_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     text = "Anna has 3 apples, Tom has four."
     said = [{"role": role, "content": text} for role in ("user", "assistant")]
