@@ -61,8 +61,8 @@ def model_card(recipe: Recipe, what: str, library: str = "transformers", step: i
 def _prompt(recipe: Recipe) -> list[str]:
     """How to ask the model, as it was in training; nothing where the rows say it all."""
     if recipe.data.format == "chat":
-        how = "A conversation in the tokenizer's chat template."
-        return [f"{how} If its turns end in text that is no special token, name that where you generate."]
+        how = "A conversation in the tokenizer's chat template. Answers end as its turns do: where you generate, name"
+        return [f"{how} that token (`eos_token_id`, `stop_token_ids`) or text, unless generation_config.json has it."]
     if recipe.data.format != "alpaca":
         return []
     template, _, _ = (recipe.data.template or TEMPLATE).partition("{output}")
