@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -128,7 +129,8 @@ def assemble(
         prepared = model if sharded else accelerator.prepare_model(model, device_placement=False)
         if accelerator.num_processes > 2 and not (sharded or ddp.find_unused_parameters):
             # after its first pass DDP adds gradients up in another order: that pass is none of the training
-            _reaches_all(recipe, prepared, examples, pad_id, device, chunked)
+            _one_pass(recipe, prepared, examples, pad_id, device, chunked)
+            prepared.zero_grad()
     return Trainer(
         recipe=recipe,
         accelerator=accelerator,
@@ -198,7 +200,17 @@ def _trained(model: PreTrainedModel) -> Names:
 def _reaches_all(
     recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device, chunked: bool
 ) -> bool:
-    """Whether an example gives every parameter that trains a gradient. A model may have parts that no text reaches.
+    """Whether an example gives every parameter that trains a gradient. A model may have parts that no text reaches."""
+    _one_pass(recipe, model, examples, pad_id, device, chunked)
+    reached = all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    model.zero_grad()
+    return reached
+
+
+def _one_pass(
+    recipe: Recipe, model: nn.Module, examples: Examples, pad_id: int, device: torch.device, chunked: bool
+) -> None:
+    """Gradients of an example's loss.
 
     In training mode: in the other one nothing is checkpointed, and every layer keeps the weight that it read.
     """
@@ -206,6 +218,3 @@ def _reaches_all(
     with autocast(recipe, device):
         loss = summed_loss(model.train(), batch, chunked)
     loss.backward()
-    reached = all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-    model.zero_grad()
-    return reached

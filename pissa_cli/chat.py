@@ -117,13 +117,8 @@ class _Conversation(NamedTuple):
     learned: list[bool]
 
 
-def encode_chat(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Encoded | str:
-    """Tokens of a conversation, or why it cannot be used."""
-    return encode_chats([row], section, tokenizer)[0]
-
-
 def encode_chats(rows: Sequence[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[Encoded | str]:
-    """As `encode_chat`, of many rows: they are tokenized together."""
+    """Tokens of each conversation, or why it cannot be used; they are tokenized together."""
     found = [_conversation(row, section, tokenizer) for row in rows]
     texts = [(one.text, list(chain(*one.spans))) for one in found if not isinstance(one, str)]
     tokens = tokens_apart(texts, tokenizer)

@@ -61,14 +61,11 @@ def encode_classified(
         for place, (index, _, label) in enumerate(group):
             ids, types = cut.get(place, encoded[place])
             if end is not None and ids.count(end) != ends:
-                results[index] = _one_end_more(str(tokenizer.convert_ids_to_tokens(end)))
+                token = tokenizer.convert_ids_to_tokens(end)
+                results[index] = f"a text holds {token}, at which this model looks for its end"
             elif ids:
                 results[index] = Encoded(ids, list(map(bool, types)), label, place in cut)
     return results
-
-
-def _one_end_more(token: str) -> str:
-    return f"a text holds {token}, at which this model looks for its end"
 
 
 def _encode(

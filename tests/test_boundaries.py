@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pissa_cli.chat import encode_chat
+from pissa_cli.chat import encode_chats
 from pissa_cli.data import load_examples, question_prompt
 from pissa_cli.data_options import DataSection
 from pissa_cli.examples import Encoded
@@ -89,7 +89,7 @@ def test_nor_has_a_turn(spaced: PreTrainedTokenizerFast) -> None:
     messages = [
         {"role": role, "content": text} for role, text in zip(roles, ["Is it so?", "Yes", "Is it?", "No"], strict=True)
     ]
-    found = encode_chat({"messages": messages}, DataSection(format="chat"), spaced)
+    (found,) = encode_chats([{"messages": messages}], DataSection(format="chat"), spaced)
     assert isinstance(found, Encoded)
     whole = spaced.apply_chat_template(messages, tokenize=False)
     in_one = written(spaced(whole, add_special_tokens=False)["input_ids"], spaced)

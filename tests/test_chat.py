@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pissa_cli import chat
-from pissa_cli.chat import encode_chat, encode_chats, end_of_turn, unlearned_prompt, write_stops
+from pissa_cli.chat import encode_chats, end_of_turn, unlearned_prompt, write_stops
 from pissa_cli.data import load_examples, question_prompt
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
@@ -77,6 +77,10 @@ FORGETS = (  # the thoughts before a call, once an answer follows
 )
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 CALLED = '{"name": "add", "arguments": {"a": 1}}<eos>'
+
+
+def encode_chat(row: dict[str, Any], section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Any:
+    return encode_chats([row], section, tokenizer)[0]
 
 
 def conversation(*contents: str) -> dict[str, Any]:

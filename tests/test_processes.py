@@ -184,6 +184,16 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
         assert float((two[key] - wanted).norm() / wanted.norm()) < CLOSE, key
 
 
+def start_two(model: Path, sets: list[str], output: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """`train --processes 2`, on its way."""
+    command = ["train", "--model", str(model), *(word for one in sets for word in ("--set", one))]
+    return subprocess.Popen(
+        [sys.executable, "-m", "pissa_cli", *command, "--output", str(output), "--processes", "2"],
+        env=ENVIRONMENT,
+        **options,
+    )
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes learn of it from Linux")
 @pytest.mark.parametrize("signaled", ["the command", "the launcher", "one of them", "the command, by Ctrl-C"])
 def test_killing_the_command_stops_its_processes(
@@ -191,12 +201,7 @@ def test_killing_the_command_stops_its_processes(
 ) -> None:
     """They save a checkpoint, as after SIGTERM to one of them."""
     sets = [*BASE, f"data.train={rows}", "train.steps=3000", "train.batch_size=4", "train.save_every=2"]
-    command = ["train", "--model", str(models("llama")), *(word for one in sets for word in ("--set", one))]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "pissa_cli", *command, "--output", str(tmp_path / "out"), "--processes", "2"],
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-    )
+    started = start_two(models("llama"), sets, tmp_path / "out", stderr=subprocess.PIPE)
     run = Run(tmp_path / "out")
     until = time.monotonic() + 120
     while not (run.checkpoints / "step-2").is_dir() and time.monotonic() < until:
@@ -228,12 +233,7 @@ def test_a_second_interrupt_does_not_wait_for_the_step(
     models: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
     sets = [*BASE, f"data.train={rows}", "train.steps=2", "train.batch_size=100000", "train.micro_batch_size=1"]
-    command = ["train", "--model", str(models("llama")), *(word for one in sets for word in ("--set", one))]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "pissa_cli", *command, "--output", str(tmp_path / "out"), "--processes", "2"],
-        env=ENVIRONMENT,
-        stderr=subprocess.DEVNULL,
-    )
+    started = start_two(models("llama"), sets, tmp_path / "out", stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while not Run(tmp_path / "out").metrics.is_file() and time.monotonic() < until:
         time.sleep(0.05)
@@ -256,16 +256,12 @@ def test_a_second_interrupt_does_not_wait_for_the_step(
         started.wait()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes are found by Linux's /proc")
 def test_a_process_killed_before_the_first_step_is_no_stop(
     models: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
     sets = [*BASE, f"data.train={rows}", "train.steps=3000"]
-    command = ["train", "--model", str(models("llama")), *(word for one in sets for word in ("--set", one))]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "pissa_cli", *command, "--output", str(tmp_path / "out"), "--processes", "2"],
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-    )
+    started = start_two(models("llama"), sets, tmp_path / "out", stderr=subprocess.PIPE)
     assert started.stderr is not None
     next(line for line in started.stderr if line.startswith(b"train: "))
     first, last = sorted(_workers(started.pid))
