@@ -12,7 +12,7 @@ from pissa_cli.configuration import vocabulary_of
 from pissa_cli.examples import Examples
 from pissa_cli.loss import IGNORED, summed_loss
 
-ROW_OF, LONG_ROW = 32, 1024  # tokens: at most 3 % of a row are padding
+LONG_ROW = 1024  # tokens
 
 
 def micro_batches(examples: Examples, indices: list[int], size: int, packed: bool) -> list[list[int]]:
@@ -50,17 +50,21 @@ def on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 
 def row_length(lengths: Sequence[int]) -> int:
-    """Of packed examples of these lengths: several that make a long row get padding at its end."""
+    """Of packed examples of these lengths: several that make a long row get padding at its end, of 3 % at most, so that
+    there are few lengths: 32 from one power of two to the next."""
     total = sum(lengths)
-    return -(-total // ROW_OF) * ROW_OF if len(lengths) > 1 and total >= LONG_ROW else total
+    if len(lengths) == 1 or total < LONG_ROW:
+        return total
+    few = 1 << total.bit_length() - 6
+    return -(-total // few) * few
 
 
 def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bool) -> dict[str, Tensor]:
     """One micro-batch as the model takes it, labels not yet shifted (of texts to classify: one each).
 
     Padded: (n, longest) on the right. Packed: (1, sum of lengths), position ids starting again at each example,
-    from which transformers builds a block-diagonal attention mask; a long row is filled up to a multiple of ROW_OF by
-    one more, of padding: on a CPU products of a length not met before wait for kernels to be made.
+    from which transformers builds a block-diagonal attention mask; a long row is filled up to its `row_length` by one
+    more, of padding: on a CPU products of a length not met before wait for kernels to be made.
     """
     parts = [slice(int(examples.offsets[i]), int(examples.offsets[i + 1])) for i in indices]
     ids = [examples.ids[part].long() for part in parts]

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 TUNABLES = ("glibc.malloc.tcache_count=0", "glibc.malloc.mxfast=0")
-KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Kernels of oneDNN that are kept, each for one shape: 1,024 by itself. A step has some 50, the next one others."""
+KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+"""Kernels of oneDNN that are kept, each for one shape: 1,024 by itself. A micro-batch has some 40, the next others."""
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 

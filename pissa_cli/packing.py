@@ -55,20 +55,27 @@ def without_mask(model: PreTrainedModel) -> bool:
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """SDPA in `attention_dtype`; attention_mask may be the lengths (n,) of sequences that together make the one row."""
-    dtype, wide = query.dtype, attention_dtype(query)
-    query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    """SDPA; attention_mask may be the lengths (n,) of sequences that together make the one row."""
     if attention_mask is None or attention_mask.ndim != 1:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return output.to(dtype), None
+        return _sdpa(module, query, key, value, attention_mask, **options), None
     lengths: list[int] = attention_mask.tolist()
     plain = not options.get("dropout") and options.get("softcap") is None and options.get("position_bias") is None
     alike = len({(x.dtype, x.shape[3]) for x in (query, key, value)}) == 1
     if query.is_cuda and plain and alike and _flash_agrees(query.dtype, query.shape[1], key.shape[1], query.shape[3]):
         return _flash(query, key, value, lengths, options.get("scaling")), None
     parts = [x.split(lengths, dim=2) for x in (query, key, value)]
-    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in zip(*parts, strict=True)]
-    return torch.cat(outputs, dim=1).to(dtype), None
+    outputs = [_sdpa(module, q, k, v, None, **options) for q, k, v in zip(*parts, strict=True)]
+    return torch.cat(outputs, dim=1), None
+
+
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> Tensor:
+    """transformers' SDPA, in `attention_dtype`."""
+    wide = attention_dtype(query)
+    inputs = query.to(wide), key.to(wide), value.to(wide)
+    output: Tensor = sdpa_attention_forward(module, *inputs, attention_mask, **options)[0]
+    return output.to(query.dtype)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None) -> Tensor:

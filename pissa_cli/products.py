@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 FEW_ROWS = 32
+LARGE_HEAD = 2**15  # numbers of a query's head: 256 tokens by 128, 512 by 64
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -29,8 +30,9 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def attention_dtype(query: Tensor) -> torch.dtype:
-    """The dtype for attention: that of the query, or fp32 on a CPU without AMX."""
-    native = query.device.type != "cpu" or _has_amx()
+    """The dtype for attention of query (n, heads, tokens, dim): its own, or fp32 on a CPU without AMX, and on one
+    with it where the kernels that oneDNN makes for each length take more time than they save."""
+    native = query.device.type != "cpu" or (_has_amx() and query.shape[-2] * query.shape[-1] >= LARGE_HEAD)
     return torch.float32 if _is_half(query) and not native else query.dtype
 
 

@@ -168,6 +168,10 @@ def test_only_long_rows_are_filled_up_and_micro_batches_are_even(
     assert all(1024 <= total < 1344 for total in totals)
     filled = [collate(examples, chunk, 0, True)["input_ids"].numel() for chunk in chunks]
     assert filled == [-(-total // 32) * 32 for total in totals] and filled != totals
+    lengths = {total: batches.row_length([1, total - 1]) for total in range(1024, 16384)}
+    assert len(set(lengths.values())) == 4 * 32 + 1
+    assert all(32 * total <= 32 * length < 33 * total for total, length in lengths.items())
+    assert batches.row_length([5000]) == 5000 and batches.row_length([500, 523]) == 1023
     short = micro_batches(examples, indices, 5, packed=True)
     totals = [sum(examples.length(i) for i in chunk) for chunk in short]
     assert [collate(examples, chunk, 0, True)["input_ids"].numel() for chunk in short] == totals

@@ -18,7 +18,7 @@ def processor(monkeypatch: pytest.MonkeyPatch, amx: bool, avx512_bf16: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("amx", "avx512_bf16", "wanted", "attention"),
+    ("amx", "avx512_bf16", "wanted", "long_attention"),
     [
         (False, False, {BF16: FP32, FP16: FP32, FP32: FP32}, FP32),
         (False, True, {BF16: BF16, FP16: FP32, FP32: FP32}, FP32),
@@ -29,14 +29,16 @@ def test_by_processor(
     amx: bool,
     avx512_bf16: bool,
     wanted: dict[torch.dtype, torch.dtype],
-    attention: torch.dtype,
+    long_attention: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     processor(monkeypatch, amx, avx512_bf16)
     many, few = torch.zeros(1, 32, 8), torch.zeros(1, 31, 8)
     assert {dtype: products.product_dtype(many.to(dtype)) for dtype in wanted} == wanted
     assert all(products.product_dtype(few.to(dtype)) == dtype for dtype in wanted)
-    assert products.attention_dtype(many.bfloat16()) == attention and products.attention_dtype(many) == FP32
+    short, long = torch.zeros(1, 3, 511, 64), torch.zeros(1, 3, 512, 64)
+    assert products.attention_dtype(long.bfloat16()) == long_attention
+    assert products.attention_dtype(short.bfloat16()) == products.attention_dtype(long) == FP32
     gpu = torch.empty(32, 8, dtype=BF16, device="meta")
     assert products.product_dtype(gpu) == products.attention_dtype(gpu) == BF16
 
