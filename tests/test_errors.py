@@ -315,6 +315,10 @@ def test_run_folder_of_another_recipe(
     message = refused("init", "--model", models("gpt2"), "--rank", 4, "--output", tmp_path / "out")
     assert "not the model this run was made on" in message
     assert "out: the run there, as none was named" in pissa("train", "--output", tmp_path / "out", "--dry-run").err
+    taken = "by the recipe there: adapter.method pissa, adapter.rank 4; for a new run name another --output"
+    again = ("--output", tmp_path / "out", "--dry-run", "--set", "train.lr=1e-3")
+    assert taken in pissa("init", "--model", models("llama"), *again).err
+    assert "by the recipe there" not in pissa("init", *again).err
     message = pissa("train", "--method", "vera", "--output", tmp_path / "out").err
     assert "method vera has no such option" in message and "holds a run, whose recipe was taken" in message
     (tmp_path / "mine").mkdir()

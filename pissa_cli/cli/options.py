@@ -79,4 +79,22 @@ def load_recipe(
         from pissa_cli.cli.show import say
 
         say(f"{loaded.recipe.output}: the run there, as none was named")
+        if flags.get("model") is not None:  # given as for a new run
+            taken = ", ".join(_own_values(loaded, f"{run}:"))
+            say(f"by the recipe there: {taken}; for a new run name another --output")
     return loaded
+
+
+def _own_values(loaded: "Loaded", place: str) -> list[str]:
+    """The method, and what else was written at a place and is no default of it."""
+    from pissa_cli.recipe import ModelSection, Recipe
+    from pissa_cli.recipe_file import Loaded, listing
+
+    adapter = loaded.recipe.adapter
+    plain = Recipe.model_construct(model=ModelSection(name=loaded.recipe.model.name), adapter=type(adapter)())
+    defaults = {(key, value) for key, value, _ in listing(Loaded(plain, {})) if key != "adapter.method"}
+    return [
+        f"{key} {value}"
+        for key, value, source in listing(loaded)
+        if source.startswith(place) and value != "null" and (key, value) not in defaults
+    ]
