@@ -17,7 +17,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.model import SMALL_FILES, resolve_base
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import load
-from pissa_cli.report import read_metrics
+from pissa_cli.report import left_by_peft, read_metrics
 from pissa_cli.rundir import Run, read_json
 
 
@@ -47,6 +47,8 @@ def model_card(recipe: Recipe, what: str, library: str = "transformers", step: i
         return "\n".join([*lines, f"# {base}", "", f"{base}, {what} with `pissa {__version__}`.", ""])
     lines += [f"# {default_repo(recipe)}", "", f"{base}, fine-tuned with `pissa {__version__}` (method {method}{rank})"]
     lines += [f"and {what}.", ""]
+    if library == "peft" and (note := left_by_peft(run.read_manifest().get("lost_in_peft", []))):
+        lines += [f"{note[0].upper()}{note[1:]}.", ""]
     if figures := _figures(run, step):
         lines += ["| figure | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in figures), ""]
     if prompt := _prompt(recipe):

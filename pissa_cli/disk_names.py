@@ -1,12 +1,13 @@
-"""Under which names the files of a checkpoint hold a model's parameters."""
+"""Under which names files hold a model's parameters, and PEFT looks for an adapter's."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Protocol
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from pissa_cli.errors import UsageError
@@ -55,3 +56,19 @@ def names_on_disk(model: PreTrainedModel, weights: Weights) -> DiskName:
         return ""
 
     return disk_name
+
+
+def lost_in_peft(model: PreTrainedModel, layers: Iterable[str]) -> list[str]:
+    """Those of these modules whose LoRA PEFT does not find: it renames an adapter's tensors as transformers does those
+    of a checkpoint, though they go by the names of modules already."""
+    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
+        return []
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    lost = []
+    for layer in layers:
+        key = given = f"{layer}.lora_A.default.weight"
+        for renaming in renamings:
+            given, _ = renaming.rename_source_key(given)
+        if not key.endswith(given):  # what lost a prefix alone gets it back
+            lost.append(layer)
+    return lost

@@ -196,6 +196,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, staged: Run, progress: 
         "trainable_lora_r16": plan.num_lora(16),
         "layers": [figures[layer.name] for layer in plan.targets],
         "left_out": plan.left_out,
+        "lost_in_peft": plan.lost_in_peft,
         "kept_dense": [layer.name for layer in plan.linears if four and not layer.packable and not layer.embedding],
         "stored": facts,
     }

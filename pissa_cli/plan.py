@@ -14,6 +14,7 @@ from pissa_cli import quant
 from pissa_cli.adapter_options import AdapterBase, FullOptions, first_match
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import whole_modules
+from pissa_cli.disk_names import lost_in_peft
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.heads import require_order, require_pooler
@@ -37,7 +38,8 @@ class Plan:
     """The base on disk, its linear layers, those that get an adapter, and what gets none for 3-D or shared weights.
 
     num_total: parameters of the model; vocabulary: rows of its output head, 0 without one; num_whole: numbers that
-    train beside the adapter. Full fine-tuning has no more than the first four.
+    train beside the adapter; lost_in_peft: targets that stock PEFT does not find in the adapter's files. Full
+    fine-tuning has no more than the first four.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class Plan:
     peft_targets: dict[str, list[str]] = field(default_factory=dict)
     heads: list[str] = field(default_factory=list)
     num_whole: int = 0
+    lost_in_peft: list[str] = field(default_factory=list)
 
     @property
     def widest(self) -> list[int]:
@@ -134,6 +137,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     _require_apart(whole, targets, linears, recipe.model.bits)
     trained = {id(p): p.numel() for module in whole.values() for p in module.parameters(recurse=False)}
     adaptable = {layer.expert.module for layer in linears if method.experts and layer.expert is not None}
+    modules = [layer.name for layer in targets if layer.expert is None and method.peft_type != "VERA"]
     left_out = sorted((holders_of_3d_weights(model) - adaptable) | shared_layers(model))
     return Plan(
         folder,
@@ -147,6 +151,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         peft_targets=peft_targets(ranks, linears, model, method.peft_type),
         heads=head_names(model),
         num_whole=sum(trained.values()),
+        lost_in_peft=lost_in_peft(model, modules),
     )
 
 

@@ -23,7 +23,7 @@ from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import context_length, resolve_base
 from pissa_cli.plan import make_plan
 from pissa_cli.recipe import Recipe
-from pissa_cli.report import left_dense
+from pissa_cli.report import left_by_peft, left_dense
 from pissa_cli.rows import is_file, read_rows
 from pissa_cli.rundir import Run
 from pissa_cli.sets import load_sets, num_held_out
@@ -101,5 +101,7 @@ def prepare(
     if recipe.data.classifies and not resumed:
         watch({"note": head_note(folder, recipe)})
     if note := left_dense(manifest.get("kept_dense", [])):
+        watch({"note": note})
+    if note := left_by_peft(manifest.get("lost_in_peft", [])):
         watch({"note": note})
     return manifest, tokenizer, examples, held_out

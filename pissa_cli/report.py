@@ -77,6 +77,15 @@ def left_dense(names: list[str]) -> str | None:
     return f"{what} in 16 bits, {why}: {names[0]}{more}"
 
 
+def left_by_peft(names: list[str]) -> str | None:
+    """A line about adapted layers that stock PEFT does not find in an adapter's files; None if there are none."""
+    if not names:
+        return None
+    what = f"the adapter of {names[0]}" if len(names) == 1 else f"the adapters of {names[0]}, ... ({len(names)} in all)"
+    why = "renames their tensors as those of a base"
+    return f"stock PEFT leaves out {what}, as it {why}; `pissa merge` has everything"
+
+
 def summarize(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The layers of a manifest by kind, and all of them: counts, means, and NF4 error reductions in percent."""
     layers = manifest.get("layers", [])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import exact_scales
+from conftest import exact_scales, save_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -74,6 +74,45 @@ def test_adapter_of_an_nf4_run_loads_on_its_base(
     run = Run(Path(made.output))
     base = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
     close(logits(load_result(made, torch.device("cpu"))), logits(peft.PeftModel.from_pretrained(base, run.adapter)))
+
+
+def laguna(folder: Path) -> Path:
+    config = pytest.importorskip("transformers.models.laguna.configuration_laguna").LagunaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+    )
+    return save_model(AutoModelForCausalLM.from_config(config), folder)
+
+
+@pytest.mark.parametrize("architecture", ["laguna", "mixtral", "qwen2_moe"])
+def test_what_peft_leaves_out_is_named(
+    architecture: str, models: Callable[[str], Path], pissa: Callable[..., Any], rows: Path, tmp_path: Path
+) -> None:
+    """PEFT renames tensors of Laguna's shared experts that have its names already."""
+    folder = laguna(tmp_path / "laguna") if architecture == "laguna" else models(architecture)
+    sets = ("--set", f"data.train={rows}", "--set", "train.steps=1", "--set", "train.batch_size=2")
+    out = tmp_path / "out"
+    said = pissa("train", "--model", folder, "--rank", 4, *sets, "--output", out).err
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), peft.LoraConfig.from_pretrained(out / "adapter")
+    )
+    result = peft.set_peft_model_state_dict(model, load_file(out / "adapter" / "adapter_model.safetensors"))
+    missing = {
+        key.removeprefix("base_model.model.").split(".lora_")[0] for key in result.missing_keys if ".lora_" in key
+    }
+    assert set(read_json(out / "manifest.json")["lost_in_peft"]) == missing
+    card = (out / "adapter" / "README.md").read_text()
+    assert ("tock PEFT leaves out" in said) == ("tock PEFT leaves out" in card) == bool(missing)
+    assert bool(missing) == (architecture == "laguna")
 
 
 def test_exact_start_is_pefts_up_to_sign(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
