@@ -122,7 +122,7 @@ def _start_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress: Progress) -> dict[str, Any]:
-    began = time.time()
+    began = time.monotonic()
     adapter = recipe.adapter
     base: dict[str, Any] = {
         "name": recipe.model.name,
@@ -132,7 +132,7 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
     }
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": _versions(),
         "start": _start_of(recipe),
         "base": base,
@@ -145,7 +145,7 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
         else:
             manifest |= _split(recipe, plan, weights, staged, progress)
             base |= manifest.pop("stored")
-        manifest["seconds"] = round(time.time() - began, 3)
+        manifest["seconds"] = round(time.monotonic() - began, 3)
         write_text(staged.recipe, dump(recipe))
         manifest = sealed(manifest)
         write_json(staged.manifest, manifest)

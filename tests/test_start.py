@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,14 @@ def test_a_run_of_another_format_is_refused(models: Callable[[str], Path], recip
     write_json(Run(Path(made.output)).manifest, sealed(manifest | {"format": 3}))
     with pytest.raises(UsageError, match="of format 3, this version of pissa reads 2"):
         open_run(made)
+
+
+def test_seconds_do_not_go_by_a_clock_that_is_set(
+    models: Callable[[str], Path], recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back = itertools.count(2e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(back))
+    assert 0 <= initialize(recipe(models("llama"), "adapter.rank=4"))["seconds"] < 3600
 
 
 def test_manifest_records_the_start(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:

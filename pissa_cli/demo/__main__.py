@@ -23,7 +23,7 @@ def main() -> None:
 
     from pissa_cli.report import compare_losses
 
-    began = time.time()
+    began = time.monotonic()
     results = {method: best_of(method) for method in RATES}
     table = Table(title="PiSSA and LoRA: equal rank, equal steps, each at its best learning rate of three")
     for column in ("method", "lr", "loss", "held-out loss", "exact match before", "after", "training s"):
@@ -49,7 +49,7 @@ def main() -> None:
             f"{r['merged']['max_logit_difference']:.1e}; NF4 {r['nf4']['bytes'] / 2**20:.1f} MiB, perplexity "
             f"{r['nf4']['perplexity_before']:.3f} -> {r['nf4']['perplexity_after']:.3f}"
         )
-    lines += [f"loss curves: {picture}", f"everything took {time.time() - began:.0f} s; runs are in {OUT}/"]
+    lines += [f"loss curves: {picture}", f"everything took {time.monotonic() - began:.0f} s; runs are in {OUT}/"]
     show.print_result({}, False, lines, table)
 
 

@@ -41,7 +41,7 @@ def score_samples(
             f"{bench}: scoring runs programs that a model wrote",
             "allow it with --allow-code-execution; docs/evaluation.md says how they are kept apart",
         )
-    began, rows = time.time(), read_bench(bench, recipe)
+    began, rows = time.monotonic(), read_bench(bench, recipe)
     outputs = read_samples(source, GENERATED[bench], rows)
     result, samples = grade_outputs(bench, rows, outputs, lambda done, total: progress(bench, done, total))
     result |= {"model": "samples", "samples": source}
@@ -84,7 +84,7 @@ def write_result(
     folder: Path, result: dict[str, Any], bench: str, recipe: Recipe, samples: list[dict[str, Any]], began: float
 ) -> dict[str, Any]:
     """Write result.json and samples.jsonl; returns the result with what every benchmark says."""
-    result |= {"bench": bench, "data": source_of(bench, recipe), "seconds": round(time.time() - began, 3)}
+    result |= {"bench": bench, "data": source_of(bench, recipe), "seconds": round(time.monotonic() - began, 3)}
     result |= {"pissa": __version__}
     with whole_folder(folder) as made:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)

@@ -134,7 +134,7 @@ def _writer(
 def _score_all(session: _Session, data: dict[str, Any], progress: Progress) -> dict[str, dict[str, Any]]:
     recipe, results = session.recipe, {}
     for bench, loaded in data.items():
-        began = time.time()
+        began = time.monotonic()
 
         def count(done: int, total: int, bench: str = bench) -> None:
             progress(bench, done, total)
