@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from pissa_cli.errors import UsageError
 from pissa_cli.optim import optimizer_tensors, restore_optimizer
+from pissa_cli.reached import checkpoints, step_of
 from pissa_cli.report import read_metrics
 from pissa_cli.rundir import Run, read_json, remove_folder, set_aside, whole_folder, write_json
 from pissa_cli.sharding import put, whole
@@ -19,7 +19,6 @@ from pissa_cli.weights import hash_file, load_tensors, save_tensors
 
 Names = dict[nn.Parameter, str]
 """The parameters that train, by name."""
-FACTS: dict[str, Any] = {"data": "", "sections": {}, "missed": 0}
 _TENSORS = ("trained.safetensors", "optimizer.safetensors")
 
 
@@ -92,12 +91,6 @@ def restore_checkpoint(folder: Path, names: Names, optimizer: torch.optim.Optimi
     return int(state["step"])
 
 
-def latest_checkpoint(run: Run) -> Path | None:
-    """The newest checkpoint, be it damaged or not."""
-    folders = checkpoints(run)
-    return folders[-1] if folders else None
-
-
 def whole_checkpoint(run: Run) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is as it was written, and a line for each newer one, which is set aside."""
     lines: list[str] = []
@@ -141,28 +134,3 @@ def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
     if fault is not None:
         raise UsageError(f"{folder}: damaged ({fault})", "use another checkpoint, or train again with --resume")
     return load_tensors(folder / _TENSORS[0])
-
-
-def newest_facts(run: Run) -> dict[str, Any]:
-    """The facts in the newest checkpoint whose state can be read; nothing where there is none."""
-    for folder in reversed(checkpoints(run)):
-        with suppress(UsageError):
-            return facts_of(folder)
-    return {}
-
-
-def facts_of(folder: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was told. Raises UsageError for a state that cannot be read."""
-    state = read_json(folder / "state.json")
-    return {key: state[key] if isinstance(state.get(key), type(nothing)) else nothing for key, nothing in FACTS.items()}
-
-
-def step_of(folder: Path) -> int:
-    """N of checkpoints/step-N."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def checkpoints(run: Run) -> list[Path]:
-    """The folders step-N, the oldest first; others beside them, as copies of theirs, are left alone."""
-    numbered = [(path.name.removeprefix("step-"), path) for path in run.checkpoints.glob("step-*")]
-    return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdecimal())]

@@ -16,7 +16,7 @@ from pissa_cli.adapters.start import Adapter, Factors, as_lora
 from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_modules
 from pissa_cli.card import model_card
 from pissa_cli.chat import write_stops
-from pissa_cli.checkpoint import Names, checkpoint_tensors, checkpoints, latest_checkpoint, newest_facts, step_of
+from pissa_cli.checkpoint import Names, checkpoint_tensors
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import frozen_base, open_run, read_start, require_base
 from pissa_cli.integrity import (
@@ -33,6 +33,7 @@ from pissa_cli.integrity import (
 from pissa_cli.loading import load_model
 from pissa_cli.model import head_names, skeleton
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_config, rank_of, read_peft, reader_of, write_peft
+from pissa_cli.reached import checkpoints, latest_checkpoint, newest_facts, step_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, copy_tokenizer, task_settings

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import inspect
 import math
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pissa_cli.adapter_options import FullOptions
 from pissa_cli.batches import collate
-from pissa_cli.checkpoint import latest_checkpoint, newest_facts, step_of
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.initialize import open_run
 from pissa_cli.inputs import require_start
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.packing import attend_by_mask, attend_by_sequence, takes_positions, without_mask
+from pissa_cli.reached import LENGTH, goes_on, latest_checkpoint, newest_facts, sections_before, step_of
 from pissa_cli.recipe import Recipe
-from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run
 from pissa_cli.steps import count_steps
 
@@ -36,14 +32,6 @@ LEAST_LOGITS = {"fp32": 1e-2, "bf16": 1e-1}
 """Those of a new head are smaller, and in 16 bits the rounding of what they are sums of is most of them."""
 CAUSAL_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 LEAK_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-LENGTH = ("steps", "epochs")
-MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
-    f"train.{key}"
-    for key in (
-        *(*LENGTH, "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing"),
-        *("spike", "on_fault", "shard", "torch_compile", "use_liger_kernel"),
-    )
-}
 
 
 def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
@@ -52,50 +40,7 @@ def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
     if not run.exists():
         return False
     open_run(recipe)
-    checkpoint = latest_checkpoint(run)
-    if checkpoint is None:
-        result = run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter
-        if result.is_dir():
-            raise UsageError(
-                f"{run.folder}: {result.name}/ is there, the checkpoints that it came from are gone",
-                f"remove {result} to train anew, or use another --output",
-            )
-        return False
-    if not resume:
-        raise UsageError(
-            f"{run.folder}: this run has reached {checkpoint.name}",
-            f"{go_on(str(run.folder))} (at its end: with more steps), or use another --output",
-        )
-    before = _sections_before(run)
-    for name, section in sections_of(recipe).items():
-        for key, now in section.items():
-            old = before[name].get(key, now)
-            if old != now and f"{name}.{key}" not in MAY_CHANGE:
-                raise UsageError(
-                    f"{run.folder}: {name}.{key} was {old!r} so far and is {now!r} now",
-                    "resume with the same value, or start a new run with another --output",
-                )
-    return True
-
-
-def _sections_before(run: Run) -> dict[str, dict[str, Any]]:
-    """What the run was trained by, from its newest checkpoint; an older pissa has it in the recipe alone."""
-    sections: dict[str, dict[str, Any]] = newest_facts(run).get("sections") or sections_of(
-        load(str(run.folder), {}).recipe
-    )
-    return sections
-
-
-def sections_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What a training goes by, as in JSON, with the defaults that follow from other keys."""
-    data, train = recipe.data.model_dump(mode="json"), recipe.train.model_dump(mode="json")
-    follow = {"lr": recipe.lr, "head_lr": recipe.train.head_lr or recipe.lr, "precision": recipe.precision}
-    return {"data": data, "train": train | follow}
-
-
-def go_on(folder: str) -> str:
-    """What to do with a run that has more steps before it."""
-    return f"go on with: pissa train {shlex.quote(folder)} --resume"
+    return goes_on(run, recipe, resume)
 
 
 def require_reach(run: Run, num: int, recipe: Recipe) -> None:
@@ -110,7 +55,7 @@ def require_reach(run: Run, num: int, recipe: Recipe) -> None:
 
 def schedule_change(run: Run, recipe: Recipe) -> list[str]:
     """A line for the person watching if the run was begun with another length: the learning rates change with it."""
-    before, now = _sections_before(run)["train"], recipe.train
+    before, now = sections_before(run)["train"], recipe.train
     same = now.schedule == "constant" and not 0 < now.warmup < 1
     if same or all(before[key] == getattr(now, key) for key in LENGTH):
         return []

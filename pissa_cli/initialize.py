@@ -36,6 +36,7 @@ from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.plan import Plan, make_plan
 from pissa_cli.process import keep_freed_memory, release_freed_memory
 from pissa_cli.ranks import with_auto_ranks
+from pissa_cli.reached import start_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, whole_folder, write_json, write_text
@@ -83,7 +84,7 @@ def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
             f"{run.manifest}: of format {manifest['format']}, this version of pissa reads {FORMAT}",
             f"use that which made the run ({manifest['versions']['pissa']}), or start a new one",
         )
-    wanted = _start_of(recipe)
+    wanted = start_of(recipe)
     for key, value in manifest["start"].items():
         if wanted.get(key) != value:
             raise UsageError(
@@ -113,14 +114,6 @@ def read_start(run: Run, manifest: dict[str, Any]) -> tuple[dict[str, Any], Adap
     return read_peft(run.init, manifest["widest"])
 
 
-def _start_of(recipe: Recipe) -> dict[str, Any]:
-    """The values that determine the start beside the base's weights, by dotted key."""
-    model = recipe.model.model_dump(mode="json", exclude={"name", "revision"})
-    start = {f"model.{key}": value for key, value in model.items()}
-    start |= {f"adapter.{key}": value for key, value in recipe.adapter.model_dump(mode="json").items()}
-    return {**start, "seed": recipe.seed}
-
-
 def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress: Progress) -> dict[str, Any]:
     began = time.monotonic()
     adapter = recipe.adapter
@@ -134,7 +127,7 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
         "format": FORMAT,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": _versions(),
-        "start": _start_of(recipe),
+        "start": start_of(recipe),
         "base": base,
         "method": adapter.method,
     }

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError
-from pissa_cli.guards import go_on
 from pissa_cli.initialize import Progress
 from pissa_cli.prepare import prepare
 from pissa_cli.process import end_with_parent, handling_stops
+from pissa_cli.reached import go_on
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, locked

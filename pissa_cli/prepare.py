@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.chat import unlearned_prompt
-from pissa_cli.checkpoint import newest_facts
 from pissa_cli.classification import class_counts
 from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data_options import sources_of
@@ -22,6 +21,7 @@ from pissa_cli.kernels import require_kernels
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import context_length, resolve_base
 from pissa_cli.plan import make_plan
+from pissa_cli.reached import newest_facts
 from pissa_cli.recipe import Recipe
 from pissa_cli.report import left_by_peft, left_dense
 from pissa_cli.rows import is_file, read_rows

@@ -19,7 +19,6 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.assembly import assemble
 from pissa_cli.batches import padding
 from pissa_cli.checkpoint import (
-    facts_of,
     lowest_held_out,
     remove_old,
     restore_checkpoint,
@@ -31,12 +30,12 @@ from pissa_cli.errors import Interrupted
 from pissa_cli.examples import Examples
 from pissa_cli.exported import write_result
 from pissa_cli.faults import Faults
-from pissa_cli.guards import go_on, sections_of
 from pissa_cli.initialize import Progress, require_base
 from pissa_cli.loading import load_model
 from pissa_cli.optim import learning_rate
 from pissa_cli.prepare import Watch, prepare
 from pissa_cli.process import keep_freed_memory, peak_memory, process_state, stop_signals
+from pissa_cli.reached import facts_of, go_on, sections_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, write_text

@@ -8,8 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from pissa_cli.initialize import initialize
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 LAYERS = [
@@ -31,7 +34,7 @@ LAYERS = [
     "loading side_files steps ledger pipeline",
     "model peft_files report optim process",
     "sharding disk_names",
-    "inputs",
+    "inputs reached",
     "rundir experts integrity configuration",
     "rows loss weights packing turns messages",
     "zero",
@@ -138,13 +141,28 @@ def test_fp32_products_keep_their_bits_in_containers_that_ask_for_fewer() -> Non
     ],
 )
 def test_usage_errors_need_no_torch(command: str, models: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
+    refused_without_torch(command.format(model=models("llama"), rows=rows).split(), tmp_path)
+
+
+@pytest.mark.parametrize("changed", [[], ["--resume", "--set", "train.lr=1e-3"]])
+def test_what_a_run_has_done_needs_no_torch(
+    changed: list[str], models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, tmp_path: Path
+) -> None:
+    made = recipe(models("llama"), "adapter.rank=4", f"data.train={rows}")
+    initialize(made)
+    step = Path(made.output) / "checkpoints" / "step-1"
+    step.mkdir(parents=True)
+    (step / "state.json").write_text('{"step": 1}')
+    refused_without_torch(["train", made.output, *changed], tmp_path)
+
+
+def refused_without_torch(words: list[str], folder: Path) -> None:
     code = (
         "import sys; from pissa_cli.cli import app; from pissa_cli.cli.edge import run_guarded; words = sys.argv[1:];"
         "assert run_guarded(lambda: app(words, standalone_mode=False), words) == 2;"
         "bad = {'torch', 'transformers', 'numpy'} & set(sys.modules); assert not bad, bad"
     )
-    words = command.format(model=models("llama"), rows=rows).split()
-    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, cwd=folder)
 
 
 def test_files_stay_small() -> None:

@@ -47,10 +47,11 @@ def train_command(
     loaded = load_recipe(
         target, set_, model=model, method=method, rank=rank, svd=svd, bits=bits, seed=seed, output=output
     )
-    from pissa_cli import inputs
+    from pissa_cli import inputs, reached
     from pissa_cli.cli import dryrun, edge, show
 
     inputs.require_start(loaded.recipe, resume)
+    reached.require_step(loaded.recipe, resume)
     if not dry_run:
         inputs.require_data(loaded.recipe)
     if LAUNCHED not in os.environ:  # by a process that has looked

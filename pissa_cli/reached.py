@@ -1,0 +1,127 @@
+"""How far a run has come and by which recipe, looked at before torch is there."""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pissa_cli.adapter_options import FullOptions
+from pissa_cli.errors import UsageError
+from pissa_cli.recipe import Recipe
+from pissa_cli.recipe_file import load
+from pissa_cli.rundir import Run, read_json
+
+FACTS: dict[str, Any] = {"data": "", "sections": {}, "missed": 0}
+LENGTH = ("steps", "epochs")
+MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
+    f"train.{key}"
+    for key in (
+        *(*LENGTH, "eval_every", "save_every", "keep", "micro_batch_size", "gradient_checkpointing"),
+        *("spike", "on_fault", "shard", "torch_compile", "use_liger_kernel"),
+    )
+}
+
+
+def require_step(recipe: Recipe, resume: bool) -> None:
+    """Raises as `goes_on`, of a run whose start is the recipe's; of others `open_run` says what differs."""
+    run = Run(Path(recipe.output))
+    if not run.exists():
+        return
+    manifest = run.read_manifest()
+    start, base = manifest.get("start"), manifest.get("base")
+    if not isinstance(start, dict) or not isinstance(base, dict):
+        return
+    wanted, model = start_of(recipe), recipe.model
+    if all(wanted.get(key) == value for key, value in start.items()) and (
+        [base.get("name"), base.get("revision")] == [model.name, model.revision]
+    ):
+        goes_on(run, recipe, resume)
+
+
+def start_of(recipe: Recipe) -> dict[str, Any]:
+    """The values that determine the start beside the base's weights, by dotted key."""
+    model = recipe.model.model_dump(mode="json", exclude={"name", "revision"})
+    start = {f"model.{key}": value for key, value in model.items()}
+    start |= {f"adapter.{key}": value for key, value in recipe.adapter.model_dump(mode="json").items()}
+    return {**start, "seed": recipe.seed}
+
+
+def goes_on(run: Run, recipe: Recipe, resume: bool) -> bool:
+    """Whether there are checkpoints to go on from. Refuses to overwrite a run, and to resume it with another recipe."""
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        result = run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter
+        if result.is_dir():
+            raise UsageError(
+                f"{run.folder}: {result.name}/ is there, the checkpoints that it came from are gone",
+                f"remove {result} to train anew, or use another --output",
+            )
+        return False
+    if not resume:
+        raise UsageError(
+            f"{run.folder}: this run has reached {checkpoint.name}",
+            f"{go_on(str(run.folder))} (at its end: with more steps), or use another --output",
+        )
+    before = sections_before(run)
+    for name, section in sections_of(recipe).items():
+        for key, now in section.items():
+            old = before[name].get(key, now)
+            if old != now and f"{name}.{key}" not in MAY_CHANGE:
+                raise UsageError(
+                    f"{run.folder}: {name}.{key} was {old!r} so far and is {now!r} now",
+                    "resume with the same value, or start a new run with another --output",
+                )
+    return True
+
+
+def sections_before(run: Run) -> dict[str, dict[str, Any]]:
+    """What the run was trained by, from its newest checkpoint; an older pissa has it in the recipe alone."""
+    sections: dict[str, dict[str, Any]] = newest_facts(run).get("sections") or sections_of(
+        load(str(run.folder), {}).recipe
+    )
+    return sections
+
+
+def sections_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What a training goes by, as in JSON, with the defaults that follow from other keys."""
+    data, train = recipe.data.model_dump(mode="json"), recipe.train.model_dump(mode="json")
+    follow = {"lr": recipe.lr, "head_lr": recipe.train.head_lr or recipe.lr, "precision": recipe.precision}
+    return {"data": data, "train": train | follow}
+
+
+def go_on(folder: str) -> str:
+    """What to do with a run that has more steps before it."""
+    return f"go on with: pissa train {shlex.quote(folder)} --resume"
+
+
+def latest_checkpoint(run: Run) -> Path | None:
+    """The newest checkpoint, be it damaged or not."""
+    folders = checkpoints(run)
+    return folders[-1] if folders else None
+
+
+def newest_facts(run: Run) -> dict[str, Any]:
+    """The facts in the newest checkpoint whose state can be read; nothing where there is none."""
+    for folder in reversed(checkpoints(run)):
+        with suppress(UsageError):
+            return facts_of(folder)
+    return {}
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was told. Raises UsageError for a state that cannot be read."""
+    state = read_json(folder / "state.json")
+    return {key: state[key] if isinstance(state.get(key), type(nothing)) else nothing for key, nothing in FACTS.items()}
+
+
+def step_of(folder: Path) -> int:
+    """N of checkpoints/step-N."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def checkpoints(run: Run) -> list[Path]:
+    """The folders step-N, the oldest first; others beside them, as copies of theirs, are left alone."""
+    numbered = [(path.name.removeprefix("step-"), path) for path in run.checkpoints.glob("step-*")]
+    return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdecimal())]
