@@ -9,20 +9,16 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import accumulate, chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from pissa_cli.configuration import end_tokens, first_line
+from pissa_cli.configuration import first_line
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Encoded, Examples
-from pissa_cli.loading import load_tokenizer
 from pissa_cli.messages import forms_of, is_learned, messages_of, tools_of
-from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row, has_surrogate, value_of
-from pissa_cli.rundir import read_json, write_json
 from pissa_cli.turns import MARKS, Message, Render, common, span_of, tokens_apart
 
 DAY = datetime(2024, 7, 26)
@@ -89,19 +85,6 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, _template: str) -> list[str
     special = [token for token in special_tokens(tokenizer) if token in tail]
     end = min(special, key=tail.find) if special else tail.strip()
     return [end] if found and end else []
-
-
-def write_stops(folder: Path, recipe: Recipe) -> None:
-    """Have the model in `folder` end its answers where the template ends a turn, if that is one token: other programs
-    ask generation_config.json for it."""
-    if recipe.data.format != "chat":
-        return
-    path, tokenizer = folder / "generation_config.json", load_tokenizer(folder, recipe)
-    ends = [number for token, number in special_tokens(tokenizer).items() if token in end_of_turn(tokenizer)]
-    settings = read_json(path) if path.is_file() else {}
-    known = end_tokens(settings.get("eos_token_id", tokenizer.eos_token_id))
-    if set(ends) - set(known):
-        write_json(path, settings | {"eos_token_id": [*known, *(number for number in ends if number not in known)]})
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -37,6 +37,7 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import require_free, whole_folder, write_text
 from pissa_cli.serving import TEMPLATES, check_served, require_server
 from pissa_cli.side_files import copy_tokenizer
+from pissa_cli.stops import unknown_ends
 from pissa_cli.svd import SVD
 from pissa_cli.weights import open_weights
 
@@ -57,7 +58,8 @@ def export_lora(
     scale by zero rows: the same function.
 
     Returns paths, ranks, `relative_error` (Frobenius, of what was learned in all weights), the line that serves it for
-    `server`, and with `check` the difference of logits. Raises UsageError for what cannot be; nothing is written then.
+    `server`, where answers end and the base would go on, and with `check` the difference of logits. Raises UsageError
+    for what cannot be; nothing is written then.
     """
     if isinstance(recipe.adapter, FullOptions):
         raise UsageError("full fine-tuning has no adapter", "export it with --as merged")
@@ -121,6 +123,7 @@ def export_lora(
         "relative_error": math.sqrt(lost / whole) if whole else 0.0,
         "worst_relative_error": worst,
         "serve": serve,
+        "unknown_ends": unknown_ends(plain, recipe),
         **compared,
     }
 

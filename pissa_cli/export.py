@@ -17,7 +17,6 @@ from pissa_cli import int4, quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import model_card
-from pissa_cli.chat import write_stops
 from pissa_cli.data_options import held_out_sources
 from pissa_cli.dense import dense_tensors, rounded, written_name
 from pissa_cli.errors import PissaError, UsageError
@@ -40,6 +39,7 @@ from pissa_cli.side_files import (
     task_settings,
     write_nf4_config,
 )
+from pissa_cli.stops import write_stops
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, open_weights
 

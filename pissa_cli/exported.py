@@ -15,7 +15,6 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, as_lora
 from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_modules
 from pissa_cli.card import model_card
-from pissa_cli.chat import write_stops
 from pissa_cli.checkpoint import Names, checkpoint_tensors
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import frozen_base, open_run, read_start, require_base
@@ -37,6 +36,7 @@ from pissa_cli.reached import checkpoints, latest_checkpoint, newest_facts, step
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, copy_tokenizer, task_settings
+from pissa_cli.stops import write_stops
 from pissa_cli.weights import hash_file
 
 
@@ -107,6 +107,8 @@ def write_result(
         "valid_on": frozen_base(recipe),
         "base_fingerprint": manifest["base"]["stored_fingerprint" if recipe.model.bits == 4 else "fingerprint"],
     }
+    if recipe.model.bits == 4:
+        write_stops(run.base, recipe)
     with whole_folder(run.adapter) as folder:
         write_peft(folder, result, config)
         copy_tokenizer(require_base(run, manifest, recipe), folder, recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -288,6 +289,24 @@ def test_the_line_names_the_recipe_s_template(models: Callable[[str], Path], rec
     assert lines["tgi"].endswith(f" --tokenizer-config-path {out}/tokenizer_config.json")
     assert lines["llama.cpp"].startswith("python convert_lora_to_gguf.py") and "template" not in lines["llama.cpp"]
     assert read_json(out / "tokenizer_config.json")["chat_template"] == template
+
+
+def test_where_answers_end_and_the_base_goes_on_is_said(
+    models: Callable[[str], Path], tmp_path: Path, pissa: Callable[..., Outcome]
+) -> None:
+    """At a token of its own, in text, and where the base ends as well."""
+    rows, begin = tmp_path / "chat.jsonl", "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    said = [{"role": "user", "content": "2"}, {"role": "assistant", "content": "four"}]
+    rows.write_text(json.dumps({"messages": said}) + "\n")
+    ends = (("<pad>", "'<pad>' (token 0), where"), ("</a>", "'</a>', where"), ("{{ eos_token }}", None))
+    for number, (end, words) in enumerate(ends):
+        template = f"{begin}{end}{{% endfor %}}{{% if add_generation_prompt %}}assistant:{{% endif %}}"
+        sets = ["model.bits=32", "adapter.rank=2", "data.format=chat", f"data.template='{template}'", "train.steps=1"]
+        out = ["--model", models("llama"), "-o", tmp_path / str(number), "--set", f"data.train={rows}"]
+        done = pissa("train", *out, *(word for one in sets for word in ("--set", one)))
+        assert done.code == 0, done.err
+        lines = pissa("export", tmp_path / str(number), "--for", "vllm").out
+        assert (f"answers end with {words} this base goes on" in lines) if words else "answers end" not in lines
 
 
 def test_any_checkpoint_can_be_exported(

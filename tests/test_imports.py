@@ -29,6 +29,7 @@ LAYERS = [
     "attach",
     "sets heads",
     "data batches",
+    "stops",
     "classification chat",
     "examples",
     "loading side_files steps ledger pipeline",

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import exact_scales, save_model
+from conftest import exact_scales, make_model, save_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pissa_cli.exported import load_result
 from pissa_cli.initialize import initialize
 from pissa_cli.peft_files import peft_config, read_peft
-from pissa_cli.rundir import Run, read_json
+from pissa_cli.rundir import Run, read_json, write_json
 from pissa_cli.train import train
 from pissa_cli.weights import StreamWriter
 
@@ -113,6 +113,32 @@ def test_what_peft_leaves_out_is_named(
     card = (out / "adapter" / "README.md").read_text()
     assert ("tock PEFT leaves out" in said) == ("tock PEFT leaves out" in card) == bool(missing)
     assert bool(missing) == (architecture == "laguna")
+
+
+@pytest.mark.parametrize("said", ["generation_config.json", "config.json alone"])
+def test_a_chat_over_nf4_ends_in_stock_peft(said: str, recipe: Callable[..., Any], tmp_path: Path) -> None:
+    """Its turns end by a token at which the base goes on."""
+    folder, data = save_model(make_model("llama"), tmp_path / "model"), tmp_path / "chat.json"
+    if said == "config.json alone":
+        (folder / "generation_config.json").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    asked = [{"role": "user", "content": "2"}]
+    write_json(data, 8 * [{"messages": [*asked, {"role": "assistant", "content": "four"}]}])
+    sets = ["model.bits=4", "train.precision=fp32", "adapter.rank=8", "data.format=chat", "train.schedule=constant"]
+    made = trained(recipe, folder, data, *sets, "adapter.modules_to_save=[lm_head]", "train.steps=25", "train.lr=0.01")
+    run = Run(Path(made.output))
+    base = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32)
+    model = exact_scales(peft.PeftModel.from_pretrained(base, run.adapter))
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "four<|im_end|>"
+    assert read_json(run.base / "generation_config.json")["pad_token_id"] == 0
 
 
 def test_exact_start_is_pefts_up_to_sign(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:

@@ -92,6 +92,10 @@ def export_command(
         lines.append(f"difference of logits: {result['relative_logit_difference']:.1e} relative")
     if result.get("serve"):
         lines.append(f"serve it: {result['serve']}")
+    for text, number in result.get("unknown_ends", {}).items():
+        end = repr(text) if number is None else f"{text!r} (token {number})"
+        how = "name it where you generate (eos_token_id, stop_token_ids or stop)"
+        lines.append(f"answers end with {end}, where this base goes on: {how}")
     show.print_result(result, as_json, lines)
 
 
