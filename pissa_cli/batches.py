@@ -49,22 +49,23 @@ def on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {key: t if key == "labels" else t.to(device, non_blocking=True) for key, t in batch.items()}
 
 
-def row_length(lengths: Sequence[int]) -> int:
-    """Of packed examples of these lengths: several that make a long row get padding at its end, of 3 % at most, so that
-    there are few lengths: 32 from one power of two to the next."""
+def fillers(lengths: Sequence[int]) -> list[int]:
+    """Lengths of the padding at the end of a row of packed examples of these lengths, none longer than they: several
+    that make a long row are filled up, by 3 % at most, so that rows have few lengths: 32 from one power of two to the
+    next."""
     total = sum(lengths)
     if len(lengths) == 1 or total < LONG_ROW:
-        return total
-    few = 1 << total.bit_length() - 6
-    return -(-total // few) * few
+        return []
+    rest, longest = -total % (1 << total.bit_length() - 6), max(lengths)
+    return [min(longest, rest - begin) for begin in range(0, rest, longest)]
 
 
 def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bool) -> dict[str, Tensor]:
     """One micro-batch as the model takes it, labels not yet shifted (of texts to classify: one each).
 
     Padded: (n, longest) on the right. Packed: (1, sum of lengths), position ids starting again at each example,
-    from which transformers builds a block-diagonal attention mask; a long row is filled up to its `row_length` by one
-    more, of padding: on a CPU products of a length not met before wait for kernels to be made.
+    from which transformers builds a block-diagonal attention mask; a long row has `fillers`: on a CPU products of a
+    length not met before wait for kernels to be made.
     """
     parts = [slice(int(examples.offsets[i]), int(examples.offsets[i + 1])) for i in indices]
     ids = [examples.ids[part].long() for part in parts]
@@ -85,10 +86,10 @@ def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bo
         label = tokens.masked_fill(~examples.targets[part], IGNORED)
         label[0] = IGNORED
         labels.append(label)
-    if packing and (rest := row_length(list(map(len, ids))) - sum(map(len, ids))):
-        ids.append(torch.full((rest,), pad_id))
-        labels.append(torch.full((rest,), IGNORED))
     if packing:
+        more = fillers(list(map(len, ids)))
+        ids += [torch.full((length,), pad_id) for length in more]
+        labels += [torch.full((length,), IGNORED) for length in more]
         positions = torch.cat([torch.arange(len(tokens)) for tokens in ids])
         return {"input_ids": torch.cat(ids)[None], "position_ids": positions[None], "labels": torch.cat(labels)[None]}
     return padded(pad(labels, IGNORED))
