@@ -105,6 +105,7 @@ def require_pushable(recipe: Recipe, force: bool = False) -> None:
                 info = api.model_info(name, files_metadata=True, timeout=TIMEOUT)
             except RepositoryNotFoundError:
                 return
+            _require_private(recipe, name, info)
             if not force:
                 _require_ours(api, name, info, base)
         except PissaError:
@@ -122,6 +123,7 @@ def _push_once(recipe: Recipe, operations: list[Any], base: str | None) -> str:
     name = _name(api, recipe)
     api.create_repo(name, private=recipe.hub.private, exist_ok=True)
     info = api.model_info(name, files_metadata=True, timeout=TIMEOUT)
+    _require_private(recipe, name, info)
     if base is not None:
         _require_ours(api, name, info, base)
     there, own = {file.rfilename: file for file in info.siblings or []}, {one.path_in_repo for one in operations}
@@ -138,6 +140,15 @@ def _push_once(recipe: Recipe, operations: list[Any], base: str | None) -> str:
 def _name(api: Any, recipe: Recipe) -> str:
     user, name = api.whoami()["name"], recipe.hub.repo or default_repo(recipe)
     return name if "/" in name else f"{user}/{name}"
+
+
+def _require_private(recipe: Recipe, name: str, info: Any) -> None:
+    """UsageError for a repository that was there and is public, where the recipe wants a private one."""
+    if recipe.hub.private and info.private is False:
+        raise UsageError(
+            f"{name}: this repository is public, hub.private asks for a private one",
+            "make it private on the Hub, name another with --repo, or use --set hub.private=false",
+        )
 
 
 def _require_ours(api: Any, name: str, info: Any, base: str) -> None:

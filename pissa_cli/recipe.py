@@ -152,7 +152,7 @@ class EvalSection(Section):
 
 class HubSection(Section):
     repo: str | None = Field(None, description="user/name to push to; default <user>/<base>-<method>-r<rank>")
-    private: bool = Field(False, description="make a new repository private")
+    private: bool = Field(False, description="make a new repository private, and refuse a public one")
 
 
 class Recipe(Section):

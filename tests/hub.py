@@ -147,7 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
         if endpoint == "info":
             siblings = list(map(_sibling, repo.files.items()))
-            return 200, {"id": "/".join(parts[:2]), "sha": repo.head, "siblings": siblings}, {}
+            about = {"id": "/".join(parts[:2]), "sha": repo.head, "private": repo.private}
+            return 200, {**about, "siblings": siblings}, {}
         if endpoint == "resolve":
             return 200, repo.files["/".join(parts[4:])], {}
         if endpoint == "preupload":

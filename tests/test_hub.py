@@ -235,6 +235,20 @@ def test_what_is_anothers_is_replaced_by_force_only(
     assert set(arrived(hub, "team/theirs")) == set(content(folder)) | kept and hub.commits == 1
 
 
+def test_what_is_to_be_private_does_not_go_where_all_can_read(
+    hub: Hub, made: Any, folder: Path, waits: list[float]
+) -> None:
+    hidden = made.model_copy(update={"hub": made.hub.model_copy(update={"private": True})})
+    hub.repos[NAME] = Repo()
+    for refused in (lambda: module.push(hidden, folder, force=True), lambda: module.require_pushable(hidden)):
+        with pytest.raises(UsageError, match="this repository is public"):
+            refused()
+    assert hub.commits == 0 and not hub.arrived
+    hub.repos[NAME].private = True
+    module.push(hidden, folder)
+    assert arrived(hub) == content(folder)
+
+
 def test_shards_of_before_do_not_stay(hub: Hub, made: Any, folder: Path, waits: list[float]) -> None:
     module.push(made, folder)
     hub.repos[NAME].files |= {"figures/loss.png": b"1", "notes.md": b"2"}
@@ -289,7 +303,7 @@ def test_the_command(
         assert "; next try in 1 s" in done.stderr.splitlines()[-1] and f"{other.url}/{NAME}" in done.stdout
         assert other.repos[NAME].private and other.commits == 1 and arrived(other) == content(merged)
         assert set(arrived(other)) >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "pissa.json"}
-    hub.repos["team/other"] = Repo(files={"README.md": b"mine"})
+    hub.repos["team/other"] = Repo(private=True, files={"README.md": b"mine"})
     refused = pissa("merge", made.output, "--push", "--repo", "team/other", "--json")
     assert refused.code == 2 and "--force" in refused.json["hint"] and "merge:" not in refused.err
     assert pissa("merge", made.output, "--push", "--repo", "team/other", "--force", "--json").code == 0
