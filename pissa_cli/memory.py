@@ -20,6 +20,7 @@ from pissa_cli.adapters.start import Adapter, Method, Projections
 from pissa_cli.attach import attach, checkpoint_activations, join_gates, joins_gates, make_trainable, share_inputs
 from pissa_cli.batches import fillers
 from pissa_cli.configuration import context_of, first_line
+from pissa_cli.heap import KERNELS
 from pissa_cli.ledger import Heap, Ledger, Operations
 from pissa_cli.loss import autocast, loss_at, summed_loss
 from pissa_cli.model import DTYPES, Linear, best_device, num_parameters, skeleton
@@ -28,10 +29,12 @@ from pissa_cli.packing import BY_SEQUENCE, attend_by_sequence, takes_positions, 
 from pissa_cli.peft_files import FACTOR_NAMES
 from pissa_cli.plan import Plan, rough_memory
 from pissa_cli.process import peak_memory
+from pissa_cli.products import has_fast_bf16
 from pissa_cli.recipe import Recipe
 
 KINDS = ("weights", "factors", "gradients", "optimizer", "activations", "logits")
 WORKSPACES = 3  # of cuBLAS and cuBLASLt, in the threads that run the forward and the backward pass
+KERNEL = 900_000  # bytes of one that oneDNN makes for products of bf16 numbers of one shape
 PASSES = 2  # over a micro-batch on a CPU: what the first leaves behind makes the heap grow in the second
 
 
@@ -53,7 +56,7 @@ def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
     device, sharded = best_device(), recipe.train.shard and processes > 1
     if recipe.model.bits == 4:  # fills the caches of bitsandbytes with content
         quant.pack(quant.Store(4, torch.float32, double_quant=True), torch.zeros(1, quant.BLOCK_SIZE))
-    libraries = {"libraries": peak_memory() if device.type == "cpu" else WORKSPACES * _workspace(device)}
+    libraries = peak_memory() + _kernels(recipe, device) if device.type == "cpu" else WORKSPACES * _workspace(device)
     heap = Heap() if device.type == "cpu" else None
     rough = "the processes share the model" if sharded else None
     try:
@@ -64,13 +67,19 @@ def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
         rough = rough or "the heap of this system cannot be foreseen"
     if sharded:
         found |= _spread(recipe, plan, found, processes)
-    found |= libraries
+    found["libraries"] = libraries
     return Forecast(found | {"total": sum(found.values())}, rough, device.type)
 
 
 def _workspace(device: torch.device) -> int:
     """What torch sets aside for a handle of cuBLAS (`CUBLAS_WORKSPACE_CONFIG` unset)."""
     return 2**25 if torch.cuda.get_device_capability(device) in ((9, 0), (10, 0)) else 2**23 + 2**17
+
+
+def _kernels(recipe: Recipe, device: torch.device) -> int:
+    """What oneDNN keeps of them: as many as it may, as rows of examples have many lengths."""
+    kept = int(KERNELS["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+    return kept * KERNEL if recipe.precision == "bf16" and has_fast_bf16(device) else 0
 
 
 def _spread(recipe: Recipe, plan: Plan, found: dict[str, int], processes: int) -> dict[str, int]:

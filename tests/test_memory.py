@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from pissa_cli.assembly import _reaches_all
 from pissa_cli.errors import Interrupted
-from pissa_cli.heap import TUNABLES
+from pissa_cli.heap import KERNELS, TUNABLES
 from pissa_cli.ledger import Ledger
 from pissa_cli.memory import forecast
 from pissa_cli.model import resolve_base
@@ -73,6 +73,23 @@ def test_a_forecast_is_what_training_allocates(
     wanted = most_allocated(lambda: train(made))
     held = found.bytes["total"] - sum(found.bytes[part] for part in ("libraries", "heap", "loading"))
     assert held == pytest.approx(wanted, rel=0.08)
+
+
+def test_kernels_that_are_kept_are_foreseen(
+    models: Callable[[str], Path], recipe: Make, long_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where products are of bf16 numbers, and the processor has such."""
+    found = {}
+    monkeypatch.setattr("pissa_cli.memory.peak_memory", lambda: 0)
+    for precision, bits in (("bf16", 16), ("fp32", 32)):
+        for fast in (False, True):
+            monkeypatch.setattr("pissa_cli.memory.has_fast_bf16", lambda device, fast=fast: fast)
+            made = recipe(models("llama"), *LONG, f"data.train={long_rows}", f"model.bits={bits}")
+            plan = make_plan(made, resolve_base(made.model))
+            assert made.precision == precision
+            found[precision, fast] = forecast(made, plan, 1).bytes["libraries"]
+    assert found.pop(("bf16", True)) == int(KERNELS["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) * 900_000
+    assert not any(found.values())
 
 
 def test_to_see_which_parts_a_text_reaches_takes_no_more_than_a_step(
