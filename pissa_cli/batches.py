@@ -12,7 +12,7 @@ from pissa_cli.configuration import vocabulary_of
 from pissa_cli.examples import Examples
 from pissa_cli.loss import IGNORED, summed_loss
 
-LONG_ROW = 1024  # tokens
+ROW_OF, LONG_ROW = 32, 1024  # tokens: at most 3 % of a row are padding
 
 
 def micro_batches(examples: Examples, indices: list[int], size: int, packed: bool) -> list[list[int]]:
@@ -49,23 +49,18 @@ def on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {key: t if key == "labels" else t.to(device, non_blocking=True) for key, t in batch.items()}
 
 
-def fillers(lengths: Sequence[int]) -> list[int]:
-    """Lengths of the padding at the end of a row of packed examples of these lengths, none longer than they: several
-    that make a long row are filled up, by 3 % at most, so that rows have few lengths: 32 from one power of two to the
-    next."""
+def row_length(lengths: Sequence[int]) -> int:
+    """Of packed examples of these lengths: several that make a long row get padding at its end."""
     total = sum(lengths)
-    if len(lengths) == 1 or total < LONG_ROW:
-        return []
-    rest, longest = -total % (1 << total.bit_length() - 6), max(lengths)
-    return [min(longest, rest - begin) for begin in range(0, rest, longest)]
+    return -(-total // ROW_OF) * ROW_OF if len(lengths) > 1 and total >= LONG_ROW else total
 
 
 def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bool) -> dict[str, Tensor]:
     """One micro-batch as the model takes it, labels not yet shifted (of texts to classify: one each).
 
     Padded: (n, longest) on the right. Packed: (1, sum of lengths), position ids starting again at each example,
-    from which transformers builds a block-diagonal attention mask; a long row has `fillers`: on a CPU products of a
-    length not met before wait for kernels to be made.
+    from which transformers builds a block-diagonal attention mask; a long row is filled up to a multiple of ROW_OF by
+    one more, of padding: on a CPU products of a length not met before wait for kernels to be made.
     """
     parts = [slice(int(examples.offsets[i]), int(examples.offsets[i + 1])) for i in indices]
     ids = [examples.ids[part].long() for part in parts]
@@ -86,10 +81,10 @@ def collate(examples: Examples, indices: Sequence[int], pad_id: int, packing: bo
         label = tokens.masked_fill(~examples.targets[part], IGNORED)
         label[0] = IGNORED
         labels.append(label)
+    if packing and (rest := row_length(list(map(len, ids))) - sum(map(len, ids))):
+        ids.append(torch.full((rest,), pad_id))
+        labels.append(torch.full((rest,), IGNORED))
     if packing:
-        more = fillers(list(map(len, ids)))
-        ids += [torch.full((length,), pad_id) for length in more]
-        labels += [torch.full((length,), IGNORED) for length in more]
         positions = torch.cat([torch.arange(len(tokens)) for tokens in ids])
         return {"input_ids": torch.cat(ids)[None], "position_ids": positions[None], "labels": torch.cat(labels)[None]}
     return padded(pad(labels, IGNORED))

@@ -18,7 +18,7 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Method, Projections
 from pissa_cli.attach import attach, checkpoint_activations, join_gates, joins_gates, make_trainable, share_inputs
-from pissa_cli.batches import fillers
+from pissa_cli.batches import row_length
 from pissa_cli.configuration import context_of, first_line
 from pissa_cli.heap import KERNELS
 from pissa_cli.ledger import Heap, Ledger, Operations
@@ -251,8 +251,8 @@ def _loss(recipe: Recipe, model: PreTrainedModel, size: int, packed: bool, chunk
     """The loss of a micro-batch of `size` examples of full length, every token a target."""
     length = min(recipe.data.max_length, context_of(model.config) or recipe.data.max_length)
     lengths = [length] * size
-    lengths += fillers(lengths) if packed else []
-    shape = (1, sum(lengths)) if packed else (size, length)
+    row = row_length(lengths)
+    shape = (1, row) if packed else (size, length)
     batch = {"input_ids": torch.empty(shape, dtype=torch.long)}
     if recipe.data.classifies:
         return summed_loss(
@@ -260,7 +260,7 @@ def _loss(recipe: Recipe, model: PreTrainedModel, size: int, packed: bool, chunk
         )
     if packed:
         with unset_fake_temporarily():
-            sequences = torch.tensor(lengths, device="cpu")
+            sequences = torch.tensor(lengths + [row - sum(lengths)] * (row > sum(lengths)), device="cpu")
         AttentionMaskInterface.register(BY_SEQUENCE, lambda **_: sequences)
         batch["position_ids"] = torch.empty_like(batch["input_ids"])
     elif size > 1:

@@ -18,8 +18,6 @@ from test_start import started
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     Lfm2Config,
     Lfm2ForCausalLM,
     Llama4ForCausalLM,
@@ -170,10 +168,6 @@ def test_only_long_rows_are_filled_up_and_micro_batches_are_even(
     assert all(1024 <= total < 1344 for total in totals)
     filled = [collate(examples, chunk, 0, True)["input_ids"].numel() for chunk in chunks]
     assert filled == [-(-total // 32) * 32 for total in totals] and filled != totals
-    lengths = {total: total + sum(batches.fillers([1, total - 1])) for total in range(1024, 16384)}
-    assert len(set(lengths.values())) == 4 * 32 + 1
-    assert all(32 * total <= 32 * length < 33 * total for total, length in lengths.items())
-    assert batches.fillers([5000]) == batches.fillers([500, 523]) == []
     short = micro_batches(examples, indices, 5, packed=True)
     totals = [sum(examples.length(i) for i in chunk) for chunk in short]
     assert [collate(examples, chunk, 0, True)["input_ids"].numel() for chunk in short] == totals
@@ -181,20 +175,6 @@ def test_only_long_rows_are_filled_up_and_micro_batches_are_even(
     like = micro_batches(examples, indices, 8, packed=False)
     lengths = [[examples.length(i) for i in chunk] for chunk in like]
     assert all(max(a) <= min(b) for a, b in itertools.pairwise(lengths))
-
-
-def test_what_fills_a_row_up_is_no_longer_than_its_examples() -> None:
-    """The model may have no position beyond theirs, and a window no shorter than they are."""
-    assert batches.fillers([41] * 101) == [41, 41, 1]
-    ids = torch.randint(3, 512, (101 * 41,), dtype=torch.int32)
-    examples = Examples(ids, torch.ones(len(ids), dtype=torch.bool), torch.arange(0, len(ids) + 1, 41))
-    packed, padded = (collate(examples, range(101), 0, packing) for packing in (True, False))
-    assert packed["input_ids"].numel() == 33 * 128
-    shape = {"n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, **shape)).eval()
-    attend_by_sequence(model)
-    with torch.no_grad():
-        assert float(summed_loss(model, packed)) == pytest.approx(float(summed_loss(model, padded)), rel=1e-6)
 
 
 def opt(folder: Path) -> Path:
