@@ -249,7 +249,7 @@ def remove_folder(folder: Path) -> None:
 def clear_leftovers(run: Run) -> None:
     """Remove what a killed training left half-written. Only for the process that has the run's lock."""
     small = (run.recipe.name, run.metrics.name, PICTURE)
-    hidden = (*run.checkpoints.glob(".*"), *run.base.glob(".*"))
+    hidden = (*run.checkpoints.glob(".*"), *run.base.glob(".generation_config.json.*"))
     for path in [*hidden, *(p for name in small for p in run.folder.glob(f".{name}.*"))]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
