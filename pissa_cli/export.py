@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,6 @@ from pissa_cli.stops import write_stops
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.weights import ShardWriter, open_weights
 
-T = TypeVar("T")
 DENSE = "leave it in 16 bits: pissa merge"
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest ||difference of logits|| / ||logits|| that merged weights, or products, of this dtype explain."""

@@ -33,11 +33,6 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
     return events
 
 
-def loss_picture(metrics: Path, picture: Path) -> None:
-    """The loss curve of one run."""
-    compare_losses({metrics.parent.name: metrics}, picture)
-
-
 def compare_losses(runs: dict[str, Path], picture: Path) -> None:
     """Loss over steps of several runs in one picture: thin each step's, dots on data.eval."""
     import matplotlib

@@ -34,6 +34,7 @@ SQUARES_TELL_ABOVE = 3e-3  # ... by 1 %: they still tell what the first ones spa
 FAST = 1e-3
 UNCHECKED = "unchecked"  # an accuracy for passes to begin with: one block, of which nothing is estimated
 EXACT_NUCLEAR_BELOW = 256
+LANCZOS_PROBES, LANCZOS_STEPS = 16, 12
 DOUBTED_FIRST_BLOCKS, DOUBTED_SKETCH = doubted(first_blocks), doubted(sketch)
 DOUBTED_SKETCHED_BLOCKS = doubted(sketched_blocks)
 
@@ -128,7 +129,7 @@ def frobenius_norm(weight: Tensor) -> float:
     return float(torch.linalg.vector_norm(row_norms(rows), dtype=torch.float64))
 
 
-def nuclear_norm(weight: Tensor, seed: int = 0) -> float:
+def nuclear_norm(weight: Tensor) -> float:
     """The sum of the singular values: exact up to a smaller dimension of 256, beyond it estimated.
 
     Of what quantization loses, whose spectrum is flat, to about 1 %; at low rank it is up to 25 % too small. It is
@@ -137,7 +138,7 @@ def nuclear_norm(weight: Tensor, seed: int = 0) -> float:
     if min(weight.shape) <= EXACT_NUCLEAR_BELOW:
         return float(torch.linalg.svdvals(weight.float()).sum(dtype=torch.float64))
     tall = weight.float() if weight.shape[0] >= weight.shape[1] else weight.float().T
-    return _lanczos_nuclear_norm(tall, probes=16, steps=12, source=generator(seed, "nuclear_norm"))
+    return _lanczos_nuclear_norm(tall, generator(0, "nuclear_norm"))
 
 
 def _exact(weight: Tensor, rank: int) -> SVD:
@@ -250,14 +251,14 @@ def _missing(weight: Tensor, U: Tensor, V: Tensor, values: Tensor, source: torch
     return ((zeroth - share) / value + share / (value - point)) / PROBES if point < value else math.inf
 
 
-def _lanczos_nuclear_norm(weight: Tensor, probes: int, steps: int, source: torch.Generator) -> float:
-    """tr((W^T W)^(1/2)) ~ n * mean over unit probes v of e1^T sqrt(T_v) e1, T_v from `steps` Lanczos steps on v."""
+def _lanczos_nuclear_norm(weight: Tensor, source: torch.Generator) -> float:
+    """tr((W^T W)^(1/2)) ~ n * mean over unit probes v of e1^T sqrt(T_v) e1, T_v from Lanczos steps on v; W (m, n)."""
     n = weight.shape[1]
-    v = torch.randn(n, probes, generator=source).to(weight.device)
+    v = torch.randn(n, LANCZOS_PROBES, generator=source).to(weight.device)
     v = v / v.norm(dim=0)
     basis = v.T[:, None, :]  # (probes, steps so far, n)
     alphas, betas = [], []
-    for _ in range(steps):
+    for _ in range(LANCZOS_STEPS):
         w = transposed_times(weight, times(weight, basis[:, -1].T))
         alphas.append((w * basis[:, -1].T).sum(dim=0))
         for _ in range(2):

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from pissa_cli import report
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.assembly import assemble
 from pissa_cli.batches import padding
@@ -38,6 +37,7 @@ from pissa_cli.process import keep_freed_memory, peak_memory, process_state, sto
 from pissa_cli.reached import facts_of, go_on, sections_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
+from pissa_cli.report import compare_losses
 from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, write_text
 from pissa_cli.sharding import asked_by_accelerate
 from pissa_cli.steps import step_examples
@@ -99,7 +99,7 @@ def train(
                 before = [folder.name for folder in run.made_from_result if folder.is_dir() and folder != result]
                 if before and first_step < trainer.total_steps:
                     watch({"note": f"{', '.join(before)}: of before these steps; make them again"})
-                report.loss_picture(run.metrics, run.folder / PICTURE)
+                compare_losses({run.folder.name: run.metrics}, run.folder / PICTURE)
     return figures | {"data": facts}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from pissa_cli import zero
 from pissa_cli.attach import forget_shared
@@ -17,7 +18,7 @@ from pissa_cli.examples import Examples
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.prepare import Watch
 from pissa_cli.recipe import Recipe
-from pissa_cli.sharding import FSDPModule, whole
+from pissa_cli.sharding import whole
 from pissa_cli.steps import seed_step, step_examples
 
 

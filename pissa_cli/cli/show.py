@@ -53,9 +53,7 @@ def say(text: str) -> None:
     stderr.print(text, markup=False, soft_wrap=True)
 
 
-def print_result(
-    result: dict[str, Any], as_json: bool, lines: list[str] | None = None, table: Table | None = None
-) -> None:
+def print_result(result: dict[str, Any], as_json: bool, lines: list[str], table: Table | None = None) -> None:
     """The outcome: one JSON document, or a table and lines."""
     if as_json:
         print_document(result)
@@ -63,7 +61,7 @@ def print_result(
     if table is not None:
         print_table(table)
     console = _Stdout(highlight=False)
-    for line in lines or []:
+    for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
 
