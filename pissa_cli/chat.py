@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from pissa_cli.configuration import first_line
 from pissa_cli.data_options import DataSection
-from pissa_cli.errors import UsageError
+from pissa_cli.errors import UsageError, in_one_line
 from pissa_cli.examples import Encoded, Examples
 from pissa_cli.messages import forms_of, is_learned, messages_of, tools_of
 from pissa_cli.rows import Row, has_surrogate, value_of
@@ -56,7 +55,7 @@ def question_text(question: str, before: Sequence[tuple[str, str]], tokenizer: P
         return _render(tokenizer)([*messages, {"role": "user", "content": question}], True)
     except Exception as error:  # templates raise what they like
         raise UsageError(
-            f"data.format chat: the chat template refuses a question ({first_line(error)})",
+            f"data.format chat: the chat template refuses a question ({in_one_line(error)})",
             "give another in data.template",
         ) from None
 
@@ -146,7 +145,7 @@ def _conversation(row: Row, section: DataSection, tokenizer: PreTrainedTokenizer
             found = form, render(form, False)
             break
         except Exception as error:  # templates raise what they like
-            found = found or f"the chat template refuses it ({first_line(error)})"
+            found = found or f"the chat template refuses it ({in_one_line(error)})"
     if isinstance(found, str):
         return found
     messages, whole = found

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from pissa_cli.errors import UsageError
+from pissa_cli.errors import UsageError, in_one_line
 from pissa_cli.recipe import ModelSection
 
 MOST_PARTS = 10_000
@@ -26,7 +26,7 @@ def read_config(folder: Path, section: ModelSection) -> Any:
         values = config.get_text_config().to_dict()
     except Exception as error:  # transformers' classes raise what they like at values they did not expect
         raise UsageError(
-            f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})",
+            f"{folder / 'config.json'}: transformers cannot read it ({in_one_line(error)})",
             "check the file; code that comes with a model runs only with model.trust_remote_code",
         ) from None
     for key, value in values.items():
@@ -113,9 +113,6 @@ def no_panic(source: object) -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise UsageError(f"{source}: the tokenizer breaks down ({first_line(error)})", "is its file damaged?") from None
-
-
-def first_line(error: BaseException) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return text[:300] or type(error).__name__
+        raise UsageError(
+            f"{source}: the tokenizer breaks down ({in_one_line(error)})", "is its file damaged?"
+        ) from None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 LAUNCHED = "PISSA_LAUNCHED"
 """In the processes that `pissa train --processes` starts, the file that tells it of their first failure."""
 
@@ -28,6 +31,24 @@ class Unreachable(UsageError):
 
 
 class Interrupted(PissaError):
-    """The run was stopped by a signal after a checkpoint was written (exit code 130)."""
+    """The run was stopped by a signal, in training after a checkpoint was written (exit code 130)."""
 
     exit_code = 130
+
+
+def cannot_write(place: Path | str, error: Exception) -> PissaError:
+    """For a file or folder of which the disk takes no more, or which may not be written."""
+    return PissaError(
+        f"{place}: cannot write: {getattr(error, 'strerror', None) or error}",
+        "check the space and the right to write; what was saved before is intact",
+    )
+
+
+def first_line(error: BaseException, said: str | None = None) -> str:
+    """Of what an error says, or of what a server `said` beside it; its kind where that is nothing."""
+    return next(iter((said or str(error)).strip().splitlines()), type(error).__name__)
+
+
+def in_one_line(error: BaseException) -> str:
+    """The first 300 characters of what an error says, white space as spaces; its kind where that is nothing."""
+    return re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__

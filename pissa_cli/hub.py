@@ -15,7 +15,7 @@ from typing import Any
 
 from pissa_cli import __version__
 from pissa_cli.card import default_repo
-from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.errors import PissaError, UsageError, first_line
 from pissa_cli.initialize import open_run
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE
@@ -256,8 +256,7 @@ def _failure(error: Exception, intact: str) -> PissaError:
     from huggingface_hub import get_token
 
     status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)
-    reason = getattr(error, "server_message", None) or str(error)
-    reason = next(iter(reason.strip().splitlines()), type(error).__name__)
+    reason = first_line(error, getattr(error, "server_message", None))
     reason = re.sub(r"\?\S*", "", reason).replace(get_token() or "\n", "...")  # addresses of uploads are signed
     text = f"upload to the Hub failed{f' ({status})' if status else ''}: {reason}"
     if status in REFUSED:

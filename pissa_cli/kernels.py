@@ -12,8 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pissa_cli.attach import lowrank_layers
-from pissa_cli.configuration import first_line
-from pissa_cli.errors import UsageError
+from pissa_cli.errors import UsageError, in_one_line
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.packing import BY_SEQUENCE
 from pissa_cli.products import has_fast_bf16
@@ -71,7 +70,7 @@ def use_liger(model: PreTrainedModel, section: TrainSection, loss: Callable[[], 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of kernels for other versions of torch or transformers
-        raise UsageError(f"train.use_liger_kernel: Liger's kernels fail: {first_line(error)}", NO_LIGER) from None
+        raise UsageError(f"train.use_liger_kernel: Liger's kernels fail: {in_one_line(error)}", NO_LIGER) from None
     if not used and section.use_liger_kernel is True:
         raise UsageError(f"train.use_liger_kernel: Liger has no kernels for {model.config.model_type}", NO_LIGER)
     if math.isfinite(before) and not abs(after - before) <= tolerance * max(1.0, abs(before)):
@@ -92,7 +91,7 @@ def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # of the compiler, which may be any
         raise UsageError(
-            f"train.torch_compile: torch cannot compile here: {first_line(error)}", "set it to false"
+            f"train.torch_compile: torch cannot compile here: {in_one_line(error)}", "set it to false"
         ) from None
     named = set(model._no_split_modules or ())
     blocks = [module for module in model.modules() if type(module).__name__ in named]

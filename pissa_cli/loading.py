@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli import quant
-from pissa_cli.configuration import first_line, no_panic, read_config
-from pissa_cli.errors import UsageError
+from pissa_cli.configuration import no_panic, read_config
+from pissa_cli.errors import UsageError, in_one_line
 from pissa_cli.experts import Expert, set_part, without_expert_weights
 from pissa_cli.model import (
     AUTO_CLASSES,
@@ -51,7 +51,7 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
         )
     except Exception as error:  # transformers' readers raise what they like
         raise UsageError(
-            f"{folder}: transformers cannot load this model ({first_line(error)})",
+            f"{folder}: transformers cannot load this model ({in_one_line(error)})",
             "check that the folder is whole and that this version of transformers knows the model",
         ) from None
     unlike = {name if isinstance(name, str) else name[0] for name in loading["mismatched_keys"]}
@@ -141,7 +141,7 @@ def load_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
         hint = "the folder needs the tokenizer's files, e.g. tokenizer.json and tokenizer_config.json"
         if any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file():
             hint = "it has a sentencepiece model alone: pip install 'pissa[sentencepiece]'"
-        raise UsageError(f"{folder}: no usable tokenizer ({first_line(error)})", hint) from None
+        raise UsageError(f"{folder}: no usable tokenizer ({in_one_line(error)})", hint) from None
     if tokenizer.eos_token_id is None and section.task == "causal-lm":
         raise UsageError(
             f"{folder}: the tokenizer has no end-of-text token (eos_token)",

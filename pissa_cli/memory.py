@@ -19,7 +19,8 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Method, Projections
 from pissa_cli.attach import attach, checkpoint_activations, join_gates, joins_gates, make_trainable, share_inputs
 from pissa_cli.batches import row_length
-from pissa_cli.configuration import context_of, first_line
+from pissa_cli.configuration import context_of
+from pissa_cli.errors import in_one_line
 from pissa_cli.heap import KERNELS
 from pissa_cli.ledger import Heap, Ledger, Operations
 from pissa_cli.loss import autocast, loss_at, summed_loss
@@ -62,7 +63,7 @@ def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
     try:
         found = _step(recipe, plan, processes, heap, device)
     except Exception as error:  # a model raises what it likes where it looks at the numbers
-        found, rough = rough_memory(recipe, plan), f"the model cannot be run without content: {first_line(error)}"
+        found, rough = rough_memory(recipe, plan), f"the model cannot be run without content: {in_one_line(error)}"
     if heap is not None and not heap.works:
         rough = rough or "the heap of this system cannot be foreseen"
     if sharded:

@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
 from pissa_cli.bypassed import is_bypassed
-from pissa_cli.configuration import context_of, first_line, read_config
+from pissa_cli.configuration import context_of, read_config
 from pissa_cli.disk_names import DiskName, names_on_disk
-from pissa_cli.errors import UsageError
+from pissa_cli.errors import UsageError, first_line, in_one_line
 from pissa_cli.experts import (
     EXPERT_PARAMETERS,
     Expert,
@@ -87,9 +87,8 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
             section.name, revision=section.revision, allow_patterns=files, ignore_patterns=unwanted
         )
     except Exception as error:  # the network and the Hub raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"{section.name}: cannot get this model from the Hub ({type(error).__name__}: {reason})",
+            f"{section.name}: cannot get this model from the Hub ({type(error).__name__}: {first_line(error)})",
             "check the id and the network, or give a local folder: --model path/to/folder",
         ) from None
     return require_model_folder(Path(found))
@@ -102,9 +101,8 @@ def skeleton(folder: Path, section: ModelSection) -> PreTrainedModel:
         with torch.device("meta"):
             model = AUTO_CLASSES[section.task].from_config(config, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # as above
-        reason = first_line(error)
         raise UsageError(
-            f"{folder}: transformers makes no {section.task} model of its config.json ({reason})",
+            f"{folder}: transformers makes no {section.task} model of its config.json ({in_one_line(error)})",
             "set model.task to what the model can do, or use another model",
         ) from None
     return cast(PreTrainedModel, model)

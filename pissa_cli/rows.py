@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pissa_cli.errors import Unreachable, UsageError
+from pissa_cli.errors import Unreachable, UsageError, first_line
 from pissa_cli.names import kind_of
 
 Row = dict[str, Any]
@@ -69,6 +69,7 @@ def value_of(row: Row, column: str) -> Any:
 
 
 def is_file(source: str) -> bool:
+    """Whether it is a local file of data; data on the Hub if not. UsageError for a path to anything else."""
     path, kind = Path(source), kind_of(source)
     if kind == "file":
         if path.suffix not in SUFFIXES:
@@ -198,8 +199,7 @@ def _hub_data(source: str) -> Any:
         subset = rest[0] if rest and rest[0] else None
         return datasets.load_dataset(name, subset, split=rest[1] if len(rest) == 2 else "train")
     except Exception as error:  # the Hub, the network and the data set's own files each raise their own kinds
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise Unreachable(
-            f"{name}: cannot get this data set from the Hub ({type(error).__name__}: {reason})",
+            f"{name}: cannot get this data set from the Hub ({type(error).__name__}: {first_line(error)})",
             "check the id and the network, or give a local jsonl, json, csv, tsv or parquet file",
         ) from None

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.errors import PissaError, UsageError, cannot_write
 from pissa_cli.recipe_file import RUN_MANIFEST, RUN_RECIPE
 
 PROVENANCE = "pissa.json"
@@ -123,7 +123,7 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise _disk_error(path, error) from None
+        raise cannot_write(path, error) from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -141,7 +141,7 @@ def require_writable(folder: Path) -> None:
     """PissaError for a folder that cannot be written, or made: before the work whose result is for it."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK):
-        raise _disk_error(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        raise cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def is_vacant(folder: Path) -> bool:
@@ -177,7 +177,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         if error.errno not in UNLOCKABLE:
-            raise _disk_error(folder, error) from None
+            raise cannot_write(folder, error) from None
         yield
         return
     try:
@@ -215,7 +215,7 @@ def _whole_folder(final: Path) -> Iterator[Path]:
         temporary = final / f".tmp-{number}" if inside else final.parent / f"{beside}{number}"
         temporary.mkdir()
     except OSError as error:
-        raise _disk_error(final, error) from None
+        raise cannot_write(final, error) from None
     try:
         yield temporary
         _put_in_place(temporary, final, aside)
@@ -235,7 +235,7 @@ def _put_in_place(temporary: Path, final: Path, aside: Path) -> None:
         temporary.rename(final)
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise _disk_error(final, error) from None
+        raise cannot_write(final, error) from None
 
 
 def remove_folder(folder: Path) -> None:
@@ -269,7 +269,7 @@ def set_aside(path: Path) -> Path:
     try:
         return path.rename(aside)
     except OSError as error:
-        raise _disk_error(aside, error) from None
+        raise cannot_write(aside, error) from None
 
 
 def _sync(folder: Path) -> None:
@@ -280,10 +280,3 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _disk_error(path: Path, error: OSError) -> PissaError:
-    return PissaError(
-        f"{path}: cannot write: {error.strerror or error}",
-        "check the space and the right to write; what was saved before is intact",
-    )

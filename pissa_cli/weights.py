@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.errors import UsageError, cannot_write
 from pissa_cli.names import kind_of
 
 SHARD_BYTES = 256 * 2**20
@@ -263,7 +263,7 @@ class StreamWriter:
         try:
             yield
         except OSError as error:
-            raise _cannot_write(self._path, error) from None
+            raise cannot_write(self._path, error) from None
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -272,11 +272,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes 0600
     except (OSError, SafetensorError) as error:
-        raise _cannot_write(path, error) from None
-
-
-def _cannot_write(path: Path, error: Exception) -> PissaError:
-    return PissaError(f"{path}: cannot write: {error}", "free some space; what was saved before is intact")
+        raise cannot_write(path, error) from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 AREAS = {
-    "Any command": "cli.edge",
+    "Any command": "errors cli.edge",
     "Recipe and flags": "yamlfile recipe_file recipe_errors translations recipe adapter_options data_options cli",
     "Base model": "inputs model configuration loading weights disk_names plan attach ranks experts side_files heads",
     "Data": "data sets columns rows examples chat messages turns classification",
@@ -170,8 +170,6 @@ def _of_node(module: str, node: ast.AST, words: Words, codes: dict[str, int]) ->
         yield Message(module, words.text(arguments[0]), "row", None)
     elif name == "refuse":
         yield Message(module, words.text(arguments[1]), "row", None)
-    elif name == "_show" and isinstance(arguments[2], ast.Constant):
-        yield Message(module, words.text(arguments[0]), words.text(arguments[1]), int(str(arguments[2].value)))
     elif name in ("say", "watch") and arguments and module != "demo.__main__":
         said = arguments[0].values[0] if isinstance(arguments[0], ast.Dict) else arguments[0]
         yield Message(module, words.text(said), "note", None)
@@ -297,7 +295,7 @@ class Words:
             return "<number>"
         if name == "get" and isinstance(node.args[0], ast.Constant):
             return f"<{node.args[0].value}>"
-        if name in ("first_line", "getattr") and "error" in ast.unparse(node):
+        if name in ("first_line", "in_one_line", "getattr") and "error" in ast.unparse(node):
             return "<reason>"
         if name in SAME and node.args:
             return self.value(node.args[-1] if name == "map" else node.args[0])

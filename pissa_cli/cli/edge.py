@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pissa_cli.errors import LAUNCHED, PissaError
+from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, cannot_write
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 NO_MEMORY = r"(can't|[Cc]annot) allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
@@ -101,67 +101,76 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
         if code == 130:  # what newer versions of typer make of it
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except PissaError as error:
-        if debug:
-            Console(stderr=True).print_exception()
-        _show(error.message, error.hint, error.exit_code, as_json)
-        return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _show("interrupted", None, 130, as_json)
-        return 130
+        failure: PissaError = Interrupted("interrupted", None)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK:
-            if debug:
-                Console(stderr=True).print_exception()
-            hint = "check the space and the right to write; what was saved before is intact"
-            _show(f"{error.filename or 'the disk'}: cannot write: {error.strerror}", hint, 1, as_json)
-            return 1
         if isinstance(error, ClickException):
-            from pissa_cli.recipe_errors import advice_on_flag
-
-            advice = advice_on_flag(getattr(error, "option_name", None) or "")
-            error.show()  # type: ignore[attr-defined]
-            if advice:
-                Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold]next:[/]  {advice}")
-            if as_json:
-                _print_failure(error.format_message(), advice, 2)  # type: ignore[attr-defined]
-            return 2
+            return _show_usage(error, as_json)
         if debug:
             Console(stderr=True).print_exception()
-        text = str(error)
-        command = next(iter(arguments), "")
-        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or re.search(NO_MEMORY, text):
-            _show("out of memory", LESS_MEMORY[command if command in LESS_MEMORY else "others"], 1, as_json)
-        elif "No usable temporary directory" in text:
-            _show("there is no folder for temporary files", "set TMPDIR to one that can be written", 1, as_json)
-        elif os.environ.get("WORLD_SIZE", "1") != "1" and any(word in text for word in LOST):
-            go_on = "pissa train RUN --resume goes on; where memory ran out, with a lower train.micro_batch_size"
-            _show("another process is gone: killed, or out of memory (the launcher says which)", go_on, 1, as_json)
-        else:
-            report = "run again with --debug for the traceback, and please report it"
-            _show(f"unexpected {type(error).__name__}: {error}", report, 1, as_json)
-        return 1
+        failure = _explained(error, next(iter(arguments), ""))
+    _show(failure, as_json)
+    return failure.exit_code
 
 
-def _show(message: str, hint: str | None, code: int, as_json: bool) -> None:
+def _explained(error: Exception, command: str) -> PissaError:
+    """The error itself if it is meant for users, else what can be said of it."""
+    text = str(error)
+    if isinstance(error, PissaError):
+        return error
+    if isinstance(error, OSError) and error.errno in DISK:
+        return cannot_write(error.filename or "the disk", error)
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or re.search(NO_MEMORY, text):
+        return PissaError("out of memory", LESS_MEMORY[command if command in LESS_MEMORY else "others"])
+    if "No usable temporary directory" in text:
+        return PissaError("there is no folder for temporary files", "set TMPDIR to one that can be written")
+    if os.environ.get("WORLD_SIZE", "1") != "1" and any(word in text for word in LOST):
+        return PissaError(
+            "another process is gone: killed, or out of memory (the launcher says which)",
+            "pissa train RUN --resume goes on; where memory ran out, with a lower train.micro_batch_size",
+        )
+    return PissaError(
+        f"unexpected {type(error).__name__}: {error}",
+        "run again with --debug for the traceback, and please report it",
+    )
+
+
+def _show_usage(error: Any, as_json: bool) -> int:
+    """What the parser says of flags and arguments; returns the exit code."""
+    from pissa_cli.recipe_errors import advice_on_flag
+
+    advice = advice_on_flag(getattr(error, "option_name", None) or "")
+    error.show()
+    if advice:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold]next:[/]  {advice}")
+    if as_json:
+        _print_failure(error.format_message(), advice, 2)
+    return 2
+
+
+def _show(failure: PissaError, as_json: bool) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"[bold red]error:[/] {escape(message)}")
-    if hint:
-        console.print(f"[bold]next:[/]  {escape(hint)}")
+    console.print(f"[bold red]error:[/] {escape(failure.message)}")
+    if failure.hint:
+        console.print(f"[bold]next:[/]  {escape(failure.hint)}")
     if LAUNCHED in os.environ:
-        _tell_launcher(Path(os.environ[LAUNCHED]), {"error": message, "hint": hint, "exit_code": code})
+        _tell_launcher(Path(os.environ[LAUNCHED]), failure)
     elif as_json:
-        _print_failure(message, hint, code)
+        _print_failure(failure.message, failure.hint, failure.exit_code)
 
 
-def _tell_launcher(file: Path, failure: dict[str, Any]) -> None:
+def _tell_launcher(file: Path, failure: PissaError) -> None:
     """Leave the failure there, whole or not at all (this process may be killed any moment), unless another one has."""
     own = file.with_name(f"{os.getpid()}.json")
     with contextlib.suppress(OSError):
-        own.write_text(json.dumps(failure), encoding="utf-8")
+        own.write_text(json.dumps(_document(failure.message, failure.hint, failure.exit_code)), encoding="utf-8")
         os.link(own, file)
 
 
 def _print_failure(message: str, hint: str | None, code: int) -> None:
     with contextlib.suppress(OSError):  # the exit code says it, too
-        print_document({"error": message, "hint": hint, "exit_code": code})
+        print_document(_document(message, hint, code))
+
+
+def _document(message: str, hint: str | None, code: int) -> dict[str, Any]:
+    return {"error": message, "hint": hint, "exit_code": code}
