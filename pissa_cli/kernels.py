@@ -17,6 +17,7 @@ from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.packing import BY_SEQUENCE
 from pissa_cli.products import has_fast_bf16
 from pissa_cli.recipe import TrainSection
+from pissa_cli.sharding import blocks_of
 
 GRAPHS = 8  # of a block: for training and evaluation, one row and several
 NO_LIGER = "set it to false"
@@ -93,9 +94,7 @@ def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
         raise UsageError(
             f"train.torch_compile: torch cannot compile here: {in_one_line(error)}", "set it to false"
         ) from None
-    named = set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in named]
-    blocks = blocks or [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = blocks_of(model) or [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not blocks:
         raise UsageError(
             f"train.torch_compile: {model.config.model_type} does not say which its blocks are", "set it to false"

@@ -18,6 +18,7 @@ from pissa_cli.experts import Expert, set_part, without_expert_weights
 from pissa_cli.model import (
     AUTO_CLASSES,
     DTYPES,
+    dense_dtype,
     head_names,
     linear_layers,
     read_stored,
@@ -34,7 +35,7 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
     What NF4 leaves dense (embeddings, norms, head) gets the dtype of the products. The head of a classifier that is not
     in the files starts from `seed`; that of a regression is in fp32.
     """
-    dtype = {16: torch.bfloat16, 32: torch.float32, 4: DTYPES[precision]}[section.bits]
+    dtype = dense_dtype(section, precision)
     experts = _packed_experts(folder, section) if section.bits == 4 else {}
     kind = AUTO_CLASSES[section.task]
     if experts:

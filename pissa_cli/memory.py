@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -24,14 +25,15 @@ from pissa_cli.errors import in_one_line
 from pissa_cli.heap import KERNELS
 from pissa_cli.ledger import Heap, Ledger, Operations
 from pissa_cli.loss import autocast, loss_at, summed_loss
-from pissa_cli.model import DTYPES, Linear, best_device, num_parameters, skeleton
+from pissa_cli.model import DTYPES, Linear, best_device, dense_dtype, num_parameters, skeleton
 from pissa_cli.optim import make_optimizer
 from pissa_cli.packing import BY_SEQUENCE, attend_by_sequence, takes_positions, without_mask
 from pissa_cli.peft_files import FACTOR_NAMES
-from pissa_cli.plan import Plan, rough_memory
+from pissa_cli.plan import Plan
 from pissa_cli.process import peak_memory
 from pissa_cli.products import has_fast_bf16
 from pissa_cli.recipe import Recipe
+from pissa_cli.sharding import blocks_of
 
 KINDS = ("weights", "factors", "gradients", "optimizer", "activations", "logits")
 WORKSPACES = 3  # of cuBLAS and cuBLASLt, in the threads that run the forward and the backward pass
@@ -63,7 +65,7 @@ def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
     try:
         found = _step(recipe, plan, processes, heap, device)
     except Exception as error:  # a model raises what it likes where it looks at the numbers
-        found, rough = rough_memory(recipe, plan), f"the model cannot be run without content: {in_one_line(error)}"
+        found, rough = _rough(recipe, plan), f"the model cannot be run without content: {in_one_line(error)}"
     if heap is not None and not heap.works:
         rough = rough or "the heap of this system cannot be foreseen"
     if sharded:
@@ -88,14 +90,40 @@ def _spread(recipe: Recipe, plan: Plan, found: dict[str, int], processes: int) -
     the one that computes and the next; their gradients, too; and both again as they are sent. At first, when it has
     been loaded, the model is whole.
     """
-    model = skeleton(plan.folder, recipe.model)
-    kinds = set(model._no_split_modules or ())
-    blocks = [num_parameters(module) for module in model.modules() if type(module).__name__ in kinds]
+    blocks = [num_parameters(block) for block in blocks_of(skeleton(plan.folder, recipe.model))]
     alone = (plan.num_total - sum(blocks) + 2 * max(blocks, default=0)) / plan.num_total
     changed = {kind: found[kind] // processes for kind in ("weights", "factors", "gradients", "optimizer")}
     changed["gathered"] = int(2 * alone * sum(found[kind] for kind in ("weights", "factors", "gradients")))
     changed["loading"] = max(0, found["weights"] - sum((found | changed).values()))
     return changed
+
+
+def _rough(recipe: Recipe, plan: Plan) -> dict[str, int]:
+    """Bytes that training takes, by what takes them; activations are a rough figure for full-length examples."""
+    compute, dense = DTYPES[recipe.precision].itemsize, dense_dtype(recipe.model, recipe.precision).itemsize
+    linears = [layer for layer in plan.linears if not layer.embedding]
+    in_linears = sum(layer.num_in * layer.num_out for layer in linears)
+    packed = 0.5 + (0.127 if recipe.model.double_quant else 0.5) / 8 if recipe.model.bits == 4 else dense
+    trainable = plan.num_trainable(recipe)
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    layers = len({layer.name.rpartition(".")[0] for layer in linears})
+    per_token = sum(layer.num_in + layer.num_out for layer in linears) * compute
+    if recipe.train.gradient_checkpointing:
+        per_token = 2 * per_token // max(1, layers // 2)
+    full, factors = isinstance(recipe.adapter, FullOptions), plan.num_whole
+    if not full:
+        with torch.device("meta"):
+            adapter = _adapter(plan, METHODS[recipe.adapter.method])
+        shared = adapter.projections.whole() if adapter.projections else ()
+        factors += sum(f.numel() for f in chain(shared, *(layer.values() for layer in adapter.factors.values())))
+    return {
+        "weights": int(in_linears * packed + (plan.num_total - in_linears) * dense),
+        "factors": 4 * factors,
+        "gradients": trainable * (dense if full else 4),
+        "optimizer": trainable * (2 if recipe.train.optimizer == "paged-adamw-8bit" else 8),
+        "activations": tokens * per_token,
+        "logits": tokens * plan.vocabulary * (compute + 8),
+    }
 
 
 def _step(recipe: Recipe, plan: Plan, processes: int, heap: Heap | None, device: torch.device) -> dict[str, int]:
@@ -142,7 +170,7 @@ def _model(recipe: Recipe, plan: Plan, ledger: Ledger) -> tuple[PreTrainedModel,
     ledger.kind = "weights"
     model = skeleton(plan.folder, recipe.model)
     stored = model.config.dtype or torch.float32
-    dtype = {16: torch.bfloat16, 32: torch.float32, 4: DTYPES[recipe.precision]}[recipe.model.bits]
+    dtype = dense_dtype(recipe.model, recipe.precision)
     _give_storage(model, dtype)
     files = plan.num_total * stored.itemsize if recipe.model.bits != 4 and stored != dtype else 0
     loading = files + ledger.now["weights"]
@@ -157,15 +185,13 @@ def _model(recipe: Recipe, plan: Plan, ledger: Ledger) -> tuple[PreTrainedModel,
     else:
         ledger.kind = "factors"
         method = METHODS[recipe.adapter.method]
-        adapter = _adapter(plan, method)
-        attach(model, adapter, method, False, getattr(recipe.adapter, "dropout", 0.0))
+        attach(model, _adapter(plan, method), method, False, getattr(recipe.adapter, "dropout", 0.0))
         ledger.kind = "weights"
         make_trainable(model, recipe.adapter.modules_to_save)
         ledger.kind = "activations"
         ids = torch.zeros(1, 2, dtype=torch.long)
-        share_inputs(
-            model, partial(model.eval(), input_ids=ids, **({} if recipe.data.classifies else {"use_cache": False}))
-        )
+        options = {} if recipe.data.classifies else {"use_cache": False}
+        share_inputs(model, partial(model.eval(), input_ids=ids, **options))
         if joins_gates(recipe):
             join_gates(model)
     if recipe.train.gradient_checkpointing:

@@ -94,6 +94,11 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
     return require_model_folder(Path(found))
 
 
+def dense_dtype(section: ModelSection, precision: str) -> torch.dtype:
+    """Of the weights of a loaded model; of what is dense beside NF4 that of the products."""
+    return {16: torch.bfloat16, 32: torch.float32, 4: DTYPES[precision]}[section.bits]
+
+
 def skeleton(folder: Path, section: ModelSection) -> PreTrainedModel:
     """The model on the meta device: every module and shape, no weights."""
     config = read_config(folder, section)

@@ -1,4 +1,4 @@
-"""What a recipe will do to which layers, and the memory it takes; reads headers and configuration, writes nothing."""
+"""What a recipe will do to which layers; reads headers and configuration, writes nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from pissa_cli.errors import UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.heads import require_order, require_pooler
 from pissa_cli.model import (
-    DTYPES,
     Linear,
     head_names,
     linear_layers,
@@ -28,7 +27,6 @@ from pissa_cli.model import (
     shared_layers,
     skeleton,
 )
-from pissa_cli.peft_files import FACTOR_NAMES
 from pissa_cli.recipe import Recipe
 from pissa_cli.weights import Weights
 
@@ -71,16 +69,6 @@ class Plan:
             for key, shape in shapes.items()
             if key in trains
         )
-
-    def factor_bytes(self, recipe: Recipe) -> int:
-        """Bytes of all factors in fp32, those that are frozen and VeRA's projections included."""
-        assert not isinstance(recipe.adapter, FullOptions)
-        method = METHODS[recipe.adapter.method]
-        kept = FACTOR_NAMES[method.peft_type]
-        count = self.num_whole
-        for shapes in self.factor_shapes().values():
-            count += sum(math.prod(shape) for key, shape in shapes.items() if key in kept)
-        return 4 * (count + (max(self.ranks.values()) * sum(self.widest) if method.share else 0))
 
     def num_lora(self, rank: int) -> int:
         """Numbers that LoRA of this rank would train in the same layers."""
@@ -264,28 +252,3 @@ def _above(rank: int, layer: Linear, adapter: AdapterBase, targets: list[Linear]
         f"lower it there alone, adapter.rank_pattern: {{{pattern}}}, or use at most {least}, which all "
         "targets take, or fewer targets (adapter.targets)",
     )
-
-
-def rough_memory(recipe: Recipe, plan: Plan) -> dict[str, int]:
-    """Bytes that training takes, by what takes them; activations are a rough figure for full-length examples."""
-    compute = DTYPES[recipe.precision].itemsize
-    dense = {4: compute, 16: 2, 32: 4}[recipe.model.bits]
-    linears = [layer for layer in plan.linears if not layer.embedding]
-    in_linears = sum(layer.num_in * layer.num_out for layer in linears)
-    packed = 0.5 + (0.127 if recipe.model.double_quant else 0.5) / 8 if recipe.model.bits == 4 else dense
-    trainable = plan.num_trainable(recipe)
-    state = 2 if recipe.train.optimizer == "paged-adamw-8bit" else 8
-    tokens = recipe.train.micro_batch_size * recipe.data.max_length
-    layers = len({layer.name.rpartition(".")[0] for layer in linears})
-    per_token = sum(layer.num_in + layer.num_out for layer in linears) * compute
-    if recipe.train.gradient_checkpointing:
-        per_token = 2 * per_token // max(1, layers // 2)
-    full = isinstance(recipe.adapter, FullOptions)
-    return {
-        "weights": int(in_linears * packed + (plan.num_total - in_linears) * dense),
-        "factors": 0 if full else plan.factor_bytes(recipe),
-        "gradients": trainable * (dense if full else 4),
-        "optimizer": trainable * state,
-        "activations": tokens * per_token,
-        "logits": tokens * plan.vocabulary * (compute + 8),
-    }

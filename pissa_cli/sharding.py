@@ -74,9 +74,7 @@ def shard(model: PreTrainedModel, device: torch.device, processes: int) -> None:
     for module in packed:
         quant.keep_own_state(module)
     ignored = {module.weight for module in packed if module not in adapted}
-    kinds = set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
-    for module in [*reversed(blocks), model]:  # inner before outer
+    for module in [*reversed(blocks_of(model)), model]:  # inner before outer
         try:
             fully_shard(module, mesh=mesh, ignored_params=ignored)
         except RuntimeError as error:
@@ -86,6 +84,12 @@ def shard(model: PreTrainedModel, device: torch.device, processes: int) -> None:
                 f"train.shard: FSDP2 of torch {torch.__version__} cannot spread 4-bit weights",
                 "install a later torch (2.13 can), or set train.shard to false: each process then has the whole model",
             ) from None
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that a model names as whole, outer before inner; none where it names none."""
+    kinds = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def whole(tensor: Tensor) -> Tensor:
