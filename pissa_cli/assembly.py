@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -23,13 +22,12 @@ from pissa_cli.attach import (
     share_inputs,
     train_whole,
 )
-from pissa_cli.batches import collate, on_device
 from pissa_cli.checkpoint import Names
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.experts import has_experts
 from pissa_cli.guards import (
-    START_TOLERANCE,
+    LOSS_TOLERANCE,
     chunks_loss,
     packs,
     probe_loss,
@@ -39,7 +37,7 @@ from pissa_cli.guards import (
 )
 from pissa_cli.initialize import read_start, require_base
 from pissa_cli.kernels import compile_blocks, misses_liger, use_liger, wants_liger
-from pissa_cli.loss import autocast, autocast_inside, summed_loss
+from pissa_cli.loss import autocast_inside
 from pissa_cli.model import num_parameters
 from pissa_cli.optim import make_optimizer
 from pissa_cli.prepare import Watch
@@ -47,7 +45,7 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import Run
 from pissa_cli.sharding import Layout, shard
 from pissa_cli.steps import count_steps
-from pissa_cli.trainer import Trainer
+from pissa_cli.trainer import Trainer, micro_batch_loss
 from pissa_cli.weights import open_weights
 
 
@@ -81,23 +79,13 @@ def assemble(
     num_base = num_parameters(model)
     if device.type != "cpu":  # which Accelerate calls cpu:0, and to() would copy every weight
         model.to(device)
-    _take_kernels(recipe, model, examples, pad_id, device, watch)
-    packed = _look_at_layout(recipe, model, examples, pad_id, device, watch)
+    _take_kernels(recipe, model, examples, pad_id, watch)
+    packed = _look_at_layout(recipe, model, examples, pad_id, watch)
     if isinstance(recipe.adapter, FullOptions):
         model.requires_grad_(True)
     else:
-        probe = partial(probe_loss, recipe, model, examples, pad_id, device, packed)
-        before = probe() if fresh and recipe.model.bits != 4 else None
-        _, start = read_start(run, manifest)
-        plain, dropout = recipe.model.bits != 4, getattr(recipe.adapter, "dropout", 0.0)
-        attach(model, start, METHODS[recipe.adapter.method], plain, dropout)
-        train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
-        if layout != "zero-3":  # where a layer's parameters are there only while it runs itself
-            share_inputs(model, probe)
-            if joins_gates(recipe):
-                join_gates(model)
-        if before is not None:
-            require_same_loss(before, probe(), recipe.precision)
+        probe = partial(probe_loss, recipe, model, examples, pad_id, packed)
+        _add_adapter(run, manifest, recipe, model, probe, fresh, apart=layout == "zero-3")
     head = model.get_output_embeddings()
     trains_head = head is not None and head.weight.requires_grad
     aside = (experts and not alone) or layout == "zero-3"  # neither finds it outside of the model
@@ -115,27 +103,11 @@ def assemble(
     processes = "" if alone else f", in {accelerator.num_processes} processes"
     processes += " that share the model" if sharded else ""
     watch({"note": f"{trainable:,} parameters train, the base has {num_base:,}; {steps}{processes}"})
-    frozen = [*(name for name, p in model.named_parameters() if not p.requires_grad), *dict(model.named_buffers())]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # each process has read its own
-    optimizer = make_optimizer(names, recipe)
-    if not (alone or sharded or experts):
-        ddp.find_unused_parameters = not _reaches_all(recipe, model, examples, pad_id, device, chunked)
-    if deepspeed:
-        autocast_inside(model, recipe, device)
-        prepared = zero.initialize(model, optimizer, int(layout[-1]), recipe.train.max_grad_norm, device)
-        optimizer = prepared.optimizer
-    else:
-        optimizer = accelerator.prepare(optimizer)
-        prepared = model if sharded else accelerator.prepare_model(model, device_placement=False)
-        if accelerator.num_processes > 2 and not (sharded or ddp.find_unused_parameters):
-            # after its first pass DDP adds gradients up in another order: that pass is none of the training
-            _one_pass(recipe, prepared, examples, pad_id, device, chunked)
-            prepared.zero_grad()
-    return Trainer(
+    trainer = Trainer(
         recipe=recipe,
         accelerator=accelerator,
-        model=prepared,
-        optimizer=optimizer,
+        model=model,
+        optimizer=make_optimizer(names, recipe),
         names=names,
         examples=examples,
         pad_id=pad_id,
@@ -146,6 +118,43 @@ def assemble(
         watch=watch,
         micro_batch_size=recipe.train.micro_batch_size,
     )
+    if deepspeed:
+        autocast_inside(model, recipe, device)
+        engine = zero.initialize(model, trainer.optimizer, int(layout[-1]), recipe.train.max_grad_norm, device)
+        trainer.model, trainer.optimizer = engine, engine.optimizer
+        return trainer
+    trainer.optimizer = accelerator.prepare(trainer.optimizer)
+    if not sharded:
+        _copy_to_all(trainer, ddp)
+    return trainer
+
+
+def _add_adapter(
+    run: Run,
+    manifest: dict[str, Any],
+    recipe: Recipe,
+    model: PreTrainedModel,
+    probe: Callable[[], float],
+    fresh: bool,
+    apart: bool,
+) -> None:
+    """Put the adapter of `init/` around the layers, and let it and `modules_to_save` train.
+
+    probe: a loss of the model, which over dense weights may not change where the run is `fresh`. apart: a layer's
+    parameters are there only while it runs itself.
+    """
+    assert not isinstance(recipe.adapter, FullOptions)
+    plain = recipe.model.bits != 4
+    before = probe() if fresh and plain else None
+    _, start = read_start(run, manifest)
+    attach(model, start, METHODS[recipe.adapter.method], plain, getattr(recipe.adapter, "dropout", 0.0))
+    train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
+    if not apart:
+        share_inputs(model, probe)
+        if joins_gates(recipe):
+            join_gates(model)
+    if before is not None:
+        require_same_loss(before, probe(), recipe.precision)
 
 
 def _require_spreadable(recipe: Recipe, experts: bool, deepspeed: bool) -> None:
@@ -163,27 +172,23 @@ def _require_spreadable(recipe: Recipe, experts: bool, deepspeed: bool) -> None:
         raise UsageError("train.torch_compile: not under DeepSpeed", "set it to false, or share the model by FSDP2")
 
 
-def _take_kernels(
-    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device, watch: Watch
-) -> None:
+def _take_kernels(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, watch: Watch) -> None:
     """Liger's kernels where they are wanted and leave the loss as it is."""
-    probe = partial(probe_loss, recipe, model, examples, pad_id, device)
-    if wants_liger(recipe.train) and use_liger(model, recipe.train, probe, START_TOLERANCE[recipe.precision]):
+    probe = partial(probe_loss, recipe, model, examples, pad_id)
+    if wants_liger(recipe.train) and use_liger(model, recipe.train, probe, LOSS_TOLERANCE[recipe.precision]):
         watch({"note": "norms, rotary embeddings and MLPs run by Liger's kernels"})
     elif misses_liger(recipe.train):
         advice = "with it most models take a fifth less time for a step: pip install 'pissa[liger]'"
         watch({"note": f"liger-kernel is not installed; {advice}"})
 
 
-def _look_at_layout(
-    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device, watch: Watch
-) -> bool:
+def _look_at_layout(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, watch: Watch) -> bool:
     """Whether examples are packed. UsageError for a model that sees what it should not: padding, or what follows."""
-    packed = packs(recipe, model.eval(), examples, pad_id, device)
+    packed = packs(recipe, model.eval(), examples, pad_id)
     if recipe.data.classifies:
-        require_padding_unseen(recipe, model, examples, pad_id, device)
+        require_padding_unseen(recipe, model, examples, pad_id)
         return packed
-    require_causal(recipe, model, examples, device)
+    require_causal(recipe, model, examples)
     if recipe.data.packing == "auto" and not packed:
         watch({"note": "examples are padded: packed ones would see each other, or cost more, in this model"})
     return packed
@@ -197,24 +202,26 @@ def _trained(model: PreTrainedModel) -> Names:
     return names
 
 
-def _reaches_all(
-    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device, chunked: bool
-) -> bool:
-    """Whether an example gives every parameter that trains a gradient. A model may have parts that no text reaches."""
-    _one_pass(recipe, model, examples, pad_id, device, chunked)
-    reached = all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-    model.zero_grad()
-    return reached
+def _copy_to_all(trainer: Trainer, ddp: DistributedDataParallelKwargs) -> None:
+    """Have each process train a copy of the model, which may have parts that no text reaches."""
+    model, processes = trainer.model, trainer.accelerator.num_processes
+    frozen = [*(name for name, p in model.named_parameters() if not p.requires_grad), *dict(model.named_buffers())]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # each process has read its own
+    if processes > 1 and not ddp.find_unused_parameters:
+        _one_pass(trainer)
+        ddp.find_unused_parameters = any(p.grad is None for p in model.parameters() if p.requires_grad)
+        model.zero_grad()
+    trainer.model = trainer.accelerator.prepare_model(model, device_placement=False)
+    if processes > 2 and not ddp.find_unused_parameters:
+        # after its first pass DDP adds gradients up in another order: that pass is none of the training
+        _one_pass(trainer)
+        trainer.model.zero_grad()
 
 
-def _one_pass(
-    recipe: Recipe, model: nn.Module, examples: Examples, pad_id: int, device: torch.device, chunked: bool
-) -> None:
+def _one_pass(trainer: Trainer) -> None:
     """Gradients of an example's loss.
 
     In training mode: in the other one nothing is checkpointed, and every layer keeps the weight that it read.
     """
-    batch = on_device(collate(examples, [0], pad_id, packing=False), device)
-    with autocast(recipe, device):
-        loss = summed_loss(model.train(), batch, chunked)
-    loss.backward()
+    trainer.model.train()
+    micro_batch_loss(trainer, trainer.examples, [0]).backward()

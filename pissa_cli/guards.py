@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pissa_cli.batches import collate
+from pissa_cli.batches import collate, on_device
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.initialize import open_run
@@ -23,7 +23,7 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import Run
 from pissa_cli.steps import count_steps
 
-START_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 PACKING_TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
 EDGE = 64  # tokens
 FEW_TOKENS = 16  # of an example, where all but the first few are changed
@@ -79,10 +79,9 @@ def require_context(name: str, examples: Examples, context: int | None) -> None:
 @torch.no_grad()
 def probe_loss(
     recipe: Recipe,
-    model: nn.Module,
+    model: PreTrainedModel,
     examples: Examples,
     pad_id: int,
-    device: torch.device,
     packing: bool = False,
     chosen: Sequence[int] = (),
 ) -> float:
@@ -91,8 +90,8 @@ def probe_loss(
     few = chosen or _first_few(recipe, examples)
     batch = collate(examples, few, pad_id, packing)
     chunked = not recipe.data.classifies and chunks_loss(model, examples)
-    with autocast(recipe, device):
-        total = summed_loss(model.eval(), {key: tensor.to(device) for key, tensor in batch.items()}, chunked)
+    with autocast(recipe, model.device):
+        total = summed_loss(model.eval(), on_device(batch, model.device), chunked)
     return float(total) / sum(examples.num_targets(i) for i in few)
 
 
@@ -119,17 +118,15 @@ def chunks_loss(model: PreTrainedModel, examples: Examples) -> bool:
 
 
 @torch.no_grad()
-def require_padding_unseen(
-    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device
-) -> None:
+def require_padding_unseen(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int) -> None:
     """Raise UsageError for a classifier whose answer to a text depends on what is padded beside it."""
     short, long = examples.by_length()[[0, -1]].tolist()
 
     def logits(chosen: list[int]) -> torch.Tensor:
         batch = collate(examples, chosen, pad_id, packing=False)
         del batch["labels"]
-        with autocast(recipe, device):
-            found: torch.Tensor = model.eval()(**{key: tensor.to(device) for key, tensor in batch.items()}).logits[0]
+        with autocast(recipe, model.device):
+            found: torch.Tensor = model.eval()(**on_device(batch, model.device)).logits[0]
         return found.float()
 
     alone, beside = logits([short]), logits([short, long])
@@ -142,12 +139,12 @@ def require_padding_unseen(
 
 
 @torch.no_grad()
-def require_causal(recipe: Recipe, model: PreTrainedModel, examples: Examples, device: torch.device) -> None:
+def require_causal(recipe: Recipe, model: PreTrainedModel, examples: Examples) -> None:
     """Raise UsageError for a model whose tokens see those after them, from which it would copy what to predict."""
-    ids = examples.tokens(0)[:FEW_TOKENS].long()[None].to(device)
+    ids = examples.tokens(0)[:FEW_TOKENS].long()[None].to(model.device)
     before = -(-ids.shape[1] // 4)
     other = torch.cat([ids[:, :before], (ids[:, before:] == 0).long()], dim=1)
-    with autocast(recipe, device):
+    with autocast(recipe, model.device):
         logits, changed = (model.eval()(input_ids=x, use_cache=False).logits[0, :before].float() for x in (ids, other))
     differences = (logits - changed).norm(dim=1) / logits.norm(dim=1)  # experts near a tie may change a few
     if float(differences.median()) > CAUSAL_TOLERANCE[recipe.precision]:
@@ -157,7 +154,7 @@ def require_causal(recipe: Recipe, model: PreTrainedModel, examples: Examples, d
         )
 
 
-def packs(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device) -> bool:
+def packs(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int) -> bool:
     """Whether examples are packed: as `data.packing` says, if that is sound for this model; `auto` also asks that it
     costs nothing, which a mask over the whole row does.
 
@@ -170,16 +167,14 @@ def packs(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: in
         for attend in (attend_by_sequence, attend_by_mask):
             with suppress(ValueError):  # parts of the model may have no SDPA
                 attend(model)
-            if (wanted is True or without_mask(model)) and _packs_soundly(recipe, model, examples, pad_id, device):
+            if (wanted is True or without_mask(model)) and _packs_soundly(recipe, model, examples, pad_id):
                 return True
     if wanted == "auto":
         return False
     raise UsageError("data.packing: this model lets packed examples see each other", "set data.packing to false")
 
 
-def _packs_soundly(
-    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device
-) -> bool:
+def _packs_soundly(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int) -> bool:
     """Whether the loss is that of padded examples, on the first few and in the longest row that a step can have, and no
     position of an example depends on the one before it."""
     longest = examples.by_length()[-recipe.train.micro_batch_size :].tolist()
@@ -187,12 +182,12 @@ def _packs_soundly(
     first, second = examples.tokens(longest[-1])[:LEAK_TOKENS], examples.tokens(longest[0])[:LEAK_TOKENS]
     # tokens from half of the data away, and one more for rows that are there twice
     others = examples.ids.roll(-int(examples.offsets[longest[-1]]) - len(examples.ids) // 2 - 1)[: len(first)]
-    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None].to(device)
+    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None].to(model.device)
     try:
-        if not all(_same_packed(recipe, model, examples, pad_id, device, chosen) for chosen in tried):
+        if not all(_same_packed(recipe, model, examples, pad_id, chosen) for chosen in tried):
             return False
-        rows = [torch.cat([before, second]).long()[None].to(device) for before in (first, others)]
-        with autocast(recipe, device):
+        rows = [torch.cat([before, second]).long()[None].to(model.device) for before in (first, others)]
+        with autocast(recipe, model.device):
             logits, changed = (_logits_from(model, len(first), ids, positions) for ids in rows)
     except torch.OutOfMemoryError:  # which says nothing of the model
         raise
@@ -202,12 +197,12 @@ def _packs_soundly(
 
 
 def _same_packed(
-    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, device: torch.device, chosen: Sequence[int]
+    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, chosen: Sequence[int]
 ) -> bool:
     """Whether the loss on `chosen` examples, or on as many as memory has room for, is the same packed and padded."""
     while True:
         try:
-            padded, packed = (probe_loss(recipe, model, examples, pad_id, device, way, chosen) for way in (False, True))
+            padded, packed = (probe_loss(recipe, model, examples, pad_id, way, chosen) for way in (False, True))
             return abs(packed - padded) <= PACKING_TOLERANCE[recipe.precision] * max(1.0, abs(padded))
         except torch.OutOfMemoryError:
             if len(chosen) < 2:
@@ -237,7 +232,7 @@ def require_same_loss(before: float, after: float, precision: str) -> None:
             f"the loss of the base is {before} before training has begun",
             "its weights or its config.json are damaged, or too large for the products' dtype (train.precision)",
         )
-    if not abs(after - before) <= START_TOLERANCE[precision] * max(1.0, abs(before)):
+    if not abs(after - before) <= LOSS_TOLERANCE[precision] * max(1.0, abs(before)):
         raise PissaError(
             f"the loss with the adapter at step 0 is {after:.4f}, that of the base {before:.4f}; they must agree",
             "the files in init/ do not belong to this base; remove the run folder and run init again",

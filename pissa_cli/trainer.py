@@ -87,7 +87,7 @@ def _accumulate(trainer: Trainer, step: int, indices: list[int]) -> Tensor:
         last = number + 1 == len(chunks)
         alone = zero.spreads(trainer.model) or last
         with contextlib.nullcontext() if alone else accelerator.no_sync(trainer.model):
-            loss = _summed_loss(trainer, examples, chunk) * float(counts) / num_targets
+            loss = micro_batch_loss(trainer, examples, chunk) * float(counts) / num_targets
             if zero.spreads(trainer.model):
                 zero.backward(trainer.model, loss * accelerator.num_processes, last)
             else:
@@ -102,7 +102,7 @@ def evaluate_loss(trainer: Trainer, examples: Examples) -> float:
     trainer.model.eval()
     total = torch.zeros((), device=trainer.accelerator.device, dtype=torch.float64)
     for chunk, counts in _own_chunks(trainer, examples, list(range(len(examples)))):
-        total += _summed_loss(trainer, examples, chunk) * float(counts)
+        total += micro_batch_loss(trainer, examples, chunk) * float(counts)
     total = trainer.accelerator.reduce(total, "sum")
     if isinstance(trainer.model, FSDPModule):
         trainer.model.reshard()  # which only a backward pass does by itself
@@ -122,7 +122,8 @@ def _own_chunks(trainer: Trainer, examples: Examples, indices: list[int]) -> lis
     return [(chunk, True) for chunk in mine] + [(idle, False)] * (max(map(len, chunks)) - len(mine))
 
 
-def _summed_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tensor:
+def micro_batch_loss(trainer: Trainer, examples: Examples, chunk: list[int]) -> Tensor:
+    """The loss of a micro-batch, summed over its target tokens; chunk: its examples."""
     batch = collate(examples, chunk, trainer.pad_id, trainer.packed)
     device = trainer.accelerator.device
     with autocast(trainer.recipe, device):

@@ -171,6 +171,8 @@ def test_the_rounding_of_a_new_head_is_no_padding(change: float, refused: bool, 
     """Its logits are near zero, and sums of much larger numbers."""
 
     class Rounded(nn.Module):
+        device = torch.device("cpu")
+
         def forward(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
             return SimpleNamespace(logits=torch.full((len(input_ids), 2), 0.01 + change * (len(input_ids) > 1)))
 
@@ -178,7 +180,7 @@ def test_the_rounding_of_a_new_head_is_no_padding(change: float, refused: bool, 
     examples = Examples(ids, torch.ones(7, dtype=torch.bool), offsets, labels=torch.tensor([0.0, 1.0]))
     made = classifier(Path("none"), "model.bits=16", "train.precision=bf16")
     with pytest.raises(UsageError, match="changes with the padding") if refused else nullcontext():
-        require_padding_unseen(made, Rounded(), examples, 0, torch.device("cpu"))  # type: ignore[arg-type]
+        require_padding_unseen(made, Rounded(), examples, 0)  # type: ignore[arg-type]
 
 
 def test_what_sees_its_padding_is_refused(classifier: Callable[..., Any], tmp_path: Path) -> None:

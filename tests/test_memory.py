@@ -15,7 +15,7 @@ import torch
 from runs import BASE
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from pissa_cli.assembly import _reaches_all
+from pissa_cli.assembly import _one_pass
 from pissa_cli.errors import Interrupted
 from pissa_cli.heap import KERNELS, TUNABLES
 from pissa_cli.ledger import Ledger
@@ -99,8 +99,7 @@ def test_to_see_which_parts_a_text_reaches_takes_no_more_than_a_step(
     made, peaks = recipe(models("llama"), *LONG, f"data.train={long_rows}", *sets), []
 
     def looked_at(trainer: Trainer, step: int, indices: list[int]) -> torch.Tensor:
-        parts = trainer.recipe, trainer.model, trainer.examples, trainer.pad_id, trainer.accelerator.device
-        for work in (lambda: _accumulate(trainer, step, indices), lambda: _reaches_all(*parts, trainer.chunked)):
+        for work in (lambda: _accumulate(trainer, step, indices), lambda: _one_pass(trainer)):
             with Ledger() as ledger:
                 work()
             trainer.optimizer.zero_grad()

@@ -79,7 +79,7 @@ def test_a_leak_shows_whatever_the_first_example(first: int, leaking: PreTrained
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     examples = Examples(ids, torch.ones(len(ids), dtype=torch.bool), offsets)
     made = recipe(Path("none"), "train.precision=bf16")
-    assert not packs(made, leaking.bfloat16(), examples, 0, torch.device("cpu"))
+    assert not packs(made, leaking.bfloat16(), examples, 0)
 
 
 def test_the_longest_row_is_compared_as_well(recipe: Make) -> None:
@@ -96,7 +96,7 @@ def test_the_longest_row_is_compared_as_well(recipe: Make) -> None:
     examples = Examples(ids, torch.ones(len(ids), dtype=torch.bool), torch.arange(0, 8 * 40 + 1, 40))
     for size, sound in (("2", True), ("8", False)):
         made = recipe(Path("none"), "model.bits=32", "train.precision=fp32", f"train.micro_batch_size={size}")
-        assert packs(made, model, examples, 0, torch.device("cpu")) == sound
+        assert packs(made, model, examples, 0) == sound
 
 
 def test_memory_that_does_not_suffice_says_nothing_of_packing(
@@ -113,10 +113,10 @@ def test_memory_that_does_not_suffice_says_nothing_of_packing(
 
     monkeypatch.setattr(guards, "summed_loss", full)
     made = recipe(Path("none"), "model.bits=32", "train.precision=fp32")
-    assert packs(made, model, examples, 0, torch.device("cpu")) and seen[0] > 600  # on the first few already
+    assert packs(made, model, examples, 0) and seen[0] > 600  # on the first few already
     monkeypatch.setattr(guards, "summed_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("never")))
     with pytest.raises(torch.OutOfMemoryError):
-        packs(made, model, examples, 0, torch.device("cpu"))
+        packs(made, model, examples, 0)
 
 
 @pytest.mark.parametrize("architecture", [*CONFIGS, *MOE_CONFIGS])

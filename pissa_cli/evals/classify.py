@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli.batches import collate, micro_batches, padding
+from pissa_cli.batches import collate, micro_batches, on_device, padding
 from pissa_cli.evals.bench import Progress
 from pissa_cli.examples import Examples
 
@@ -81,7 +81,7 @@ def logits_of(model: PreTrainedModel, examples: Examples, pad_id: int, size: int
         batch = collate(examples, chunk, pad_id, packing=False)
         del batch["labels"]
         try:
-            found = model(**{key: tensor.to(model.device) for key, tensor in batch.items()}).logits.float().cpu()
+            found = model(**on_device(batch, model.device)).logits.float().cpu()
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
                 raise
