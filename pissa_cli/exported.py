@@ -1,4 +1,4 @@
-"""What a run exports: written at the end of training, loaded from its files by everything after."""
+"""What a training has left, or a checkpoint of it would: looked up, checked and loaded. `result` writes it."""
 
 from __future__ import annotations
 
@@ -13,110 +13,25 @@ from transformers import PreTrainedModel
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, as_lora
-from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_modules
-from pissa_cli.card import model_card
-from pissa_cli.checkpoint import Names, checkpoint_tensors
-from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.initialize import frozen_base, open_run, read_start, require_base
+from pissa_cli.attach import attach, restore_whole, whole_modules
+from pissa_cli.checkpoint import checkpoint_tensors
+from pissa_cli.errors import UsageError
+from pissa_cli.initialize import open_run, read_start, require_base
 from pissa_cli.integrity import (
     DISTRUST,
     SEAL,
-    hashes,
     model_facts,
     not_finite,
-    read_settings,
     require_files,
     require_sealed,
-    sealed,
 )
 from pissa_cli.loading import load_model
-from pissa_cli.model import head_names, skeleton
-from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_config, rank_of, read_peft, reader_of, write_peft
-from pissa_cli.reached import checkpoints, latest_checkpoint, newest_facts, step_of
+from pissa_cli.model import skeleton
+from pissa_cli.peft_files import read_peft
+from pissa_cli.reached import checkpoints, latest_checkpoint, newest_facts, result_of, step_of
 from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import PROVENANCE, Run, read_json, whole_folder, write_json, write_text
-from pissa_cli.side_files import copy_side_files, copy_tokenizer, task_settings
-from pissa_cli.stops import write_stops
+from pissa_cli.rundir import PROVENANCE, Run, read_json
 from pissa_cli.weights import hash_file
-
-
-def write_result(
-    recipe: Recipe, model: PreTrainedModel, names: Names, trained: dict[str, Tensor], step: int, data: dict[str, Any]
-) -> Path:
-    """Write `adapter/` in PEFT files (or, for full fine-tuning, the model in `merged/`) and return its path.
-
-    names, trained: the parameters of `model` that train, and their values in whole. What it came from (method, step,
-    `data`, base) goes into pissa.json beside it. Over a dense base the adapter is made valid on the plain base, for
-    PiSSA at rank 2r; over NF4 on `base/`.
-    """
-    run, manifest = open_run(recipe)
-    adapter = recipe.adapter
-    spoilt = next((name for name, tensor in trained.items() if not_finite(tensor)), None)
-    if spoilt is not None:
-        raise PissaError(
-            f"training has diverged at its end: {spoilt} holds NaN or infinite values",
-            f"begin a new run (another --output) with a lower train.lr (now {recipe.lr:g})",
-        )
-    if isinstance(adapter, FullOptions):
-        with whole_folder(run.merged) as folder:
-            parameters = dict(model.named_parameters(remove_duplicate=False))
-            state = {n: trained[names[parameters[n]]] if n in parameters else t for n, t in model.state_dict().items()}
-            model.save_pretrained(folder, state_dict=state)
-            base, written = require_base(run, manifest, recipe), read_settings(folder)
-            copy_side_files(base, folder, recipe)  # over those that transformers wrote in the form of its own version
-            settings = read_settings(base)
-            if settings.get("model_type") != written["model_type"]:  # the language model alone of one that sees, too
-                settings = written
-            settings |= task_settings(model) | {"architectures": written["architectures"]}
-            dtype = "torch_dtype" if "torch_dtype" in settings else "dtype"
-            write_json(folder / "config.json", settings | {dtype: str(model.dtype).removeprefix("torch.")})
-            for file in folder.glob("*.safetensors"):
-                file.chmod(folder.stat().st_mode & 0o666)  # safetensors writes 0600
-            write_stops(folder, recipe)
-            provenance = {"method": "full", "step": step, "data": data}
-            provenance |= {"base_fingerprint": manifest["base"]["fingerprint"], **model_facts(folder)}
-            write_json(folder / PROVENANCE, sealed(provenance))
-        return run.merged
-    config, start = read_start(run, manifest)
-    now = {
-        name: {key: trained.get(f"{name}.{key}", factor).cpu() for key, factor in layer.factors().items()}
-        for name, layer in lowrank_layers(model).items()
-    }
-    whole = whole_modules(model, adapter.modules_to_save)
-    saved = {f"{n}.{key}": trained[names[p]] for n, m in whole.items() for key, p in m.named_parameters(recurse=False)}
-    result = _result(recipe, start, now, saved)
-    config = peft_config(
-        peft_type="VERA" if result.projections else "LORA",
-        base=frozen_base(recipe),
-        revision=recipe.model.revision,
-        ranks={name: rank_of(factors) for name, factors in result.factors.items()},
-        scales=start.scales,
-        targets={key: config[key] for key in ("target_modules", "target_parameters") if key in config},
-        fan_in_fan_out=config["fan_in_fan_out"],
-        seed=recipe.seed,
-        saved=result.saved,
-        heads=head_names(model),
-        save_projection=getattr(adapter, "save_projection", False),
-    )
-    provenance = {
-        "method": adapter.method,
-        "step": step,
-        "data": data,
-        "trained_rank": adapter.rank,
-        "exported_rank": config["r"],
-        "valid_on": frozen_base(recipe),
-        "base_fingerprint": manifest["base"]["stored_fingerprint" if recipe.model.bits == 4 else "fingerprint"],
-    }
-    if recipe.model.bits == 4:
-        write_stops(run.base, recipe)
-    with whole_folder(run.adapter) as folder:
-        write_peft(folder, result, config)
-        copy_tokenizer(require_base(run, manifest, recipe), folder, recipe)
-        what = f"exported as an adapter for {reader_of(config)}"
-        write_text(folder / "README.md", model_card(recipe, what, "peft", step))
-        provenance["hashes"] = hashes(folder, (PEFT_CONFIG, PEFT_WEIGHTS))
-        write_json(folder / PROVENANCE, sealed(provenance))
-    return run.adapter
 
 
 def load_result(recipe: Recipe, device: torch.device, step: int | None = None) -> PreTrainedModel:
@@ -165,8 +80,7 @@ def result_hash(recipe: Recipe, step: int | None = None) -> str:
 
 def is_trained(recipe: Recipe) -> bool:
     """Whether a training has reached its end in the run of a recipe."""
-    run = Run(Path(recipe.output))
-    return (run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter).is_dir()
+    return result_of(recipe).is_dir()
 
 
 def _trained_adapter(run: Run) -> Path:
@@ -276,10 +190,10 @@ def checkpoint_files(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
         for key, parameter in module.named_parameters(recurse=False):
             tied = next(n for n, p in model.named_parameters() if p is parameter)
             saved[f"{name}.{key}"] = trained[tied]
-    return base, _result(recipe, start, now, saved)
+    return base, exported_adapter(recipe, start, now, saved)
 
 
-def _result(recipe: Recipe, start: Adapter, now: dict[str, Factors], saved: dict[str, Tensor]) -> Adapter:
+def exported_adapter(recipe: Recipe, start: Adapter, now: dict[str, Factors], saved: dict[str, Tensor]) -> Adapter:
     """The adapter to export: for the plain base over dense weights, for `base/` over NF4."""
     method = METHODS[recipe.adapter.method]
     factors = {

@@ -23,7 +23,7 @@ from pissa_cli.model import context_length, resolve_base
 from pissa_cli.plan import make_plan
 from pissa_cli.reached import newest_facts
 from pissa_cli.recipe import Recipe
-from pissa_cli.report import left_by_peft, left_dense
+from pissa_cli.report import notes_of
 from pissa_cli.rows import is_file, read_rows
 from pissa_cli.rundir import Run
 from pissa_cli.sets import load_sets, num_held_out
@@ -100,8 +100,6 @@ def prepare(
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
     if recipe.data.classifies and not resumed:
         watch({"note": head_note(folder, recipe)})
-    if note := left_dense(manifest.get("kept_dense", [])):
-        watch({"note": note})
-    if note := left_by_peft(manifest.get("lost_in_peft", [])):
-        watch({"note": note})
+    for line in notes_of(manifest):
+        watch({"note": line})
     return manifest, tokenizer, examples, held_out

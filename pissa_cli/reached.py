@@ -52,7 +52,7 @@ def goes_on(run: Run, recipe: Recipe, resume: bool) -> bool:
     """Whether there are checkpoints to go on from. Refuses to overwrite a run, and to resume it with another recipe."""
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
-        result = run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter
+        result = result_of(recipe)
         if result.is_dir():
             raise UsageError(
                 f"{run.folder}: {result.name}/ is there, the checkpoints that it came from are gone",
@@ -74,6 +74,12 @@ def goes_on(run: Run, recipe: Recipe, resume: bool) -> bool:
                     "resume with the same value, or start a new run with another --output",
                 )
     return True
+
+
+def result_of(recipe: Recipe) -> Path:
+    """Where training leaves what it made: `adapter/`, or of full fine-tuning `merged/`."""
+    run = Run(Path(recipe.output))
+    return run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter
 
 
 def sections_before(run: Run) -> dict[str, dict[str, Any]]:

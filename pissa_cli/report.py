@@ -63,6 +63,12 @@ def compare_losses(runs: dict[str, Path], picture: Path) -> None:
     temporary.replace(picture)
 
 
+def notes_of(manifest: dict[str, Any]) -> list[str]:
+    """Of a start, for the person watching: the layers that stay dense, and those that stock PEFT does not find."""
+    notes = left_dense(manifest.get("kept_dense", [])), left_by_peft(manifest.get("lost_in_peft", []))
+    return [note for note in notes if note is not None]
+
+
 def left_dense(names: list[str]) -> str | None:
     """A line about linear layers that 4 bits leave as they are; None if there are none."""
     if not names:

@@ -27,7 +27,6 @@ from pissa_cli.checkpoint import (
 )
 from pissa_cli.errors import Interrupted
 from pissa_cli.examples import Examples
-from pissa_cli.exported import write_result
 from pissa_cli.faults import Faults
 from pissa_cli.initialize import Progress, require_base
 from pissa_cli.loading import load_model
@@ -38,6 +37,7 @@ from pissa_cli.reached import facts_of, go_on, sections_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.report import compare_losses
+from pissa_cli.result import write_result
 from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, write_text
 from pissa_cli.sharding import asked_by_accelerate
 from pissa_cli.steps import step_examples

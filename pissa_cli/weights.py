@@ -270,9 +270,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write one safetensors file; a failing disk is a PissaError that names the file."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes 0600
+        let_read(path)
     except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from None
+
+
+def let_read(path: Path) -> None:
+    """Have a file that safetensors wrote, which gives it 0600, read by whoever may read its folder."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 LAYERS = [
     "__main__ demo cli",
     "train evals convert export hub launch",
-    "assembly",
+    "assembly result",
     "trainer",
     "prepare kernels",
     "exported dense guards card serving probes layer_report int4",

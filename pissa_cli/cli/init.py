@@ -54,7 +54,7 @@ def init_command(
     from pissa_cli.errors import UsageError
     from pissa_cli.exported import is_trained
     from pissa_cli.initialize import initialize
-    from pissa_cli.report import left_by_peft, left_dense, summarize
+    from pissa_cli.report import notes_of, summarize
 
     recipe = loaded.recipe
     if report and recipe.adapter.method == "full":
@@ -64,10 +64,8 @@ def init_command(
         manifest = initialize(recipe, progress)
     rows = summarize(manifest)
     result = {"path": recipe.output, **manifest, "summary": rows}
-    if note := left_dense(manifest.get("kept_dense", [])):
-        show.say(note)
-    if note := left_by_peft(manifest.get("lost_in_peft", [])):
-        show.say(note)
+    for line in notes_of(manifest):
+        show.say(line)
     if names := manifest.get("left_out", []):
         note = f"get no adapter, as 3-D or shared weights that {recipe.adapter.method} cannot take"
         show.say(f"{note}: {names[0]}{f', ... ({len(names)} in all)' if len(names) > 1 else ''}")
