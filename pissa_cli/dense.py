@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.disk_names import names_on_disk
 from pissa_cli.errors import UsageError
-from pissa_cli.model import Linear, best_device, head_names, linear_layers, read_weight, skeleton
+from pissa_cli.model import Linear, best_device, head_names, linear_layers, read_weight
 from pissa_cli.panels import DROPPED, minus_product, rounded_at_random
 from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.recipe import Recipe
@@ -24,20 +23,24 @@ T = TypeVar("T")
 
 
 def dense_tensors(
-    recipe: Recipe, folder: Path, weights: Weights, adapter: Adapter, then: Callable[[str, Linear | None, Tensor], T]
+    recipe: Recipe,
+    model: PreTrainedModel,
+    weights: Weights,
+    adapter: Adapter,
+    then: Callable[[str, Linear | None, Tensor], T],
 ) -> Iterator[T]:
     """then(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone.
+    model: the skeleton of the base.
 
     What was trained is rounded at random, by the seed: to the nearest, 16 bits would lose most of a small change.
     The head of a classifier is in fp32, and comes last if the base has none. Several threads call `then`.
     """
-    model = skeleton(folder, recipe.model)
     layers = linear_layers(model, weights)
     linears, head, device = {layer.tensor: layer for layer in layers}, head_names(model), best_device()
     missing = set(adapter.factors) - {layer.name for layer in layers}
     if missing:
         raise UsageError(
-            f"the adapter has a layer {min(missing)} that {folder} lacks",
+            f"the adapter has a layer {min(missing)} that {weights.folder} lacks",
             "that is not its base model: name that one, --set model.name=FOLDER",
         )
     whole = dict(_on_disk(model, weights, adapter))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ from pissa_cli.side_files import (
 )
 from pissa_cli.stops import write_stops
 from pissa_cli.svd import frobenius_norm
-from pissa_cli.weights import ShardWriter, open_weights
+from pissa_cli.weights import ShardWriter, Weights, open_weights
 
 DENSE = "leave it in 16 bits: pissa merge"
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -70,9 +71,11 @@ def merge(
     with whole_folder(target_folder) as target:
         writer = ShardWriter(target)
         dtypes = {DTYPES[recipe.precision]}
-        dense = dense_tensors(recipe, folder, weights, adapter, lambda *made: made)
         model = skeleton(folder, recipe.model)
-        written = written_name(model, weights)
+        dense, written = (
+            dense_tensors(recipe, model, weights, adapter, lambda *made: made),
+            written_name(model, weights),
+        )
         for number, (name, linear, tensor) in enumerate(dense):
             if linear is not None:
                 dtypes.add(tensor.dtype)
@@ -117,16 +120,7 @@ def quantize(
     The run's own `quantized/`, or `int4/` of compressed-tensors, is replaced; any other folder with something in it is
     a UsageError.
     """
-    if model_folder is None and isinstance(recipe.adapter, FullOptions):
-        model_folder = full_model(recipe, step)
-    if model_folder is None:
-        folder, adapter = result_files(recipe, step)
-    else:
-        folder, adapter = model_folder, Adapter({}, {})
-        settings = read_settings(folder)
-        if "quantization_config" in settings:
-            raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=task_of(settings))})
+    recipe, folder, adapter = _source(recipe, model_folder, step)
     run = Run(Path(recipe.output))
     require_free(output, run.quantized if form == "nf4" else run.int4)
     for source in held_out_sources(recipe.data):
@@ -137,37 +131,21 @@ def quantize(
     require_same_layout(model, DENSE)
     if form == "nf4":
         double_quant = recipe.model.double_quant if double_quant is None else double_quant
-        four = _nf4(recipe, folder, linears, double_quant, absmax or recipe.model.absmax)
+        four = _nf4(recipe, model, weights, linears, double_quant, absmax or recipe.model.absmax)
     else:
-        four = _compressed_tensors(recipe, folder, model, linears)
+        four = _compressed_tensors(recipe, model, weights, linears)
     dense_bytes, error, norm = 0, 0.0, 0.0
-    # transformers leaves beside NF4 what is not packed as it is on disk, and multiplies no fp32 with 16 bits
-    heads = head_names(model) if form == "nf4" else []
-    dense = read_weight(weights, linears[0], torch.device("cpu"))[1] if heads else None
-
-    def pack(name: str, linear: Linear | None, tensor: Tensor) -> tuple[str, dict[str, Tensor], int, float, float]:
-        if name in weights.files:
-            require_finite(name, tensor, weights)
-        if dense is not None and name.split(".")[0] in heads:
-            tensor = rounded(recipe, name, tensor.float(), dense)
-        size = tensor.numel() * tensor.element_size()
-        if linear is None or not four.takes(linear):
-            return name, {name: tensor}, size, 0.0, 0.0
-        W = (tensor.T if linear.transposed else tensor).to(best_device()).float().contiguous()
-        parts, back = four.pack(name, W, tensor.dtype)
-        return name, parts, size, frobenius_norm(back.sub_(W)) ** 2, frobenius_norm(W) ** 2
-
     with whole_folder(output) as target:
-        writer = ShardWriter(target)
-        packed, written = dense_tensors(recipe, folder, weights, adapter, pack), written_name(model, weights)
-        for number, (name, parts, size, square_error, square) in enumerate(packed):
-            dense_bytes, error, norm = dense_bytes + size, error + square_error, norm + square
-            for part, content in parts.items():
-                writer.add(written(part), content)
-            progress(number + 1, len(weights.files), name)
+        writer, written = ShardWriter(target), written_name(model, weights)
+        parts = dense_tensors(recipe, model, weights, adapter, partial(_part, recipe, weights, four))
+        for number, part in enumerate(parts):
+            dense_bytes, error, norm = dense_bytes + part.dense_bytes, error + part.error, norm + part.norm
+            for name, tensor in part.tensors.items():
+                writer.add(written(name), tensor)
+            progress(number + 1, len(weights.files), part.name)
         writer.close()
         four.write_config(target)
-        if model_folder is not None:
+        if not adapter.factors:
             keep_problem_type(folder, target)
         write_stops(target, recipe)
         write_text(target / "README.md", model_card(recipe, f"quantized to 4 bits ({form})", step=step))
@@ -183,33 +161,81 @@ def quantize(
     }
 
 
+def _source(recipe: Recipe, model_folder: Path | None, step: int | None) -> tuple[Recipe, Path, Adapter]:
+    """(the recipe, folder, adapter) of what is quantized: a run's base with its adapter, or a dense model, by its own
+    task and without one."""
+    if model_folder is None and not isinstance(recipe.adapter, FullOptions):
+        return recipe, *result_files(recipe, step)
+    folder = model_folder or full_model(recipe, step)
+    settings = read_settings(folder)
+    if "quantization_config" in settings:
+        raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
+    model = recipe.model.model_copy(update=task_of(settings))
+    return recipe.model_copy(update={"model": model}), folder, Adapter({}, {})
+
+
+class _Part(NamedTuple):
+    """A weight as it is written: its tensors by name, its bytes before, and the squares of what was lost and of all."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    dense_bytes: int
+    error: float = 0.0
+    norm: float = 0.0
+
+
+def _part(recipe: Recipe, weights: Weights, four: _Form, name: str, linear: Linear | None, tensor: Tensor) -> _Part:
+    if name in weights.files:
+        require_finite(name, tensor, weights)
+    if (dtype := four.recast.get(name.split(".")[0])) is not None:
+        tensor = rounded(recipe, name, tensor.float(), dtype)
+    size = tensor.numel() * tensor.element_size()
+    if linear is None or not four.takes(linear):
+        return _Part(name, {name: tensor}, size)
+    W = (tensor.T if linear.transposed else tensor).to(best_device()).float().contiguous()
+    tensors, back = four.pack(name, W, tensor.dtype)
+    return _Part(name, tensors, size, frobenius_norm(back.sub_(W)) ** 2, frobenius_norm(W) ** 2)
+
+
 @dataclass(frozen=True)
 class _Form:
-    """A way to write 4 bits: which layers it takes, the tensors of a weight (out, in) fp32 and how it reads back, and
-    the side files of a folder."""
+    """A way to write 4 bits: which layers it takes, the tensors of a weight (out, in) fp32 and how it reads back, the
+    side files of a folder; and the dtypes of parts of the model that it leaves dense, where they get another one."""
 
     takes: Callable[[Linear], bool]
     pack: Callable[[str, Tensor, torch.dtype], tuple[dict[str, Tensor], Tensor]]
     write_config: Callable[[Path], None]
+    recast: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
-def _nf4(recipe: Recipe, folder: Path, linears: list[Linear], double_quant: bool, absmax: quant.Absmax) -> _Form:
+def _nf4(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    weights: Weights,
+    linears: list[Linear],
+    double_quant: bool,
+    absmax: quant.Absmax,
+) -> _Form:
     require_packable(linears, DENSE)
+    heads = head_names(model)
+    # transformers leaves beside NF4 what is not packed as it is on disk, and multiplies no fp32 with 16 bits
+    recast = dict.fromkeys(heads, read_weight(weights, linears[0], torch.device("cpu"))[1]) if heads else {}
     return _Form(
         lambda linear: linear.packable,
         lambda name, W, dtype: quant.pack_tensors(name, quant.Store(4, dtype, double_quant, absmax), W),
-        lambda target: write_nf4_config(folder, target, recipe, linears, double_quant),
+        lambda target: write_nf4_config(weights.folder, target, recipe, linears, double_quant),
+        recast,
     )
 
 
-def _compressed_tensors(recipe: Recipe, folder: Path, model: PreTrainedModel, linears: list[Linear]) -> _Form:
+def _compressed_tensors(recipe: Recipe, model: PreTrainedModel, weights: Weights, linears: list[Linear]) -> _Form:
     int4.require_compressed_tensors()
     group = int4.group_size(linears)
     taken = {layer.name for layer in linears if int4.takes(layer, group)}
 
     def write_config(target: Path) -> None:
-        copy_side_files(folder, target, recipe)
-        settings = read_settings(folder) | task_settings(model)
+        copy_side_files(weights.folder, target, recipe)
+        settings = read_settings(weights.folder) | task_settings(model)
         settings["quantization_config"] = int4.config(dense_modules(model, target, taken), group)
         write_json(target / "config.json", settings)
 

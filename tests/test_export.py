@@ -197,8 +197,8 @@ def test_a_wrong_merge_is_refused(
     made = trained(recipe, models("llama"), rows, "model.bits=32")
     original = export.dense_tensors
 
-    def doubled(recipe: Any, folder: Path, weights: Any, adapter: Adapter, then: Any) -> Any:
-        return original(recipe, folder, weights, Adapter(adapter.factors, dict.fromkeys(adapter.scales, 2.0)), then)
+    def doubled(recipe: Any, model: Any, weights: Any, adapter: Adapter, then: Any) -> Any:
+        return original(recipe, model, weights, Adapter(adapter.factors, dict.fromkeys(adapter.scales, 2.0)), then)
 
     monkeypatch.setattr(export, "dense_tensors", doubled)
     with pytest.raises(PissaError, match="logits differ"):
