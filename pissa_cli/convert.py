@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import math
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters import pissa
@@ -35,7 +35,7 @@ from pissa_cli.peft_files import PeftWriter, peft_config, rank_of, read_peft, re
 from pissa_cli.probes import logit_difference, probe_logits
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import require_free, whole_folder, write_text
-from pissa_cli.serving import TEMPLATES, check_served, require_server
+from pissa_cli.serving import check_served, require_server
 from pissa_cli.side_files import copy_tokenizer
 from pissa_cli.stops import unknown_ends
 from pissa_cli.svd import SVD
@@ -90,30 +90,24 @@ def export_lora(
         saved=adapter.saved,
         heads=head_names(model),
     )
-    lost = whole = worst = 0.0
+    norms = []
     with whole_folder(output) as folder:
         shapes = {layer.name: _shapes(layer, ranks[layer.name]) for layer in layers}
         writer = PeftWriter(folder, config, shapes, adapter.saved, adapter.embeddings)
-        if as_it_is:
-            for name, factors in adapter.factors.items():
-                writer.add(name, factors)
-        else:
-            for layer in layers:
-                wanted = ranks[layer.name]
-                A, B = adapter.pair(layer.name, torch.Size((layer.num_out, layer.num_in)), best_device())
-                if wanted < A.shape[0]:
-                    A, B, missed, norm = recompress(A, B, wanted)
-                    lost, whole, worst = lost + missed**2, whole + norm**2, max(worst, missed / max(norm, 1e-30))
-                writer.add(layer.name, _padded(A, B, wanted))
+        for layer in layers:
+            factors = adapter.factors[layer.name]
+            if not as_it_is:
+                factors, missed, norm = _at_rank(adapter, layer, ranks[layer.name])
+                norms.append((missed, norm))
+            writer.add(layer.name, factors)
         writer.close()
         copy_tokenizer(plain, folder, recipe)
         what = f"written as a LoRA for the plain base model and {reader_of(config)}"
         write_text(folder / "README.md", model_card(recipe, what, "peft", step))
-        serve = check_served(folder, server, output, plain) if server else None
-        if serve and server in TEMPLATES and recipe.data.chat_template is not None:
-            option, file = TEMPLATES[server]
-            serve += f" {option} {shlex.quote(str(output / file))}"
+        own_template = recipe.data.chat_template is not None
+        serve = check_served(folder, server, output, plain, own_template) if server else None
         compared = _compare(recipe, stored, result, plain, folder) if check else {}
+    lost, whole = (sum(norm**2 for norm in each) for each in zip((0.0, 0.0), *norms, strict=True))
     return {
         "path": str(output),
         "bytes": sum(path.stat().st_size for path in output.iterdir()),
@@ -121,7 +115,7 @@ def export_lora(
         "ranks": [min(ranks.values()), max(ranks.values())],
         "base": recipe.model.name,
         "relative_error": math.sqrt(lost / whole) if whole else 0.0,
-        "worst_relative_error": worst,
+        "worst_relative_error": max((missed / max(norm, 1e-30) for missed, norm in norms), default=0.0),
         "serve": serve,
         "unknown_ends": unknown_ends(plain, recipe),
         **compared,
@@ -158,10 +152,15 @@ def _shapes(layer: Linear, rank: int) -> dict[str, tuple[int, ...]]:
     return {"A": (rank, layer.num_in), "B": (layer.num_out, rank)}
 
 
-def _padded(A: Tensor, B: Tensor, rank: int) -> Factors:
-    """With zero rows and columns up to `rank`."""
+def _at_rank(adapter: Adapter, layer: Linear, rank: int) -> tuple[Factors, float, float]:
+    """(A and B of a layer of this rank and scale 1, norm of what they miss, norm of its change): recompressed, or with
+    zero rows and columns; the norms are 0 where nothing is missed."""
+    A, B = adapter.pair(layer.name, torch.Size((layer.num_out, layer.num_in)), best_device())
+    missed = norm = 0.0
+    if rank < A.shape[0]:
+        A, B, missed, norm = recompress(A, B, rank)
     more = rank - A.shape[0]
-    return {"A": torch.nn.functional.pad(A, (0, 0, 0, more)), "B": torch.nn.functional.pad(B, (0, more))}
+    return {"A": functional.pad(A, (0, 0, 0, more)), "B": functional.pad(B, (0, more))}, missed, norm
 
 
 def _compare(recipe: Recipe, stored: Path, adapter: Adapter, plain: Path, folder: Path) -> dict[str, float]:

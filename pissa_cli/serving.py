@@ -107,8 +107,9 @@ def require_server(name: str) -> None:
         raise UsageError(f"--for {name}: unknown server", f"known: {', '.join(SERVERS)}")
 
 
-def check_served(folder: Path, server: str, output: Path, plain: Path) -> str:
-    """The line that serves the LoRA files in `folder` when they are in `output`; `plain`: the folder of their base.
+def check_served(folder: Path, server: str, output: Path, plain: Path, own_template: bool = False) -> str:
+    """The line that serves the LoRA files in `folder` when they are in `output`; `plain`: the folder of their base;
+    own_template: they come with a chat template that the base has not.
 
     Raises UsageError, with the remedy, for files that this server refuses or would serve wrongly: all of them take one
     rank and one scale from adapter_config.json and ignore `rank_pattern` and `alpha_pattern`, vLLM before 0.32; none
@@ -152,7 +153,11 @@ def check_served(folder: Path, server: str, output: Path, plain: Path) -> str:
         return f"python convert_lora_to_gguf.py {shlex.quote(str(output))} --base {shlex.quote(str(plain))}"
     base, lora = (shlex.quote(str(path)) for path in (config["base_model_name_or_path"], output))
     revision = f" --revision {shlex.quote(config['revision'])}" if "revision" in config else ""
-    return rules.serve.format(base=base, folder=lora, rank=allowed) + revision
+    line = rules.serve.format(base=base, folder=lora, rank=allowed) + revision
+    if not own_template or server not in TEMPLATES:
+        return line
+    option, file = TEMPLATES[server]
+    return f"{line} {option} {shlex.quote(str(output / file))}"
 
 
 def _adapted(tensors: list[str], server: str) -> set[str]:
