@@ -22,7 +22,6 @@ from pissa_cli.attach import (
     share_inputs,
     train_whole,
 )
-from pissa_cli.checkpoint import Names
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.experts import has_experts
@@ -39,7 +38,7 @@ from pissa_cli.initialize import read_start, require_base
 from pissa_cli.kernels import compile_blocks, misses_liger, use_liger, wants_liger
 from pissa_cli.loss import autocast_inside
 from pissa_cli.model import num_parameters
-from pissa_cli.optim import make_optimizer
+from pissa_cli.optim import Names, make_optimizer
 from pissa_cli.prepare import Watch
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import Run

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pissa_cli.errors import UsageError
-from pissa_cli.optim import optimizer_tensors, restore_optimizer
+from pissa_cli.optim import Names, optimizer_tensors, restore_optimizer
 from pissa_cli.reached import checkpoints, step_of
 from pissa_cli.report import read_metrics
 from pissa_cli.rundir import Run, read_json, remove_folder, set_aside, whole_folder, write_json
 from pissa_cli.sharding import put, whole
 from pissa_cli.weights import hash_file, load_tensors, save_tensors
 
-Names = dict[nn.Parameter, str]
-"""The parameters that train, by name."""
 _TENSORS = ("trained.safetensors", "optimizer.safetensors")
 
 

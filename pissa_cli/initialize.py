@@ -244,20 +244,21 @@ def _one_tensor(
     dtype = {4: original.dtype, 16: torch.bfloat16, 32: torch.float32}[recipe.model.bits]
     store = quant.Store(4 if four else 16, dtype, recipe.model.double_quant, recipe.model.absmax)
     if method is None:
-        return _Item(tensor, linear.name, original, _stored(tensor, linear, quant.pack(store, W)))
+        return _Item(tensor, linear.name, original, _stored(linear, quant.pack(store, W)))
     layer = Layer(linear.name, plan.ranks[linear.name], plan.scales[linear.name], recipe.seed, store, linear.embedding)
     start = method.start(W, layer, {**recipe.adapter.model_dump(), "passes": recipe.passes if four else 1})
     figures = {"name": linear.name, "kind": linear.kind, "shape": [linear.num_out, linear.num_in], "rank": layer.rank}
     figures |= start.figures | _errors(W, start, layer)
-    stored = _stored(tensor, linear, start.frozen) if recipe.model.bits == 4 else {}
+    stored = _stored(linear, start.frozen) if recipe.model.bits == 4 else {}
     factors = {key: factor.cpu() for key, factor in start.factors.items()}
     return _Item(tensor, linear.name, original, stored, factors, figures)
 
 
-def _stored(tensor: str, linear: Linear, frozen: quant.Packed | Tensor) -> dict[str, Tensor]:
+def _stored(linear: Linear, frozen: quant.Packed | Tensor) -> dict[str, Tensor]:
+    """The tensors of a frozen weight (out, in), as the base's files name and lay them out."""
     if isinstance(frozen, Tensor):
-        return {tensor: (frozen.T.contiguous() if linear.transposed else frozen).cpu()}
-    return {name: part.cpu() for name, part in frozen.tensors(tensor).items()}
+        return {linear.tensor: (frozen.T.contiguous() if linear.transposed else frozen).cpu()}
+    return {name: part.cpu() for name, part in frozen.tensors(linear.tensor).items()}
 
 
 def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:

@@ -26,7 +26,7 @@ from pissa_cli.heap import KERNELS
 from pissa_cli.ledger import Heap, Ledger, Operations
 from pissa_cli.loss import autocast, loss_at, summed_loss
 from pissa_cli.model import DTYPES, Linear, best_device, dense_dtype, num_parameters, skeleton
-from pissa_cli.optim import make_optimizer
+from pissa_cli.optim import Names, make_optimizer
 from pissa_cli.packing import BY_SEQUENCE, attend_by_sequence, takes_positions, without_mask
 from pissa_cli.peft_files import FACTOR_NAMES
 from pissa_cli.plan import Plan
@@ -241,7 +241,7 @@ def _adapter(plan: Plan, method: Method) -> Adapter:
     return Adapter(factors, plan.scales, projections)
 
 
-def _optimizer_step(names: dict[nn.Parameter, str], recipe: Recipe, device: torch.device) -> Callable[[], Any]:
+def _optimizer_step(names: Names, recipe: Recipe, device: torch.device) -> Callable[[], Any]:
     """What takes a step of the optimizer; bitsandbytes', whose state has 2 bytes a number, takes none."""
     if recipe.train.optimizer != "adamw":
         states = [torch.empty(2 * parameter.numel(), dtype=torch.uint8) for parameter in names]

@@ -15,8 +15,11 @@ from pissa_cli.errors import UsageError
 from pissa_cli.recipe import Recipe, TrainSection
 from pissa_cli.sharding import spread_as, whole
 
+Names = dict[nn.Parameter, str]
+"""The parameters that train, and how checkpoints call them."""
 
-def make_optimizer(names: dict[nn.Parameter, str], recipe: Recipe) -> torch.optim.Optimizer:
+
+def make_optimizer(names: Names, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with betas (0.9, 0.999), or bitsandbytes' paged 8-bit AdamW. names: the parameters that train.
 
     Each group's `ratio` multiplies the learning rate: that of B over that of A for LoRA+ (arXiv 2402.12354), and that
@@ -55,16 +58,13 @@ def learning_rate(step: int, total: int, section: TrainSection, peak: float) -> 
     return peak * max(0.0, 1 - progress) if section.schedule == "linear" else peak
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], first: bool
-) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Names, first: bool) -> dict[str, Tensor]:
     """The state as `{"parameter|key": tensor}`, in whole; Python numbers become 0-dimensional fp64 tensors.
 
     All processes must ask, the `first` gets it.
     """
-    tensors = {}
+    tensors, spread = {}, zero.spreads(optimizer)
     for parameter, name in names.items():
-        spread = zero.spreads(optimizer)
         state = zero.states(optimizer, parameter) if spread else optimizer.state.get(parameter, {})
         for key, value in state.items():
             kept = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
@@ -74,9 +74,7 @@ def optimizer_tensors(
     return tensors
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]
-) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: Names, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` took. UsageError if it is the state of other parameters."""
     parameters = {name: parameter for parameter, name in names.items()}
     states: dict[nn.Parameter, dict[str, Any]] = {}

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.attach import lowrank_layers, whole_modules
 from pissa_cli.card import model_card
-from pissa_cli.checkpoint import Names
 from pissa_cli.errors import PissaError
 from pissa_cli.exported import exported_adapter
 from pissa_cli.initialize import frozen_base, open_run, read_start, require_base
 from pissa_cli.integrity import hashes, model_facts, not_finite, read_settings, sealed
 from pissa_cli.model import head_names
+from pissa_cli.optim import Names
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_config, rank_of, reader_of, write_peft
 from pissa_cli.reached import result_of
 from pissa_cli.recipe import Recipe

@@ -13,9 +13,9 @@ from torch.distributed.fsdp import FSDPModule
 from pissa_cli import zero
 from pissa_cli.attach import forget_shared
 from pissa_cli.batches import collate, micro_batches, on_device
-from pissa_cli.checkpoint import Names
 from pissa_cli.examples import Examples
 from pissa_cli.loss import autocast, summed_loss
+from pissa_cli.optim import Names
 from pissa_cli.prepare import Watch
 from pissa_cli.recipe import Recipe
 from pissa_cli.sharding import whole

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pissa_cli import quant
 from pissa_cli.adapters import lora
-from pissa_cli.adapters.start import Factors, Layer, Method, Start, balanced
+from pissa_cli.adapters.start import Factors, Layer, Method, Start, balanced, energy
 from pissa_cli.panels import minus, minus_product
 from pissa_cli.quant import Packed
-from pissa_cli.svd import SVD, UNCHECKED, frobenius_norm, project, project_svd, truncated_svd
+from pissa_cli.svd import SVD, UNCHECKED, project, project_svd, truncated_svd
 
 OVER_RELAXATION = 0.8
 
@@ -31,7 +31,7 @@ def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     svd = truncated_svd(weight, layer.rank, UNCHECKED if rough else options["svd"], layer.seed, layer.name)
     if not float(svd.S[0]) > 0:  # both factors would be zero and never train
         return lora.start(weight, layer, lora.DEFAULT)
-    figures = {"energy": float(svd.S.double().square().sum()) / max(frobenius_norm(weight) ** 2, 1e-300)}
+    figures = {"energy": energy(svd.S, weight)}
     svd, frozen = (_refit if refit else _alternate)(weight, svd, layer, options)
     A, B = balanced(svd, layer.scale)
     return Start({"A": A, "B": B}, frozen, figures)

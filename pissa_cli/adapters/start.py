@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pissa_cli.quant import Packed, Store
-from pissa_cli.svd import SVD
+from pissa_cli.svd import SVD, frobenius_norm
 
 Factors = dict[str, Tensor]
 """Named fp32 factors of one layer: A (r, in), B (out, r), and where a method has them d (r,), b (out,)."""
@@ -115,6 +115,11 @@ def as_lora(factors: Factors) -> Factors:
     if "A" in factors and "d" in factors:
         return {"A": factors["A"], "B": factors["B"] * factors["d"]}
     return factors
+
+
+def energy(S: Tensor, weight: Tensor) -> float:
+    """The share of ||W||^2 in these singular values (r,) of W (out, in)."""
+    return float(S.double().square().sum()) / max(frobenius_norm(weight) ** 2, 1e-300)
 
 
 def balanced(svd: SVD, scale: float) -> tuple[Tensor, Tensor]:

@@ -8,17 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from pissa_cli import quant
-from pissa_cli.adapters.start import Factors, Layer, Method, Start
+from pissa_cli.adapters.start import Factors, Layer, Method, Start, energy
 from pissa_cli.panels import minus_product
-from pissa_cli.svd import frobenius_norm, truncated_svd
+from pissa_cli.svd import truncated_svd
 
 
 def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
     """options: `svd` (fast, exact). A = Vh, B = U, d = S; W_e = store(W - U diag(d) Vh); s = 1."""
     U, S, Vh = truncated_svd(weight, layer.rank, options["svd"], layer.seed, layer.name)
-    energy = float(S.double().square().sum()) / max(frobenius_norm(weight) ** 2, 1e-300)
     frozen = quant.pack(layer.store, minus_product(weight, U * S, Vh))
-    return Start({"A": Vh, "B": U, "d": S}, frozen, {"energy": energy})
+    return Start({"A": Vh, "B": U, "d": S}, frozen, {"energy": energy(S, weight)})
 
 
 def on_plain_base(now: Factors, start: Factors) -> Factors:
