@@ -83,11 +83,7 @@ def evaluate_command(
         return
     if allow_code_execution and runs_code(loaded.recipe):
         show.say(f"programs that the model writes run in {protection().text()}")
-    with show.counting("eval") as update:
-
-        def progress(bench: str, done: int, total: int) -> None:
-            update(done, total, bench)
-
+    with show.counting("eval") as progress:
         if samples is not None:
             result = {"results": score_samples(loaded.recipe, samples, allow_code_execution, progress)}
         elif compare_base and checkpoint is None and not is_trained(loaded.recipe):

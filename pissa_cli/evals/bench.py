@@ -9,7 +9,8 @@ from typing import Any
 
 from pissa_cli.rows import Row
 
-Progress = Callable[[int, int], None]
+Count = Callable[[int, int], None]
+"""Called with (done, in all) of one benchmark."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Grade:
     detail: str = ""
 
 
+Grading = Callable[[Sequence[Row], Sequence[str], Count], list[Grade]]
+"""(rows, outputs, count) -> a grade each."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """One benchmark.
@@ -28,7 +33,7 @@ class Bench:
     data: id[:subset[:split]] on the Hub. published: number of rows -> the set that has so many.
     fields: the texts that a row needs.
     problem: (row) -> why it is no row of this benchmark, or None. identity: a row's own id, where it has one.
-    grade: (rows, outputs, progress) -> a grade each. runs_code: whether grading runs what the model wrote.
+    runs_code: whether grading runs what the model wrote.
     beside: (rows, outputs) -> figures that stand beside the score. note: (outputs) -> what makes the score misleading.
     """
 
@@ -37,7 +42,7 @@ class Bench:
     fields: tuple[str, ...]
     question: Callable[[Row], str]
     reference: Callable[[Row], str]
-    grade: Callable[[Sequence[Row], Sequence[str], Progress], list[Grade]]
+    grade: Grading
     metric: str
     protocol: str
     problem: Callable[[Row], str | None] = lambda _row: None
@@ -47,7 +52,7 @@ class Bench:
     runs_code: bool = False
 
 
-def one_by_one(grade: Callable[[Row, str], Grade]) -> Callable[[Sequence[Row], Sequence[str], Progress], list[Grade]]:
+def one_by_one(grade: Callable[[Row, str], Grade]) -> Grading:
     """Grades that need but a row and its output."""
     return lambda rows, outputs, _: [grade(row, output) for row, output in zip(rows, outputs, strict=True)]
 

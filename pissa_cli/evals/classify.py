@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli.batches import collate, micro_batches, on_device, padding
-from pissa_cli.evals.bench import Progress
+from pissa_cli.evals.bench import Count
 from pissa_cli.examples import Examples
 
 RESAMPLED = 1000
@@ -72,7 +72,7 @@ def standard_error(metric: str, predicted: Array, wanted: Array) -> float:
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel, examples: Examples, pad_id: int, size: int, progress: Progress) -> Tensor:
+def logits_of(model: PreTrainedModel, examples: Examples, pad_id: int, size: int, progress: Count) -> Tensor:
     """Logits (n, labels) of all texts, fp32 on the CPU; the longest first, in batches halved until they fit."""
     logits: dict[int, Tensor] = {}
     todo = micro_batches(examples, list(range(len(examples))), size, packed=False)
@@ -101,7 +101,7 @@ def score(
     labels: Sequence[str],
     metric: str | None,
     batch_size: int,
-    progress: Progress,
+    progress: Count,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(result, samples). score: 100 times `metric`, as GLUE has it; without one the loss, nats or squared error a text.
 

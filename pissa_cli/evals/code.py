@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pissa_cli.evals.bench import Grade, Progress
+from pissa_cli.evals.bench import Count, Grade, Grading
 from pissa_cli.evals.sandbox import run_programs
 from pissa_cli.rows import Row
 
@@ -32,12 +32,10 @@ def written(output: str) -> str:
     return code
 
 
-def graded(
-    program: Callable[[Row, str], str],
-) -> Callable[[Sequence[Row], Sequence[str], Progress], list[Grade]]:
+def graded(program: Callable[[Row, str], str]) -> Grading:
     """Grades by running; program: (row, output) -> the source that passes if the output is right."""
 
-    def grade(rows: Sequence[Row], outputs: Sequence[str], progress: Progress) -> list[Grade]:
+    def grade(rows: Sequence[Row], outputs: Sequence[str], progress: Count) -> list[Grade]:
         answered = [index for index, output in enumerate(outputs) if output.strip()]
         verdicts = run_programs([program(rows[i], outputs[i]) for i in answered], progress)
         grades = [Grade(None, False, "empty output")] * len(rows)

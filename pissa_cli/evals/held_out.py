@@ -8,12 +8,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli.batches import batch_losses, padding
-from pissa_cli.evals.bench import Progress
+from pissa_cli.evals.bench import Count
 from pissa_cli.examples import Examples
 
 
 def score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, progress: Progress
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples, progress: Count
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Loss per target token over the whole set; stderr over examples, by the ratio's linearization."""
     samples: list[dict[str, Any]] = []

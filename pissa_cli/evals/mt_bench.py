@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa_cli.errors import UsageError
-from pissa_cli.evals.bench import Progress
+from pissa_cli.evals.bench import Count
 from pissa_cli.evals.judge import Judge
 from pissa_cli.rows import Row, read_rows, text_of
 
@@ -127,7 +127,7 @@ def grade(
     judge: Judge,
     kept: dict[int, str],
     keep: Callable[[int, str], None],
-    progress: Progress,
+    progress: Count,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(result, samples): every turn of every question judged, but those that are `kept` by 2 question + turn."""
     samples: list[dict[str, Any]] = []

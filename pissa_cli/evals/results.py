@@ -11,8 +11,7 @@ from typing import Any
 
 from pissa_cli import __version__
 from pissa_cli.errors import UsageError
-from pissa_cli.evals.bench import Grade, pass_at
-from pissa_cli.evals.bench import Progress as Count
+from pissa_cli.evals.bench import Count, Grade, pass_at
 from pissa_cli.evals.benches import GENERATED, check_benches, read_bench, source_of
 from pissa_cli.evals.outputs import read_samples
 from pissa_cli.evals.sandbox import protection
@@ -21,8 +20,8 @@ from pissa_cli.rows import Row
 from pissa_cli.rundir import Run, whole_folder, write_json
 
 PASS_AT = (1, 10, 100)
-Progress = Callable[[str, int, int], None]
-"""Called with (benchmark, done, in all)."""
+Progress = Callable[[int, int, str], None]
+"""Called with (done, in all, benchmark)."""
 
 
 def score_samples(
@@ -43,7 +42,7 @@ def score_samples(
         )
     began, rows = time.monotonic(), read_bench(bench, recipe)
     outputs = read_samples(source, GENERATED[bench], rows)
-    result, samples = grade_outputs(bench, rows, outputs, lambda done, total: progress(bench, done, total))
+    result, samples = grade_outputs(bench, rows, outputs, lambda done, total: progress(done, total, bench))
     result |= {"model": "samples", "samples": source}
     folder = Run(Path(recipe.output)).scores / "samples" / bench
     return {bench: write_result(folder, result, bench, recipe, samples, began)}

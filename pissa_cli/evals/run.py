@@ -17,7 +17,7 @@ from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data import question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import classify, harness, held_out, mt_bench
-from pissa_cli.evals.bench import Progress as Count
+from pissa_cli.evals.bench import Count
 from pissa_cli.evals.benches import GENERATED, check_benches, runs_code
 from pissa_cli.evals.generate import generate, same_in_batches, special_stops
 from pissa_cli.evals.judge import Judge
@@ -137,7 +137,7 @@ def _score_all(session: _Session, data: dict[str, Any], progress: Progress) -> d
         began = time.monotonic()
 
         def count(done: int, total: int, bench: str = bench) -> None:
-            progress(bench, done, total)
+            progress(done, total, bench)
 
         folder = session.folder / bench.replace(":", "/")
         with locked(session.folder / f"outputs of {bench.replace('/', ' ')}"):
