@@ -50,22 +50,29 @@ class _Look:
     render: Render
     mark: str
 
-    def attempt(self, changed: Sequence[Message] | None, ask: bool = False) -> str | None:
+    def attempt(self, changed: Sequence[Message], ask: bool = False) -> str | None:
         """The text; None if it is refused: some want no content beside a thought or a call."""
         try:
-            return None if changed is None else self.render(changed, ask)
+            return self.render(changed, ask)
         except Exception:  # templates raise what they like
             return None
 
     def marked(self, turn: int, before: bool, after: bool, upto: int | None = None) -> str | None:
         """With a mark beside the content of a message, or in its place if both are wanted."""
-        marks = self.mark if before else "", self.mark if after else ""
-        return self.attempt(_marked(self.messages, turn, *marks)[:upto])
+        said = "" if before and after else f"{self.mark * before}{self.messages[turn].get('content') or ''}"
+        return self._with(turn, {"content": f"{said}{self.mark * after}"}, upto)
 
     def named(self, upto: int | None = None) -> str | None:
-        """With a mark for the name of the first tool call."""
-        changed = _named(self.messages, self.turn, self.mark)
-        return self.attempt(changed and changed[:upto])
+        """With a mark for the name of the first tool call; None where there is none."""
+        if not (calls := self.messages[self.turn].get("tool_calls")):
+            return None
+        call, name = calls[0], {"name": self.mark}
+        call = {**call, "function": call["function"] | name} if "function" in call else call | name
+        return self._with(self.turn, {"tool_calls": [call, *calls[1:]]}, upto)
+
+    def _with(self, turn: int, values: Message, upto: int | None) -> str | None:
+        changed = [*self.messages[:turn], self.messages[turn] | values, *self.messages[turn + 1 :]]
+        return self.attempt(changed[:upto])
 
 
 def _begin(look: _Look) -> int:
@@ -96,10 +103,8 @@ def _begin(look: _Look) -> int:
 def _end(look: _Look, begin: int, upto: str, special: re.Pattern[str]) -> int:
     """Where the turn ends in the whole text, which goes on otherwise than that `upto` it."""
     turn, whole = look.turn, look.whole
-    said, alone_said = (
-        _parts(whole, look.marked(turn, False, True)),
-        _parts(upto, look.marked(turn, False, True, turn + 1)),
-    )
+    said = _parts(whole, look.marked(turn, False, True))
+    alone_said = _parts(upto, look.marked(turn, False, True, turn + 1))
     if said is None or alone_said is None or said < begin:  # a call, beside which the content is not shown
         said, alone_said = _parts(whole, look.named()), _parts(upto, look.named(turn + 1))
     if said is None or alone_said is None or said < begin:
@@ -120,26 +125,6 @@ def _end(look: _Look, begin: int, upto: str, special: re.Pattern[str]) -> int:
 def _parts(text: str, other: str | None) -> int | None:
     """Characters until the texts part; None if they do not."""
     return None if other is None or other == text else common(text, other)
-
-
-def _marked(messages: list[Message], turn: int, before: str, after: str) -> list[Message]:
-    """With a mark before or after the content of a message; in its place if both are given."""
-    content = messages[turn].get("content")
-    if before and after:
-        content = before
-    else:
-        content = f"{before}{content or ''}{after}"
-    return [*messages[:turn], {**messages[turn], "content": content}, *messages[turn + 1 :]]
-
-
-def _named(messages: list[Message], turn: int, name: str) -> list[Message] | None:
-    """With another name for the first tool call of a message; None where there is none."""
-    calls = messages[turn].get("tool_calls")
-    if not calls:
-        return None
-    call = calls[0]
-    call = {**call, "function": {**call["function"], "name": name}} if "function" in call else {**call, "name": name}
-    return [*messages[:turn], {**messages[turn], "tool_calls": [call, *calls[1:]]}, *messages[turn + 1 :]]
 
 
 def common(one: str, other: str) -> int:
