@@ -18,7 +18,7 @@ from pissa_cli.model import SMALL_FILES, resolve_base
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import load
 from pissa_cli.report import left_by_peft, read_metrics
-from pissa_cli.rundir import Run, read_json
+from pissa_cli.rundir import Run, read_json, run_of
 
 
 def model_card(recipe: Recipe, what: str, library: str = "transformers", step: int | None = None) -> str:
@@ -27,7 +27,7 @@ def model_card(recipe: Recipe, what: str, library: str = "transformers", step: i
     With the recipe the run was trained by; of local paths only the last part is anyone's business, of the judge's
     address nothing.
     """
-    run = Run(Path(recipe.output))
+    run = run_of(recipe)
     if run.exists():
         recipe = load(recipe.output, {}).recipe
     name = recipe.model.name

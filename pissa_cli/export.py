@@ -31,7 +31,7 @@ from pissa_cli.plan import require_packable, require_same_layout
 from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import is_file
-from pissa_cli.rundir import PROVENANCE, Run, require_free, whole_folder, write_json, write_text
+from pissa_cli.rundir import PROVENANCE, require_free, run_of, whole_folder, write_json, write_text
 from pissa_cli.side_files import (
     copy_side_files,
     dense_modules,
@@ -121,7 +121,7 @@ def quantize(
     a UsageError.
     """
     recipe, folder, adapter = _source(recipe, model_folder, step)
-    run = Run(Path(recipe.output))
+    run = run_of(recipe)
     require_free(output, run.quantized if form == "nf4" else run.int4)
     for source in held_out_sources(recipe.data):
         is_file(source)  # or it is refused now, and not after all is done

@@ -30,7 +30,7 @@ from pissa_cli.model import skeleton
 from pissa_cli.peft_files import read_peft
 from pissa_cli.reached import checkpoints, latest_checkpoint, newest_facts, result_of, step_of
 from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import PROVENANCE, Run, read_json
+from pissa_cli.rundir import PROVENANCE, Run, read_json, run_of
 from pissa_cli.weights import hash_file
 
 
@@ -66,7 +66,7 @@ def load_with(recipe: Recipe, folder: Path, adapter: Adapter, device: torch.devi
 
 def trained_facts(recipe: Recipe) -> dict[str, Any]:
     """What a training that reached its end says of its result: `step`, `data`, and a seal over these and its files."""
-    run = Run(Path(recipe.output))
+    run = run_of(recipe)
     folder = full_model(recipe) if isinstance(recipe.adapter, FullOptions) else _trained_adapter(run)
     return _provenance(folder, _remedy(run))
 
@@ -75,7 +75,7 @@ def result_hash(recipe: Recipe, step: int | None = None) -> str:
     """Of a run's result, or of its checkpoint `step`: one training ends at the same step as another."""
     if step is None:
         return str(trained_facts(recipe)[SEAL])
-    return hash_file(Run(Path(recipe.output)).checkpoints / f"step-{step}" / "state.json")
+    return hash_file(run_of(recipe).checkpoints / f"step-{step}" / "state.json")
 
 
 def is_trained(recipe: Recipe) -> bool:
@@ -114,13 +114,13 @@ def _remedy(run: Run) -> str:
 def trained_on(recipe: Recipe) -> str:
     """The hash of the examples that a run was trained on, by its newest checkpoint, else by its result; empty where
     there is neither."""
-    known: str = newest_facts(Run(Path(recipe.output))).get("data", "")
+    known: str = newest_facts(run_of(recipe)).get("data", "")
     return known or (trained_facts(recipe)["data"]["train"]["hash"] if is_trained(recipe) else "")
 
 
 def merged_files(recipe: Recipe) -> Path:
     """`merged/` of a run. Raises UsageError if it is not there, or is of another step or training than the result."""
-    run = Run(Path(recipe.output))
+    run = run_of(recipe)
     if not (run.merged / PROVENANCE).is_file():
         raise UsageError(f"{run.merged}: not there", "run `pissa merge` first")
     facts, result = read_json(run.merged / PROVENANCE), trained_facts(recipe)

@@ -39,7 +39,7 @@ from pissa_cli.ranks import with_auto_ranks
 from pissa_cli.reached import start_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import Run, whole_folder, write_json, write_text
+from pissa_cli.rundir import Run, run_of, whole_folder, write_json, write_text
 from pissa_cli.side_files import write_nf4_config
 from pissa_cli.svd import frobenius_norm, nuclear_norm
 from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, open_weights
@@ -55,7 +55,7 @@ def initialize(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str
 
     Raises UsageError for bad input and for a folder that holds something else; nothing is written then.
     """
-    run = Run(Path(recipe.output))
+    run = run_of(recipe)
     if run.exists():
         return open_run(recipe)[1]
     require_place(run)
@@ -75,7 +75,7 @@ def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
     Raises UsageError for a folder that is no run, and for one whose start was made from another model, adapter or
     seed. A base that was moved is fine: its fingerprint counts, not its name.
     """
-    run = Run(Path(recipe.output))
+    run = run_of(recipe)
     manifest = run.read_manifest()
     require_closed(run.folder)
     require_sealed(manifest, run.manifest)
@@ -105,7 +105,7 @@ def require_base(run: Run, manifest: dict[str, Any], recipe: Recipe) -> Path:
 
 def frozen_base(recipe: Recipe) -> str:
     """What an adapter is valid on, as PEFT has it: the plain base, or `base/` where the run is now."""
-    return str(Run(Path(recipe.output)).base.absolute()) if recipe.model.bits == 4 else recipe.model.name
+    return str(run_of(recipe).base.absolute()) if recipe.model.bits == 4 else recipe.model.name
 
 
 def read_start(run: Run, manifest: dict[str, Any]) -> tuple[dict[str, Any], Adapter]:

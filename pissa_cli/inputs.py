@@ -12,7 +12,7 @@ from pissa_cli.names import kind_of
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.recipe_file import RUN_MANIFEST
 from pissa_cli.rows import is_file, read_rows
-from pissa_cli.rundir import Run, is_vacant
+from pissa_cli.rundir import Run, is_vacant, run_of
 
 FIRST_ROWS = 1000
 """Training, too, wants every column among so many."""
@@ -21,7 +21,7 @@ FIRST_ROWS = 1000
 def require_start(recipe: Recipe, resume: bool = False) -> None:
     """UsageError for an output folder with something else in it or without what is to be resumed, and for a local base
     that is none."""
-    run = Run(Path(recipe.output))
+    run = run_of(recipe)
     if not run.exists():
         if resume:
             raise UsageError(f"{run.folder}: nothing to resume", "start it without --resume")
@@ -31,7 +31,7 @@ def require_start(recipe: Recipe, resume: bool = False) -> None:
 
 def require_run(recipe: Recipe) -> None:
     """UsageError where no run was made yet."""
-    Run(Path(recipe.output)).read_manifest()
+    run_of(recipe).read_manifest()
 
 
 def require_place(run: Run) -> None:

@@ -21,7 +21,7 @@ from pissa_cli.process import end_with_parent, handling_stops
 from pissa_cli.reached import go_on
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import Run, locked
+from pissa_cli.rundir import locked, run_of
 
 LAUNCHER = """
 import sys
@@ -57,7 +57,7 @@ def launch(
             f"--processes {processes}: this machine has {torch.cuda.device_count()} GPUs", "each process needs its own"
         )
     prepare(recipe, resume, init_progress=init_progress)
-    with locked(Run(Path(recipe.output)).checkpoints):
+    with locked(run_of(recipe).checkpoints):
         pass  # a run that another process is training: said here, not by one of many
     gc.collect()
     torch.cuda.empty_cache()  # what init took of the first GPU

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +24,7 @@ from pissa_cli.reached import newest_facts
 from pissa_cli.recipe import Recipe
 from pissa_cli.report import notes_of
 from pissa_cli.rows import is_file, read_rows
-from pissa_cli.rundir import Run
+from pissa_cli.rundir import run_of
 from pissa_cli.sets import load_sets, num_held_out
 from pissa_cli.steps import count_steps, step_examples
 from pissa_cli.weights import open_weights
@@ -39,7 +38,7 @@ Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | N
 def check_inputs(recipe: Recipe, resume: bool) -> tuple[int, int] | None:
     """Raise UsageError for what shows before any work: a run that is there already or goes by another recipe, kernels
     that cannot run here. Returns `steps_to_take`."""
-    run = Run(Path(recipe.output))
+    run = run_of(recipe)
     resumes(run, recipe, resume)
     require_kernels(recipe.train)
     planned = steps_to_take(recipe)
@@ -56,7 +55,7 @@ def steps_to_take(recipe: Recipe) -> tuple[int, int] | None:
         return None
     rows = sum(isinstance(row, dict) for source in sources for _, row in read_rows(source, recipe.data.limit))
     rows -= 0 if share is None else num_held_out(rows, share)
-    return count_steps(rows, recipe, newest_facts(Run(Path(recipe.output))).get("missed", 0)), rows
+    return count_steps(rows, recipe, newest_facts(run_of(recipe)).get("missed", 0)), rows
 
 
 def prepare(
@@ -66,7 +65,7 @@ def prepare(
 
     watch: called with {"note": text} for what the person watching should know.
     """
-    run = Run(Path(recipe.output))
+    run = run_of(recipe)
     resumed = resumes(run, recipe, resume)
     for line in schedule_change(run, recipe) if resumed else []:
         watch({"note": line})

@@ -11,7 +11,7 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.errors import UsageError
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import load
-from pissa_cli.rundir import Run, read_json
+from pissa_cli.rundir import Run, read_json, run_of
 
 FACTS: dict[str, Any] = {"data": "", "sections": {}, "missed": 0}
 LENGTH = ("steps", "epochs")
@@ -26,7 +26,7 @@ MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
 
 def require_step(recipe: Recipe, resume: bool) -> None:
     """Raises as `goes_on`, of a run whose start is the recipe's; of others `open_run` says what differs."""
-    run = Run(Path(recipe.output))
+    run = run_of(recipe)
     if not run.exists():
         return
     manifest = run.read_manifest()
@@ -78,7 +78,7 @@ def goes_on(run: Run, recipe: Recipe, resume: bool) -> bool:
 
 def result_of(recipe: Recipe) -> Path:
     """Where training leaves what it made: `adapter/`, or of full fine-tuning `merged/`."""
-    run = Run(Path(recipe.output))
+    run = run_of(recipe)
     return run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pissa_cli.errors import PissaError, UsageError, cannot_write
+from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import RUN_MANIFEST, RUN_RECIPE
 
 PROVENANCE = "pissa.json"
@@ -96,6 +97,11 @@ class Run:
         if not self.exists():
             raise UsageError(f"{self.folder}: not a run folder", "run `pissa init` or `pissa train` first")
         return read_json(self.manifest)
+
+
+def run_of(recipe: Recipe) -> Run:
+    """The run folder of a recipe, be it there or not."""
+    return Run(Path(recipe.output))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.report import compare_losses
 from pissa_cli.result import write_result
-from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, write_text
+from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, run_of, write_text
 from pissa_cli.sharding import asked_by_accelerate
 from pissa_cli.steps import step_examples
 from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, update
@@ -61,7 +61,7 @@ def train(
     first = state.is_main_process
     layout = asked_by_accelerate() or ("fsdp2" if recipe.train.shard else "copies")  # before transformers reads that
     watch = watch if first else lambda _: None
-    run, full = Run(Path(recipe.output)), isinstance(recipe.adapter, FullOptions)
+    run, full = run_of(recipe), isinstance(recipe.adapter, FullOptions)
     with contextlib.ExitStack() as lock:
         with state.main_process_first():
             manifest, tokenizer, examples, held_out = prepare(recipe, resume, watch, init_progress)

@@ -58,9 +58,9 @@ def export_command(
         return
     from pissa_cli import convert, export
     from pissa_cli.report import left_dense
-    from pissa_cli.rundir import Run
+    from pissa_cli.rundir import run_of
 
-    recipe, run = loaded.recipe, Run(Path(loaded.recipe.output))
+    recipe, run = loaded.recipe, run_of(loaded.recipe)
     places = {"lora": run.exported, "merged": run.merged, "nf4": run.quantized, "compressed-tensors": run.int4}
     folder = Path(output) if output else places[form]
     with show.counting("export") as progress:

@@ -17,7 +17,7 @@ from pissa_cli.evals.outputs import read_samples
 from pissa_cli.evals.sandbox import protection
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row
-from pissa_cli.rundir import Run, whole_folder, write_json
+from pissa_cli.rundir import run_of, whole_folder, write_json
 
 PASS_AT = (1, 10, 100)
 Progress = Callable[[int, int, str], None]
@@ -44,7 +44,7 @@ def score_samples(
     outputs = read_samples(source, GENERATED[bench], rows)
     result, samples = grade_outputs(bench, rows, outputs, lambda done, total: progress(done, total, bench))
     result |= {"model": "samples", "samples": source}
-    folder = Run(Path(recipe.output)).scores / "samples" / bench
+    folder = run_of(recipe).scores / "samples" / bench
     return {bench: write_result(folder, result, bench, recipe, samples, began)}
 
 
