@@ -41,7 +41,7 @@ from pissa_cli.model import num_parameters
 from pissa_cli.optim import Names, make_optimizer
 from pissa_cli.prepare import Watch
 from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import Run
+from pissa_cli.rundir import run_of
 from pissa_cli.sharding import Layout, shard
 from pissa_cli.steps import count_steps
 from pissa_cli.trainer import Trainer, micro_batch_loss
@@ -49,7 +49,6 @@ from pissa_cli.weights import open_weights
 
 
 def assemble(
-    run: Run,
     manifest: dict[str, Any],
     recipe: Recipe,
     model: PreTrainedModel,
@@ -84,7 +83,7 @@ def assemble(
         model.requires_grad_(True)
     else:
         probe = partial(probe_loss, recipe, model, examples, pad_id, packed)
-        _add_adapter(run, manifest, recipe, model, probe, fresh, apart=layout == "zero-3")
+        _add_adapter(manifest, recipe, model, probe, fresh, apart=layout == "zero-3")
     head = model.get_output_embeddings()
     trains_head = head is not None and head.weight.requires_grad
     aside = (experts and not alone) or layout == "zero-3"  # neither finds it outside of the model
@@ -129,7 +128,6 @@ def assemble(
 
 
 def _add_adapter(
-    run: Run,
     manifest: dict[str, Any],
     recipe: Recipe,
     model: PreTrainedModel,
@@ -145,9 +143,9 @@ def _add_adapter(
     assert not isinstance(recipe.adapter, FullOptions)
     plain = recipe.model.bits != 4
     before = probe() if fresh and plain else None
-    _, start = read_start(run, manifest)
+    _, start = read_start(run_of(recipe), manifest)
     attach(model, start, METHODS[recipe.adapter.method], plain, getattr(recipe.adapter, "dropout", 0.0))
-    train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(run, manifest, recipe)))
+    train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(manifest, recipe)))
     if not apart:
         share_inputs(model, probe)
         if joins_gates(recipe):

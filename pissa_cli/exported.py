@@ -143,7 +143,7 @@ def adapter_files(recipe: Recipe) -> tuple[Path, Adapter]:
     provenance = _provenance(_trained_adapter(run), _remedy(run))
     require_files(run.adapter, provenance["hashes"], _remedy(run))
     _, adapter = read_peft(run.adapter, manifest["widest"])
-    folder = require_base(run, manifest, recipe)
+    folder = require_base(manifest, recipe)
     newest = latest_checkpoint(run)
     if newest is not None and step_of(newest) > provenance["step"]:
         raise UsageError(
@@ -183,7 +183,7 @@ def checkpoint_files(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
         name: {key: trained[f"{name}.{key}"] if key in trains else factor for key, factor in factors.items()}
         for name, factors in start.factors.items()
     }
-    base, saved = require_base(run, manifest, recipe), {}
+    base, saved = require_base(manifest, recipe), {}
     assert not isinstance(recipe.adapter, FullOptions)
     model = skeleton(base, recipe.model)
     for name, module in whole_modules(model, recipe.adapter.modules_to_save).items():
@@ -206,7 +206,7 @@ def exported_adapter(recipe: Recipe, start: Adapter, now: dict[str, Factors], sa
 def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     """The model before training, in eval mode: the dense base, or what 4-bit storage and the start make of it."""
     run, manifest = open_run(recipe)
-    model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed).to(device)
+    model = load_model(require_base(manifest, recipe), recipe.model, recipe.precision, recipe.seed).to(device)
     if recipe.model.bits == 4:
         attach(model, read_start(run, manifest)[1], METHODS[recipe.adapter.method], plain=False)
     return model.eval()

@@ -20,7 +20,7 @@ from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.packing import attend_by_mask, attend_by_sequence, takes_positions, without_mask
 from pissa_cli.reached import LENGTH, goes_on, latest_checkpoint, newest_facts, sections_before, step_of
 from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import Run
+from pissa_cli.rundir import run_of
 from pissa_cli.steps import count_steps
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
@@ -34,17 +34,18 @@ CAUSAL_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 LEAK_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
-def resumes(run: Run, recipe: Recipe, resume: bool) -> bool:
+def resumes(recipe: Recipe, resume: bool) -> bool:
     """Whether there are checkpoints to go on from. Refuses to overwrite a run, and to resume it with another recipe."""
     require_start(recipe, resume)
-    if not run.exists():
+    if not run_of(recipe).exists():
         return False
     open_run(recipe)
-    return goes_on(run, recipe, resume)
+    return goes_on(recipe, resume)
 
 
-def require_reach(run: Run, num: int, recipe: Recipe) -> None:
+def require_reach(num: int, recipe: Recipe) -> None:
     """Refuse a recipe by which the run over `num` examples would have ended before where it is."""
+    run = run_of(recipe)
     checkpoint, steps = latest_checkpoint(run), count_steps(num, recipe, newest_facts(run).get("missed", 0))
     if checkpoint is not None and steps < step_of(checkpoint):
         raise UsageError(
@@ -53,9 +54,9 @@ def require_reach(run: Run, num: int, recipe: Recipe) -> None:
         )
 
 
-def schedule_change(run: Run, recipe: Recipe) -> list[str]:
+def schedule_change(recipe: Recipe) -> list[str]:
     """A line for the person watching if the run was begun with another length: the learning rates change with it."""
-    before, now = sections_before(run)["train"], recipe.train
+    before, now = sections_before(run_of(recipe))["train"], recipe.train
     same = now.schedule == "constant" and not 0 < now.warmup < 1
     if same or all(before[key] == getattr(now, key) for key in LENGTH):
         return []

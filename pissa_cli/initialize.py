@@ -96,10 +96,10 @@ def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
     return run, manifest
 
 
-def require_base(run: Run, manifest: dict[str, Any], recipe: Recipe) -> Path:
-    """The folder of the weights that this run computes with (`base/`, or the dense base), checked by fingerprint."""
+def require_base(manifest: dict[str, Any], recipe: Recipe) -> Path:
+    """The folder of the weights that a run computes with (`base/`, or the dense base), checked by fingerprint."""
     if "stored_fingerprint" in manifest["base"]:
-        return require_model(run.base, manifest["base"], "stored_")
+        return require_model(run_of(recipe).base, manifest["base"], "stored_")
     return require_model(resolve_base(recipe.model), manifest["base"])
 
 

@@ -38,12 +38,11 @@ Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | N
 def check_inputs(recipe: Recipe, resume: bool) -> tuple[int, int] | None:
     """Raise UsageError for what shows before any work: a run that is there already or goes by another recipe, kernels
     that cannot run here. Returns `steps_to_take`."""
-    run = run_of(recipe)
-    resumes(run, recipe, resume)
+    resumes(recipe, resume)
     require_kernels(recipe.train)
     planned = steps_to_take(recipe)
     if planned is not None:
-        require_reach(run, planned[1], recipe)
+        require_reach(planned[1], recipe)
     return planned
 
 
@@ -66,8 +65,8 @@ def prepare(
     watch: called with {"note": text} for what the person watching should know.
     """
     run = run_of(recipe)
-    resumed = resumes(run, recipe, resume)
-    for line in schedule_change(run, recipe) if resumed else []:
+    resumed = resumes(recipe, resume)
+    for line in schedule_change(recipe) if resumed else []:
         watch({"note": line})
     if resume and not resumed:
         watch({"note": f"{run.folder}: there is no checkpoint; training begins with the first step"})
@@ -75,12 +74,12 @@ def prepare(
     if recipe.train.eval_every is not None and recipe.data.eval is None:
         watch({"note": "train.eval_every: without data.eval there is nothing to take losses on"})
     require_kernels(recipe.train)
-    folder = require_base(*open_run(recipe), recipe) if run.exists() else resolve_base(recipe.model)
+    folder = require_base(open_run(recipe)[1], recipe) if run.exists() else resolve_base(recipe.model)
     if not run.exists():
         make_plan(recipe, folder, open_weights(folder))  # a wrong rank or target must not cost the tokenization
     tokenizer = load_tokenizer(folder, recipe)
     examples, held_out = load_sets(recipe, tokenizer, lambda line: watch({"note": line}))
-    require_reach(run, len(examples), recipe)
+    require_reach(len(examples), recipe)
     if len(step_examples(0, len(examples), recipe)) > len(examples):
         watch({"note": f"train.batch_size: a step of {recipe.train.batch_size} has each example more than once"})
     for name, loaded in (("data.train", examples), ("data.eval", held_out)):

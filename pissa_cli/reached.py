@@ -37,7 +37,7 @@ def require_step(recipe: Recipe, resume: bool) -> None:
     if all(wanted.get(key) == value for key, value in start.items()) and (
         [base.get("name"), base.get("revision")] == [model.name, model.revision]
     ):
-        goes_on(run, recipe, resume)
+        goes_on(recipe, resume)
 
 
 def start_of(recipe: Recipe) -> dict[str, Any]:
@@ -48,8 +48,9 @@ def start_of(recipe: Recipe) -> dict[str, Any]:
     return {**start, "seed": recipe.seed}
 
 
-def goes_on(run: Run, recipe: Recipe, resume: bool) -> bool:
+def goes_on(recipe: Recipe, resume: bool) -> bool:
     """Whether there are checkpoints to go on from. Refuses to overwrite a run, and to resume it with another recipe."""
+    run = run_of(recipe)
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
         result = result_of(recipe)

@@ -55,7 +55,7 @@ def _write_full(
         parameters = dict(model.named_parameters(remove_duplicate=False))
         state = {n: trained[names[parameters[n]]] if n in parameters else t for n, t in model.state_dict().items()}
         model.save_pretrained(folder, state_dict=state)
-        base, written = require_base(run, manifest, recipe), read_settings(folder)
+        base, written = require_base(manifest, recipe), read_settings(folder)
         copy_side_files(base, folder, recipe)  # over those that transformers wrote in the form of its own version
         settings = read_settings(base)
         if settings.get("model_type") != written["model_type"]:  # the language model alone of one that sees, too
@@ -108,7 +108,7 @@ def _write_adapter(
         write_stops(run.base, recipe)
     with whole_folder(run.adapter) as folder:
         write_peft(folder, result, config)
-        copy_tokenizer(require_base(run, manifest, recipe), folder, recipe)
+        copy_tokenizer(require_base(manifest, recipe), folder, recipe)
         what = f"exported as an adapter for {reader_of(config)}"
         write_text(folder / "README.md", model_card(recipe, what, "peft", facts["step"]))
         facts["hashes"] = hashes(folder, (PEFT_CONFIG, PEFT_WEIGHTS))

@@ -74,9 +74,9 @@ def train(
             if first:
                 remove_old(run, recipe.train.keep, not full)  # as a training killed just before it would have done
         missed = facts_of(checkpoint)["missed"] if checkpoint else 0
-        model = load_model(require_base(run, manifest, recipe), recipe.model, recipe.precision, recipe.seed)
+        model = load_model(require_base(manifest, recipe), recipe.model, recipe.precision, recipe.seed)
         trainer = assemble(
-            run, manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, missed, layout, watch
+            manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, missed, layout, watch
         )
         first_step = _restore(trainer, checkpoint) if checkpoint else 0
         with state.main_process_first():

@@ -97,7 +97,7 @@ def evaluate(
     if "mt_bench" in recipe.eval.bench:
         Judge(str(recipe.eval.judge_url), str(recipe.eval.judge_model)).require()
     run, manifest = open_run(recipe)
-    base_folder = require_base(run, manifest, recipe)
+    base_folder = require_base(manifest, recipe)
     tokenizer, context = load_tokenizer(base_folder, recipe), context_length(base_folder, recipe.model) or 2**31
     data = {bench: load_bench(bench, recipe, tokenizer, context) for bench in recipe.eval.bench}
     for bench, loaded in data.items():
