@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,12 @@ def summarize(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     groups = [(kind, [layer for layer in layers if layer["kind"] == kind]) for kind in kinds]
     rows = []
     for kind, members in [*groups, ("all", layers)] if layers else []:
-        row: dict[str, Any] = {"kind": kind, "layers": len(members), "rank": members[0]["rank"]}
+        ranks = [member["rank"] for member in members]
+        row: dict[str, Any] = {
+            "kind": kind,
+            "layers": len(members),
+            "rank": statistics.mean(ranks),
+        }  # int if all are one
         for key in ("energy", "start_error", "nuclear", "frobenius", "plain_nuclear", "plain_frobenius"):
             found = [member[key] for member in members if key in member]
             if found:

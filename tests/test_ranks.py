@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from test_start import logits, relative
 from transformers import AutoModelForCausalLM
 
+from pissa_cli.cli.init import layer_table
 from pissa_cli.errors import UsageError
 from pissa_cli.exported import load_result
 from pissa_cli.initialize import initialize
 from pissa_cli.ranks import allot
+from pissa_cli.report import summarize
 from pissa_cli.rundir import Run, read_json
 from pissa_cli.train import train
 
@@ -61,6 +63,14 @@ def test_a_budget_of_parameters(method: str, models: Callable[[str], Path], reci
     theirs = logits(peft.PeftModel.from_pretrained(base, run.adapter))
     assert relative(theirs, logits(load_result(made, torch.device("cpu")))) < 1e-5
     assert read_json(run.adapter / "adapter_config.json")["rank_pattern"]
+
+
+def test_the_table_has_the_mean_of_ranks_that_differ() -> None:
+    layers = [{"kind": kind, "rank": rank, "start_error": 0.0} for kind, rank in (("q", 4), ("q", 9), ("k", 4))]
+    rows = summarize({"layers": layers})
+    assert {row["kind"]: row["rank"] for row in rows} == {"q": 6.5, "k": 4, "all": pytest.approx(17 / 3)}
+    shown = [str(cell) for cell in layer_table(rows).columns[2].cells]
+    assert shown == ["6.5", "4", "5.667"]
 
 
 @pytest.mark.parametrize("share", [0.7, 0.4])
