@@ -6,15 +6,7 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 LEAST_ALPHA, MOST_ALPHA = 1e-6, 1e6
 
@@ -60,10 +52,7 @@ class ScaledBase(AdapterBase):
     )
     max_parameters: int | None = Field(None, ge=1, description="budget of rank auto: numbers that the factors train")
     max_error: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="budget of rank auto, pissa in 4 bits: error of the start, a share of plain NF4's",
+        None, gt=0, lt=1, description="budget of rank auto, pissa in 4 bits: error of the start, a share of plain NF4's"
     )
     alpha: float | None = Field(
         None,

@@ -22,15 +22,7 @@ from pissa_cli.exported import load_with, result_files
 from pissa_cli.initialize import open_run, read_start
 from pissa_cli.integrity import require_model
 from pissa_cli.loading import load_tokenizer
-from pissa_cli.model import (
-    Linear,
-    best_device,
-    head_names,
-    linear_layers,
-    peft_targets,
-    resolve_base,
-    skeleton,
-)
+from pissa_cli.model import Linear, best_device, head_names, linear_layers, peft_targets, resolve_base, skeleton
 from pissa_cli.peft_files import PeftWriter, peft_config, rank_of, read_peft, reader_of
 from pissa_cli.probes import logit_difference, probe_logits
 from pissa_cli.recipe import Recipe

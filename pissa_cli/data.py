@@ -199,11 +199,7 @@ def _pieces(ids: list[int], length: int, bos: int | None) -> list[list[int]]:
 
 
 def _encode(
-    rows: list[Row],
-    section: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: Sequence[str],
-    end: int | None,
+    rows: list[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], end: int | None
 ) -> list[Encoded | str]:
     """(tokens, mask) of each row, or why it cannot be used."""
     if section.classifies:

@@ -41,9 +41,7 @@ class DataSection(Section):
         description="alpaca: text with {instruction} and {output}, default PiSSA's; chat: Jinja, default the model's",
     )
     max_length: int = Field(
-        512,
-        ge=8,
-        description="tokens an example may have; what is longer is cut at the end, of format text into parts",
+        512, ge=8, description="tokens an example may have; what is longer is cut at the end, of format text into parts"
     )
     limit: int | None = Field(
         None, ge=1, description="train on the first N rows (of each file); rows of data.eval are all used"

@@ -17,14 +17,7 @@ from pissa_cli.attach import attach, restore_whole, whole_modules
 from pissa_cli.checkpoint import checkpoint_tensors
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import open_run, read_start, require_base
-from pissa_cli.integrity import (
-    DISTRUST,
-    SEAL,
-    model_facts,
-    not_finite,
-    require_files,
-    require_sealed,
-)
+from pissa_cli.integrity import DISTRUST, SEAL, model_facts, not_finite, require_files, require_sealed
 from pissa_cli.loading import load_model
 from pissa_cli.model import skeleton
 from pissa_cli.peft_files import read_peft

@@ -42,12 +42,7 @@ class _Passing(Exception):
         self.wait = wait
 
 
-def push(
-    recipe: Recipe,
-    folder: Path,
-    force: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-) -> str:
+def push(recipe: Recipe, folder: Path, force: bool = False, say: Callable[[str], None] = lambda _: None) -> str:
     """Upload a merged model to the Hub in one commit and return its address.
 
     The repository is `hub.repo`, or `<user>/<base>-<method>-r<rank>`; HF_ENDPOINT and HF_TOKEN are honoured.

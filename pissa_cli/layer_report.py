@@ -14,6 +14,7 @@ from pissa_cli.initialize import Progress, open_run
 from pissa_cli.integrity import require_model
 from pissa_cli.model import Linear, best_device, linear_layers, read_weight, resolve_base, skeleton
 from pissa_cli.recipe import Recipe
+from pissa_cli.report import drawing, save_picture
 from pissa_cli.rundir import write_json
 from pissa_cli.svd import energies, nuclear_norm
 from pissa_cli.weights import open_weights
@@ -92,13 +93,8 @@ def _errors(recipe: Recipe, layer: Linear, rank: int, W: torch.Tensor, dtype: to
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Energy over rank by kind of layer, and errors layer by layer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     measured = [row for row in rows if "errors" in row]
-    figure, panels = pyplot.subplots(
+    figure, panels = drawing().subplots(
         1, 2 if measured else 1, figsize=(12 if measured else 6, 4), dpi=120, squeeze=False
     )
     for mean in by_kind(rows):
@@ -114,6 +110,4 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     for axes in panels[0]:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    save_picture(figure, path)

@@ -15,15 +15,7 @@ from pissa_cli import quant
 from pissa_cli.configuration import no_panic, read_config
 from pissa_cli.errors import UsageError, in_one_line
 from pissa_cli.experts import Expert, set_part, without_expert_weights
-from pissa_cli.model import (
-    AUTO_CLASSES,
-    DTYPES,
-    dense_dtype,
-    head_names,
-    linear_layers,
-    read_stored,
-    skeleton,
-)
+from pissa_cli.model import AUTO_CLASSES, DTYPES, dense_dtype, head_names, linear_layers, read_stored, skeleton
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.svd import generator
 from pissa_cli.weights import open_weights

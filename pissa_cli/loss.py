@@ -44,12 +44,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor], chunked: bool = Fals
 
 
 def loss_at(
-    model: nn.Module,
-    batch: dict[str, Tensor],
-    keep: Tensor,
-    places: tuple[Tensor, ...],
-    targets: Tensor,
-    chunked: bool,
+    model: nn.Module, batch: dict[str, Tensor], keep: Tensor, places: tuple[Tensor, ...], targets: Tensor, chunked: bool
 ) -> Tensor:
     """The cross entropy of `summed_loss`, at known places: columns `keep` (k,) of the input, of these the rows and
     columns in `places` (n,), (n,), where the next tokens are `targets` (n,)."""

@@ -114,13 +114,7 @@ def _state(store: Store, weight: Tensor, code: Tensor, kept: Tensor, nested: dic
     from bitsandbytes import functional
 
     return functional.QuantState(
-        absmax=kept,
-        shape=weight.shape,
-        code=code,
-        blocksize=BLOCK_SIZE,
-        quant_type="nf4",
-        dtype=store.dtype,
-        **nested,
+        absmax=kept, shape=weight.shape, code=code, blocksize=BLOCK_SIZE, quant_type="nf4", dtype=store.dtype, **nested
     )
 
 

@@ -82,9 +82,7 @@ class TrainSection(Section):
         None, ge=1, description="steps between checkpoints; default: every 10 minutes; there is one at the end, too"
     )
     keep: int = Field(
-        2,
-        ge=1,
-        description="checkpoints kept, the newest; that with the lowest held-out loss stays, too (not of full)",
+        2, ge=1, description="checkpoints kept, the newest; that with the lowest held-out loss stays, too (not of full)"
     )
     spike: float | None = Field(
         None, gt=1, description="a loss or gradient norm this many times the median of 50 steps is a fault, too"

@@ -36,12 +36,7 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
 
 def compare_losses(runs: dict[str, Path], picture: Path) -> None:
     """Loss over steps of several runs in one picture: thin each step's, dots on data.eval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    figure, axes = drawing().subplots(figsize=(7, 4), dpi=120)
     for number, (name, metrics) in enumerate(runs.items()):
         label = name.replace("$", r"\$")  # between two of them would be a formula
         events = read_metrics(metrics)
@@ -57,10 +52,25 @@ def compare_losses(runs: dict[str, Path], picture: Path) -> None:
     axes.grid(alpha=0.3)
     if runs:
         axes.legend()
+    save_picture(figure, picture)
+
+
+def drawing() -> Any:
+    """matplotlib's pyplot, for files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_picture(figure: Any, picture: Path) -> None:
+    """Write a figure under a temporary name, then rename it into place; it is gone then."""
     figure.tight_layout()
     temporary = picture.with_name(f".{picture.name}.tmp.png")
     figure.savefig(temporary)
-    pyplot.close(figure)
+    drawing().close(figure)
     temporary.replace(picture)
 
 
@@ -95,12 +105,8 @@ def summarize(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     groups = [(kind, [layer for layer in layers if layer["kind"] == kind]) for kind in kinds]
     rows = []
     for kind, members in [*groups, ("all", layers)] if layers else []:
-        ranks = [member["rank"] for member in members]
-        row: dict[str, Any] = {
-            "kind": kind,
-            "layers": len(members),
-            "rank": statistics.mean(ranks),
-        }  # int if all are one
+        rank = statistics.mean(member["rank"] for member in members)  # a whole number stays one
+        row: dict[str, Any] = {"kind": kind, "layers": len(members), "rank": rank}
         for key in ("energy", "start_error", "nuclear", "frobenius", "plain_nuclear", "plain_frobenius"):
             found = [member[key] for member in members if key in member]
             if found:

@@ -78,10 +78,7 @@ class Server:
 
 SERVERS = {
     "vllm": Server(
-        "vLLM",
-        VLLM_RANKS,
-        "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}",
-        ",",
+        "vLLM", VLLM_RANKS, "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}", ","
     ),
     "sglang": Server(
         "SGLang",

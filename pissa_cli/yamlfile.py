@@ -172,10 +172,7 @@ def _compose(
     except yaml.YAMLError as error:
         place = _place(where, getattr(error, "problem_mark", None))
         kind = "" if isinstance(error, _Unsupported) else "not valid YAML: "
-        raise UsageError(
-            f"{place}: {kind}{getattr(error, 'problem', None) or error}",
-            hint,
-        ) from None
+        raise UsageError(f"{place}: {kind}{getattr(error, 'problem', None) or error}", hint) from None
 
 
 def _flatten(node: yaml.MappingNode, prefix: KeyPath, where: str, flat: dict[KeyPath, Value]) -> None:
@@ -196,8 +193,7 @@ def _entries(node: yaml.MappingNode, prefix: KeyPath, where: str) -> Iterator[tu
         if key_node.tag != "tag:yaml.org,2002:str" or not key.isprintable():
             found = shown(key) if isinstance(key_node, yaml.ScalarNode) else _kind(key_node)
             raise UsageError(
-                f"{place}: a key must be plain text, found {found}",
-                "put the key in quotes, or check the indentation",
+                f"{place}: a key must be plain text, found {found}", "put the key in quotes, or check the indentation"
             )
         if key in seen:
             full = shown(".".join((*prefix, key)))

@@ -10,15 +10,7 @@ import pytest
 import torch
 from conftest import save_model
 from torch import Tensor
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    DebertaV2Config,
-    GPT2Config,
-    LlamaConfig,
-    RobertaConfig,
-)
+from transformers import AutoModel, AutoTokenizer, BertConfig, DebertaV2Config, GPT2Config, LlamaConfig, RobertaConfig
 
 SHAPE = {
     "vocab_size": 512,

@@ -14,13 +14,7 @@ import torch
 from classifiers import CONFIGS, SHAPE, close, logits
 from conftest import Outcome, exact_scales, save_model
 from safetensors.torch import load_file
-from transformers import (
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    Gemma3TextConfig,
-    pipeline,
-)
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Gemma3TextConfig, pipeline
 
 from pissa_cli.configuration import read_config
 from pissa_cli.errors import UsageError

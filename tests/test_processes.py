@@ -17,12 +17,7 @@ import pytest
 import torch
 from conftest import MOE_CONFIGS, make_model, save_model
 from runs import BASE, adapter, events, same
-from transformers import (
-    AutoModelForCausalLM,
-    BigBirdConfig,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import AutoModelForCausalLM, BigBirdConfig, SiglipVisionConfig, SiglipVisionModel
 
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import has_experts, holders_of_3d_weights

@@ -130,8 +130,7 @@ def _explained(error: Exception, command: str) -> PissaError:
             "pissa train RUN --resume goes on; where memory ran out, with a lower train.micro_batch_size",
         )
     return PissaError(
-        f"unexpected {type(error).__name__}: {error}",
-        "run again with --debug for the traceback, and please report it",
+        f"unexpected {type(error).__name__}: {error}", "run again with --debug for the traceback, and please report it"
     )
 
 

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 Target = Annotated[
     str | None,
     typer.Argument(
-        metavar="RECIPE|RUN",
-        help="A recipe (file or name) or a run folder. Default: the run in out/, else flags only.",
+        metavar="RECIPE|RUN", help="A recipe (file or name) or a run folder. Default: the run in out/, else flags only."
     ),
 ]
 Set = Annotated[

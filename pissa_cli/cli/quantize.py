@@ -43,12 +43,7 @@ def quantize_command(
 
     with show.counting("quantize") as progress:
         result = quantize(
-            loaded.recipe,
-            folder if is_model else None,
-            destination,
-            progress,
-            double_quant=double_quant,
-            absmax=absmax,
+            loaded.recipe, folder if is_model else None, destination, progress, double_quant=double_quant, absmax=absmax
         )
     before, after = result["perplexity_before"], result["perplexity_after"]
     lines = [
