@@ -28,7 +28,7 @@ from pissa_cli.loss import autocast, loss_at, summed_loss
 from pissa_cli.model import DTYPES, Linear, best_device, dense_dtype, num_parameters, skeleton
 from pissa_cli.optim import Names, make_optimizer
 from pissa_cli.packing import BY_SEQUENCE, attend_by_sequence, takes_positions, without_mask
-from pissa_cli.peft_files import FACTOR_NAMES
+from pissa_cli.peft_files import TENSOR_NAMES
 from pissa_cli.plan import Plan
 from pissa_cli.process import peak_memory
 from pissa_cli.products import has_fast_bf16
@@ -229,7 +229,7 @@ def _pack(model: PreTrainedModel, layer: Linear, store: quant.Store) -> None:
 
 
 def _adapter(plan: Plan, method: Method) -> Adapter:
-    kept = FACTOR_NAMES[method.peft_type]
+    kept = TENSOR_NAMES[method.peft_type]
     factors = {
         name: {key: torch.empty(shape) for key, shape in shapes.items() if key in kept}
         for name, shapes in plan.factor_shapes().items()

@@ -19,12 +19,13 @@ from pissa_cli.weights import StreamWriter, load_tensors
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-FACTOR_NAMES = {
+TENSOR_NAMES = {
     "LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "VERA": {"d": "vera_lambda_d", "b": "vera_lambda_b"},
     "SVFIT": {"A": "lora_A.weight", "B": "lora_B.weight", "d": "svfit_d"},
 }
-"""By `peft_type`. PEFT has no SVFIT and refuses it, as it must: read as LoRA, `init/` of such a run would be wrong."""
+"""By `peft_type`: how the files call a factor. PEFT has no SVFIT and refuses it, as it must: read as LoRA, `init/` of
+such a run would be wrong."""
 PROJECTION_NAMES = ("base_model.vera_A", "base_model.vera_B")
 EMBEDDING_NAMES = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
 Shapes = dict[str, dict[str, tuple[int, ...]]]
@@ -48,7 +49,7 @@ class PeftWriter:
         projections are written where the configuration says `save_projection`.
         """
         saved, self._embeddings = saved or {}, embeddings
-        self._names = FACTOR_NAMES[config["peft_type"]]
+        self._names = TENSOR_NAMES[config["peft_type"]]
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / PEFT_CONFIG, config)
         full = {self._key(n, k): factors[k] for n, factors in shapes.items() for k in self._names}
@@ -86,12 +87,12 @@ def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[s
     Raises UsageError for files that are not what they claim.
     """
     config, file = read_json(folder / PEFT_CONFIG), folder / PEFT_WEIGHTS
-    if config.get("peft_type") not in FACTOR_NAMES:
+    if config.get("peft_type") not in TENSOR_NAMES:
         raise UsageError(
             f"{folder / PEFT_CONFIG}: peft_type {config.get('peft_type')} is not understood",
             "the folder is not one that pissa wrote; train or init again",
         )
-    names = FACTOR_NAMES[config["peft_type"]]
+    names = TENSOR_NAMES[config["peft_type"]]
     factors: dict[str, Factors] = {}
     saved: dict[str, Tensor] = {}
     embeddings = set()

@@ -66,9 +66,9 @@ Qwen2 and StarCoder2, too, but asks for them by names under which it did not put
 
 
 @dataclass(frozen=True)
-class Server:
-    """ranks: those that `--max-lora-rank` takes, empty for any; serve: its line, with {base}, {folder} and {rank};
-    separators: what a path in that line cannot have."""
+class Rules:
+    """Of a server. ranks: those that `--max-lora-rank` takes, empty for any; serve: its line, with {base}, {folder} and
+    {rank}; separators: what a path in that line cannot have."""
 
     name: str
     ranks: tuple[int, ...]
@@ -77,16 +77,16 @@ class Server:
 
 
 SERVERS = {
-    "vllm": Server(
+    "vllm": Rules(
         "vLLM", VLLM_RANKS, "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}", ","
     ),
-    "sglang": Server(
+    "sglang": Rules(
         "SGLang",
         (),
         "python -m sglang.launch_server --model-path {base} --max-lora-rank {rank} --lora-paths tuned={folder}",
     ),
-    "tgi": Server("TGI", (), "text-generation-launcher --model-id {base} --lora-adapters tuned={folder}", "@=,"),
-    "llama.cpp": Server("llama.cpp", ()),
+    "tgi": Rules("TGI", (), "text-generation-launcher --model-id {base} --lora-adapters tuned={folder}", "@=,"),
+    "llama.cpp": Rules("llama.cpp", ()),
 }
 
 

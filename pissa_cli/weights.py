@@ -23,7 +23,7 @@ from pissa_cli.names import kind_of
 SHARD_BYTES = 256 * 2**20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {
+DTYPE_NAMES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -37,7 +37,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""By safetensors' names."""
+"""Dtypes by the names that safetensors gives them."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _read_header(path: Path, weights: Weights) -> None:
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in DTYPE_NAMES:
             raise UsageError(
                 f"{path}: {name} has dtype {entry['dtype']}, which is not understood",
                 "convert the checkpoint to bf16, fp16 or fp32",
@@ -140,7 +140,7 @@ def _read_header(path: Path, weights: Weights) -> None:
         begin, end = entry["data_offsets"]
         weights.files[name] = path
         weights.shapes[name] = tuple(entry["shape"])
-        weights.dtypes[name] = DTYPES[entry["dtype"]]
+        weights.dtypes[name] = DTYPE_NAMES[entry["dtype"]]
         weights.places[name] = 8 + length + begin, 8 + length + end
 
 

@@ -149,7 +149,7 @@ def test_servers_refuse_what_they_cannot_serve(
 
     made = trained(recipe, models("llama"), rows, "model.bits=32", "adapter.rank=6")
     monkeypatch.setattr(
-        pissa_cli.serving, "SERVERS", {"vllm": pissa_cli.serving.Server("vLLM", (1, 8), "x {base} {folder} {rank}")}
+        pissa_cli.serving, "SERVERS", {"vllm": pissa_cli.serving.Rules("vLLM", (1, 8), "x {base} {folder} {rank}")}
     )
     refused = pissa("export", made.output, "--for", "vllm")
     assert refused.code == 2 and "ranks up to 8, this adapter has 12" in refused.err and "--rank 8" in refused.err
@@ -263,7 +263,7 @@ def test_vllm_counts_the_rank_that_peft_gives_to_stacked_experts(
     assert "--max-lora-rank 32" in done.json["serve"]
     served_by_sglang = pissa("export", made.output, "--for", "sglang", "--json").json["serve"]
     assert "--max-lora-rank 12" in served_by_sglang
-    monkeypatch.setattr(pissa_cli.serving, "SERVERS", {"vllm": pissa_cli.serving.Server("vLLM", (1, 8, 16), "{rank}")})
+    monkeypatch.setattr(pissa_cli.serving, "SERVERS", {"vllm": pissa_cli.serving.Rules("vLLM", (1, 8, 16), "{rank}")})
     refused = pissa("export", made.output, "--for", "vllm")
     assert refused.code == 2 and "ranks up to 16, this adapter has 24" in refused.err and "--rank 8" in refused.err
     assert pissa("export", made.output, "--for", "vllm", "--rank", "8", "--json").json["serve"] == "16"

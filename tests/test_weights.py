@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pissa_cli.errors import UsageError
-from pissa_cli.weights import DTYPES, open_weights
+from pissa_cli.weights import DTYPE_NAMES, open_weights
 
 
 def saved(folder: Path) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    tensors = {name: (torch.randn(3, 5) * 9).abs().to(dtype) for name, dtype in DTYPES.items()}
+    tensors = {name: (torch.randn(3, 5) * 9).abs().to(dtype) for name, dtype in DTYPE_NAMES.items()}
     tensors |= {"empty": torch.empty(0, 4), "number": torch.tensor(3.5), "cube": torch.randn(2, 3, 4).bfloat16()}
     save_file(tensors, folder / "model.safetensors")
     return tensors

@@ -45,7 +45,7 @@ def score_samples(
     result, samples = grade_outputs(bench, rows, outputs, lambda done, total: progress(done, total, bench))
     result |= {"model": "samples", "samples": source}
     folder = run_of(recipe).scores / "samples" / bench
-    return {bench: write_result(folder, result, bench, recipe, samples, began)}
+    return {bench: write_scores(folder, result, bench, recipe, samples, began)}
 
 
 def grade_outputs(
@@ -79,7 +79,7 @@ def grade_outputs(
     return result | ({"protection": protection().text()} if bench.runs_code else {}), samples
 
 
-def write_result(
+def write_scores(
     folder: Path, result: dict[str, Any], bench: str, recipe: Recipe, samples: list[dict[str, Any]], began: float
 ) -> dict[str, Any]:
     """Write result.json and samples.jsonl; returns the result with what every benchmark says."""

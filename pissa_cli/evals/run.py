@@ -23,7 +23,7 @@ from pissa_cli.evals.generate import generate, same_in_batches, special_stops
 from pissa_cli.evals.judge import Judge
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.published import published
-from pissa_cli.evals.results import Progress, grade_outputs, write_result
+from pissa_cli.evals.results import Progress, grade_outputs, write_scores
 from pissa_cli.evals.sandbox import protection
 from pissa_cli.evals.scored import load_bench
 from pissa_cli.evals.served import Server, serve
@@ -146,7 +146,7 @@ def _score_all(session: _Session, data: dict[str, Any], progress: Progress) -> d
                 results[bench] = {"score": None, "stderr": None, "n": len(loaded)} | UNSCORED | session.facts
                 continue
             result, samples, kept = scored
-            results[bench] = write_result(folder, result | session.facts, bench, recipe, samples, began)
+            results[bench] = write_scores(folder, result | session.facts, bench, recipe, samples, began)
             if kept is not None:
                 kept.remove()
     return results
