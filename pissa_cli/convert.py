@@ -99,7 +99,7 @@ def export_lora(
         own_template = recipe.data.chat_template is not None
         serve = check_served(folder, server, output, plain, own_template) if server else None
         compared = _compare(recipe, stored, result, plain, folder) if check else {}
-    lost, whole = (sum(norm**2 for norm in each) for each in zip((0.0, 0.0), *norms, strict=True))
+    lost, whole = sum(missed**2 for missed, _ in norms), sum(norm**2 for _, norm in norms)
     return {
         "path": str(output),
         "bytes": sum(path.stat().st_size for path in output.iterdir()),
