@@ -29,7 +29,7 @@ IN_ROWS = ("data", "rows", "chat", "messages", "turns", "classification")
 RETURNED = {
     "recipe_errors": ("messages", "_unknown_key"),
     "chat": ("_conversation",),
-    "classification": ("encode_classified", "_one_end_more"),
+    "classification": ("encode_classified",),
     "rows": ("_file_rows", "_json_lines", "_json_list"),
 }
 NOTED = {
@@ -51,10 +51,8 @@ NAMES = {
     "run.init": "<run folder>/init",
     "run.adapter": "<run folder>/adapter",
     "run.merged": "<run folder>/merged",
-    "run.folder / 'exported'": "<run folder>/exported",
     "weights.folder": "<folder>",
     "key_node.value": "<key>",
-    "node.start_mark.line": "<line>",
     "mark.line": "<line>",
     "_kind(root)": "[a list / a single value]",
     "names[near[0]]": "<nearest>",
