@@ -70,7 +70,7 @@ def test_the_table_has_the_mean_of_ranks_that_differ() -> None:
     rows = summarize({"layers": layers})
     assert {row["kind"]: row["rank"] for row in rows} == {"q": 6.5, "k": 4, "all": pytest.approx(17 / 3)}
     shown = [str(cell) for cell in layer_table(rows).columns[2].cells]
-    assert shown == ["6.5", "4", "5.667"]
+    assert shown == ["6.5", "4", "5.66667"]
 
 
 @pytest.mark.parametrize("share", [0.7, 0.4])

@@ -97,7 +97,7 @@ def layer_table(rows: list[dict[str, Any]]) -> Any:
     columns = {
         "kind": ("layer", "{}"),
         "layers": ("n", "{}"),
-        "rank": ("rank", "{:.4g}"),
+        "rank": ("rank", "{:g}"),
         "energy": ("energy kept", "{:.1%}"),
         "start_error": ("error", "{:.1e}"),
         "plain_nuclear": ("plain NF4", "{:.2f}"),
