@@ -8,9 +8,8 @@ from pathlib import Path
 from pissa_cli.columns import require_columns
 from pissa_cli.data_options import held_out_sources, sources_of
 from pissa_cli.errors import UsageError
-from pissa_cli.names import kind_of
+from pissa_cli.names import holds_run, kind_of, run_around
 from pissa_cli.recipe import ModelSection, Recipe
-from pissa_cli.recipe_file import RUN_MANIFEST
 from pissa_cli.rows import is_file, read_rows
 from pissa_cli.rundir import Run, is_vacant, run_of
 
@@ -76,6 +75,10 @@ def local_base(section: ModelSection) -> Path | None:
     path = Path(section.name)
     if path.is_dir():
         return require_model_folder(path)
+    if path.is_file():
+        raise UsageError(
+            f"{section.name}: a file, not a model folder", "give the folder with config.json, safetensors and tokenizer"
+        )
     if path.is_absolute() or section.name.startswith(".") or section.name.count("/") > 1 or section.name.endswith("/"):
         raise UsageError(
             f"{section.name}: no such folder",
@@ -87,10 +90,13 @@ def local_base(section: ModelSection) -> Path | None:
 def require_model_folder(path: Path) -> Path:
     """The folder; UsageError for one without config.json, and for one that has more in it than a model."""
     if not (path / "config.json").is_file():
-        run = next((folder for folder in (path, path.parent) if (folder / RUN_MANIFEST).is_file()), None)
+        run = path if holds_run(path) else run_around(path)
         if run is not None:
             merge = f"pissa merge {shlex.quote(str(run))}"
             raise UsageError(f"{path}: a run, not a model", f"{merge}, and start from {run}/merged")
+        if kind_of(path / "adapter_config.json"):
+            hint = "merge it into its base (PEFT: merge_and_unload, then save_pretrained), and start from that"
+            raise UsageError(f"{path}: an adapter, not a model", hint)
         raise UsageError(f"{path}: not a model folder (no config.json)", "give the folder that holds it")
     if (path / "adapter_config.json").is_file():
         raise UsageError(

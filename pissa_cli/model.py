@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from pissa_cli.experts import EXPERT_PARAMETERS, Expert, expert_layers, peft_rem
 from pissa_cli.inputs import local_base, require_model_folder
 from pissa_cli.names import LICENCES
 from pissa_cli.recipe import ModelSection
+from pissa_cli.recipe_file import names_in, shipped
 from pissa_cli.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -82,9 +84,11 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
             section.name, revision=section.revision, allow_patterns=files, ignore_patterns=unwanted
         )
     except Exception as error:  # the network and the Hub raise many kinds
+        near = difflib.get_close_matches(section.name, names_in(shipped("configs") / "model"), n=1)
+        alias = f"; there is the alias {near[0]}" if near else ""
         raise UsageError(
             f"{section.name}: cannot get this model from the Hub ({type(error).__name__}: {first_line(error)})",
-            "check the id and the network, or give a local folder: --model path/to/folder",
+            f"check the id and the network, or give a local folder: --model path/to/folder{alias}",
         ) from None
     return require_model_folder(Path(found))
 

@@ -12,6 +12,8 @@ from pissa_cli.errors import UsageError
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files that go where a model goes."""
 Kind = Literal["file", "folder", "other"]
+RUN_RECIPE = "recipe.yaml"
+RUN_MANIFEST = "manifest.json"
 
 
 def kind_of(name: str | Path, source: str = "") -> Kind | None:
@@ -41,3 +43,19 @@ def located(name: str, roots: Sequence[Path], source: str = "") -> str:
         return name
     # a file keeps the name that it has here, which tells its kind, also where that is a link
     return str(found.resolve() if found.is_dir() else found.parent.resolve() / found.name)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether `pissa init` or `pissa train` has made this folder."""
+    return kind_of(folder / RUN_RECIPE) == kind_of(folder / RUN_MANIFEST) == "file"
+
+
+def run_around(folder: Path) -> Path | None:
+    """The run that a folder is a part of, as its adapter/ and its checkpoints/step-N are."""
+    return next((outer for outer in folder.absolute().parents[:2] if holds_run(outer)), None)
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what `git clone` leaves of a large one where Git LFS is not installed."""
+    with file.open("rb") as stream:
+        return stream.read(40).startswith(b"version https://git-lfs")

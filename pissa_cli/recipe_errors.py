@@ -39,12 +39,12 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
             text = f"{'.'.join(str(part) for part in item['loc'])}: needed, and not given"
         elif item["type"] == "union_tag_invalid":
             path, text = ("adapter", "method"), f"unknown method; known: {', '.join(ADAPTER_OPTIONS)}"
-            text += IN_4_BITS.get(str(item["ctx"]["tag"]).lower(), "")
+            text += _other_name(str(item["ctx"]["tag"]).lower())
         elif item["type"] == "bool_type":
             text = f"should be true or false (found {shown(item['input'])})"
         elif item["type"] == "list_type" and isinstance(item["input"], str):
             text = f"should be a list, [{item['input']}] (found {shown(item['input'])})"
-        elif item["type"] == "model_type" and path in values:
+        elif item["type"] in ("model_type", "model_attributes_type") and path in values:
             text = f"is a section with keys, as in {path[-1]}: {{key: value}} (found {shown(values[path].value)})"
         else:
             text = f"{text[0].lower()}{text[1:]}"
@@ -62,14 +62,27 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
     return lines
 
 
-def advice_on_flag(flag: str) -> str | None:
-    """What to do in place of a flag that no command has but other tools, or a recipe: --lr, --learning-rate."""
-    name = flag.lstrip("-").replace("-", "_")
+def advice_on_flag(flag: str, command: str) -> str | None:
+    """What to do in place of a flag that no command has but other tools, or a recipe: --lr, --learning-rate, and of
+    learning_rate=1e-4 without a flag."""
+    section, _, name = flag.lstrip("-").partition("=")[0].replace("-", "_").rpartition(".")
     if name in ABSENT:
         return ABSENT[name]
-    owners = [section for section in SECTIONS if name in _keys((section,), {"adapter": {}})]
-    key, _, about = SYNONYMS.get(name, f"{owners[0]}.{name}" if owners else "").partition(" ")
+    if name in ("config", "config_file", "recipe"):
+        return f"a recipe needs no flag: pissa {command} RECIPE"
+    sections = [section] if section in SECTIONS else sorted(SECTIONS, key=lambda one: one != command)
+    owners = [one for one in sections if name in _keys((one,), {"adapter": {}})]
+    own = f"{owners[0]}.{name}" if owners else ""
+    flags = {**SYNONYMS, "data": "data.train"}
+    key, _, about = (own if section else flags.get(name, own)).partition(" ")
     return f"keys of a recipe are set like this: --set {key}=VALUE {about}".rstrip() if key else None
+
+
+def _other_name(method: str) -> str:
+    """What another tool's name of a method is here."""
+    if method.startswith("pissa_niter"):
+        return "; PEFT's pissa_niter_N is pissa, whose accuracy is adapter.svd"
+    return IN_4_BITS.get(method) or (f"; {ABSENT[method]}" if method in ABSENT else "")
 
 
 def _unknown_key(path: KeyPath, tree: dict[str, Any]) -> str:

@@ -13,15 +13,13 @@ from pydantic import ValidationError
 
 from pissa_cli.adapter_options import ScaledBase
 from pissa_cli.errors import UsageError
-from pissa_cli.names import kind_of, located
+from pissa_cli.names import RUN_MANIFEST, RUN_RECIPE, holds_run, kind_of, located, run_around
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.recipe_errors import SECTIONS, messages
 from pissa_cli.translations import ABSENT, SYNONYMS
 from pissa_cli.yamlfile import KeyPath, Value, parse_scalar, read_flat, require_plain, shown, write_yaml
 
 PACKAGE = Path(__file__).resolve().parent
-RUN_RECIPE = "recipe.yaml"
-RUN_MANIFEST = "manifest.json"
 PATTERNS = (("adapter", "rank_pattern"), ("adapter", "alpha_pattern"))
 """Mappings by names of layers, which have dots of their own."""
 MOST_ERRORS = 100
@@ -84,20 +82,20 @@ def _load(target: str | None, given: Mapping[KeyPath, Value]) -> Loaded:
     return Loaded(_validate(values), {key: value.source for key, value in values.items()})
 
 
-def holds_run(folder: Path) -> bool:
-    """Whether `pissa init` or `pissa train` has made this folder."""
-    return kind_of(folder / RUN_RECIPE) == kind_of(folder / RUN_MANIFEST) == "file"
-
-
 def find_recipe(target: str) -> Path:
     """The YAML file of a target: a run folder, a path, or the name of a recipe, the user's before the shipped ones."""
     path, kind = Path(target), kind_of(target)
     if kind == "folder" and kind_of(path / RUN_RECIPE) != "file":
         named = [folder for folder in (Path("recipes"), shipped("recipes")) if (folder / f"{target}.yaml").is_file()]
         if not named:
-            raise UsageError(
-                f"{target}: not a run folder (no {RUN_RECIPE} in it)", "give a recipe, or run `pissa init` first"
-            )
+            instead = "give a recipe, or run `pissa init` first"
+            if (run := run_around(path)) is not None:
+                instead = f"it belongs to a run: name that, {run} (eval and export take --checkpoint N)"
+            elif kind_of(path / "adapter_config.json"):
+                instead = "it is an adapter: name the run that it comes from; to one that pissa has not made PEFT sees"
+            elif kind_of(path / "config.json"):
+                instead = "it is a model: init and train take it by --model; to score it: init, eval --compare-base"
+            raise UsageError(f"{target}: not a run folder (no {RUN_RECIPE} in it)", instead)
         return named[0] / f"{target}.yaml"
     if kind == "folder":
         return path / RUN_RECIPE
@@ -105,7 +103,7 @@ def find_recipe(target: str) -> Path:
     for candidate in (path, Path("recipes") / f"{short}.yaml", shipped("recipes") / f"{short}.yaml"):
         if kind_of(candidate) == "file":
             return candidate
-    known = _names(shipped("recipes"))
+    known = names_in(shipped("recipes"))
     near = difflib.get_close_matches(short, known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"shipped recipes: {', '.join(known)}"
     if target.endswith("/") and not near:
@@ -233,7 +231,7 @@ def _block_file(section: str, name: str) -> Path | None:
 def _read_block(section: str, name: Value) -> dict[KeyPath, Value]:
     file = _block_file(section, name.value)
     if file is None:
-        known = _names(shipped("configs") / section)
+        known = names_in(shipped("configs") / section)
         near = difflib.get_close_matches(name.value, known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"blocks of {section}: {', '.join(known) or 'none'}"
         raise UsageError(f"{name.source}: no block '{name.value}' in configs/{section}", hint)
@@ -242,7 +240,8 @@ def _read_block(section: str, name: Value) -> dict[KeyPath, Value]:
     return values
 
 
-def _names(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
+    """Those of the blocks or recipes in a folder."""
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
@@ -285,7 +284,7 @@ def _validate(values: Mapping[KeyPath, Value]) -> Recipe:
     model = tree.get("model", {})
     unnamed = isinstance(model, dict) and "name" not in model and model.keys() <= ModelSection.model_fields.keys()
     if unnamed and not (SYNONYMS | ABSENT).keys() & tree.keys():
-        known = ", ".join(_names(shipped("configs") / "model"))
+        known = ", ".join(names_in(shipped("configs") / "model"))
         raise UsageError(
             "model.name: no model given",
             f"give a recipe or a run folder; init and train take --model, too: a folder, Hub id or alias ({known})",

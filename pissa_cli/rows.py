@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa_cli.errors import Unreachable, UsageError, first_line
-from pissa_cli.names import kind_of
+from pissa_cli.names import is_lfs_pointer, kind_of
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -86,6 +86,8 @@ def is_file(source: str) -> bool:
 
 def _file_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
     try:
+        if is_lfs_pointer(path):
+            raise UsageError(f"{path}: a pointer of Git LFS, not the rows", "fetch them: git lfs pull")
         if path.suffix == ".parquet":
             yield from enumerate(_parquet_rows(path), start=1)
         elif path.suffix == ".jsonl":

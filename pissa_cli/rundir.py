@@ -20,8 +20,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pissa_cli.errors import PissaError, UsageError, cannot_write
+from pissa_cli.names import RUN_MANIFEST, RUN_RECIPE
 from pissa_cli.recipe import Recipe
-from pissa_cli.recipe_file import RUN_MANIFEST, RUN_RECIPE
 
 PROVENANCE = "pissa.json"
 PICTURE = "loss.png"

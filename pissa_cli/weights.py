@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pissa_cli.errors import UsageError, cannot_write
-from pissa_cli.names import kind_of
+from pissa_cli.names import is_lfs_pointer, kind_of
 
 SHARD_BYTES = 256 * 2**20
 INDEX = "model.safetensors.index.json"
@@ -104,6 +104,8 @@ def open_weights(folder: Path) -> Weights:
             with safe_open(path, framework="pt"):
                 _read_header(path, weights)
         except (SafetensorError, OSError) as error:
+            if is_lfs_pointer(path):
+                raise UsageError(f"{path}: a pointer of Git LFS, not the weights", "fetch them: git lfs pull") from None
             raise UsageError(f"{path}: truncated or damaged safetensors file ({error})", "download it again") from None
     missing = [name for name, shard in index.items() if files.get(name) != folder / shard]
     if missing:

@@ -178,6 +178,40 @@ def test_files_that_are_not_there(refused: Callable[..., str], models: Callable[
     assert "no model given" in refused("init")
 
 
+def test_what_is_no_run_or_no_model_is_called_what_it_is(
+    refused: Callable[..., str], models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("run/recipe.yaml", "run/manifest.json", "run/adapter/x", "run/checkpoints/step-3/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, "")
+    for folder in ("run/adapter", "run/checkpoints/step-3"):
+        assert f"name that, {tmp_path}/run (eval and export take --checkpoint N)" in refused("merge", folder)
+        assert "a run, not a model next: pissa merge" in refused("init", "--model", folder)
+    with contextlib.chdir(tmp_path / "run" / "adapter"):
+        assert f"name that, {tmp_path}/run (eval" in refused("merge", ".")
+    assert "it is a model: init and train take it by --model" in refused("eval", models("llama"))
+    assert "model.safetensors: a file, not a model folder" in refused(
+        "init", "--model", models("llama") / "model.safetensors"
+    )
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other" / "adapter_config.json", "{}")
+    assert "it is an adapter: name the run that it comes from" in refused("merge", "other")
+    assert "other: an adapter, not a model next: merge it into its base" in refused("train", "--model", "other")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "there is the alias mistral-7b" in refused("init", "--model", "mistral-8b")
+
+
+def test_a_pointer_of_git_lfs(refused: Callable[..., str], models: Callable[[str], Path], tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    base = tmp_path / "base"
+    shutil.copytree(models("llama"), base)
+    write(base / "model.safetensors", pointer)
+    assert "model.safetensors: a pointer of Git LFS, not the weights next: fetch" in refused("init", "--model", base)
+    for name in ("rows.jsonl", "rows.parquet"):
+        words = ("train", "--model", models("llama"), "--set", f"data.train={write(tmp_path / name, pointer)}")
+        assert f"{name}: a pointer of Git LFS, not the rows" in refused(*words)
+
+
 def test_what_is_wrong_with_the_adapter_costs_no_tokenization(
     refused: Callable[..., str], models: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

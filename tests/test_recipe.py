@@ -298,7 +298,11 @@ def test_a_mapping_without_spaces_is_explained() -> None:
             "--gradient-accumulation-steps=3",
             "train.batch_size=VALUE (examples in one step, over all micro-batches)",
         ),
+        ("--train.lr=1", "train.lr=VALUE"),
+        ("--data=rows.jsonl", "data.train=VALUE"),
+        ("--dataset-name", "data.train=VALUE (a file or id:subset:split)"),
         ("--nonsense", None),
+        ("--train.nonsense", None),
     ],
 )
 def test_flags_that_are_keys_of_a_recipe(flag: str, key: str | None, pissa: Callable[..., Any]) -> None:
@@ -307,3 +311,26 @@ def test_flags_that_are_keys_of_a_recipe(flag: str, key: str | None, pissa: Call
     assert outcome.code == 2 and json.loads(outcome.out)["hint"] == hint
     assert (f"next:  {hint}" in outcome.err) == (key is not None)
     assert "next:  the figures of every step" in pissa("train", "--report-to", "wandb").err
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["train", "--config", "r.yaml"], "a recipe needs no flag: pissa train RECIPE"),
+        (["train", "demo/pissa", "learning_rate=1e-4"], "--set train.lr=VALUE"),
+        (["train", "demo/pissa", "train.lr=1e-4"], "--set train.lr=VALUE"),
+        (["eval", "--batch_size", "4"], "--set eval.batch_size=VALUE"),
+        (["train", "--batch_size", "4"], "--set train.batch_size=VALUE"),
+    ],
+)
+def test_other_tools_command_lines(words: list[str], hint: str, pissa: Callable[..., Any]) -> None:
+    outcome = pissa(*words)
+    assert outcome.code == 2 and outcome.err.rstrip().endswith(hint)
+
+
+def test_other_tools_names_of_a_method(tmp_path: Path) -> None:
+    for name, wanted in (("pissa_niter_16", r"adapter\.svd"), ("dora", "there is no DoRA here"), ("qlora", "--bits 4")):
+        with pytest.raises(UsageError, match=f"adapter.method: unknown method; .*{wanted}"):
+            load(write(tmp_path / "r.yaml", f"model: {{name: x}}\nadapter: {{method: {name}}}\n"), {})
+    with pytest.raises(UsageError, match=r"adapter: is a section with keys, as in adapter: \{key: value\}"):
+        load(write(tmp_path / "r.yaml", "model: {name: x}\nadapter: qlora\n"), {})

@@ -105,7 +105,7 @@ def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
         failure: PissaError = Interrupted("interrupted", None)
     except Exception as error:
         if isinstance(error, ClickException):
-            return _show_usage(error, as_json)
+            return _show_usage(error, next(iter(arguments), ""), as_json)
         if debug:
             Console(stderr=True).print_exception()
         failure = _explained(error, next(iter(arguments), ""))
@@ -134,11 +134,12 @@ def _explained(error: Exception, command: str) -> PissaError:
     )
 
 
-def _show_usage(error: Any, as_json: bool) -> int:
+def _show_usage(error: Any, command: str, as_json: bool) -> int:
     """What the parser says of flags and arguments; returns the exit code."""
     from pissa_cli.recipe_errors import advice_on_flag
 
-    advice = advice_on_flag(getattr(error, "option_name", None) or "")
+    found = re.search(r" argument.*\(([\w.]+=)", error.format_message())
+    advice = advice_on_flag(getattr(error, "option_name", None) or (found[1] if found else ""), command)
     error.show()
     if advice:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold]next:[/]  {advice}")
