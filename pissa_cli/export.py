@@ -72,10 +72,8 @@ def merge(
         writer = ShardWriter(target)
         dtypes = {DTYPES[recipe.precision]}
         model = skeleton(folder, recipe.model)
-        dense, written = (
-            dense_tensors(recipe, model, weights, adapter, lambda *made: made),
-            written_name(model, weights),
-        )
+        dense = dense_tensors(recipe, model, weights, adapter, lambda *made: made)
+        written = written_name(model, weights)
         for number, (name, linear, tensor) in enumerate(dense):
             if linear is not None:
                 dtypes.add(tensor.dtype)

@@ -466,6 +466,17 @@ def test_the_model_card_shows_scores_of_its_own_step_alone(
     assert "| steps | 3 |" in (Run(Path(more.output)).adapter / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("bits", "doubled"), [(16, True), (4, False)])
+def test_a_doubled_rank_is_explained(
+    bits: int, doubled: bool, pissa: Callable[..., Any], models: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    words = ["--set", f"data.train={rows}", "--set", "train.steps=1", "--rank", 4, "--bits", bits, "-o", tmp_path / "o"]
+    outcome = pissa("train", "--model", models("llama"), *words)
+    assert outcome.code == 0 and ("of twice the trained rank" in outcome.out) == doubled
+    assert ("of twice the rank: what was trained, less" in (tmp_path / "o/adapter/README.md").read_text()) == doubled
+    assert json.loads((tmp_path / "o/adapter/adapter_config.json").read_text())["r"] == (8 if doubled else 4)
+
+
 def test_the_model_card_keeps_folders_to_itself(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
     judge = "eval.judge_url=https://me:secret@judge.internal/v1"
     made = recipe(models("llama"), "model.bits=32", f"data.train={rows}", "train.steps=2", judge)
