@@ -51,6 +51,8 @@ def require_columns(source: str, section: DataSection, columns: Sequence[str], w
     elif {"chosen", "rejected"} <= set(columns):
         hint = "preferences are not trained here, but what was chosen can be: map it to a field, as "
         hint += "{format: prompt, columns: {completion: chosen}} or {format: chat, columns: {messages: chosen}}"
+    elif {"prompt", "completion", "label"} <= set(columns):
+        hint = "preferences are not trained here: keep the rows whose label is true, and give data: {format: prompt}"
     elif other is not None:
         hint = f"these are columns of another format: data: {other}"
     else:

@@ -522,6 +522,7 @@ def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTo
         ({"prompt": "a", "completion": "b"}, "{format: prompt}"),
         ({"question": "a", "answer": "b"}, "data.columns={instruction: <column>, output: <column>}"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences are not trained here"),
+        ({"prompt": "a", "completion": "b", "label": True}, "keep the rows whose label is true"),
     ]
     for row, hint in rows:
         (tmp_path / "rows.jsonl").write_text(json.dumps(row))
