@@ -309,19 +309,22 @@ def test_layers_that_share_their_input_are_found(
     assert all(layer.siblings is None for layer in layers)
 
 
-def test_an_update_below_the_weights_own_precision_is_not_lost() -> None:
-    """bf16 has no number between 1 and 1 + 2^-7; a merged weight would have to round the update away."""
+@pytest.mark.parametrize("rank", [1, 64])
+def test_an_update_below_the_weights_own_precision_is_not_lost(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 has no number between 1 and 1 + 2^-7; a merged weight would have to round the update away. At the larger
+    rank that would be the cheaper way."""
+    monkeypatch.setattr("pissa_cli.adapters.function.product_dtype", lambda x: x.dtype)
     torch.manual_seed(0)
     base = nn.Linear(64, 64, bias=False).bfloat16()
     nn.init.ones_(base.weight)
-    made = {"A": torch.full((1, 64), 2.0**-5), "B": torch.full((64, 1), 2.0**-5)}
+    made = {"A": torch.full((rank, 64), 2.0**-5), "B": torch.full((64, rank), 2.0**-5 / rank)}
     layer = LowRank(base, made, frozenset({"A", "B"}), 1.0)
     x = torch.zeros(256, 64, dtype=torch.bfloat16)
     x[:, 0], x[:, 1] = 1.0, -1.0
     x[:, 2] = 2.0**-3
     assert float(layer(x)[0, 0]) == float(torch.tensor(2.0**-3 * (1 + 2.0**-10)).bfloat16())
     x[:, 2] = 0.0
-    made["A"][0, 0] = 2.0**-4
+    made["A"][:, 0] = 2.0**-4
     layer = LowRank(base, made, frozenset({"A", "B"}), 1.0)
     assert float(layer(x)[0, 0]) == 2.0**-10
 
@@ -385,6 +388,19 @@ def test_a_joined_gate_gives_the_same_and_keeps_less(
     torch.testing.assert_close(joined_grads, grads, rtol=1e-6, atol=1e-7)
     size = ids.numel() * model.config.intermediate_size * 4
     assert kept - joined_kept == 2 * size * model.config.num_hidden_layers
+
+
+def test_a_joined_gate_above_which_nothing_trains(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
+    model = started(recipe(models("llama"), "adapter.targets=[down_proj]", "adapter.rank=4", "model.bits=32"))
+    first, x = model.model.layers[0].mlp, torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for _ in range(2):
+        first(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in first.parameters() if p.grad is not None])
+        first.zero_grad()
+        join_gates(model)
+    assert "forward" in vars(first) and len(gradients[0]) == 2
+    torch.testing.assert_close(*gradients)
 
 
 def doubled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

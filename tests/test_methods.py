@@ -99,6 +99,28 @@ def test_loftq_and_qpissa_are_the_published_algorithms(
     assert sorted(off)[5] <= 1e-6
 
 
+@pytest.mark.parametrize("svd", ["fast", "exact"])
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_the_refit_step_by_step(passes: int, svd: str) -> None:
+    """L <- U U^T (W - Q) with U = orth((W - Q) A^T), Q <- NF4(W - L - 0.8 (L - L_before)); last the best L for that Q.
+    Passes that begin with a rough SVD find another Q."""
+    source = np.random.default_rng(0)
+    W = (source.standard_normal((96, 128)) * 0.97 ** np.arange(128)).astype(np.float32)
+    L = ahead = numpy_top(W, 8)
+    for _ in range(passes - 1):
+        lost = W - numpy_nf4(W - ahead)
+        U = np.linalg.qr(lost @ np.linalg.svd(L)[2][:8].T)[0]
+        L, before = U @ (U.T @ lost), L
+        ahead = L + 0.8 * (L - before)
+    layer = Layer("x", 8, 1.0, 0, quant.Store(4, torch.float32))
+    made = METHODS["pissa"].start(torch.from_numpy(W), layer, {"svd": svd, "passes": passes, "refit": True})
+    frozen, found = quant.read(made.frozen).numpy(), (made.factors["B"] @ made.factors["A"]).numpy()
+    if passes == 1 or svd == "exact":
+        assert np.isclose(frozen, numpy_nf4(W - ahead), rtol=1e-3, atol=1e-5).mean() > 0.98
+    best = numpy_top(W - frozen, 8)
+    assert np.linalg.norm(found - best) < (1e-5 if svd == "exact" else 3e-3) * np.linalg.norm(best)
+
+
 @pytest.mark.parametrize("rank", [16, 32])
 def test_fitted_scales_and_the_refit_leave_eight_percent_less_than_the_paper(
     rank: int, real_matrices: dict[str, Tensor]
