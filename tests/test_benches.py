@@ -96,7 +96,7 @@ GOLD = [
     ("$\\boxed{\\frac{1}{2}}$", "\\frac{1}{2}"),
     ("$\\boxed{1}$ or $\\boxed{2}$", "2"),
     ("$\\fbox{3}$", "3"),
-    ("$\\boxed 7$ done", "7"),
+    ("$\\boxed 72$ done", "72"),
     ("$\\boxed{\\text{(A) }{x}}$", "\\text{(A) }{x}"),
     ("none", None),
     ("$\\boxed{1", None),
@@ -138,7 +138,7 @@ def test_the_reference_is_the_last_box(solution: str, wanted: str | None) -> Non
 
 
 def test_code_is_cut_as_the_reference_does() -> None:
-    assert written("x = 1\r\nassert x") == "x = 1"
+    assert written("x = 1\r\ny = 2\r\nassert x") == "x = 1\ny = 2"
     assert written("a\n```python\nx = 1\n```\nb\n```python\ny\n```") == "x = 1"
     for tail in ('if __name__ == "__main__":\n    f()', "# Example usage:\nf()", "assert f() == 1"):
         assert written(f"```python\ndef f(): return 1\n{tail}\n```") == "def f(): return 1"
@@ -180,7 +180,8 @@ def test_mbpp_runs_what_was_written() -> None:
             " ": False,
         }
         assert grades(mbpp.BENCH, row, list(outputs)) == list(outputs.values())
-    assert LARGEST["text"] in mbpp.BENCH.question(LARGEST) and LARGEST["test_list"][0] in mbpp.BENCH.question(LARGEST)
+        asked = f'"""\n{LARGEST["text"]}\n{LARGEST["test_list"][0]}\n"""'
+        assert mbpp.BENCH.question(row).endswith(f"\n```python\n{asked}\n```")
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
