@@ -182,6 +182,7 @@ def test_mbpp_runs_what_was_written() -> None:
         assert grades(mbpp.BENCH, row, list(outputs)) == list(outputs.values())
         asked = f'"""\n{LARGEST["text"]}\n{LARGEST["test_list"][0]}\n"""'
         assert mbpp.BENCH.question(row).endswith(f"\n```python\n{asked}\n```")
+    assert (mbpp.BENCH.identity(LARGEST), mbpp.BENCH.identity(sanitized)) == ("7", None)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

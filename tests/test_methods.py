@@ -34,7 +34,7 @@ from transformers.models.rwkv.modeling_rwkv import RwkvBlock
 
 from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.adapters.start import Layer
+from pissa_cli.adapters.start import Layer, as_lora
 from pissa_cli.attach import attach, lowrank_layers
 from pissa_cli.bypassed import is_bypassed
 from pissa_cli.errors import PissaError, UsageError
@@ -167,6 +167,7 @@ def test_each_method_by_hand() -> None:
     assert torch.allclose(made.factors["A"].abs(), numbers([[4.0, 0.0]]), atol=1e-6)
     assert torch.allclose(made.factors["B"].abs(), numbers([[4.0], [0.0]]), atol=1e-6)
     assert torch.allclose(made.frozen, numbers([[0.0, 0.0], [0.0, 1.0]]), atol=1e-6)
+    assert made.figures["energy"] == pytest.approx(16 / 17)
     moved = {"A": made.factors["A"], "B": 2 * made.factors["B"]}
     plain = METHODS["pissa"].on_plain_base(moved, made.factors)
     assert torch.allclose(0.25 * plain["B"] @ plain["A"], numbers([[4.0, 0.0], [0.0, 0.0]]), atol=1e-5)
@@ -174,6 +175,7 @@ def test_each_method_by_hand() -> None:
     made = begin("svfit")
     assert torch.allclose(made.factors["d"], numbers([4.0]), atol=1e-6)
     assert torch.allclose(made.frozen, numbers([[0.0, 0.0], [0.0, 1.0]]), atol=1e-6)
+    assert made.figures["energy"] == pytest.approx(16 / 17)
     plain = METHODS["svfit"].on_plain_base({**made.factors, "d": numbers([7.0])}, made.factors)
     assert torch.allclose(plain["B"] @ plain["A"], numbers([[3.0, 0.0], [0.0, 0.0]]), atol=1e-5)
 
@@ -185,20 +187,21 @@ def test_each_method_by_hand() -> None:
 
     made = begin("vera", d_initial=0.1)
     assert torch.equal(made.factors["d"], numbers([0.1])) and torch.equal(made.factors["b"], numbers([0.0, 0.0]))
-    assert torch.equal(made.frozen, W)
+    assert torch.equal(made.frozen, W) and as_lora(made.factors) == made.factors
 
     made = begin("lora", init="B", distribution="gaussian")
     assert not made.factors["A"].any() and made.factors["B"].all() and torch.equal(made.frozen, W)
 
 
+@pytest.mark.parametrize("embedding", [False, True])
 @pytest.mark.parametrize("init", ["A", "B"])
 @pytest.mark.parametrize(("distribution", "variance"), [("kaiming", 1 / 3), ("gaussian", 1.0)])
-def test_variances_of_lora(init: str, distribution: str, variance: float) -> None:
-    layer = Layer("x", 16, 1.0, 0, quant.Store(32, torch.float32))
+def test_variances_of_lora(init: str, distribution: str, variance: float, embedding: bool) -> None:
+    layer = Layer("x", 16, 1.0, 0, quant.Store(32, torch.float32), embedding)
     made = METHODS["lora"].start(torch.zeros(600, 400), layer, {"init": init, "distribution": distribution})
-    fan_in = {"A": 400, "B": 16}[init]
+    fan_in = {"A": 1 if embedding else 400, "B": 16}[init]
     assert float(made.factors[init].var()) == pytest.approx(variance / fan_in, rel=0.05)
-    assert float(made.factors[init].mean()) == pytest.approx(0, abs=0.01)
+    assert float(made.factors[init].mean()) == pytest.approx(0, abs=0.2 / math.sqrt(fan_in))
     if distribution == "kaiming":
         assert float(made.factors[init].abs().max()) <= 1 / math.sqrt(fan_in)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_start import logits, relative, started
 from transformers import AutoModelForCausalLM
 
+from pissa_cli.adapters.start import Projections
 from pissa_cli.attach import lowrank_layers
 from pissa_cli.exported import load_result
 from pissa_cli.rundir import Run
@@ -58,3 +59,14 @@ def test_vera_stores_its_projections_if_asked(models: Callable[[str], Path], rec
     base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
     theirs = logits(peft.PeftModel.from_pretrained(base, run.adapter))
     assert relative(theirs, logits(load_result(made, torch.device("cpu")))) < 1e-6
+
+
+def test_one_copy_of_the_projections_a_dtype() -> None:
+    A, B = torch.randn(2, 5), torch.randn(4, 2)
+    made, cpu = Projections(A, B), torch.device("cpu")
+    for dtype in (torch.bfloat16, torch.float32):
+        found = made.pair((3, 4), cpu, dtype)
+        assert torch.equal(found[0], A[:, :4].to(dtype)) and torch.equal(found[1], B[:3].to(dtype))
+        again = made.pair((4, 5), cpu, dtype)
+        assert [one.data_ptr() for one in found] == [other.data_ptr() for other in again]
+    assert made.whole() == (A, B)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pissa_cli import weights as module
 from pissa_cli.errors import UsageError
-from pissa_cli.weights import DTYPE_NAMES, open_weights
+from pissa_cli.weights import DTYPE_NAMES, ShardWriter, open_weights
 
 
 def saved(folder: Path) -> dict[str, Tensor]:
@@ -54,3 +56,27 @@ def test_a_file_that_is_cut_meanwhile(tmp_path: Path) -> None:
     last = max(weights.places, key=lambda name: weights.places[name][1])
     with pytest.raises(UsageError, match="the file ends before the tensor does"):
         weights.read(last)
+
+
+@pytest.mark.parametrize(("shard_bytes", "shards"), [(24, ["a b", "c", "d"]), (25, ["a b c", "d"]), (100, ["a b c d"])])
+def test_shards_are_closed_once_they_are_large(
+    shard_bytes: int, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SHARD_BYTES", shard_bytes)
+    sizes, writer = {"a": 4, "b": 2, "c": 6, "d": 1}, ShardWriter(tmp_path / "made")
+    tensors = {name: torch.full((size,), float(size)) for name, size in sizes.items()}
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    index = {"model.safetensors.index.json"} if len(shards) > 1 else set()
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {*names, *index}
+    found = {name: load_file(tmp_path / "made" / name) for name in names}
+    assert [" ".join(sorted(part)) for part in found.values()] == shards
+    torch.testing.assert_close({key: t for part in found.values() for key, t in part.items()}, tensors)
+    for path in index:
+        said = json.loads((tmp_path / "made" / path).read_text())
+        assert said["weight_map"] == {key: name for name, part in found.items() for key in part}
+        assert said["metadata"] == {"total_size": 4 * sum(sizes.values())}
+    assert writer.total_bytes == 52 and set(open_weights(tmp_path / "made").files) == set(tensors)
