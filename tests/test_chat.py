@@ -258,6 +258,8 @@ def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
     assert "leaves out" in str(encode_chat(conversation("Hi", "Yes", "And", "No"), SECTION, tokenizer))
     tokenizer.chat_template = PLAIN.replace("in messages %}", "in messages if m.role == 'user' or m != messages[-1] %}")
     assert "cannot be found" in str(encode_chat(conversation("Hi", "Yes", "And"), SECTION, tokenizer))
+    tokenizer.chat_template = PLAIN.replace("in messages %}", "in messages if m.role == 'user' %}")
+    assert "cannot be found" in str(encode_chat(conversation("Hi", "Yes"), SECTION, tokenizer))
     tokenizer.chat_template = PLAIN
     assert encode_chat(conversation("Hi"), SECTION, tokenizer) == "no assistant message"
     assert encode_chat(conversation("Hi", ""), SECTION, tokenizer) == "the assistant says nothing"

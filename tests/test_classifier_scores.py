@@ -59,6 +59,8 @@ def test_metrics_by_hand() -> None:
     tp, tn, fp, fn = 3, 2, 2, 1
     assert classify.accuracy(predicted, wanted) == 5 / 8
     assert classify.f1(predicted, wanted) == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert classify.f1(np.zeros(4), np.zeros(4)) == 0
+    assert [classify.kinds_of(number)[-1] for number in (1, 2, 3)] == ["spearman", "f1", "accuracy"]
     matthews = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     assert classify.METRICS["matthews"](predicted, wanted) == pytest.approx(matthews)
     x, y = np.array([1.0, 2.0, 2.0, 5.0]), np.array([2.0, 1.0, 4.0, 9.0])
