@@ -48,6 +48,7 @@ from pissa_cli.train import train
         ("TRUE", ["false", "True"], 1),
         (1, ["false", "true"], 1),
         (1, ["true", "false"], r"'1', not one of model.labels \(true, false\)"),  # in tables 1 is true
+        (1, ["True", "False"], "not one of"),
         ("true", ["true", "True"], 0),
         ("NO", ["no", "yes"], "not one of"),
         (True, ["score"], "not a number"),
@@ -136,6 +137,7 @@ def test_texts_are_tokenized_together_to_what_each_is_by_itself(
     [
         ([1, 2, 3, 3], ["a", "b", "c"], True),
         ([1.0, "3"], ["a", "b", "c"], True),
+        ([2, 3], ["a", "b", "c"], True),
         ([1, 2, 3, 0], ["a", "b", "c"], False),
         ([1, 2], ["a", "b", "c"], False),
         (["a", "b", "c", 3], ["a", "b", "c"], False),
