@@ -173,6 +173,12 @@ def test_no_token_spans_what_is_asked_and_what_is_said(tokenizer: PreTrainedToke
     assert found.ids[: len(asked)] == asked and found.targets[: len(asked) + 1] == [False] * len(asked) + [True]
 
 
+def test_nothing_is_added_behind_a_turn_that_is_not_learned(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = BARE
+    parts = ["user: Hi\nassistant: ", "Yes\n", "user: And\n"]
+    assert learned(conversation("Hi", "Yes", "And"), tokenizer) == parts
+
+
 def test_the_mask_is_that_of_a_template_that_marks_it(tokenizer: PreTrainedTokenizerBase) -> None:
     """transformers' own, for templates that say where the assistant speaks."""
     tokenizer.chat_template = (
