@@ -111,6 +111,10 @@ class Examples:
             lines.append(f"{name}: columns not used: {', '.join(self.unused)}")
         for reason, rows in self.unusable.items():
             lines.append(f"{name}: rows not used: {len(rows)}, {reason} (row {_first(rows)})")
+        left_out = sum(map(len, self.unusable.values()))
+        number = left_out + len(self)
+        if left_out > len(self):
+            lines.append(f"{name}: most rows are not used ({left_out:,} of {number:,}): is that meant?")
         return lines
 
 

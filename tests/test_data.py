@@ -96,6 +96,9 @@ def test_bad_rows_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) 
     }
     assert examples.notes("data.train")[0].startswith("data.train: 2 examples, ")
     assert examples.notes("data.train")[3] == "data.train: rows not used: 2, 'output' is missing (row 3, 4)"
+    assert examples.notes("data.train")[-1] == "data.train: most rows are not used (6 of 8): is that meant?"
+    even = load_examples(write(tmp_path / "even.jsonl", [good, {"instruction": "a"}]), DataSection(), tokenizer, None)
+    assert "most rows" not in "".join(even.notes("data.train"))
 
 
 def test_utf16_is_refused_as_such(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
