@@ -69,11 +69,11 @@ def advice_on_flag(flag: str, command: str) -> str | None:
     if name in ABSENT:
         return ABSENT[name]
     if name in ("config", "config_file", "recipe"):
-        return f"a recipe needs no flag: pissa {command} RECIPE"
+        return f"a recipe needs no flag: pissa {'train' if command.startswith('-') else command} RECIPE"
     sections = [section] if section in SECTIONS else sorted(SECTIONS, key=lambda one: one != command)
     owners = [one for one in sections if name in _keys((one,), {"adapter": {}})]
     own = f"{owners[0]}.{name}" if owners else ""
-    flags = {**SYNONYMS, "data": "data.train"}
+    flags = SYNONYMS if command == "eval" else {**SYNONYMS, "data": "data.train"}
     key, _, about = (own if section else flags.get(name, own)).partition(" ")
     return f"keys of a recipe are set like this: --set {key}=VALUE {about}".rstrip() if key else None
 

@@ -212,6 +212,15 @@ def test_a_pointer_of_git_lfs(refused: Callable[..., str], models: Callable[[str
         assert f"{name}: a pointer of Git LFS, not the rows" in refused(*words)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the file is one of Linux's /proc")
+def test_a_shard_that_fails(refused: Callable[..., str], models: Callable[[str], Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(models("llama"), base)
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors").symlink_to("/proc/self/mem")  # a file whose first byte is an input/output error
+    assert "model.safetensors: truncated or damaged safetensors file" in refused("init", "--model", base)
+
+
 def test_what_is_wrong_with_the_adapter_costs_no_tokenization(
     refused: Callable[..., str], models: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -317,9 +317,11 @@ def test_flags_that_are_keys_of_a_recipe(flag: str, key: str | None, pissa: Call
     ("words", "hint"),
     [
         (["train", "--config", "r.yaml"], "a recipe needs no flag: pissa train RECIPE"),
+        (["--config=[/b]"], "a recipe needs no flag: pissa train RECIPE"),
         (["train", "demo/pissa", "learning_rate=1e-4"], "--set train.lr=VALUE"),
         (["train", "demo/pissa", "train.lr=1e-4"], "--set train.lr=VALUE"),
         (["eval", "--batch_size", "4"], "--set eval.batch_size=VALUE"),
+        (["eval", "--data"], "--set eval.data=VALUE"),
         (["train", "--batch_size", "4"], "--set train.batch_size=VALUE"),
     ],
 )
