@@ -22,7 +22,8 @@ POWER_STEPS = 3
 ROUNDED_STEPS = 4  # of them where they are in bf16, but for the last
 KRYLOV_BLOCKS = 2  # at least, but from a start close by
 PROBES = 16  # random combinations of the residuals, from which what is missing is estimated
-SURE = 0.1  # share of what is allowed, up to which the estimate counts as it is
+SURE = 0.05  # share of what is allowed, up to which the estimate counts as it is
+LEVEL = 0.025  # fall of eigenvalues from the last that is wanted to the last of a block, where the estimate is doubled
 SIZES = 1e-4, 1e6  # norms between which the fourth powers of singular values neither vanish nor overflow
 RESOLVED = 1e-5  # share of the energy below which a difference of energies is rounding
 KRYLOV_BELOW = 0.2  # width of a block over the smaller dimension, above which the whole Gram matrix is cheaper
@@ -176,24 +177,26 @@ def _block_krylov(
     """(W V, V) of the top Ritz vectors V (n, rank) of G = W^T W on a Krylov space, for weight (m, n), m >= n.
     `allowed` inf: nothing is estimated.
 
-    Where a block gained little beside what is missing, second order says too little of it: it is raised by the square
-    of how slowly it falls. None if the basis would have to grow beyond GRAM_BELOW.
+    What is missing is raised where it may be said too low. None if the basis would have to grow beyond GRAM_BELOW.
     """
     width, unchecked = rank + OVERSAMPLING, math.isinf(allowed)
     space = _begin(weight, width, allowed, near, 1 if near is not None or unchecked else KRYLOV_BLOCKS, source)
+    said = 0.0
     while True:
         values, vectors = (part[..., -width:] for part in small(torch.linalg.eigh, space.T))
-        U, V, values = space.images @ vectors[:, -rank:], space.basis @ vectors, values[-rank:]
+        U, V, beyond, values = space.images @ vectors[:, -rank:], space.basis @ vectors, values[0], values[-rank:]
         if unchecked:
             return U, V
         captured = float(values.sum(dtype=torch.float64))
         most = allowed * max(energy - captured, RESOLVED * energy)
         missing, before = _missing(weight, U, V[:, -rank:], values, source), len(space.T) - width
+        raised = missing
         if before and SURE * most < missing <= most:
             gain = captured - float(eigenvalues(space.T[:before, :before])[-rank:].sum(dtype=torch.float64))
-            missing = missing * (1 + missing / gain) ** 2 if gain > 0 else math.inf
-        if missing <= most:
+            raised = _raised(missing, gain, said, fall=1 - float(beyond / values[0]))
+        if raised <= most:
             return U, V
+        said = missing
         if len(space.T) + width > GRAM_BELOW * weight.shape[1]:
             return None
         space = grown(weight, space, width)
@@ -249,6 +252,16 @@ def _missing(weight: Tensor, U: Tensor, V: Tensor, values: Tensor, source: torch
         return 0.0
     point, share = second / first, first**2 / second
     return ((zeroth - share) / value + share / (value - point)) / PROBES if point < value else math.inf
+
+
+def _raised(missing: float, gain: float, said: float, fall: float) -> float:
+    """What is missing to second order, raised by the squares of how much more it may be: the last block gained little
+    beside it; that block gained more than was `said` to be missing before; or nothing was said yet, and eigenvalues
+    hardly `fall` from the last that is wanted to the last of a block."""
+    if gain <= 0 or fall <= 0:
+        return math.inf
+    more = max(1.0, gain / said) ** 2 if said else 1 + (LEVEL / fall) ** 2
+    return missing * (1 + missing / gain) ** 2 * more
 
 
 def _lanczos_nuclear_norm(weight: Tensor, source: torch.Generator) -> float:

@@ -138,7 +138,14 @@ def test_two_singular_values_that_have_crossed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "width", "floor", "rank"), [(0.9, 120, 0.02, 30), (0.97, 300, 0.26, 100), (0.98, 350, 0.1, 100)]
+    ("last", "width", "floor", "rank"),
+    [
+        (0.9, 120, 0.02, 30),
+        (0.97, 300, 0.26, 100),
+        (0.98, 350, 0.1, 100),
+        (0.989, 306, 0.2, 98),
+        (0.99, 200, 0.3, 88),
+    ],
 )
 def test_a_plateau_wider_than_the_rank(last: float, width: int, floor: float, rank: int) -> None:
     """What the basis has not yet found is small there beside what rounds to bf16, and second order is too little."""
