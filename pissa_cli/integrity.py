@@ -113,7 +113,7 @@ def require_closed(folder: Path) -> None:
                 raise UsageError(f"{path}: neither a file nor a folder", "remove it")
     for names, is_kind, kind in ((FILES, Path.is_file, "file"), (FOLDERS, Path.is_dir, "folder")):
         for path in (folder / name for name in names):
-            if path.exists() and not is_kind(path):
+            if os.path.lexists(path) and not is_kind(path):
                 raise UsageError(f"{path}: not a {kind}", "remove it")
 
 

@@ -196,6 +196,17 @@ def test_a_second_process_is_kept_out_and_a_killed_one_holds_nothing(
     assert [p.name for p in run.folder.rglob(".*")] == []
 
 
+@pytest.mark.parametrize(("name", "kind"), [("metrics.jsonl", "file"), ("merged", "folder")])
+def test_a_link_to_itself_is_named(
+    name: str, kind: str, models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    made = recipe(models("llama"), *STEADY, f"data.train={rows}")
+    initialize(made)
+    (Path(made.output) / name).symlink_to(name)
+    with pytest.raises(UsageError, match=f"{name}: not a {kind}"):
+        train(made)
+
+
 @pytest.mark.parametrize("place", ["link", "dangling", "mount", "here", "foreign", "a*"])
 def test_folders_that_are_there_are_filled(
     place: str, models: Callable[[str], Path], recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
