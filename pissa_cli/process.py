@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from pissa_cli.errors import Interrupted
+from pissa_cli.errors import LAUNCHED, Interrupted
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 """Loaded here: between fork and exec it might wait for a lock for ever."""
@@ -62,12 +62,15 @@ def one_of_several() -> Iterator[PartialState]:
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """SIGINT, SIGTERM and SIGHUP ask for a stop after the current step; a second SIGINT stops at once.
 
-    SIGHUP (the terminal is gone) does not where the process was started to outlive that (nohup).
+    SIGHUP (the terminal is gone) does not where the process was started to outlive that (nohup). One of several that
+    a launcher started has SIGINT when that is killed, from Linux and maybe more than once (as its threads end one by
+    one): it stops at once only where another signal came before.
     """
     received: list[int] = []
 
     def handle(number: int, _frame: Any) -> None:
-        if received and number == signal.SIGINT:
+        before = [n for n in received if n != signal.SIGINT] if LAUNCHED in os.environ else received
+        if before and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
         if os.environ.get("RANK", "0") == "0":

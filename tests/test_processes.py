@@ -19,8 +19,9 @@ from conftest import MOE_CONFIGS, make_model, save_model
 from runs import BASE, adapter, events, same
 from transformers import AutoModelForCausalLM, BigBirdConfig, SiglipVisionConfig, SiglipVisionModel
 
-from pissa_cli.errors import UsageError
+from pissa_cli.errors import LAUNCHED, UsageError
 from pissa_cli.experts import has_experts, holders_of_3d_weights
+from pissa_cli.process import stop_signals
 from pissa_cli.recipe_file import dump, load, shipped
 from pissa_cli.rundir import Run
 from pissa_cli.sharding import asked_by_accelerate
@@ -221,6 +222,22 @@ def test_killing_the_command_stops_its_processes(
     assert not any(map(_lives, workers))
     steps = len(run.metrics.read_text().splitlines())
     assert steps < 3000 and (run.checkpoints / f"step-{steps}").is_dir()
+
+
+def test_a_launcher_that_dies_thread_by_thread_asks_for_one_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux sends the signal that a process asked for whenever the thread that is its parent ends, once and again."""
+    with pytest.raises(KeyboardInterrupt), stop_signals():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    monkeypatch.setenv(LAUNCHED, "failure.json")
+    with stop_signals() as asked:
+        assert not asked()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+    with pytest.raises(KeyboardInterrupt), stop_signals():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes learn of it from Linux")
