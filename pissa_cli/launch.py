@@ -89,16 +89,18 @@ def launch(
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, bool]:
-    """(exit code, whether a signal asked for a stop). `process` is in another session, and hears of signals from here.
+    """(exit code, whether a signal asked for a stop). `process` is in another session, and hears of signals from here:
+    of one, as after several torchrun does not wait for those that it started.
 
-    When it is killed, as by a second SIGINT, those that it started get SIGINT (from Linux).
+    When it is killed, as by a second SIGINT, those get SIGINT (from Linux).
     """
     asked: list[int] = []
 
     def handle(number: int, _frame: Any) -> None:
-        if asked and number == signal.SIGINT and sys.platform == "linux":
+        at_once = asked and number == signal.SIGINT
+        if at_once and sys.platform == "linux":
             process.kill()
-        else:
+        elif at_once or not asked:
             process.send_signal(signal.SIGTERM)
         asked.append(number)
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, BigBirdConfig, SiglipVisionConfig
 
 from pissa_cli.errors import LAUNCHED, UsageError
 from pissa_cli.experts import has_experts, holders_of_3d_weights
+from pissa_cli.launch import _wait
 from pissa_cli.process import stop_signals
 from pissa_cli.recipe_file import dump, load, shipped
 from pissa_cli.rundir import Run
@@ -222,6 +224,18 @@ def test_killing_the_command_stops_its_processes(
     assert not any(map(_lives, workers))
     steps = len(run.metrics.read_text().splitlines())
     assert steps < 3000 and (run.checkpoints / f"step-{steps}").is_dir()
+
+
+def test_the_launcher_hears_of_one_stop() -> None:
+    """After several torchrun does not wait for the processes, whose checkpoint is then lost."""
+    counts = "heard = []; signal.signal(signal.SIGTERM, lambda *_: heard.append(1)); print(flush=True); time.sleep(2)"
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import signal, sys, time; {counts}; sys.exit(len(heard))"], stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None and child.stdout.readline()
+    for number, asks in enumerate((signal.SIGHUP, signal.SIGTERM, signal.SIGTERM)):
+        threading.Timer(0.2 * (number + 1), os.kill, (os.getpid(), asks)).start()
+    assert _wait(child) == (1, True)
 
 
 def test_a_launcher_that_dies_thread_by_thread_asks_for_one_stop(monkeypatch: pytest.MonkeyPatch) -> None:
