@@ -254,6 +254,11 @@ class Recipe(Section):
         return self.train.lr if self.train.lr is not None else LEARNING_RATES[self.adapter.method]
 
     @property
+    def doubles_rank(self) -> bool:
+        """Whether `adapter/` has twice the trained rank: of PiSSA, made valid on the plain base (PiSSA, appendix C)."""
+        return self.adapter.method == "pissa" and self.model.bits != 4
+
+    @property
     def passes(self) -> int:
         """T, the number of split-and-quantize passes: 1 but for QPiSSA and LoftQ."""
         if not isinstance(self.adapter, PissaOptions | LoftqOptions) or self.model.bits != 4:

@@ -110,7 +110,7 @@ def _write_adapter(
         write_peft(folder, result, config)
         copy_tokenizer(require_base(manifest, recipe), folder, recipe)
         what = f"exported as an adapter for {reader_of(config)}"
-        if adapter.method == "pissa" and recipe.model.bits != 4:
+        if recipe.doubles_rank:
             what += ", of twice the rank: what was trained, less what it started from"
         write_text(folder / "README.md", model_card(recipe, what, "peft", facts["step"]))
         facts["hashes"] = hashes(folder, (PEFT_CONFIG, PEFT_WEIGHTS))

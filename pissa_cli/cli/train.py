@@ -92,8 +92,7 @@ def train_command(
         lines.append(f"loss {begin:.4f} -> {end:.4f} ({steps}){held_out}")
     taken = f"{figures['steps_taken']} of " if figures["steps_taken"] < figures["steps"] else ""
     cost = f"{figures['tokens']:,} tokens in {figures['seconds']:.1f} s"
-    doubled = recipe.adapter.method == "pissa" and recipe.model.bits != 4
-    form = " (of twice the trained rank, for the plain base)" if doubled else ""
+    form = " (of twice the trained rank, for the plain base)" if recipe.doubles_rank else ""
     lines.append(f"{taken}{figures['steps']} steps, {cost}; {figures['result']}{form}")
     if (lowest := figures.get("lowest")) is not None:
         kept = f"; `pissa eval` and `pissa export` take it by --checkpoint {lowest['step']}"
