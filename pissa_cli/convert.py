@@ -18,7 +18,6 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, as_lora, balanced
 from pissa_cli.card import model_card
 from pissa_cli.errors import UsageError
-from pissa_cli.exported import load_with, result_files
 from pissa_cli.initialize import open_run, read_start
 from pissa_cli.integrity import require_model
 from pissa_cli.loading import load_tokenizer
@@ -31,6 +30,7 @@ from pissa_cli.serving import check_served, require_server
 from pissa_cli.side_files import copy_tokenizer
 from pissa_cli.stops import unknown_ends
 from pissa_cli.svd import SVD
+from pissa_cli.trained import load_with, result_files
 from pissa_cli.weights import open_weights
 
 

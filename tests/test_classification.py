@@ -34,7 +34,6 @@ from pissa_cli.batches import collate
 from pissa_cli.data import load_examples
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
-from pissa_cli.exported import load_result
 from pissa_cli.guards import require_padding_unseen
 from pissa_cli.initialize import initialize
 from pissa_cli.loading import load_model
@@ -42,6 +41,7 @@ from pissa_cli.loss import summed_loss
 from pissa_cli.plan import make_plan
 from pissa_cli.rundir import read_json, write_json
 from pissa_cli.train import train
+from pissa_cli.trained import load_result
 
 
 @pytest.mark.parametrize(

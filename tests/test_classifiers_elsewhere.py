@@ -18,11 +18,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from pissa_cli.configuration import read_config
 from pissa_cli.errors import UsageError
-from pissa_cli.exported import load_result
 from pissa_cli.loading import load_model
 from pissa_cli.rundir import read_json
 from pissa_cli.side_files import copy_side_files, copy_tokenizer
 from pissa_cli.train import train
+from pissa_cli.trained import load_result
 
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))

@@ -26,16 +26,16 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from pissa_cli import export
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import lowrank_layers
 from pissa_cli.convert import export_lora
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import expert_layers, expert_weight, part_of
-from pissa_cli.exported import load_result
+from pissa_cli.merge import merge
 from pissa_cli.plan import make_plan
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
+from pissa_cli.trained import load_result
 
 Make = Callable[..., Any]
 STORES = {
@@ -161,11 +161,11 @@ def test_contract(
     theirs = peft.PeftModel.from_pretrained(exact_scales(plain), run.adapter)
     assert relative(logits(theirs), result) < (rounding if loose else 1e-4)
 
-    merged = export.merge(made)  # and so does the merged model
+    merged = merge(made)  # and so does the merged model
     dense = AutoModelForCausalLM.from_pretrained(merged["path"], dtype=dtype)
     assert relative(logits(dense), result) < (rounding if loose else 1e-4)
     with pytest.raises(UsageError, match="not the model this run was made on"):
-        export.merge(recipe(Path(merged["path"]), *settings(variant, store), *sets))
+        merge(recipe(Path(merged["path"]), *settings(variant, store), *sets))
 
 
 @pytest.mark.parametrize("init", ["A", "B"])
@@ -187,7 +187,7 @@ def test_lora_on_embeddings(bits: int, init: str, models: Callable[[str], Path],
     result = logits(load_result(made, torch.device("cpu")))
     plain = AutoModelForCausalLM.from_pretrained(run.base if bits == 4 else folder, dtype=torch.float32)
     assert relative(logits(peft.PeftModel.from_pretrained(exact_scales(plain), run.adapter)), result) < 1e-4
-    merged = export.merge(made)["path"]
+    merged = merge(made)["path"]
     assert relative(logits(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)), result) < 1e-4
     changed = load_file(Path(merged) / "model.safetensors")["model.embed_tokens.weight"]
     before = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
@@ -323,7 +323,7 @@ def test_names_that_transformers_changes_as_it_loads(recipe: Make, rows: Path, t
     sets = ("model.bits=32", "adapter.rank=4", "train.lr=0.01", f"data.train={rows}", "train.steps=2")
     made = recipe(folder, *sets, "adapter.modules_to_save=[embed_tokens]")
     train(made)
-    path = export.merge(made)["path"]
+    path = merge(made)["path"]
     merged, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(info.values()) and set(load_file(Path(path) / "model.safetensors")) == set(
         load_file(folder / "model.safetensors")
@@ -349,7 +349,7 @@ def test_tensors_that_transformers_splits_as_it_loads(pissa: Any, recipe: Make, 
         shutil.copy(folder / name, new / name)
     made = recipe(new, "model.bits=32", "adapter.rank=4", "train.lr=0.01", f"data.train={rows}", "train.steps=2")
     train(made)
-    merged = logits(AutoModelForCausalLM.from_pretrained(export.merge(made)["path"]))
+    merged = logits(AutoModelForCausalLM.from_pretrained(merge(made)["path"]))
     base = AutoModelForCausalLM.from_pretrained(folder)
     assert relative(logits(base), merged) > 1e-3
     assert relative(logits(peft.PeftModel.from_pretrained(base, Path(made.output) / "adapter")), merged) < 1e-5
@@ -378,7 +378,7 @@ def test_blocks_that_share_their_weights(sets: list[str], recipe: Make, rows: Pa
     size = ["model.bits=32"] if full else ["adapter.rank=4"]
     made = recipe(folder, *sets, *size, f"data.train={rows}", "data.limit=4", "train.steps=1", "train.lr=0.01")
     train(made)
-    merged, info = AutoModelForCausalLM.from_pretrained(export.merge(made)["path"], output_loading_info=True)
+    merged, info = AutoModelForCausalLM.from_pretrained(merge(made)["path"], output_loading_info=True)
     one, other = (merged.get_submodule(f"model.layers.{n}.shared_transformer").state_dict() for n in (1, 3))
     assert not any(info.values()) and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     if not full:

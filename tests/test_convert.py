@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.convert import export_lora, recompress
 from pissa_cli.errors import UsageError
-from pissa_cli.export import merge
-from pissa_cli.exported import load_plain_base, load_result
 from pissa_cli.int4 import group_size
+from pissa_cli.merge import merge
 from pissa_cli.model import Linear
 from pissa_cli.peft_files import peft_config, write_peft
 from pissa_cli.rundir import Run, read_json, write_json
 from pissa_cli.serving import check_served
 from pissa_cli.train import train
+from pissa_cli.trained import load_plain_base, load_result
 
 Make = Callable[..., Any]
 

@@ -355,7 +355,7 @@ def test_answers_without_end_are_counted(finished: Any, monkeypatch: pytest.Monk
 def test_held_out_loss_is_the_plain_average(finished: Any) -> None:
     from pissa_cli.batches import collate
     from pissa_cli.data import load_examples
-    from pissa_cli.exported import load_result
+    from pissa_cli.trained import load_result
 
     result = evaluate(finished)["loss"]
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")

@@ -17,11 +17,11 @@ from runs import BASE, adapter, events, same
 
 from pissa_cli import train as module
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.exported import checkpoint_files
 from pissa_cli.faults import IN_A_ROW, Faults
 from pissa_cli.initialize import initialize, open_run
 from pissa_cli.rundir import Run, locked, whole_folder
 from pissa_cli.train import train
+from pissa_cli.trained import checkpoint_files
 
 Make = Callable[..., Any]
 STEADY = (*BASE, "train.schedule=constant", "train.warmup=0", "train.steps=12", "train.save_every=5")

@@ -17,11 +17,11 @@ from pissa_cli.initialize import initialize
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 LAYERS = [
     "__main__ demo cli",
-    "train evals convert export hub launch",
+    "train evals merge quantize convert hub launch",
     "assembly result",
     "trainer",
     "prepare kernels",
-    "exported dense guards card serving probes layer_report int4",
+    "trained dense guards card serving probes layer_report int4",
     "initialize",
     "ranks",
     "memory",

@@ -38,10 +38,11 @@ from pissa_cli.adapters.start import Layer, as_lora
 from pissa_cli.attach import attach, lowrank_layers
 from pissa_cli.bypassed import is_bypassed
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.export import merge, quantize
+from pissa_cli.merge import merge
 from pissa_cli.model import Linear, linear_layers, match_targets, peft_targets
 from pissa_cli.peft_files import read_peft
 from pissa_cli.plan import make_plan
+from pissa_cli.quantize import quantize
 from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run
 from pissa_cli.train import train

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pissa_cli.exported import load_result
 from pissa_cli.initialize import initialize
 from pissa_cli.peft_files import peft_config, read_peft
 from pissa_cli.rundir import Run, read_json, write_json
 from pissa_cli.train import train
+from pissa_cli.trained import load_result
 from pissa_cli.weights import StreamWriter
 
 peft = pytest.importorskip("peft")

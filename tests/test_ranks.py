@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from pissa_cli.cli.init import layer_table
 from pissa_cli.errors import UsageError
-from pissa_cli.exported import load_result
 from pissa_cli.initialize import initialize
 from pissa_cli.ranks import allot
 from pissa_cli.report import summarize
 from pissa_cli.rundir import Run, read_json
 from pissa_cli.train import train
+from pissa_cli.trained import load_result
 
 peft = pytest.importorskip("peft")
 Make = Callable[..., Any]

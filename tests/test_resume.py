@@ -20,9 +20,9 @@ import pytest
 from runs import BASE, adapter, events, same, state_of
 
 from pissa_cli.errors import Interrupted, UsageError
-from pissa_cli.export import merge
 from pissa_cli.guards import schedule_change
 from pissa_cli.initialize import initialize
+from pissa_cli.merge import merge
 from pissa_cli.prepare import check_inputs
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run
@@ -231,7 +231,7 @@ def test_a_checkpoint_of_an_older_pissa_goes_by_the_recipe(
 
 
 def test_an_adapter_older_than_its_run_is_refused(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
-    from pissa_cli.exported import adapter_files
+    from pissa_cli.trained import adapter_files
 
     made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=2")
     train(made)

@@ -23,7 +23,6 @@ from pissa_cli import trainer as module
 from pissa_cli.batches import padding
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.generate import generate
-from pissa_cli.exported import adapter_files
 from pissa_cli.initialize import initialize
 from pissa_cli.optim import learning_rate
 from pissa_cli.peft_files import read_peft
@@ -32,6 +31,7 @@ from pissa_cli.report import mean_losses
 from pissa_cli.rundir import Run
 from pissa_cli.steps import count_steps, step_examples
 from pissa_cli.train import train
+from pissa_cli.trained import adapter_files
 from pissa_cli.weights import load_tensors
 
 Make = Callable[..., Any]

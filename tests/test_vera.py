@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from pissa_cli.adapters.start import Projections
 from pissa_cli.attach import lowrank_layers
-from pissa_cli.exported import load_result
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
+from pissa_cli.trained import load_result
 
 Make = Callable[..., Any]
 

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from test_start import logits, relative
 from transformers import AutoModelForCausalLM
 
-from pissa_cli import export
 from pissa_cli.convert import export_lora
 from pissa_cli.errors import UsageError
-from pissa_cli.exported import load_result
+from pissa_cli.merge import merge
 from pissa_cli.plan import make_plan
+from pissa_cli.quantize import quantize
 from pissa_cli.rundir import Run, read_json
 from pissa_cli.train import train
+from pissa_cli.trained import load_result
 
 Make = Callable[..., Any]
 CASES = [
@@ -66,7 +67,7 @@ def test_whole_modules_go_everywhere(
     result = logits(load_result(made, torch.device("cpu")))
     plain = exact_scales(AutoModelForCausalLM.from_pretrained(run.base if run.base.is_dir() else folder, dtype=dtype))
     assert relative(logits(peft.PeftModel.from_pretrained(plain, run.adapter)), result) < (3e-2 if loose else 1e-4)
-    merged = AutoModelForCausalLM.from_pretrained(export.merge(made)["path"], dtype=dtype)
+    merged = AutoModelForCausalLM.from_pretrained(merge(made)["path"], dtype=dtype)
     assert relative(logits(merged), result) < (3e-2 if loose else 1e-4)
     if made.model.bits == 32:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -106,7 +107,7 @@ def test_a_tied_head_that_is_in_the_files_as_well(
     sets = (f"model.bits={bits}", "train.precision=fp32", "adapter.rank=4", "adapter.modules_to_save=[embed_tokens]")
     made = recipe(folder, *sets, f"data.train={rows}", "train.steps=2", "train.lr=0.01", "train.warmup=0")
     train(made)
-    assert export.merge(made)["relative_logit_difference"] < 1e-4
+    assert merge(made)["relative_logit_difference"] < 1e-4
     merged = load_file(Run(Path(made.output)).merged / "model.safetensors")
     assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
-    assert export.quantize(made, None, Run(Path(made.output)).quantized)["relative_logit_difference"] < 0.5
+    assert quantize(made, None, Run(Path(made.output)).quantized)["relative_logit_difference"] < 0.5

@@ -76,7 +76,7 @@ def evaluate_command(
     from pissa_cli.evals.results import score_samples
     from pissa_cli.evals.run import evaluate
     from pissa_cli.evals.sandbox import protection
-    from pissa_cli.exported import is_trained
+    from pissa_cli.trained import is_trained
 
     if dry_run:
         dryrun.dry_run(loaded, as_json)

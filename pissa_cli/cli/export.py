@@ -56,7 +56,9 @@ def export_command(
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
-    from pissa_cli import convert, export
+    from pissa_cli.convert import export_lora
+    from pissa_cli.merge import merge
+    from pissa_cli.quantize import quantize
     from pissa_cli.report import left_dense
     from pissa_cli.rundir import run_of
 
@@ -65,11 +67,11 @@ def export_command(
     folder = Path(output) if output else places[form]
     with show.counting("export") as progress:
         if form == "merged":
-            result = export.merge(recipe, progress, folder, checkpoint)
+            result = merge(recipe, progress, folder, checkpoint)
         elif form != "lora":
-            result = export.quantize(recipe, None, folder, progress, checkpoint, form, double_quant, absmax)
+            result = quantize(recipe, None, folder, progress, checkpoint, form, double_quant, absmax)
         else:
-            result = convert.export_lora(recipe, folder, rank, uniform, server, checkpoint, check)
+            result = export_lora(recipe, folder, rank, uniform, server, checkpoint, check)
     lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
     if form == "lora":
         least, most = result["ranks"]

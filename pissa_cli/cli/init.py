@@ -52,9 +52,9 @@ def init_command(
         dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli.errors import UsageError
-    from pissa_cli.exported import is_trained
     from pissa_cli.initialize import initialize
     from pissa_cli.report import notes_of, summarize
+    from pissa_cli.trained import is_trained
 
     recipe = loaded.recipe
     if report and recipe.adapter.method == "full":

@@ -37,13 +37,14 @@ def merge_command(
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
-    from pissa_cli import export, hub
+    from pissa_cli import hub
+    from pissa_cli.merge import merge
 
     recipe = loaded.recipe
     if push:
         hub.require_pushable(recipe, force)
     with show.counting("merge") as progress:
-        result = export.merge(recipe, progress)
+        result = merge(recipe, progress)
     lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
     if result["max_logit_difference"] is None:
         lines.append("full fine-tuning: this is the trained model, there was nothing to merge")

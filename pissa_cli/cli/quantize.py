@@ -38,7 +38,7 @@ def quantize_command(
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
-    from pissa_cli.export import quantize
+    from pissa_cli.quantize import quantize
     from pissa_cli.report import left_dense
 
     with show.counting("quantize") as progress:

@@ -56,7 +56,8 @@ def main() -> None:
 def best_of(method: str) -> dict[str, Any]:
     """Train `method` at each of its rates; score, merge and quantize the one with the lowest held-out loss."""
     from pissa_cli.evals.run import evaluate
-    from pissa_cli.export import merge, quantize
+    from pissa_cli.merge import merge
+    from pissa_cli.quantize import quantize
     from pissa_cli.recipe_file import load
     from pissa_cli.train import train
 

@@ -1,4 +1,4 @@
-"""`merge` and `quantize`: stream a run into one dense or one 4-bit model, and check it against the run."""
+"""`quantize`: stream a run, or a dense model, into one 4-bit model. The NF4 store itself is `quant`."""
 
 from __future__ import annotations
 
@@ -20,18 +20,16 @@ from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import model_card
 from pissa_cli.data_options import held_out_sources
 from pissa_cli.dense import dense_tensors, rounded, written_name
-from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.experts import holders_of_3d_weights
-from pissa_cli.exported import full_model, load_with, result_files, trained_facts
-from pissa_cli.initialize import Progress, open_run
-from pissa_cli.integrity import SEAL, model_facts, read_settings, require_finite, sealed
+from pissa_cli.errors import UsageError
+from pissa_cli.initialize import Progress
+from pissa_cli.integrity import read_settings, require_finite
 from pissa_cli.loading import load_model, load_tokenizer
-from pissa_cli.model import DTYPES, Linear, best_device, head_names, linear_layers, read_weight, skeleton
+from pissa_cli.model import Linear, best_device, head_names, linear_layers, read_weight, skeleton
 from pissa_cli.plan import require_packable, require_same_layout
-from pissa_cli.probes import logit_difference, perplexity, probe_logits, typical_difference
+from pissa_cli.probes import logit_difference, perplexity, probe_logits
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import is_file
-from pissa_cli.rundir import PROVENANCE, require_free, run_of, whole_folder, write_json, write_text
+from pissa_cli.rundir import require_free, run_of, whole_folder, write_json, write_text
 from pissa_cli.side_files import (
     copy_side_files,
     dense_modules,
@@ -42,60 +40,10 @@ from pissa_cli.side_files import (
 )
 from pissa_cli.stops import write_stops
 from pissa_cli.svd import frobenius_norm
+from pissa_cli.trained import full_model, load_with, result_files
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
 DENSE = "leave it in 16 bits: pissa merge"
-MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Largest ||difference of logits|| / ||logits|| that merged weights, or products, of this dtype explain."""
-
-
-def merge(
-    recipe: Recipe, progress: Progress = lambda *_: None, output: Path | None = None, step: int | None = None
-) -> dict[str, Any]:
-    """Write W + s B A, rounded once to the dtype of the base, and compare its logits with the adapter's.
-
-    Into `merged/` of the run, or `output`; of its result, or of checkpoint `step`.
-    From a QPiSSA run W is the 4-bit residual read back, so that nothing is approximated.
-    After full fine-tuning `merged/` is there already and only gets its model card; the differences are None then.
-    Raises PissaError, leaving no `merged/`, if the logits differ by more than rounding.
-    """
-    run, manifest = open_run(recipe)
-    if isinstance(recipe.adapter, FullOptions):
-        if step is not None or output not in (None, run.merged):
-            raise UsageError("full fine-tuning has one model and no other form", f"copy {run.merged}")
-        return _finish_full(recipe)
-    target_folder = output or run.merged
-    require_free(target_folder, run.merged)
-    folder, adapter = result_files(recipe, step)
-    weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe)
-    with whole_folder(target_folder) as target:
-        writer = ShardWriter(target)
-        dtypes = {DTYPES[recipe.precision]}
-        model = skeleton(folder, recipe.model)
-        dense = dense_tensors(recipe, model, weights, adapter, lambda *made: made)
-        written = written_name(model, weights)
-        for number, (name, linear, tensor) in enumerate(dense):
-            if linear is not None:
-                dtypes.add(tensor.dtype)
-            writer.add(written(name), tensor)
-            progress(number + 1, len(weights.files), name)
-        writer.close()
-        copy_side_files(folder, target, recipe)
-        write_stops(target, recipe)
-        model_config = read_settings(target) | task_settings(model)
-        model_config.pop("quantization_config", None)
-        write_json(target / "config.json", model_config)
-        write_text(target / "README.md", model_card(recipe, "merged into one model", step=step))
-        provenance: dict[str, Any] = {"method": recipe.adapter.method, "step": step}
-        if step is None:
-            facts = trained_facts(recipe)
-            provenance |= {"step": facts["step"], "result": facts[SEAL]}
-        provenance |= {"base_fingerprint": manifest["base"]["fingerprint"], **model_facts(target)}
-        write_json(target / PROVENANCE, sealed(provenance))
-        tolerance = max(MERGE_TOLERANCE[dtype] for dtype in dtypes)
-        apart = _adapter_logits(recipe, folder, adapter, tokenizer)
-        difference = _compare(recipe, apart, tokenizer, target, tolerance)
-    return {"path": str(target_folder), "bytes": writer.total_bytes, **difference}
 
 
 def quantize(
@@ -240,38 +188,6 @@ def _compressed_tensors(recipe: Recipe, model: PreTrainedModel, weights: Weights
     return _Form(
         lambda linear: linear.name in taken, lambda name, W, dtype: int4.pack(name, W, dtype, group), write_config
     )
-
-
-def _finish_full(recipe: Recipe) -> dict[str, Any]:
-    folder = full_model(recipe)
-    write_text(folder / "README.md", model_card(recipe, "merged into one model"))
-    size = open_weights(folder).num_bytes()
-    return {"path": str(folder), "bytes": size, "max_logit_difference": None, "relative_logit_difference": None}
-
-
-def _adapter_logits(recipe: Recipe, folder: Path, adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Of the adapter on its base, which is gone from memory then."""
-    logits = probe_logits(load_with(recipe, folder, adapter, best_device()), tokenizer, recipe)
-    gc.collect()
-    return logits
-
-
-def _compare(
-    recipe: Recipe, apart: list[Tensor], tokenizer: PreTrainedTokenizerBase, merged: Path, tolerance: float
-) -> dict[str, float]:
-    """Logits of the adapter on its base, `apart`, against those of the merged model."""
-    together = load_model(merged, recipe.dense_model, recipe.precision, recipe.seed).to(best_device()).eval()
-    merged_logits = probe_logits(together, tokenizer, recipe)
-    difference = logit_difference(apart, merged_logits)
-    relative = difference["relative_logit_difference"]
-    if holders_of_3d_weights(together):  # a rounding may send a token to another expert
-        relative = typical_difference(apart, merged_logits)
-    if not relative <= tolerance:
-        raise PissaError(
-            f"the merged model's logits differ from the adapter's by {relative:.1e} (allowed: {tolerance:.0e})",
-            "nothing was written; please report this with the recipe and the model",
-        )
-    return difference
 
 
 def _before_and_after(

@@ -28,17 +28,21 @@ from transformers import (
     RwkvConfig,
 )
 
-from pissa_cli import export, quant
+from pissa_cli import quant
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.card import _prompt, _without_folders, model_card
 from pissa_cli.data_options import DataSection
+from pissa_cli.dense import dense_tensors
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.run import evaluate
-from pissa_cli.exported import load_result, result_files
+from pissa_cli.loading import load_model
+from pissa_cli.merge import merge
 from pissa_cli.model import linear_layers, read_weight, resolve_base, skeleton
+from pissa_cli.quantize import quantize
 from pissa_cli.rundir import Run
 from pissa_cli.side_files import copy_side_files
 from pissa_cli.train import train
+from pissa_cli.trained import load_result, load_with, result_files
 from pissa_cli.weights import open_weights
 
 Make = Callable[..., Any]
@@ -73,7 +77,7 @@ def test_merged_is_the_trained_model(
     architecture: str, bits: int, models: Callable[[str], Path], recipe: Make, rows: Path
 ) -> None:
     made = trained(recipe, models(architecture), rows, f"model.bits={bits}", "train.precision=fp32")
-    result = export.merge(made)
+    result = merge(made)
     merged = AutoModelForCausalLM.from_pretrained(result["path"], dtype=torch.float32)
     wanted = logits(load_result(made, torch.device("cpu")))
     assert float((logits(merged) - wanted).norm() / wanted.norm()) < 1e-5
@@ -89,7 +93,7 @@ def test_merged_is_the_trained_model(
 
 def test_merged_weight_by_hand(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
     made = trained(recipe, models("llama"), rows, "model.bits=32")
-    export.merge(made.model_copy(update={"train": made.train.model_copy(update={"lr": 7.0})}))
+    merge(made.model_copy(update={"train": made.train.model_copy(update={"lr": 7.0})}))
     assert "lr: 0.01" in (Run(Path(made.output)).merged / "README.md").read_text()
     run, name = Run(Path(made.output)), "model.layers.1.mlp.up_proj"
     W = load_file(models("llama") / "model.safetensors")[f"{name}.weight"]
@@ -102,7 +106,7 @@ def test_merged_weight_by_hand(models: Callable[[str], Path], recipe: Make, rows
 def test_a_sharded_bf16_base_merges_into_bf16(recipe: Make, rows: Path, tmp_path: Path) -> None:
     folder = save_model(make_model("llama").bfloat16(), tmp_path / "model", max_shard_size="60KB")
     made = trained(recipe, folder, rows, "model.bits=16")
-    result = export.merge(made)
+    result = merge(made)
     merged = AutoModelForCausalLM.from_pretrained(result["path"])
     assert merged.dtype == torch.bfloat16 and 0 < result["relative_logit_difference"] < 5e-2
 
@@ -114,7 +118,7 @@ def test_a_change_below_the_last_bit_is_merged(
     """What the merged weights have of it, D . (merged - W) / |D|^2: rounded to the nearest next to nothing."""
     folder = save_model(make_model("llama").to(dtype), tmp_path / "model")
     made = trained(recipe, folder, rows, "model.bits=16", f"train.lr={lr}")
-    export.merge(made)
+    merge(made)
     run, name = Run(Path(made.output)), "model.layers.1.mlp.up_proj"
     W = load_file(folder / "model.safetensors")[f"{name}.weight"].double()
     factors = load_file(run.adapter / "adapter_model.safetensors")
@@ -133,7 +137,7 @@ def test_a_change_below_the_last_bit_is_merged_over_nf4(recipe: Make, rows: Path
     """NF4 reads back numbers of bf16, too; to the nearest a tenth was left."""
     folder = save_model(make_model("llama").bfloat16(), tmp_path / "model")
     made = trained(recipe, folder, rows, "model.bits=4", "adapter.method=lora", "train.lr=2e-5")
-    merged = open_weights(Path(export.merge(made)["path"]))
+    merged = open_weights(Path(merge(made)["path"]))
     base, adapter = result_files(made, None)
     weights, among, whole = open_weights(base), 0.0, 0.0
     for layer in linear_layers(skeleton(base, made.model), weights):
@@ -150,7 +154,7 @@ def test_merge_holds_one_model_at_a_time(
     models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, loaded = trained(recipe, models("llama"), rows, "model.bits=32"), []
-    with_adapter, merged = export.load_with, export.load_model
+    with_adapter, merged = load_with, load_model
 
     def first(*args: Any) -> Any:
         model = with_adapter(*args)
@@ -162,9 +166,9 @@ def test_merge_holds_one_model_at_a_time(
         loaded.clear()
         return merged(*args)
 
-    monkeypatch.setattr(export, "load_with", first)
-    monkeypatch.setattr(export, "load_model", second)
-    export.merge(made)
+    monkeypatch.setattr("pissa_cli.merge.load_with", first)
+    monkeypatch.setattr("pissa_cli.merge.load_model", second)
+    merge(made)
     assert not loaded
 
 
@@ -172,12 +176,12 @@ def test_quantize_stores_as_the_recipe_says(models: Callable[[str], Path], recip
     sets = ("model.bits=4", "model.double_quant=true", "model.absmax=largest")
     made = trained(recipe, models("llama"), rows, *sets)
     folder, name = Path(made.output) / "quantized", "model.layers.0.mlp.up_proj.weight"
-    export.quantize(made, None, folder)
+    quantize(made, None, folder)
     assert f"{name}.nested_absmax" in load_file(folder / "model.safetensors")
     shutil.rmtree(folder)
-    export.quantize(made, None, folder, double_quant=False)
+    quantize(made, None, folder, double_quant=False)
     found = load_file(folder / "model.safetensors")
-    W = load_file(Path(export.merge(made)["path"]) / "model.safetensors")[name]
+    W = load_file(Path(merge(made)["path"]) / "model.safetensors")[name]
     assert torch.equal(found[f"{name}.absmax"], W.abs().view(-1, quant.BLOCK_SIZE).amax(1))
 
 
@@ -187,7 +191,7 @@ def test_tied_weights_stay_tied(recipe: Make, rows: Path, tmp_path: Path) -> Non
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
     made = trained(recipe, folder, rows, "model.bits=16", "adapter.modules_to_save=[embed_tokens]")
-    found = load_file(Path(export.merge(made)["path"]) / "model.safetensors")
+    found = load_file(Path(merge(made)["path"]) / "model.safetensors")
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
 
 
@@ -195,14 +199,14 @@ def test_a_wrong_merge_is_refused(
     models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = trained(recipe, models("llama"), rows, "model.bits=32")
-    original = export.dense_tensors
+    original = dense_tensors
 
     def doubled(recipe: Any, model: Any, weights: Any, adapter: Adapter, then: Any) -> Any:
         return original(recipe, model, weights, Adapter(adapter.factors, dict.fromkeys(adapter.scales, 2.0)), then)
 
-    monkeypatch.setattr(export, "dense_tensors", doubled)
+    monkeypatch.setattr("pissa_cli.merge.dense_tensors", doubled)
     with pytest.raises(PissaError, match="logits differ"):
-        export.merge(made)
+        merge(made)
     assert not Run(Path(made.output)).merged.exists()
 
 
@@ -211,8 +215,8 @@ def test_quantized_run_is_read_by_stock_transformers(
     bits: int, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
 ) -> None:
     made = trained(recipe, models("llama"), rows, f"model.bits={bits}", "train.precision=fp32")
-    export.merge(made)
-    result = export.quantize(made, None, tmp_path / "nf4")
+    merge(made)
+    result = quantize(made, None, tmp_path / "nf4")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float32)
     dense = load_file(Run(Path(made.output)).merged / "model.safetensors")
     error = norm = 0.0
@@ -265,7 +269,7 @@ def test_weights_that_a_model_divides_outside_training(bits: int, recipe: Make, 
     folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "rwkv")
     short = ("data.format=text", "data.columns={text: instruction}", "data.max_length=16", "data.limit=2")
     made = trained(recipe, folder, rows, f"model.bits={bits}", "train.precision=fp32", "data.eval=null", *short)
-    merged = logits(AutoModelForCausalLM.from_pretrained(export.merge(made)["path"], dtype=torch.float32))
+    merged = logits(AutoModelForCausalLM.from_pretrained(merge(made)["path"], dtype=torch.float32))
     if bits == 32:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         adapted = logits(PeftModel.from_pretrained(base, Run(Path(made.output)).adapter))
@@ -322,14 +326,14 @@ def test_a_dense_folder_has_nothing_of_the_run_beside_it(
 def test_full_fine_tuning_needs_no_merge_and_quantizes(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
     made = recipe(models("llama"), "model.bits=32", "adapter.method=full", f"data.train={rows}", "train.steps=1")
     train(made)
-    result = export.merge(made)
+    result = merge(made)
     assert result["max_logit_difference"] is None and (Path(result["path"]) / "README.md").is_file()
     for _ in range(2):
-        assert export.quantize(made, None, Run(Path(made.output)).quantized)["relative_error"] > 0
+        assert quantize(made, None, Run(Path(made.output)).quantized)["relative_error"] > 0
     with pytest.raises(UsageError, match="no checkpoints to load"):
-        export.quantize(made, None, Run(Path(made.output)).quantized, step=1)
+        quantize(made, None, Run(Path(made.output)).quantized, step=1)
     with pytest.raises(UsageError, match="exists already"):
-        export.quantize(made, None, Run(Path(made.output)).merged)
+        quantize(made, None, Run(Path(made.output)).merged)
 
 
 def test_a_full_fine_tuning_keeps_the_configuration_of_its_base(
@@ -408,8 +412,8 @@ def test_a_head_is_written_beside_names_of_its_kind(bits: int, recipe: Make, tmp
     task = ("model.task=sequence-classification", 'model.labels=["no", "yes"]', "data.format=classification")
     made = recipe(folder, f"model.bits={bits}", *task, f"data.train={data}", "adapter.rank=4", "train.steps=1")
     train(made)
-    export.merge(made)
-    export.quantize(made, None, tmp_path / "nf4")
+    merge(made)
+    quantize(made, None, tmp_path / "nf4")
     assert not any(name.startswith("bert.") for name in open_weights(folder).files)
     for written in (Run(Path(made.output)).merged, tmp_path / "nf4"):
         names = set(open_weights(written).files)
@@ -420,7 +424,7 @@ def test_a_head_is_written_beside_names_of_its_kind(bits: int, recipe: Make, tmp
 @pytest.mark.parametrize("form", ["nf4", "compressed-tensors"])
 def test_routers_are_named_as_dense(form: Any, models: Callable[[str], Path], recipe: Make, tmp_path: Path) -> None:
     """transformers 4 and vLLM have linear layers there, which they would take for packed ones."""
-    result = export.quantize(recipe(models("qwen2_moe")), models("qwen2_moe"), tmp_path / "four", form=form)
+    result = quantize(recipe(models("qwen2_moe")), models("qwen2_moe"), tmp_path / "four", form=form)
     assert "model.layers.1.mlp.shared_expert_gate" in result["kept_dense"]
     assert set(result["kept_dense"]) <= {f"model.layers.{i}.mlp.shared_expert_gate" for i in range(2)}
     said = json.loads((tmp_path / "four" / "config.json").read_text())["quantization_config"]
