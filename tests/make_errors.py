@@ -19,7 +19,7 @@ AREAS = {
     "Run folder": "rundir names integrity initialize reached checkpoint trained result peft_files optim",
     "Training": "train assembly trainer demo prepare guards kernels launch faults sharding zero",
     "Evaluation": "evals",
-    "Merge, quantize, export": "merge quantize dense convert serving int4 probes card",
+    "Merge, quantize, export": "merge quantize dense export serving int4 probes card",
     "Upload": "hub",
 }
 """By the modules that say them."""

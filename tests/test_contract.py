@@ -28,9 +28,9 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import lowrank_layers
-from pissa_cli.convert import export_lora
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import expert_layers, expert_weight, part_of
+from pissa_cli.export import export_lora
 from pissa_cli.merge import merge
 from pissa_cli.plan import make_plan
 from pissa_cli.rundir import Run

@@ -17,7 +17,7 @@ from pissa_cli.initialize import initialize
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 LAYERS = [
     "__main__ demo cli",
-    "train evals merge quantize convert hub launch",
+    "train evals merge quantize export hub launch",
     "assembly result",
     "trainer",
     "prepare kernels",

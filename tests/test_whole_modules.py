@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_start import logits, relative
 from transformers import AutoModelForCausalLM
 
-from pissa_cli.convert import export_lora
 from pissa_cli.errors import UsageError
+from pissa_cli.export import export_lora
 from pissa_cli.merge import merge
 from pissa_cli.plan import make_plan
 from pissa_cli.quantize import quantize

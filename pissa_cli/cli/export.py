@@ -56,7 +56,7 @@ def export_command(
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
-    from pissa_cli.convert import export_lora
+    from pissa_cli.export import export_lora
     from pissa_cli.merge import merge
     from pissa_cli.quantize import quantize
     from pissa_cli.report import left_dense

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pissa_cli.adapters.start import Adapter
-from pissa_cli.convert import export_lora, recompress
 from pissa_cli.errors import UsageError
+from pissa_cli.export import export_lora, recompress
 from pissa_cli.int4 import group_size
 from pissa_cli.merge import merge
 from pissa_cli.model import Linear
