@@ -8,7 +8,7 @@ from pathlib import Path
 from pissa_cli.columns import require_columns
 from pissa_cli.data_options import held_out_sources, sources_of
 from pissa_cli.errors import UsageError
-from pissa_cli.names import holds_run, kind_of, run_around
+from pissa_cli.paths import holds_run, kind_of, run_around
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.rows import is_file, read_rows
 from pissa_cli.rundir import Run, is_vacant, run_of

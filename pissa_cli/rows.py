@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa_cli.errors import Unreachable, UsageError, first_line
-from pissa_cli.names import is_lfs_pointer, kind_of
+from pissa_cli.paths import is_lfs_pointer, kind_of
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")

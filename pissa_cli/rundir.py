@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pissa_cli.errors import PissaError, UsageError, cannot_write
-from pissa_cli.names import RUN_MANIFEST, RUN_RECIPE
+from pissa_cli.paths import RUN_MANIFEST, RUN_RECIPE
 from pissa_cli.recipe import Recipe
 
 PROVENANCE = "pissa.json"

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pissa_cli.errors import UsageError, cannot_write
-from pissa_cli.names import is_lfs_pointer, kind_of
+from pissa_cli.paths import is_lfs_pointer, kind_of
 
 SHARD_BYTES = 256 * 2**20
 INDEX = "model.safetensors.index.json"

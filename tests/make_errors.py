@@ -16,7 +16,7 @@ AREAS = {
     "Recipe and flags": "yamlfile recipe_file recipe_errors translations recipe adapter_options data_options cli",
     "Base model": "inputs model configuration loading weights disk_names plan attach ranks experts side_files heads",
     "Data": "data sets columns rows examples chat messages turns classification",
-    "Run folder": "rundir names integrity initialize reached checkpoint trained result peft_files optim",
+    "Run folder": "rundir paths integrity initialize reached checkpoint trained result peft_files optim",
     "Training": "train assembly trainer demo prepare guards kernels launch faults sharding zero",
     "Evaluation": "evals",
     "Merge, quantize, export": "merge quantize dense export serving int4 probes card",

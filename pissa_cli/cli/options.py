@@ -47,7 +47,7 @@ def load_recipe(
     target: str | None, sets: list[str] | None, eval_data: dict[str, str] | None = None, **flags: Any
 ) -> "Loaded":
     """The recipe from a target, named flags, `--data` of eval and --set. flags: model, rank, ...; None is not given."""
-    from pissa_cli.names import RUN_RECIPE
+    from pissa_cli.paths import RUN_RECIPE
     from pissa_cli.recipe_file import load
     from pissa_cli.yamlfile import parse_scalar
 
