@@ -18,11 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from pissa_cli.adapters.function import Gate
 from pissa_cli.adapters.lowrank import LowRank, LowRankEmbedding, Siblings
 from pissa_cli.adapters.start import Adapter, Method
-from pissa_cli.disk_names import names_on_disk
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import expert_layers, part_of, set_part
 from pissa_cli.model import head_names
 from pissa_cli.recipe import Recipe
+from pissa_cli.tensor_names import names_on_disk
 from pissa_cli.weights import Weights
 
 GATED = (

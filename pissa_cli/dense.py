@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pissa_cli.adapters.start import Adapter
-from pissa_cli.disk_names import names_on_disk
 from pissa_cli.errors import UsageError
 from pissa_cli.model import Linear, best_device, head_names, linear_layers, read_weight
 from pissa_cli.panels import DROPPED, minus_product, rounded_at_random
 from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.recipe import Recipe
 from pissa_cli.svd import generator
+from pissa_cli.tensor_names import names_on_disk
 from pissa_cli.weights import Weights
 
 T = TypeVar("T")

@@ -8,12 +8,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from pissa_cli.classification import listed
-from pissa_cli.disk_names import names_on_disk
 from pissa_cli.errors import UsageError
 from pissa_cli.integrity import read_settings
 from pissa_cli.model import head_names, skeleton
 from pissa_cli.recipe import Recipe
 from pissa_cli.side_files import task_of
+from pissa_cli.tensor_names import names_on_disk
 from pissa_cli.weights import Weights, open_weights
 
 

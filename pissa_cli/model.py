@@ -16,13 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from pissa_cli import quant
 from pissa_cli.bypassed import is_bypassed
 from pissa_cli.configuration import context_of, read_config
-from pissa_cli.disk_names import DiskName, names_on_disk
 from pissa_cli.errors import UsageError, first_line, in_one_line
 from pissa_cli.experts import EXPERT_PARAMETERS, Expert, expert_layers, peft_remaps
 from pissa_cli.inputs import local_base, require_model_folder
 from pissa_cli.paths import LICENCES
 from pissa_cli.recipe import ModelSection
 from pissa_cli.recipe_file import names_in, shipped
+from pissa_cli.tensor_names import DiskName, names_on_disk
 from pissa_cli.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

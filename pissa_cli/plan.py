@@ -14,12 +14,12 @@ from pissa_cli import quant
 from pissa_cli.adapter_options import AdapterBase, FullOptions, first_match
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import whole_modules
-from pissa_cli.disk_names import lost_in_peft
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.heads import require_order, require_pooler
 from pissa_cli.model import Linear, head_names, linear_layers, match_targets, peft_targets, shared_layers, skeleton
 from pissa_cli.recipe import Recipe
+from pissa_cli.tensor_names import lost_in_peft
 from pissa_cli.weights import Weights
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 AREAS = {
     "Any command": "errors cli.edge",
     "Recipe and flags": "yamlfile recipe_file recipe_errors translations recipe adapter_options data_options cli",
-    "Base model": "inputs model configuration loading weights disk_names plan attach ranks experts side_files heads",
+    "Base model": "inputs model configuration loading weights tensor_names plan attach ranks experts side_files heads",
     "Data": "data sets columns rows examples chat messages turns classification",
     "Run folder": "rundir paths integrity initialize reached checkpoint trained result peft_files optim",
     "Training": "train assembly trainer demo prepare guards kernels launch faults sharding zero",

@@ -34,7 +34,7 @@ LAYERS = [
     "examples",
     "loading side_files steps ledger pipeline",
     "model peft_files report optim process",
-    "sharding disk_names",
+    "sharding tensor_names",
     "inputs reached",
     "rundir experts integrity configuration",
     "rows loss weights packing turns messages",
