@@ -16,6 +16,7 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters import pissa
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, as_lora, balanced
+from pissa_cli.answer_ends import unknown_ends
 from pissa_cli.card import model_card
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import open_run, read_start
@@ -28,7 +29,6 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import require_free, whole_folder, write_text
 from pissa_cli.serving import check_served, require_server
 from pissa_cli.side_files import copy_tokenizer
-from pissa_cli.stops import unknown_ends
 from pissa_cli.svd import SVD
 from pissa_cli.trained import load_with, result_files
 from pissa_cli.weights import open_weights

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
+from pissa_cli.answer_ends import write_answer_ends
 from pissa_cli.card import model_card
 from pissa_cli.dense import dense_tensors, written_name
 from pissa_cli.errors import PissaError, UsageError
@@ -24,7 +25,6 @@ from pissa_cli.probes import logit_difference, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, require_free, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, task_settings
-from pissa_cli.stops import write_stops
 from pissa_cli.trained import full_model, load_with, result_files, trained_facts
 from pissa_cli.weights import ShardWriter, open_weights
 
@@ -64,7 +64,7 @@ def merge(
             progress(number + 1, len(weights.files), name)
         writer.close()
         copy_side_files(folder, target, recipe)
-        write_stops(target, recipe)
+        write_answer_ends(target, recipe)
         model_config = read_settings(target) | task_settings(model)
         model_config.pop("quantization_config", None)
         write_json(target / "config.json", model_config)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pissa_cli import int4, quant
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
+from pissa_cli.answer_ends import write_answer_ends
 from pissa_cli.card import model_card
 from pissa_cli.data_options import held_out_sources
 from pissa_cli.dense import dense_tensors, rounded, written_name
@@ -38,7 +39,6 @@ from pissa_cli.side_files import (
     task_settings,
     write_nf4_config,
 )
-from pissa_cli.stops import write_stops
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.trained import full_model, load_with, result_files
 from pissa_cli.weights import ShardWriter, Weights, open_weights
@@ -93,7 +93,7 @@ def quantize(
         four.write_config(target)
         if not adapter.factors:
             keep_problem_type(folder, target)
-        write_stops(target, recipe)
+        write_answer_ends(target, recipe)
         write_text(target / "README.md", model_card(recipe, f"quantized to 4 bits ({form})", step=step))
         compared = _before_and_after(recipe, tokenizer, folder, adapter, target)
     return {

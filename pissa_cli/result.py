@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pissa_cli.adapter_options import FullOptions
+from pissa_cli.answer_ends import write_answer_ends
 from pissa_cli.attach import lowrank_layers, whole_modules
 from pissa_cli.card import model_card
 from pissa_cli.errors import PissaError
@@ -21,7 +22,6 @@ from pissa_cli.reached import result_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, copy_tokenizer, task_settings
-from pissa_cli.stops import write_stops
 from pissa_cli.trained import exported_adapter
 from pissa_cli.weights import let_read
 
@@ -65,7 +65,7 @@ def _write_full(
         write_json(folder / "config.json", settings | {dtype: str(model.dtype).removeprefix("torch.")})
         for file in folder.glob("*.safetensors"):
             let_read(file)
-        write_stops(folder, recipe)
+        write_answer_ends(folder, recipe)
         facts |= {"base_fingerprint": manifest["base"]["fingerprint"], **model_facts(folder)}
         write_json(folder / PROVENANCE, sealed(facts))
 
@@ -105,7 +105,7 @@ def _write_adapter(
         "base_fingerprint": manifest["base"]["stored_fingerprint" if recipe.model.bits == 4 else "fingerprint"],
     }
     if recipe.model.bits == 4:
-        write_stops(run.base, recipe)
+        write_answer_ends(run.base, recipe)
     with whole_folder(run.adapter) as folder:
         write_peft(folder, result, config)
         copy_tokenizer(require_base(manifest, recipe), folder, recipe)

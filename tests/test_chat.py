@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pissa_cli import chat
+from pissa_cli.answer_ends import unknown_ends, write_answer_ends
 from pissa_cli.chat import encode_chats, end_of_turn, unlearned_prompt
 from pissa_cli.data import load_examples, question_prompt
 from pissa_cli.data_options import DataSection
@@ -20,7 +21,6 @@ from pissa_cli.evals.generate import special_stops
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.side_files import copy_side_files, copy_tokenizer
-from pissa_cli.stops import unknown_ends, write_stops
 
 SECTION = DataSection(format="chat")
 PLAIN = (
@@ -421,11 +421,11 @@ def test_other_programs_know_where_an_answer_ends(models: Callable[[str], Path],
         folder = tmp_path / str(number)
         copy_side_files(base, folder, recipe)
         (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
-        write_stops(folder, recipe)
+        write_answer_ends(folder, recipe)
         found = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
         assert found == (ids or 1)
         (folder / "generation_config.json").write_text('{"eos_token_id": null}')
-        write_stops(folder, recipe)
+        write_answer_ends(folder, recipe)
         assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == alone
     recipe = recipe.model_copy(update={"data": DataSection(format="chat", template=PLAIN)})
     for said, known in (('{"top_k": 3}', {"top_k": 3}), ("", {"pad_token_id": 0})):  # as in config.json, then
@@ -434,7 +434,7 @@ def test_other_programs_know_where_an_answer_ends(models: Callable[[str], Path],
         if not said:
             (folder / "generation_config.json").unlink()
         assert unknown_ends(folder, recipe) == {"<eos>": 1}
-        write_stops(folder, recipe)
+        write_answer_ends(folder, recipe)
         found = json.loads((folder / "generation_config.json").read_text())
         assert found.items() >= known.items() and found["eos_token_id"] == ([1] if said else [7, 1])
         assert "_from_model_config" not in found and unknown_ends(folder, recipe) == {}

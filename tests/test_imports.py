@@ -29,7 +29,7 @@ LAYERS = [
     "attach",
     "sets heads",
     "data batches",
-    "stops",
+    "answer_ends",
     "classification chat",
     "examples",
     "loading side_files steps ledger pipeline",

@@ -16,7 +16,7 @@ from pissa_cli.rundir import read_json, write_json
 GENERATION = "generation_config.json"
 
 
-def write_stops(folder: Path, recipe: Recipe) -> None:
+def write_answer_ends(folder: Path, recipe: Recipe) -> None:
     """Have the model in `folder` end its answers where the template ends a turn, if that is one token."""
     ends = [number for number in unknown_ends(folder, recipe).values() if number is not None]
     if not ends:
