@@ -9,8 +9,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from pissa_cli.adapter_options import AdapterOptions
+from pissa_cli.other_tools import ABSENT, SYNONYMS
 from pissa_cli.recipe import Recipe
-from pissa_cli.translations import ABSENT, SYNONYMS
 from pissa_cli.yamlfile import KeyPath, Value, shown
 
 ADAPTER_OPTIONS: dict[str, type[BaseModel]] = {

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from pissa_cli.adapter_options import ScaledBase
 from pissa_cli.errors import UsageError
+from pissa_cli.other_tools import ABSENT, SYNONYMS
 from pissa_cli.paths import RUN_MANIFEST, RUN_RECIPE, holds_run, kind_of, located, run_around
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.recipe_errors import SECTIONS, messages
-from pissa_cli.translations import ABSENT, SYNONYMS
 from pissa_cli.yamlfile import KeyPath, Value, parse_scalar, read_flat, require_plain, shown, write_yaml
 
 PACKAGE = Path(__file__).resolve().parent

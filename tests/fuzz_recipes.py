@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import yaml
 from hypothesis import strategies as st
 
+from pissa_cli.other_tools import SYNONYMS
 from pissa_cli.recipe_errors import ADAPTER_OPTIONS, SECTIONS
 from pissa_cli.recipe_file import shipped
-from pissa_cli.translations import SYNONYMS
 
 Pairs = list[tuple[str, Any]]
 """A mapping as YAML text would have it: keys and values are text to write as it is, values may be Pairs again."""

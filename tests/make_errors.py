@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 AREAS = {
     "Any command": "errors cli.edge",
-    "Recipe and flags": "yamlfile recipe_file recipe_errors translations recipe adapter_options data_options cli",
+    "Recipe and flags": "yamlfile recipe_file recipe_errors other_tools recipe adapter_options data_options cli",
     "Base model": "inputs model configuration loading weights tensor_names plan attach ranks experts side_files heads",
     "Data": "data sets columns rows examples chat messages turns classification",
     "Run folder": "rundir paths integrity initialize reached checkpoint trained result peft_files optim",

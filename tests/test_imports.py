@@ -50,7 +50,7 @@ LAYERS = [
     "columns",
     "recipe_errors",
     "recipe",
-    "adapter_options data_options yamlfile glue paths bypassed translations",
+    "adapter_options data_options yamlfile glue paths bypassed other_tools",
     "errors heap",
 ]
 """From top to bottom. A module imports from lower layers, or from its own without a loop; `__version__` is anyone's."""

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from pissa_cli.errors import UsageError
+from pissa_cli.other_tools import ABSENT, SYNONYMS
 from pissa_cli.recipe_errors import SECTIONS, _keys
 from pissa_cli.recipe_file import dump, listing, load
-from pissa_cli.translations import ABSENT, SYNONYMS
 from pissa_cli.yamlfile import parse_scalar, read_flat, write_yaml
 
 
