@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pissa_cli.block_scales import fit_scales
 from pissa_cli.errors import UsageError
 from pissa_cli.model import Linear
-from pissa_cli.scales import fit_scales
 
 GROUP_SIZES = (128, 64, 32)
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pissa_cli.block_scales import Levels, fit_scales
 from pissa_cli.panels import converted, in_parallel
-from pissa_cli.scales import Levels, fit_scales
 from pissa_cli.streams import in_turn
 
 Absmax = Literal["fitted", "largest"]

@@ -45,7 +45,7 @@ LAYERS = [
     "adapters.start adapters.function",
     "svd quant products",
     "krylov",
-    "panels scales streams orthogonal graphs",
+    "panels block_scales streams orthogonal graphs",
     "recipe_file",
     "columns",
     "recipe_errors",
