@@ -21,11 +21,11 @@ from pissa_cli.evals.bench import Count
 from pissa_cli.evals.benches import GENERATED, check_benches, runs_code
 from pissa_cli.evals.generate import generate, same_in_batches, special_stops
 from pissa_cli.evals.judge import Judge
+from pissa_cli.evals.load import load_bench
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.published import published
 from pissa_cli.evals.results import Progress, grade_outputs, write_scores
 from pissa_cli.evals.sandbox import protection
-from pissa_cli.evals.scored import load_bench
 from pissa_cli.evals.served import Server, serve
 from pissa_cli.examples import Examples
 from pissa_cli.glue import GLUE, SETS
