@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pissa_cli.adapters.methods import METHODS
 from pissa_cli.initialize import initialize
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
@@ -164,6 +166,16 @@ def refused_without_torch(words: list[str], folder: Path) -> None:
         "bad = {'torch', 'transformers', 'numpy'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, cwd=folder)
+
+
+def test_every_module_is_on_the_map() -> None:
+    section = (PACKAGE.parent / "docs" / "design.md").read_text().partition("## Map of the modules")[2]
+    rows = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    commands = {f"cli/{name}.py" for name in ("init", "train", "evaluate", "merge", "quantize", "export")}
+    methods = {f"adapters/{name}.py" for name in METHODS}
+    empty = {path for path in PACKAGE.rglob("__init__.py") if path.parent.name != "cli"}
+    there = {str(path.relative_to(PACKAGE)) for path in set(PACKAGE.rglob("*.py")) - empty}
+    assert set(re.findall(r"`([\w/]+\.py)`", "".join(rows))) == there - commands - methods
 
 
 def test_files_stay_small() -> None:
