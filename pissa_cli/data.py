@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -117,77 +117,104 @@ def _tokenize(
     end: int | None,
     say: Say,
 ) -> Examples:
-    ids: list[Tensor] = []
-    targets: list[Tensor] = []
-    lengths = [0]
-    classes: list[float] = []
-    found = Counter[str | float]()
-    unusable: dict[str, list[int]] = {}
-    num_cut = num_lost = 0
-    batch: list[tuple[int, Row]] = []
-    characters, said = 0, time.monotonic()
-
-    def flush() -> None:
-        nonlocal num_cut, num_lost, characters
-        new_ids: list[int] = []
-        new_targets: list[bool] = []
-        if section.classifies:
-            found.update(labels_of([row for _, row in batch], section, labels))
-        encoded = _encode([row for _, row in batch], section, tokenizer, labels, end)
-        for (number, _), result in zip(batch, encoded, strict=True):
-            if isinstance(result, str):
-                refuse(unusable, result, number)
-                continue
-            if section.format == "text" and len(result.ids) > section.max_length:
-                for piece in _pieces(result.ids, section.max_length, tokenizer.bos_token_id):
-                    new_ids += piece
-                    new_targets += [False, *[True] * (len(piece) - 1)]
-                    lengths.append(len(piece))
-                continue
-            tokens, mask, label, cut = result
-            cut_tokens, cut_mask = tokens[: section.max_length], mask[: section.max_length]
-            if label is not None:
-                classes.append(label)
-            elif not any(cut_mask[1:]):
-                refuse(unusable, CUT if any(mask[1:]) else "no answer to learn from", number)
-                continue
-            num_cut += cut or len(cut_tokens) < len(tokens)
-            num_lost += len(tokens) - len(cut_tokens)
-            new_ids += cut_tokens
-            new_targets += cut_mask
-            lengths.append(len(cut_tokens))
-        ids.append(torch.tensor(new_ids, dtype=torch.int32))
-        targets.append(torch.tensor(new_targets, dtype=torch.bool))
-        batch.clear()
-        characters = 0
-
+    """The examples of all rows, tokenized a batch at a time; arguments as in `load_examples`."""
+    taken, found = _Taken(section, tokenizer.bos_token_id), Counter[str | float]()
     columns: dict[str, None] = {}
     inner: dict[str, None] = {}
-    for number, row in read_rows(source, section.limit):
+    said = time.monotonic()
+    for batch, last in _batches(source, section.limit, taken.unusable):
+        rows = list(batch.values())
+        for row in rows:
+            if len(columns) < 100:
+                columns |= dict.fromkeys(row)
+            if section.format == "chat" and len(inner) < 100:
+                inner |= dict.fromkeys(unused_keys(row, section, tokenizer))
+        require_columns(source, section, list(columns), whole=last)
+        if section.classifies:
+            found.update(labels_of(rows, section, labels))
+        taken.add(batch, _encode(rows, section, tokenizer, labels, end))
+        if not last and time.monotonic() - said > SAY_SECONDS:
+            said, number = time.monotonic(), max(batch)
+            say(f"{source}: {number:,} rows tokenized so far")
+    require_from_zero(source, found, labels)
+    if len(taken.lengths) == 1:
+        raise no_usable_row(source, section, taken.unusable)
+    return taken.examples([*unused_columns(section, columns), *inner])
+
+
+def _batches(source: str, limit: int | None, unusable: dict[str, list[int]]) -> Iterator[tuple[dict[int, Row], bool]]:
+    """(rows by their number, whether they are the last): BATCH rows of `source` at a time, fewer where they are long.
+
+    What is no row goes to `unusable`. The last batch may be empty.
+    """
+    batch: dict[int, Row] = {}
+    characters = 0
+    for number, row in read_rows(source, limit):
         if isinstance(row, str):
             refuse(unusable, row, number)
             continue
-        if len(columns) < 100:
-            columns |= dict.fromkeys(row)
-        if section.format == "chat" and len(inner) < 100:
-            inner |= dict.fromkeys(unused_keys(row, section, tokenizer))
-        batch.append((number, row))
+        batch[number] = row
         characters += sum(len(str(value)) for value in row.values())
         if len(batch) == BATCH or characters >= CHARACTERS:
-            require_columns(source, section, list(columns), whole=False)
-            flush()
-            if time.monotonic() - said > SAY_SECONDS:
-                said = time.monotonic()
-                say(f"{source}: {number:,} rows tokenized so far")
-    require_columns(source, section, list(columns))
-    flush()
-    require_from_zero(source, found, labels)
-    if len(lengths) == 1:
-        raise no_usable_row(source, section, unusable)
-    offsets = torch.tensor(lengths).cumsum(0)
-    every = torch.tensor(classes) if classes else None
-    unused = [*unused_columns(section, columns), *inner]
-    return Examples(torch.cat(ids), torch.cat(targets), offsets, unusable, num_cut, every, unused, num_lost)
+            yield batch, False
+            batch, characters = {}, 0
+    yield batch, True
+
+
+class _Taken:
+    """What has been tokenized so far, and which rows could not be used: the makings of `Examples`."""
+
+    def __init__(self, section: DataSection, bos: int | None) -> None:
+        self._section, self._bos = section, bos
+        self._ids: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._classes: list[float] = []
+        self._num_cut = self._num_lost = 0
+        self.lengths = [0]
+        self.unusable: dict[str, list[int]] = {}
+
+    def add(self, numbers: Iterable[int], encoded: Iterable[Encoded | str]) -> None:
+        """Take what was made of the rows with these numbers. What is longer than `data.max_length` loses its end; a
+        text of format `text` becomes several examples instead."""
+        ids: list[int] = []
+        targets: list[bool] = []
+        most = self._section.max_length
+        for number, result in zip(numbers, encoded, strict=True):
+            if isinstance(result, str):
+                refuse(self.unusable, result, number)
+                continue
+            if self._section.format == "text" and len(result.ids) > most:
+                for piece in _pieces(result.ids, most, self._bos):
+                    ids += piece
+                    targets += [False, *[True] * (len(piece) - 1)]
+                    self.lengths.append(len(piece))
+                continue
+            cut_ids, cut_targets = result.ids[:most], result.targets[:most]
+            if result.label is not None:
+                self._classes.append(result.label)
+            elif not any(cut_targets[1:]):
+                refuse(self.unusable, CUT if any(result.targets[1:]) else "no answer to learn from", number)
+                continue
+            self._num_cut += result.cut or len(cut_ids) < len(result.ids)
+            self._num_lost += len(result.ids) - len(cut_ids)
+            ids += cut_ids
+            targets += cut_targets
+            self.lengths.append(len(cut_ids))
+        self._ids.append(torch.tensor(ids, dtype=torch.int32))
+        self._targets.append(torch.tensor(targets, dtype=torch.bool))
+
+    def examples(self, unused: list[str]) -> Examples:
+        """All of it; unused: columns that nothing asked for."""
+        return Examples(
+            ids=torch.cat(self._ids),
+            targets=torch.cat(self._targets),
+            offsets=torch.tensor(self.lengths).cumsum(0),
+            unusable=self.unusable,
+            num_cut=self._num_cut,
+            labels=torch.tensor(self._classes) if self._classes else None,
+            unused=unused,
+            num_lost=self._num_lost,
+        )
 
 
 def _pieces(ids: list[int], length: int, bos: int | None) -> list[list[int]]:
