@@ -18,10 +18,11 @@ TINY = torch.finfo(torch.float32).tiny
 def fit_scales(
     blocks: Tensor, nearest: Callable[[Tensor, float, Tensor], Tensor], shares: Sequence[float] = SCALE_GRID
 ) -> tuple[Tensor, Tensor]:
-    """Scales a (n,) and codes q (n, size) of blocks w (n, size), w ~ a q, with the least squared error of some.
+    """A scale a (n,) and codes q (n, size) for each of the blocks w (n, size), so that a q is near w.
 
-    For codes q, those of w / c, the best scale is a = <q, w> / <q, q>, which leaves ||w||^2 - <q, w>^2 / <q, q>. The
-    candidates c are `shares` of the largest magnitude. nearest: (w / largest, share, where to write q) -> q.
+    A few candidates are tried, and that with the least squared error is taken. Each divides w by one of `shares` of its
+    largest magnitude and rounds to levels, q. For this q the best scale is a = <q, w> / <q, q>, and the error
+    ||w||^2 - <q, w>^2 / <q, q>. nearest: (w / largest, share, where to write q) -> q.
     """
     largest = blocks.abs().amax(1).clamp_min_(TINY)
     unit = blocks / largest[:, None]
@@ -44,8 +45,11 @@ def fit_scales(
 
 @dataclass(frozen=True)
 class Levels:
-    """Levels from -1 to 1, and tables of cells around k / STEPS for all k, beyond 1 as well: the level nearest to k;
-    the code of the cell's start, and the midpoint of two levels above that. `zero` is the cell of 0, and WHOLE.
+    """Levels from -1 to 1, and tables by which the one nearest to a number is looked up.
+
+    The cell k are the numbers around k / STEPS, beyond 1 as well. Of each cell, near: the level nearest to its middle;
+    first: the code (place among the levels) of its start; midpoint: of all midpoints of two levels, the first above its
+    start. zero: the cell of 0, plus WHOLE.
     """
 
     values: Tensor
@@ -78,5 +82,5 @@ class Levels:
         return torch.index_select(self.first, 0, cells).add_(above).view_as(blocks)
 
     def _cells(self, unit: Tensor, share: float = 1.0) -> Tensor:
-        """The cells (numel,) int32 of unit / share."""
+        """The cells (numel,) int32 of unit / share: added to WHOLE they are rounded, and stand in the last bits."""
         return torch.add(self.zero, unit, alpha=STEPS / share).view(torch.int32).bitwise_and_(WHOLE - 1).view(-1)

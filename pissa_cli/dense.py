@@ -29,11 +29,12 @@ def dense_tensors(
     adapter: Adapter,
     then: Callable[[str, Linear | None, Tensor], T],
 ) -> Iterator[T]:
-    """then(name on disk, layer if it is linear, W + s B A in the stored dtype) of every weight, quantization undone.
-    model: the skeleton of the base.
+    """then(name on disk, layer if it is linear, trained weight) of every weight of the base, in the order of its files.
 
-    What was trained is rounded at random, by the seed: to the nearest, 16 bits would lose most of a small change.
-    The head of a classifier is in fp32, and comes last if the base has none. Several threads call `then`.
+    The trained weight is W + s B A, or what trained whole, in the dtype on disk and with 4-bit storage undone; what did
+    not train comes as it is. model: the skeleton of the base. In 16 bits what was trained is rounded at random, by the
+    seed: rounding to the nearest would lose most of a small change. The head of a classifier is in fp32, and comes last
+    if the base has none. Several threads call `then`. Raises UsageError for the adapter of another base.
     """
     layers = linear_layers(model, weights)
     linears, head, device = {layer.tensor: layer for layer in layers}, head_names(model), best_device()

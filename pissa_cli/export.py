@@ -127,8 +127,11 @@ def recompress(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float, 
 
 
 def _learned(recipe: Recipe, adapter: Adapter) -> Adapter:
-    """What is valid on `base/` as the change since step 0, B' A' - B A: what 4 bits lost of W is left where it was, as
-    the best LoRA of W_trained - W would spend its rank on that and drop what a low learning rate learned."""
+    """The adapter of a run over NF4, which is valid on `base/`, as the change since step 0: B' A' - B A.
+
+    What 4 bits lost of W stays where it was. The best LoRA of W_trained - W would spend its rank on that, and drop what
+    was learned at a low learning rate.
+    """
     if not METHODS[recipe.adapter.method].moves_base:
         return adapter
     _, start = read_start(*open_run(recipe))

@@ -24,8 +24,9 @@ class _Captured(NamedTuple):
 
 
 class _Slot:
-    """A stream of its own, whose graphs share their memory and inputs of like shape: they run one after the other. No
-    other work goes on it, as graphs write to what the libraries hold for their stream."""
+    """A stream, and the graphs that were captured on it. As they run one after the other, they share their memory, and
+    one copy of all inputs of a shape. Nothing else may run on the stream: graphs write into the workspaces that the
+    libraries hold for it."""
 
     def __init__(self) -> None:
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -44,12 +45,13 @@ class Graphs:
         self._works = True
 
     def use(self) -> None:
-        """In `as_graph` of this thread, from here on; it works on their GPU."""
+        """Have `as_graph` launch by these graphs in this thread, from here on, and the thread work on their GPU."""
         torch.cuda.set_device(self._device)
         _here.graphs = self
 
     def run(self, function: Function, inputs: tuple[Tensor, ...], options: tuple[Hashable, ...]) -> list[Tensor]:
-        """One by one where the operations are met for the first time, cannot be captured, or are not on this GPU."""
+        """function(*inputs, *options) by a graph. Its operations are launched one by one where inputs of such shapes
+        are met for the first time, where they cannot be captured, and where they are not on this GPU."""
         key = function, options, tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
         with self._capturing:
             known = key in self._met

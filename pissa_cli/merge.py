@@ -35,12 +35,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 def merge(
     recipe: Recipe, progress: Progress = lambda *_: None, output: Path | None = None, step: int | None = None
 ) -> dict[str, Any]:
-    """Write W + s B A, rounded once to the dtype of the base, and compare its logits with the adapter's.
+    """Write the dense model, W + s B A in every adapted layer, and compare its logits with the adapter's.
 
-    Into `merged/` of the run, or `output`; of its result, or of checkpoint `step`.
-    From a QPiSSA run W is the 4-bit residual read back, so that nothing is approximated.
-    After full fine-tuning `merged/` is there already and only gets its model card; the differences are None then.
-    Raises PissaError, leaving no `merged/`, if the logits differ by more than rounding.
+    It is that of the run's result, or of its checkpoint `step`, and goes into the run's `merged/`, or into `output`. A
+    sum is formed in fp32 and rounded once to the dtype of the base (`dense.dense_tensors`). Of a 4-bit run W is what
+    was stored, read back, so that nothing is approximated. A full fine-tuning has its `merged/` already, which gets its
+    model card and nothing else.
+
+    Returns `path`, `bytes`, and `max_logit_difference` and `relative_logit_difference` (None after full fine-tuning).
+    Raises PissaError, and leaves no folder, if the logits differ by more than rounding (TOLERANCE).
     """
     run, manifest = open_run(recipe)
     if isinstance(recipe.adapter, FullOptions):

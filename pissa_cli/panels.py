@@ -75,10 +75,11 @@ def converted(W: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rounded_at_random(W: Tensor, dtype: torch.dtype, draws: torch.Generator) -> Tensor:
-    """W fp32 in 16 bits, each number as one of its two neighbours, the likelier the nearer: the mean is W.
+    """W fp32 in 16 bits, each number rounded to one of its two neighbours at random, the nearer one the likelier, so
+    that the mean is W.
 
-    What lies below the last bit is kept on average, where rounding to the nearest would drop it: a number that `dtype`
-    has stays what it is, and so would W + D for every D of less than half of its last bit. (fp16 below 2^-14: nearest.)
+    What lies below the last bit is kept on average so. Rounded to the nearest, a number that `dtype` has, changed by
+    less than half of its last bit, would come out as it was. Numbers of fp16 below 2^-14 do go to the nearest.
     """
     mask = 2 ** DROPPED[dtype] - 1
     flat = W.reshape(-1)

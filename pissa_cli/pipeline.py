@@ -22,10 +22,12 @@ R = TypeVar("R")
 
 
 def in_flight(largest: int, device: torch.device) -> tuple[int, int, int]:
-    """(tensors to work on at once, tensors begun and not yet taken, helpers of each), the largest of so many numbers.
+    """(workers, ahead, helpers): tensors to work on at once, tensors that may be begun and not yet taken, and threads
+    that each worker has for its panels. largest: how many numbers the largest tensor has.
 
-    On a GPU several, so that it need not wait for what is read, drawn or factored on the CPU. torch loads its linear
-    algebra there at the first use, which is here: two threads must not do it at once.
+    On a CPU as many as fit into IN_FLIGHT_BYTES, one to a thread. On a GPU several as well, so that it need not wait
+    for what the CPU reads, draws or factors. torch loads its linear algebra for GPUs at the first use, which is made
+    here, as two threads must not do so at once.
     """
     threads, needed = torch.get_num_threads(), COPIES * 4 * max(largest, 1)
     if device.type == "cuda":
@@ -39,8 +41,11 @@ def in_flight(largest: int, device: torch.device) -> tuple[int, int, int]:
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], workers: int, ahead: int, each: int) -> Iterator[R]:
-    """work(item) of every item, in their order: `workers` at once, on one thread of torch's and with `each` helpers for
-    what is cut into `panels`; on a GPU each on a stream of its own, at whose end its result is handed on."""
+    """work(item) of every item, in their order; workers, ahead, each: as `in_flight` gives them.
+
+    Each worker computes on one thread of torch's, and shares out what `panels` cuts among its helpers. On a GPU it has
+    a stream of its own, and a result is handed on when that has come to its end.
+    """
     threads, graphs = torch.get_num_threads(), Graphs(workers) if torch.cuda.is_initialized() else None
 
     def begin(use_helpers: Callable[[], None]) -> None:

@@ -83,7 +83,7 @@ def pack(store: Store, weight: Tensor) -> Packed | Tensor:
 def _pack_fitted(store: Store, weight: Tensor) -> Packed:
     """NF4 with the absmax of each block chosen, from a grid below the largest magnitude, for the least squared error.
 
-    See `scales.fit_scales`; the codes are then the nearest levels for the scale as it is stored.
+    See `block_scales.fit_scales`; the codes are then the nearest levels for the scale as it is stored.
     """
     levels = _levels(weight.device)
     chunks = _blocks(weight)

@@ -56,15 +56,15 @@ def quantize(
     double_quant: bool | None = None,
     absmax: quant.Absmax | None = None,
 ) -> dict[str, Any]:
-    """Write a 4-bit transformers folder of a run (its result, or checkpoint `step`), or of a dense model folder.
+    """Write a 4-bit transformers folder: of a run (its result, or its checkpoint `step`), or of a dense model.
 
-    double_quant, absmax: of NF4; where they are None, as `model` has them.
+    model_folder: that model; None for the run. double_quant, absmax: how NF4 stores; None for what the recipe's `model`
+    says. The run's own `quantized/` (NF4) or `int4/` (compressed-tensors) is replaced; any other `output` with
+    something in it is a UsageError.
 
-    Returns sizes, the relative Frobenius error over the quantized weights, differences of logits, and perplexity before
-    and after: on `data.eval` where the recipe has it, else on four built-in prompts, which says little; None for a
-    classifier.
-    The run's own `quantized/`, or `int4/` of compressed-tensors, is replaced; any other folder with something in it is
-    a UsageError.
+    Returns sizes in bytes, the layers that stay dense, the relative Frobenius error over the quantized weights, the
+    differences of logits, and the perplexity before and after: on `data.eval` where the recipe has it, else on four
+    built-in prompts, which says little; None for a classifier.
     """
     recipe, folder, adapter = _source(recipe, model_folder, step)
     run = run_of(recipe)
@@ -145,8 +145,12 @@ def _part(recipe: Recipe, weights: Weights, four: _Form, name: str, linear: Line
 
 @dataclass(frozen=True)
 class _Form:
-    """A way to write 4 bits: which layers it takes, the tensors of a weight (out, in) fp32 and how it reads back, the
-    side files of a folder; and the dtypes of parts of the model that it leaves dense, where they get another one."""
+    """A way to write weights in 4 bits.
+
+    takes: whether it stores a layer. pack: (name on disk, W (out, in) fp32, dtype on disk) -> (its tensors by name, W
+    as it reads back). write_config: writes the side files of a folder. recast: dtypes, by parts of the model that stay
+    dense and are not left in their own.
+    """
 
     takes: Callable[[Linear], bool]
     pack: Callable[[str, Tensor, torch.dtype], tuple[dict[str, Tensor], Tensor]]

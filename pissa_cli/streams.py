@@ -1,4 +1,4 @@
-"""What must wait for what on a GPU."""
+"""Which stream of a GPU waits for which."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 @contextmanager
 def in_turn(device: torch.device) -> Iterator[None]:
-    """For bitsandbytes' quantization, which on a GPU runs on the default stream, whichever is the current one: after
-    what comes before it there, and before what comes after."""
+    """For calls of bitsandbytes' quantization, which run on the GPU's default stream, whichever is the current one:
+    before the block the default stream waits for the current one, after it the other way round. Nothing on a CPU."""
     if device.type != "cuda":
         yield
         return

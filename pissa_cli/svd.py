@@ -236,11 +236,12 @@ def _sketched(weight: Tensor, width: int, blocks: int, source: torch.Generator) 
 
 
 def _missing(weight: Tensor, U: Tensor, V: Tensor, values: Tensor, source: torch.Generator) -> float:
-    """About the energy that the Ritz pairs (values, V) lack, U = W V: to second order the sum of c^2 / (value - lambda)
-    over their residuals r, c the parts of r along the eigenvectors of G = W^T W.
+    """An estimate of the energy that the Ritz pairs of G = W^T W lack: values (r,) ascending, V (n, r), U = W V.
 
-    All r come as random signed sums; for lambda stand two points, 0 and that which gives r^T G r and r^T G^2 r. What
-    lies along V is rounding.
+    To second order a pair (value, v) lacks the sum of c^2 / (value - lambda) over the eigenvectors of G, where c is the
+    part of its residual G v - value v along one of them, and lambda the eigenvalue. All residuals are seen together, as
+    random signed sums r. For lambda stand two points: 0, and that which gives r^T G r and r^T G^2 r; for `value` stands
+    the least of them. What of r lies along V is rounding, and taken out.
     """
     signs = torch.randint(0, 2, (len(values), PROBES), generator=source).to(V) * 2 - 1
     r = beside(V, torch.addmm(transposed_times(weight, U @ signs), V, values[:, None] * signs, alpha=-1))
@@ -255,9 +256,9 @@ def _missing(weight: Tensor, U: Tensor, V: Tensor, values: Tensor, source: torch
 
 
 def _raised(missing: float, gain: float, said: float, fall: float) -> float:
-    """What is missing to second order, raised by the squares of how much more it may be: the last block gained little
-    beside it; that block gained more than was `said` to be missing before; or nothing was said yet, and eigenvalues
-    hardly `fall` from the last that is wanted to the last of a block."""
+    """`missing`, raised where there are signs that it is too low, each by a square. The last block's `gain` is small
+    beside it; the gain was more than had been `said` to be missing before; or, where nothing was said yet, eigenvalues
+    hardly `fall` (a share) from the last that is wanted to the last of a block. inf where nothing can be told."""
     if gain <= 0 or fall <= 0:
         return math.inf
     more = max(1.0, gain / said) ** 2 if said else 1 + (LEVEL / fall) ** 2

@@ -187,7 +187,11 @@ def checkpoint_files(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
 
 
 def exported_adapter(recipe: Recipe, start: Adapter, now: dict[str, Factors], saved: dict[str, Tensor]) -> Adapter:
-    """The adapter to export: for the plain base over dense weights, for `base/` over NF4."""
+    """The adapter as files hold it: over dense weights valid on the plain base (PiSSA's at rank 2r), over NF4 on
+    `base/`.
+
+    start, now: the factors at step 0 and as they trained; saved: what trained whole.
+    """
     method = METHODS[recipe.adapter.method]
     factors = {
         name: method.on_plain_base(layer, start.factors[name]) if recipe.model.bits != 4 else as_lora(layer)

@@ -37,13 +37,18 @@ class Gate(NamedTuple):
 
 
 class LowRankFunction(torch.autograd.Function):
-    """Layers of one x: (x, x' or None for x itself, the activation and the values of a gate or None twice, their parts,
-    A, B, d, b of the first, of the second, ...) -> ys.
+    """The outputs ys of one or several layers that get the same x.
 
-    Each is one product with W + s (b B) (d A), where that is sound and the cheaper way (`_merges`); else two paths, of
-    which the products with A are one for all layers. Saves x' and, on two paths, h = x' A^T; reads W again in the
-    backward pass, or saves what it multiplied with. With a gate, saves its values and what they let through, and forms
-    x again. Products run in `product_dtype`; y has the dtype of x.
+    Inputs: x; x' (x after dropout), None for x itself; the activation and the values of a gate, or None twice; a `Part`
+    for each layer; then A, B, d and b of the first layer, of the second, and so on.
+
+    A layer is computed in one of two ways. Where that loses no bits and costs less (`_merges`), it is one product with
+    W + s (b B) (d A). Else x goes two paths, through W and through A and B, and the products with A of all such layers
+    are one. Saved for the backward pass are x' and, of two paths, h = x' A^T; W is read again there, unless what was
+    multiplied with is kept. With a gate x = activation(values) * (x as it was given), which is formed again there: the
+    two parts are saved instead.
+
+    Products run in `product_dtype`; each y has the dtype of x.
     """
 
     @staticmethod
@@ -174,16 +179,18 @@ def _shares(h: Tensor | None, given: list[_Factors], ctx: Any) -> list[Tensor | 
 
 
 def _merges(tokens: int, f: _Factors, dtype: torch.dtype) -> bool:
-    """Whether to multiply with W and its update in one: where no bits of the update are lost, the factors cost over
-    half of what W does (VeRA's), and forming the update twice costs less than taking the tokens through both, twice.
+    """Whether to multiply with W + s (b B) (d A) in one product. Three things have to hold: products are in fp32, so
+    that no bits of the update are lost; A and B have more than half as many numbers as W (VeRA's); and to form the
+    update, twice, costs less than to take the tokens through A and B, twice.
     """
     rank, inn, out = *f.A.shape, f.B.shape[0]
     return dtype.itemsize >= 4 and 2 * rank * (inn + out) > inn * out and tokens * (inn + out) > 2 * inn * out
 
 
 def _merges_back(tokens: int, f: _Factors, needed: Sequence[bool], parts: Sequence[Part]) -> bool:
-    """Whether the gradient of x on two paths is one product with W and its update, rounded as W is: where the tokens
-    need not pass back through B and A for any gradient (VeRA's), and forming the update costs less than that.
+    """Whether a layer on two paths has its gradient of x by one product with W + s (b B) (d A), rounded as W is: where
+    no gradient of a factor takes the tokens back through B and A in any case (VeRA's), and to form the update costs
+    less than that.
     """
     needs_A, needs_B, _, needs_b = needed
     inn, out, layers_of_A = f.A.shape[1], f.B.shape[0], len(parts) if parts[0].shares_A else 1
@@ -198,11 +205,13 @@ def _merged(W: Tensor, f: _Factors, scale: float) -> Tensor:
 def _factor_gradients(
     x: Tensor, g: Tensor, h: Tensor | None, grad_hd: Tensor | None, f: _Factors, scale: float, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of A, B, d and b; None for those not `needed`. x (tokens, in), g (tokens, out) the gradient of y;
-    h = x A^T is given on two paths, whose gradient of A is not formed here; the gradient of h * d where it is known.
+    """The gradients of A, B, d and b of a layer; None for those not `needed`.
 
-    With M = s g^T h, N = s (b B)^T g^T x and P = M * B, number by number, they are d N, b M d, P^T b and P d. M and N
-    come from G = g^T x (out, in), where that is cheaper than x A^T and g B.
+    x (tokens, in); g (tokens, out), the gradient of y. On two paths h = x A^T (tokens, r) is given, and the gradient of
+    A is formed elsewhere, for all layers at once; grad_hd: that of h * d, where it is known.
+
+    With M = s g^T h (out, r), N = s (b B)^T g^T x (r, in) and P = M * B, number by number, they are d N, b M d, P^T b
+    and P d. Without h, M and N come from G = g^T x (out, in) where that is cheaper than x A^T and g B.
     """
     needs_A, needs_B, needs_d, needs_b = needed
     if not any(needed):

@@ -25,8 +25,9 @@ class LowRank(nn.Module):
     """A linear layer with a frozen base (nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit) and factors.
 
     Factors in `trains` are fp32 parameters, the others fp32 buffers; A and B may come from shared projections instead.
-    Products run in the dtype of x, or of autocast. `keeps_weight`: W as it was read is saved for the backward pass; for
-    gradient checkpointing, which saves nothing before it runs the layer again.
+    Products run in the dtype of x, or of autocast. name: that of the layer it stands for. siblings: layers that get the
+    same x, with which it is computed (`attach.share_inputs`). keeps_weight: W is saved for the backward pass as it was
+    read; for gradient checkpointing, which saves nothing before it runs the layer again.
     """
 
     name = ""

@@ -49,9 +49,14 @@ def _alternate(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any
 
 
 def _refit(weight: Tensor, svd: SVD, layer: Layer, options: Mapping[str, Any]) -> tuple[SVD, Packed | Tensor]:
-    """Looking ahead, T - 1 times Q <- NF4(W - L - 0.8 (L - L_before)), L <- U U^T (W - Q) with U after half a power
-    step; then Q <- store(...) likewise, and L <- SVD_r(W - Q), the best for that Q in any unitarily invariant norm
-    (Eckart-Young). One power step finds it: all that W - Q has beside L is the rounding of Q."""
+    """Passes that look ahead, and end on the best L for what is stored; L = B A has rank r, T is `passes`:
+
+    T - 1 times  Q <- NF4(W - L - 0.8 (L - L_before)),    L <- U U^T (W - Q) with U = orth((W - Q) A^T);
+    and then     Q <- store(W - L - 0.8 (L - L_before)),  L <- SVD_r(W - Q).
+
+    The last L is the best for that Q in every unitarily invariant norm (Eckart-Young). One power step finds it, as all
+    that W - Q has beside L is the rounding of Q.
+    """
     B, A = ahead = svd.U * svd.S, svd.Vh
     for _ in range(options["passes"] - 1):
         before = B, A
