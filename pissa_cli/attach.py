@@ -66,9 +66,10 @@ def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool
 
 @torch.no_grad()
 def share_inputs(model: nn.Module, forward: Callable[[], Any]) -> None:
-    """Have low-rank layers of one module that get one and the same x, one right after the other, computed together.
+    """Have low-rank layers that get one and the same x computed together, as q, k and v are (`Siblings`).
 
-    Which they are shows in `forward`, the last forward pass of the model in it; none of them may be called twice there.
+    A group are layers of one module that get the very same tensor, one right after the other. `forward` shows which
+    these are: it calls the model, and its last call counts. Where that calls a layer twice, its group is left alone.
     """
     groups: list[list[LowRank]] = []
     last: list[Tensor] = []
@@ -106,10 +107,10 @@ def _parent(layer: LowRank) -> str:
 
 
 def join_gates(model: nn.Module) -> None:
-    """Have the low-rank layer behind a gate form its input itself: what is kept for the backward pass is what it is the
-    product of, and neither it nor the activation.
+    """In MLPs that compute down(act(gate(x)) * up(x)), have `down` form that product itself (`Gate`).
 
-    For MLPs whose `forward` says what `GATED` does and no more.
+    For the backward pass gate(x) and up(x) are kept then, and neither the activation nor the product. This is for MLPs
+    whose `forward` says what GATED does and no more, and whose `down` is a low-rank layer without dropout.
     """
     for module in model.modules():
         down = getattr(module, "down_proj", None)

@@ -28,8 +28,8 @@ def micro_batches(examples: Examples, indices: list[int], size: int, packed: boo
 
 
 def padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills up a batch; a classifier that looks for the last token before it has its own. The tokenizer
-    may have one that was added to it alone, of which the model has no embedding."""
+    """The token that fills up a batch. A classifier has its own, as it may look for the last token before the padding.
+    0 where the model has no embedding of it: a tokenizer may have got one that the model does not know."""
     own = model.config.pad_token_id if model.get_output_embeddings() is None else tokenizer.pad_token_id
     return own if own is not None and 0 <= own < vocabulary_of(model.config) else 0
 

@@ -61,8 +61,8 @@ def question_text(question: str, before: Sequence[tuple[str, str]], tokenizer: P
 
 
 def unlearned_prompt(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What the template asks with, if what is learned of the first example does not follow that: of R1's an opened
-    thought, before answers without one."""
+    """What the template asks the assistant with, if what is learned of the first example does not follow that; else
+    None. R1's template asks with an opened thought, and the answers of many data sets have none."""
     prompt = _asks([{"role": "user", "content": "a"}], _render(tokenizer))
     begin = int(examples.targets[: examples.length(0)].int().argmax())
     read = str(tokenizer.decode(examples.tokens(0)[:begin]))
@@ -108,7 +108,7 @@ def encode_chats(rows: Sequence[Row], section: DataSection, tokenizer: PreTraine
 
 
 def _masked(found: _Conversation, ids: list[int], counts: list[int], tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """counts: tokens before each begin and end of a span."""
+    """Tokens of a conversation and which of them are learned. counts: tokens before each begin and end of a span."""
     targets = [False] * len(ids)
     for begin, end, one in zip(counts[::2], counts[1::2], found.learned, strict=True):
         targets[begin:end] = [one] * (end - begin)
@@ -181,8 +181,8 @@ def _spans(
 def _spans_by_roles(
     messages: list[Message], whole: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, int]] | None:
-    """As `_spans`, for a text that is the contents of the messages and what the template writes around those of any
-    others in these roles; None if it is not. To find it in each conversation takes as many renderings as it has turns.
+    """As `_spans`, without a rendering for every turn: for templates that write the contents of messages one after the
+    other, between texts that depend on the roles alone (`_around`). None if the `whole` text is not put together so.
     """
     contents = [message.get("content") or "" for message in messages]
     if any(set(message) != {"role", "content"} for message in messages) or not all(contents):
@@ -200,9 +200,13 @@ def _spans_by_roles(
 def _around(
     roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, _template: str
 ) -> tuple[list[str], list[tuple[int, int]]]:
-    """The texts around the contents of messages in these roles, and each begin and end of a turn of the assistant:
-    (contents before it, characters around these). Nothing unless the template writes the contents one by one, and each
-    part of a conversation as the whole begins."""
+    """What the template writes around the contents of messages in these roles: the texts before, between and behind
+    them; and each begin and end of a turn of the assistant, as (number of contents before it, characters of these texts
+    before it).
+
+    Two empty lists unless the template writes every content once, in order, and renders the beginning of a conversation
+    as the whole one begins.
+    """
     messages = [{"role": role, "content": f"a{number}b"} for number, role in enumerate(roles)]
     render, bounds = _render(tokenizer), list[int]()
     try:
@@ -254,8 +258,8 @@ def _asks(messages: list[Message], render: Render) -> str:
 
 
 def _shown(message: Message, text: str, last: bool) -> bool:
-    """Whether the text has what a message says, but for white space: of tool calls the names, and of what the assistant
-    says in earlier turns nothing but that, as its thoughts may be left out."""
+    """Whether the text shows what a message says, white space aside. Of the assistant it has to show the names of tool
+    calls and, in the last turn, what it says; in earlier ones templates may leave its thoughts out."""
     content = message.get("content")
     if message["role"] == "assistant":
         names = [call.get("function", call)["name"] for call in message.get("tool_calls", [])]

@@ -29,8 +29,10 @@ def unused_columns(section: DataSection, columns: Iterable[str]) -> list[str]:
 
 
 def require_columns(source: str, section: DataSection, columns: Sequence[str], whole: bool = True) -> None:
-    """UsageError if `columns`, those that there are, lack some that the recipe needs, or maps in vain. A field that
-    need not be there may come in later rows, where they are not of the `whole` file."""
+    """UsageError if `columns`, those of the rows, lack one that the format needs, or to which `data.columns` maps.
+
+    whole: they are those of all rows. If not, the column of an optional field may still come in a later row.
+    """
     wanted = {name: section.columns.get(name, name) for name in FIELDS.get(section.format, ())}
     if section.classifies:
         wanted = label_columns(section, columns)

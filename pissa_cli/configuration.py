@@ -43,8 +43,8 @@ def read_config(folder: Path, section: ModelSection) -> Any:
 
 
 def _padding(folder: Path, section: ModelSection, config: Any) -> int | None:
-    """Of what can be padding, the first that the model has an embedding of: its own, if texts do not have it, the
-    tokenizer's, which is what others pad with, and the end-of-text of either."""
+    """The token that pads a classifier's texts, the first of these that the model has an embedding of: its own padding,
+    unless texts have that token; the tokenizer's, with which others pad; the end-of-text of either."""
     known = vocabulary_of(config)
     own, found = getattr(config, "pad_token_id", None), end_tokens(getattr(config, "eos_token_id", None))
     files = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.glob("*token*")))

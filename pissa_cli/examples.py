@@ -174,6 +174,7 @@ def _first(rows: Sequence[int]) -> str:
 def cache_key(
     content: str, section: DataSection, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], end: int | None
 ) -> str:
+    """The name under which tokens are kept: a hash over all that they depend on. content: the hash of the rows."""
     options: dict[str, Any] = section.model_dump(exclude={"train", "eval", "packing"})
     options |= {"labels": list(labels), "end": end}
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -217,6 +218,7 @@ def write_cache(path: Path, examples: Examples) -> None:
 
 
 def read_cache(path: Path) -> Examples | None:
+    """What `write_cache` kept; None where it cannot be read."""
     try:
         tensors = load_tensors(path)
         with suppress(OSError):  # of a cache that may only be read

@@ -58,10 +58,8 @@ def expert_weight(experts: nn.Module, number: int, part: str) -> Tensor:
 
 
 def peft_remaps(model: PreTrainedModel) -> set[str]:
-    """Last names of targets that PEFT takes for the experts' and the router's, turning them into 3-D parameters.
-
-    None where it does not: it forgets qwen2_moe itself.
-    """
+    """Kinds of layer (gate, w1) that PEFT, where they are targets, takes for those of experts and router and turns into
+    3-D parameters. Empty for a model where it does not do so; qwen2_moe itself it forgets."""
     kind = model.config.model_type
     pattern = kind if kind == "mixtral" else _MODEL_TO_CONVERSION_PATTERN.get(kind)
     return {"gate", *DISK_NAMES[pattern]} if pattern in DISK_NAMES else set()

@@ -9,8 +9,8 @@ from collections import deque
 from pissa_cli.errors import PissaError
 from pissa_cli.recipe import Recipe
 
-WINDOW, FEWEST = 50, 10
-IN_A_ROW = 10
+WINDOW, FEWEST = 50, 10  # sound steps before, of which the median is taken, and without which there is none
+IN_A_ROW = 10  # faults that end a run
 
 
 class Faults:

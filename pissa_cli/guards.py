@@ -156,10 +156,11 @@ def require_causal(recipe: Recipe, model: PreTrainedModel, examples: Examples) -
 
 
 def packs(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int) -> bool:
-    """Whether examples are packed: as `data.packing` says, if that is sound for this model; `auto` also asks that it
-    costs nothing, which a mask over the whole row does.
+    """Whether examples are packed: if `data.packing` asks for it and it is sound in this model. `auto` asks as well
+    that it costs nothing, which a mask over the whole row does.
 
-    The model is left to attend sequence by sequence if so. Raises UsageError where packing was asked for in vain.
+    The model attends sequence by sequence from here on, where it can and examples are packed. Raises UsageError where
+    the recipe insists on packing and it is not sound.
     """
     wanted = recipe.data.packing
     if not wanted or recipe.data.classifies:
@@ -176,8 +177,8 @@ def packs(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: in
 
 
 def _packs_soundly(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int) -> bool:
-    """Whether the loss is that of padded examples, on the first few and in the longest row that a step can have, and no
-    position of an example depends on the one before it."""
+    """Whether packing changes nothing. The loss has to be that of padded examples, of the first few and in the longest
+    row that a step can have; and the logits of a row's second example may not change when its first is another."""
     longest = examples.by_length()[-recipe.train.micro_batch_size :].tolist()
     tried = _first_few(recipe, examples), longest
     first, second = examples.tokens(longest[-1])[:LEAK_TOKENS], examples.tokens(longest[0])[:LEAK_TOKENS]

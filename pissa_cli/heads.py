@@ -30,8 +30,8 @@ def require_order(folder: Path, recipe: Recipe) -> None:
 
 
 def require_pooler(folder: Path, model: PreTrainedModel, weights: Weights) -> None:
-    """UsageError where the files have no pooler and the classifier has one within its backbone: those of a model that
-    fills gaps are without."""
+    """UsageError for a classifier with a pooler in its backbone over files without one, as those of a model that fills
+    gaps are."""
     pooler = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.pooler.")]
     disk_name = names_on_disk(model, weights)
     if pooler and not any(disk_name(name, required=False) for name in pooler):

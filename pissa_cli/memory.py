@@ -51,11 +51,9 @@ class Forecast:
 
 
 def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
-    """What one of `processes` processes that train holds at its highest moment, with micro-batches of full length: on
-    the GPU where there is one, else in all.
-
-    Where the model cannot be run without content, or is spread over the processes, a guess.
-    """
+    """The most memory that one of `processes` processes holds while it trains with micro-batches of full length: of the
+    GPU where there is one, else of the process. A guess, which `rough` says, where the model cannot be run over tensors
+    without content, or is spread over the processes."""
     device, sharded = best_device(), recipe.train.shard and processes > 1
     if recipe.model.bits == 4:  # fills the caches of bitsandbytes with content
         quant.pack(quant.Store(4, torch.float32, double_quant=True), torch.zeros(1, quant.BLOCK_SIZE))
@@ -86,10 +84,9 @@ def _kernels(recipe: Recipe, device: torch.device) -> int:
 
 
 def _spread(recipe: Recipe, plan: Plan, found: dict[str, int], processes: int) -> dict[str, int]:
-    """What changes if every process has its share of all that lasts, and in whole what is in no block and two blocks,
-    the one that computes and the next; their gradients, too; and both again as they are sent. At first, when it has
-    been loaded, the model is whole.
-    """
+    """The entries of `found` that change if the processes share the model. Each has its share of all that lasts. In
+    whole it has what is in no block, and two blocks, the one that computes and the next, with their gradients, and all
+    of that once more as it is sent (`gathered`). At first, when it has been loaded, the model is whole (`loading`)."""
     blocks = [num_parameters(block) for block in blocks_of(skeleton(plan.folder, recipe.model))]
     alone = (plan.num_total - sum(blocks) + 2 * max(blocks, default=0)) / plan.num_total
     changed = {kind: found[kind] // processes for kind in ("weights", "factors", "gradients", "optimizer")}

@@ -25,8 +25,12 @@ READ = {"role", "content", "from", "value", "tool_calls", "tool_call_id", "weigh
 
 
 def messages_of(value: Any, calls: bool) -> list[Message] | None:
-    """Messages with role and content, from ShareGPT's as well; without None, with which parquet files fill up. calls:
-    what ShareGPT has as a function_call, in JSON, becomes one."""
+    """The messages of a row, each with role and content, also of rows in ShareGPT's form; None for what is no list of
+    messages. Keys without a value, with which parquet files fill objects up, are dropped.
+
+    calls: ShareGPT's `function_call`, a text in JSON, becomes a tool call. Raises ValueError, with the reason, for
+    contents and calls that cannot be used.
+    """
     if not isinstance(value, list):
         return None
     messages = []

@@ -42,10 +42,12 @@ HUB_FILES = [*SMALL_FILES, "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of the model: weight (out, in), stored transposed on disk by GPT-2's Conv1D and by embeddings.
+    """A linear layer of the model.
 
-    An embedding is the linear map of one-hot vectors: out = its width, in = the size of the vocabulary. Bypassed: see
-    `is_bypassed`. Dense: transformers never stores it in NF4, or cannot read it back.
+    name: of the module; tensor: of its weight on disk. num_out, num_in: the weight is (out, in), on disk (in, out) if
+    `transposed`, as GPT-2's Conv1D and embeddings are. embedding: the linear map of one-hot vectors, out = its width,
+    in = the size of the vocabulary. bypassed: see `is_bypassed`. dense: transformers never stores it in NF4, or cannot
+    read it back. expert: the matrix of an expert that it is, if it is one.
     """
 
     name: str
@@ -128,11 +130,12 @@ def shared_layers(model: PreTrainedModel) -> set[str]:
 
 
 def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> list[Linear]:
-    """Every linear layer but those of the head, and every embedding, with the tensor on disk (if `weights` is given).
+    """Every linear layer and every embedding of a model, in its order; with `weights`, by their tensors on disk.
 
-    Those that transformers stores in NF4, torch's own Linear and Conv1D, and `LINEAR_SUBCLASSES`; other subclasses may
-    compute otherwise. Not those of which two have one weight (`shared_layers`), which each adapter would move.
-    Raises UsageError for a tensor that is missing, has another shape, or is no floating-point weight.
+    Linear are torch's own Linear, transformers' Conv1D, LINEAR_SUBCLASSES and the matrices of experts; other subclasses
+    may compute otherwise. Left out are the output head, a classifier's head, and layers that share one weight
+    (`shared_layers`), which every adapter would move. Raises UsageError for a tensor that is missing, has another
+    shape, or is no floating-point weight.
     """
     output, head, shared = model.get_output_embeddings(), head_names(model), shared_layers(model)
     layers = []
@@ -236,10 +239,12 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
 def peft_targets(
     targets: Iterable[str], layers: list[Linear], model: PreTrainedModel, peft_type: str
 ) -> dict[str, list[str]]:
-    """PEFT's `target_modules`: the kinds of layer if they name exactly these layers, else the full names.
+    """How adapter_config.json names the layers `targets`: `target_modules`, and `target_parameters` where they are
+    needed. targets: full names of some of the `layers` of the model.
 
-    For LoRA, PEFT takes some names for the experts' (`peft_remaps`). Other layers of such a name (shared experts,
-    layers without experts, a router) go to `target_parameters`, which it leaves alone; and so do 3-D parameters
+    `target_modules` are kinds of layer (q_proj) if these name exactly those layers, else the full names. For LoRA, PEFT
+    takes some kinds for those of 3-D experts (`peft_remaps`). Other layers of such a kind (shared experts, layers
+    without experts, a router) are named in `target_parameters`, which PEFT leaves as they are. So are 3-D parameters
     themselves where it would not come upon them.
     """
     names = set(targets)

@@ -100,8 +100,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Names, tensors: d
 
 
 def _placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, value: Tensor) -> Tensor:
-    """A part of the state in the buffer that is there, or in one as bitsandbytes makes them on a GPU: it pages those
-    alone, and does not free them."""
+    """`value`, a part of a parameter's state, copied into the buffer that is there if it fits. For bitsandbytes on a
+    GPU one is made first, by its own function: it pages such buffers alone, and does not free them."""
     there = optimizer.state.get(parameter, {}).get(key)
     make = getattr(optimizer, "get_state_buffer", None)
     if there is None and make is not None and parameter.is_cuda and key in ("state1", "state2"):

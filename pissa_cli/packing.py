@@ -130,7 +130,11 @@ def _mask(
 
 
 def _lengths(length: int, sees: Callable[..., Tensor], device: torch.device | str) -> Tensor | None:
-    """A sequence begins where a token does not see the one before it. A GPU is waited for once."""
+    """The lengths (n,) of the sequences in a row of `length` tokens, on the CPU; None unless each of them is causal and
+    seen in whole. sees: the mask, as a function of (batch, head, query, key).
+
+    A sequence begins where a token does not see the one before it. A GPU is waited for once.
+    """
     index = torch.arange(length, device=device)
     zero = torch.zeros_like(index)
     begins = torch.cat([zero[:1] == 0, ~sees(zero[1:], zero[1:], index[1:], index[:-1])])

@@ -25,11 +25,13 @@ from pissa_cli.weights import Weights
 
 @dataclass(frozen=True)
 class Plan:
-    """The base on disk, its linear layers, those that get an adapter, and what gets none for 3-D or shared weights.
+    """What is known of the base, and which of its layers get an adapter. Full fine-tuning has the first four alone.
 
-    num_total: parameters of the model; vocabulary: rows of its output head, 0 without one; num_whole: numbers that
-    train beside the adapter; lost_in_peft: targets that stock PEFT does not find in the adapter's files. Full
-    fine-tuning has no more than the first four.
+    folder: the base on disk. linears: its linear layers. num_total: its parameters. vocabulary: rows of its output
+    head, 0 without one. targets: the layers that get an adapter; ranks, scales: r and s of each, by name. left_out:
+    what gets none for its 3-D or shared weights. peft_targets: see `model.peft_targets`. heads: the parts of a
+    classifier's head. num_whole: numbers that train beside the adapter. lost_in_peft: targets that stock PEFT does not
+    find in the adapter's files.
     """
 
     folder: Path

@@ -19,11 +19,12 @@ from pissa_cli.weights import Weights
 
 
 def with_auto_ranks(adapter: ScaledBase, plan: Plan, weights: Weights, progress: Callable[..., None]) -> Plan:
-    """The plan with the ranks that keep the most energy (sum of squared singular values) for the numbers trained.
+    """The plan with ranks by layer that keep the most energy (sum of squared singular values) for the numbers trained.
 
-    Until `adapter.max_parameters` are spent, or, over NF4, until the predicted error is `adapter.max_error` of plain
-    NF4's: storage loses a constant share of the Frobenius norm of what it stores, so that the error after keeping the
-    energy e of E in factors is sqrt(1 - e / E) of that of W. Raises UsageError for a budget under rank 1 everywhere.
+    They grow until `adapter.max_parameters` are spent, or, over NF4, until the predicted error is the share
+    `adapter.max_error` of plain NF4's. The prediction: storage loses a constant share of the Frobenius norm of what it
+    stores. So where factors keep the energy e of E, the error is sqrt(1 - e / E) of that of storing W itself. Raises
+    UsageError for a budget below rank 1 in every layer.
     """
     costs = {layer.name: layer.num_out + layer.num_in for layer in plan.targets}
     least, budget = sum(costs.values()), adapter.max_parameters

@@ -99,9 +99,12 @@ def num_held_out(num: int, share: float) -> int:
 
 
 def _split(examples: Examples, share: float) -> tuple[Examples, Examples]:
-    """(the others, `share` of the examples): those whose tokens have the lowest hashes, so that equal ones are on one
-    side, and rows that are added later move few from one side to the other. Of what is there so often that it is more
-    than is left of the share nothing is held out."""
+    """(examples to train on, `share` of them that is held out).
+
+    Held out are those whose tokens have the lowest hashes. So equal examples are on one side, and rows that are added
+    later move few from one side to the other. An example that is there more often than the share has room for is passed
+    over.
+    """
     ids, offsets = examples.ids.numpy(), examples.offsets.tolist()
     hashes = [xxhash.xxh3_64_intdigest(ids[begin:end].data) >> 1 for begin, end in pairwise(offsets)]
     groups, group_of, counts = torch.tensor(hashes).unique(return_inverse=True, return_counts=True)

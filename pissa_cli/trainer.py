@@ -24,7 +24,13 @@ from pissa_cli.steps import seed_step, step_examples
 
 @dataclass
 class Trainer:
-    """What a training step needs. `micro_batch_size` is the recipe's, or what memory has room for."""
+    """What a training step needs.
+
+    names: the parameters that train, by the names that checkpoints give them. pad_id: the token that fills up a batch.
+    missed: by how many examples the steps so far were short (`steps.step_examples`). packed: examples lie in one row
+    without padding. chunked: the loss is formed in chunks of logits (`loss.summed_loss`). watch: called with notes.
+    micro_batch_size: the recipe's, or what memory has room for.
+    """
 
     recipe: Recipe
     accelerator: Accelerator

@@ -24,10 +24,13 @@ Render = Callable[[Sequence[Message], bool], str]
 def span_of(
     messages: list[Message], turn: int, whole: str, render: Render, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, int]:
-    """Where in the `whole` text the model writes this turn: after what it is asked with, its end-of-turn included.
+    """(begin, end) of what the model writes for message `turn` in the `whole` rendered conversation: from behind what
+    it is asked with, up to its end-of-turn, that included.
 
-    Templates that write a turn in another way once it is followed by others (Qwen3 drops the thoughts) are seen by what
-    changes with a mark in the message. Raises ValueError, with the reason, where that does not show it.
+    Most templates render the beginning of a conversation as the whole one begins, and lengths tell. Others write a turn
+    otherwise once it is followed by more (Qwen3 drops the thoughts). For these the conversation is rendered again with
+    a mark in a message, and where the texts part, that message is. Raises ValueError, with the reason, where that does
+    not tell either.
     """
     look = _Look(messages, turn, whole, render, 2 * next(one for one in MARKS if one not in whole))
     upto = whole if turn + 1 == len(messages) else look.attempt(messages[: turn + 1])
@@ -42,7 +45,7 @@ def span_of(
 
 @dataclass(frozen=True)
 class _Look:
-    """A turn of a conversation, looked for in the `whole` text by rendering others with a mark in a message."""
+    """A turn that is looked for in the `whole` text, by rendering the conversation with a mark put into a message."""
 
     messages: list[Message]
     turn: int
@@ -58,12 +61,13 @@ class _Look:
             return None
 
     def marked(self, turn: int, before: bool, after: bool, upto: int | None = None) -> str | None:
-        """With a mark beside the content of a message, or in its place if both are wanted."""
+        """The text with a mark before or after the content of message `turn`, or in its place if both are wanted; of
+        the first `upto` messages alone where that is given."""
         said = "" if before and after else f"{self.mark * before}{self.messages[turn].get('content') or ''}"
         return self._with(turn, {"content": f"{said}{self.mark * after}"}, upto)
 
     def named(self, upto: int | None = None) -> str | None:
-        """With a mark for the name of the first tool call; None where there is none."""
+        """As `marked`, with the mark for the name of the turn's first tool call; None where it has none."""
         if not (calls := self.messages[self.turn].get("tool_calls")):
             return None
         call, name = calls[0], {"name": self.mark}
@@ -101,7 +105,12 @@ def _begin(look: _Look) -> int:
 
 
 def _end(look: _Look, begin: int, upto: str, special: re.Pattern[str]) -> int:
-    """Where the turn ends in the whole text, which goes on otherwise than that `upto` it."""
+    """Where the turn ends in the whole text. upto: the conversation rendered up to it, as which the whole does not
+    begin.
+
+    Behind what the turn says both texts go on alike, and where they part it has ended; no special token is cut in two
+    there, and the content of the next message is not reached.
+    """
     turn, whole = look.turn, look.whole
     said = _parts(whole, look.marked(turn, False, True))
     alone_said = _parts(upto, look.marked(turn, False, True, turn + 1))
@@ -146,10 +155,10 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 def tokens_apart(
     texts: Sequence[tuple[str, list[int]]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Of each (text, bounds, ascending) its tokens, none of which spans one of the bounds, and how many lie before each
-    of these.
+    """For each (text, bounds): its tokens, none of which spans a bound, and how many of them lie before each bound.
 
-    At a bound within a token of the whole text, both sides are tokenized apart.
+    bounds: places in the text, ascending. Where a token of the whole text would span one, the two sides of it are
+    tokenized apart.
     """
     cut = [[text[begin:end] for begin, end in pairwise([0, *bounds, len(text)])] for text, bounds in texts]
     wholes = _tokens([text for text, _ in texts], tokenizer)
@@ -163,6 +172,7 @@ def tokens_apart(
 
 
 def _parted(text: str, bounds: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """`tokens_apart` of one text, bound by bound."""
     done: list[int] = []
     start, counts, tokens = 0, [], tokens_of
     for bound, following in pairwise([*bounds, len(text)]):

@@ -41,6 +41,7 @@ def f1(predicted: Array, wanted: Array) -> float:
 
 
 def accuracy(predicted: Array, wanted: Array) -> float:
+    """The share that is right."""
     return float((predicted == wanted).mean())
 
 

@@ -74,8 +74,7 @@ def normalize(text: str) -> str:
 def _without_units(text: str) -> str:
     if "\\text{ " not in text:
         return text
-    before, unit = text.split("\\text{ ")  # ValueError for two
-    del unit
+    before, _unit = text.split("\\text{ ")  # ValueError for two
     return before
 
 

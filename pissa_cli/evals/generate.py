@@ -19,10 +19,10 @@ from pissa_cli.chat import special_tokens
 from pissa_cli.configuration import context_of, end_tokens, require_tokens
 
 TOP_P = 0.95
-MOST = 256
-ON_CPU = 32
-FREE_SHARE = 0.6
-FEW = 4  # of a batch this share
+MOST = 256  # prompts of a batch
+ON_CPU = 32  # prompts of a batch there
+FREE_SHARE = 0.6  # of a GPU's free memory, for keys and values
+FEW = 4  # a batch ends when one in so many of its answers is left
 BESIDE = 32  # tokens that a prompt beside another has more at most, where both are compared
 
 
@@ -39,15 +39,16 @@ def generate(
     stop_ids: Sequence[int] = (),
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[tuple[int, str]]:
-    """(index of the prompt, answer text) in the order they are done: the longest prompts first.
+    """(index of the prompt, answer text) of all prompts (token ids), as they are done: the longest prompts first.
 
-    Prompts (token ids) are padded on the left; an answer ends at end-of-text (the tokenizer's, or one the model's own
-    generation_config names: chat models end a turn by it), before a `stop` string or a token of `stop_ids`, at
-    `max_new_tokens` or at the end of the context. Nothing else of the model's generation_config counts: a repetition
-    penalty there would change the score. Above temperature 0 answers are sampled from the likeliest tokens that make
-    95 %, by `seed` and the place of a batch. batch_size: None for as many as should fit (`fitting`); batches that do
-    not are halved. When few answers of a batch are left, they are put aside and go on together. What the longest prompt
-    of a batch has no room for, the others write after it. The answer to a prompt that leaves no room is empty.
+    An answer ends at end-of-text (the tokenizer's, or one that the model's own generation_config names, as chat models
+    do), before a `stop` string or a token of `stop_ids`, after `max_new_tokens`, and at the end of the context. Nothing
+    else of generation_config counts, as a repetition penalty there would change the score. Above temperature 0 tokens
+    are sampled from the likeliest ones that make 95 %, by `seed` and the place of a batch.
+
+    Batches are padded on the left. batch_size: None for as many as should fit (`fitting`); a batch that does not fit is
+    halved. When few answers of a batch are left, they are put aside, to go on together later. Where the longest prompt
+    of a batch has come to the end of its room, the others go on. A prompt that fills the context gets an empty answer.
     """
     require_tokens("the questions", (token for prompt in prompts for token in prompt), model.config)
     stops = sorted({tokenizer.eos_token_id, *stop_ids, *_forget_settings(model)})

@@ -17,8 +17,8 @@ from typing import Any
 from pissa_cli.errors import UsageError
 from pissa_cli.yamlfile import shown
 
-TRIES, TIMEOUT, LONGEST_WAIT = 8, 300.0, 60.0
-FIRST_WAIT = 1.0
+TRIES, TIMEOUT = 8, 300.0  # seconds
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; waits double
 KEYS = ("PISSA_JUDGE_KEY", "OPENAI_API_KEY")
 
 

@@ -20,10 +20,9 @@ from pathlib import Path
 from pissa_cli.errors import UsageError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
-SECONDS = 10.0
-MEGABYTES = 1024
-GRACE = 10.0
-FIRST_USER = 2_000_000_000
+SECONDS, MEGABYTES = 10.0, 1024  # that a program may take
+GRACE = 10.0  # seconds beyond that, in which its supervisor has to answer
+FIRST_USER = 2_000_000_000  # of the numbers of users that programs run as
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from pissa_cli.evals.generate import TOP_P
 from pissa_cli.process import end_with_parent
 
 NAME = "tuned"
-STARTUP, ANSWER, TOGETHER = 1800.0, 3600.0, 256
+STARTUP, ANSWER = 1800.0, 3600.0  # seconds that the server may take to come up, and for an answer
+TOGETHER = 256  # prompts asked at once
 LOG_LINES = 15
 LONGEST = 2**14  # tokens of a prompt and its answer that the server keeps room for
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
