@@ -83,18 +83,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     Raises UsageError; writes nothing.
     """
     model = skeleton(folder, recipe.model)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UsageError(
-            f"{folder}: this model is quantized already", "start from the dense model; model.bits: 4 quantizes"
-        )
-    gaps = any(str(name).endswith("ForMaskedLM") for name in model.config.architectures or [])
-    if recipe.model.task == "causal-lm" and gaps and not getattr(model.config, "is_decoder", False):
-        raise UsageError(
-            f"{folder}: a model that fills gaps, whose tokens see those that follow, and none that writes",
-            "train it with model.task: sequence-classification, or use a model that writes from left to right",
-        )
-    if recipe.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        raise UsageError(f"train.gradient_checkpointing: transformers has none for {type(model).__name__}", "remove it")
+    _require_trainable(model, recipe, folder)
     if recipe.data.classifies:
         require_order(folder, recipe)
         if weights is not None:
@@ -135,6 +124,22 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         num_whole=sum(trained.values()),
         lost_in_peft=lost_in_peft(model, modules),
     )
+
+
+def _require_trainable(model: PreTrainedModel, recipe: Recipe, folder: Path) -> None:
+    """UsageError for a base that is quantized already, or cannot be trained for the task, or as is asked for."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UsageError(
+            f"{folder}: this model is quantized already", "start from the dense model; model.bits: 4 quantizes"
+        )
+    gaps = any(str(name).endswith("ForMaskedLM") for name in model.config.architectures or [])
+    if recipe.model.task == "causal-lm" and gaps and not getattr(model.config, "is_decoder", False):
+        raise UsageError(
+            f"{folder}: a model that fills gaps, whose tokens see those that follow, and none that writes",
+            "train it with model.task: sequence-classification, or use a model that writes from left to right",
+        )
+    if recipe.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UsageError(f"train.gradient_checkpointing: transformers has none for {type(model).__name__}", "remove it")
 
 
 def _require_apart(whole: Iterable[str], targets: list[Linear], linears: list[Linear], bits: int) -> None:

@@ -34,7 +34,7 @@ from pissa_cli.optim import learning_rate
 from pissa_cli.prepare import Watch, prepare
 from pissa_cli.process import keep_freed_memory, peak_memory, process_state, stop_signals
 from pissa_cli.reached import facts_of, go_on, sections_of
-from pissa_cli.recipe import Recipe
+from pissa_cli.recipe import Recipe, TrainSection
 from pissa_cli.recipe_file import dump
 from pissa_cli.report import compare_losses
 from pissa_cli.result import write_result
@@ -106,6 +106,7 @@ def train(
 def _loop(
     run: Run, trainer: Trainer, held_out: Examples | None, first_step: int, faults: Faults, watch: Watch
 ) -> dict[str, Any]:
+    """Take the steps from `first_step` on, with losses on `held_out` and checkpoints between them. Returns figures."""
     section, accelerator, began, tokens = trainer.recipe.train, trainer.accelerator, time.monotonic(), 0
     saved, losses, held_out_loss = first_step, [], None
     saved_at, saving = began, 0.0
@@ -147,9 +148,7 @@ def _loop(
                     watch({"note": f"step {step + 1}: the held-out loss is {held_out_loss}"})
                     held_out_loss = None
             note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
-            waits = 1 if "eval_loss" in event or not section.eval_every else 2
-            lasts = waits * max(SAVE_SECONDS, SAVE_SHARE * saving)
-            overdue = section.save_every is None and not done and time.monotonic() - saved_at > lasts
+            overdue = not done and _is_overdue(section, event, time.monotonic() - saved_at, saving)
             if overdue and not _has_room(run, trainer):
                 watch({"note": f"step {step + 1}: no checkpoint, as there is no room for it and for that at the end"})
                 overdue, saved_at = False, time.monotonic()
@@ -171,6 +170,13 @@ def _loop(
         "tokens": tokens,
         "peak_memory_bytes": peak_memory(),
     }
+
+
+def _is_overdue(section: TrainSection, event: dict[str, Any], since: float, took: float) -> bool:
+    """Whether it is time for a checkpoint, where the recipe does not say when: so many seconds `since` the last one,
+    which `took` that many. event: what metrics say of this step."""
+    waits = 1 if "eval_loss" in event or not section.eval_every else 2
+    return section.save_every is None and since > waits * max(SAVE_SECONDS, SAVE_SHARE * took)
 
 
 def _save(run: Run, trainer: Trainer, step: int) -> None:

@@ -97,6 +97,11 @@ def evaluate_command(
         for name, r in results.items():
             for line in _notes(name, r, METRICS):
                 show.say(line)
+    show.print_result(result, as_json, [], _table(result))
+
+
+def _table(result: dict[str, dict[str, dict[str, Any]]]) -> Any:
+    """Scores by model and benchmark."""
     from rich.table import Table
 
     table = Table()
@@ -106,7 +111,7 @@ def evaluate_command(
         for name, r in results.items():
             figures = ["" if r[key] is None else f"{r[key]:.3f}" for key in ("score", "stderr")]
             table.add_row(name, r["model"], *figures, str(r["n"]), r["metric"], str(r.get("published", "")))
-    show.print_result(result, as_json, [], table)
+    return table
 
 
 def _notes(name: str, r: dict[str, Any], metrics: Iterable[str]) -> Iterator[str]:

@@ -1,11 +1,14 @@
 """`pissa export`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pissa_cli.cli.options import Absmax, Debug, DoubleQuant, DryRun, Json, Set, Target, load_recipe
+
+if TYPE_CHECKING:
+    from pissa_cli.recipe import Recipe
 
 
 def export_command(
@@ -59,7 +62,6 @@ def export_command(
     from pissa_cli.export import export_lora
     from pissa_cli.merge import merge
     from pissa_cli.quantize import quantize
-    from pissa_cli.report import left_dense
     from pissa_cli.rundir import run_of
 
     recipe, run = loaded.recipe, run_of(loaded.recipe)
@@ -72,11 +74,21 @@ def export_command(
             result = quantize(recipe, None, folder, progress, checkpoint, form, double_quant, absmax)
         else:
             result = export_lora(recipe, folder, rank, uniform, server, checkpoint, check)
+    show.print_result(result, as_json, _summary(recipe, form, rank, result))
+
+
+def _summary(recipe: "Recipe", form: str, rank: int | None, result: dict[str, Any]) -> list[str]:
+    """What was written and how exact it is, for the person watching; rank: as it was asked for."""
+    from pissa_cli.cli.show import PACKED_EXPERTS
+    from pissa_cli.report import left_dense
+
     lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
     if form == "lora":
         least, most = result["ranks"]
         ranks = f"rank {most}" if least == most else f"ranks {least} to {most}"
-        lines.append(f"LoRA of {ranks} for {result['base']}, {_error(result['relative_error'])}")
+        error = result["relative_error"]
+        exactness = f"relative error of the change {error:.2e}" if error else "exact"
+        lines.append(f"LoRA of {ranks} for {result['base']}, {exactness}")
         if rank is not None and rank > most:
             lines.append(f"--rank {rank}: there is no more to write than rank {most}")
         if recipe.model.bits == 4:
@@ -89,7 +101,7 @@ def export_command(
             lines.append(note)
         lines.append(f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)")
     if result.get("packed_experts"):
-        lines.append(show.PACKED_EXPERTS)
+        lines.append(PACKED_EXPERTS)
     if result.get("relative_logit_difference") is not None:
         lines.append(f"difference of logits: {result['relative_logit_difference']:.1e} relative")
     if result.get("serve"):
@@ -98,8 +110,4 @@ def export_command(
         end = repr(text) if number is None else f"{text!r} (token {number})"
         how = "name it where you generate (eos_token_id, stop_token_ids or stop)"
         lines.append(f"answers end with {end}, where this base goes on: {how}")
-    show.print_result(result, as_json, lines)
-
-
-def _error(relative: float) -> str:
-    return f"relative error of the change {relative:.2e}" if relative else "exact"
+    return lines

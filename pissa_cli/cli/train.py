@@ -3,7 +3,7 @@
 import os
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ from pissa_cli.cli.options import (
     load_recipe,
 )
 from pissa_cli.errors import LAUNCHED
+
+if TYPE_CHECKING:
+    from pissa_cli.recipe import Recipe
 
 
 def train_command(
@@ -71,7 +74,6 @@ def train_command(
             launch(recipe, resume, processes, flags, edge.document, progress)
         return
     from pissa_cli.process import end_with_parent, one_of_several
-    from pissa_cli.report import mean_losses
     from pissa_cli.train import train
 
     if LAUNCHED in os.environ:
@@ -82,8 +84,14 @@ def train_command(
             method, base = recipe.adapter.method, f"{recipe.model.name}, {recipe.model.bits} bits"
             show.say(f"train: {method} over {base}, into {recipe.output}")
         figures = train(recipe, resume, watch, progress)
-    if not first:
-        return
+    if first:
+        show.print_result(figures, as_json, _summary(recipe, figures))
+
+
+def _summary(recipe: "Recipe", figures: dict[str, Any]) -> list[str]:
+    """What `train` has reached, for the person watching."""
+    from pissa_cli.report import mean_losses
+
     held_out = f", held-out loss {figures['eval_loss']:.4f}" if figures["eval_loss"] is not None else ""
     lines = []
     if figures["loss_first"] is not None:
@@ -100,4 +108,4 @@ def train_command(
             more = "; not kept: with train.save_every as train.eval_every it is"
             kept = "" if recipe.adapter.method == "full" else more
         lines.append(f"held-out loss was lowest at step {lowest['step']}: {lowest['eval_loss']:.4f}{kept}")
-    show.print_result(figures, as_json, lines)
+    return lines
