@@ -30,7 +30,7 @@ from pissa_cli.rundir import require_free, whole_folder, write_text
 from pissa_cli.serving import check_served, require_server
 from pissa_cli.side_files import copy_tokenizer
 from pissa_cli.svd import SVD
-from pissa_cli.trained import load_with, result_files
+from pissa_cli.trained import load_with, read_result
 from pissa_cli.weights import open_weights
 
 
@@ -59,7 +59,7 @@ def export_lora(
         require_server(server)
     run, manifest = open_run(recipe)
     require_free(output, run.exported)
-    stored, result = result_files(recipe, step)
+    stored, result = read_result(recipe, step)
     adapter = result if recipe.model.bits != 4 else _learned(recipe, result)
     plain = require_model(resolve_base(recipe.model), manifest["base"])
     model = skeleton(plain, recipe.model)

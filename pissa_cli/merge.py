@@ -25,7 +25,7 @@ from pissa_cli.probes import logit_difference, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, require_free, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, task_settings
-from pissa_cli.trained import full_model, load_with, result_files, trained_facts
+from pissa_cli.trained import full_model, load_with, read_result, trained_facts
 from pissa_cli.weights import ShardWriter, open_weights
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -52,7 +52,7 @@ def merge(
         return _finish_full(recipe)
     target_folder = output or run.merged
     require_free(target_folder, run.merged)
-    folder, adapter = result_files(recipe, step)
+    folder, adapter = read_result(recipe, step)
     weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe)
     with whole_folder(target_folder) as target:
         writer = ShardWriter(target)

@@ -40,7 +40,7 @@ from pissa_cli.side_files import (
     write_nf4_config,
 )
 from pissa_cli.svd import frobenius_norm
-from pissa_cli.trained import full_model, load_with, result_files
+from pissa_cli.trained import full_model, load_with, read_result
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
 DENSE = "leave it in 16 bits: pissa merge"
@@ -111,7 +111,7 @@ def _source(recipe: Recipe, model_folder: Path | None, step: int | None) -> tupl
     """(the recipe, folder, adapter) of what is quantized: a run's base with its adapter, or a dense model, by its own
     task and without one."""
     if model_folder is None and not isinstance(recipe.adapter, FullOptions):
-        return recipe, *result_files(recipe, step)
+        return recipe, *read_result(recipe, step)
     folder = model_folder or full_model(recipe, step)
     settings = read_settings(folder)
     if "quantization_config" in settings:

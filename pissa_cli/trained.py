@@ -1,4 +1,4 @@
-"""What a training has left, or a checkpoint of it would: looked up, checked and loaded. `result` writes it."""
+"""What a training has left, or would have at a checkpoint: found, checked and loaded. `result` writes it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_result(recipe: Recipe, device: torch.device, step: int | None = None) -
     """
     if isinstance(recipe.adapter, FullOptions):
         return load_model(full_model(recipe, step), recipe.model, recipe.precision, recipe.seed).to(device).eval()
-    return load_with(recipe, *result_files(recipe, step), device)
+    return load_with(recipe, *read_result(recipe, step), device)
 
 
 def full_model(recipe: Recipe, step: int | None = None) -> Path:
@@ -111,7 +111,7 @@ def trained_on(recipe: Recipe) -> str:
     return known or (trained_facts(recipe)["data"]["train"]["hash"] if is_trained(recipe) else "")
 
 
-def merged_files(recipe: Recipe) -> Path:
+def merged_folder(recipe: Recipe) -> Path:
     """`merged/` of a run. Raises UsageError if it is not there, or is of another step or training than the result."""
     run = run_of(recipe)
     if not (run.merged / PROVENANCE).is_file():
@@ -125,12 +125,12 @@ def merged_files(recipe: Recipe) -> Path:
     return _require_whole(run.merged, "run `pissa merge` again")
 
 
-def result_files(recipe: Recipe, step: int | None = None) -> tuple[Path, Adapter]:
+def read_result(recipe: Recipe, step: int | None = None) -> tuple[Path, Adapter]:
     """(folder of the base, adapter) of a run's result, or of its checkpoint `step`."""
-    return adapter_files(recipe) if step is None else checkpoint_files(recipe, step)
+    return read_adapter(recipe) if step is None else read_checkpoint(recipe, step)
 
 
-def adapter_files(recipe: Recipe) -> tuple[Path, Adapter]:
+def read_adapter(recipe: Recipe) -> tuple[Path, Adapter]:
     """(folder of the base, adapter) of `adapter/`, after checking that they belong together."""
     run, manifest = open_run(recipe)
     provenance = _provenance(_trained_adapter(run), _remedy(run))
@@ -152,8 +152,8 @@ def adapter_files(recipe: Recipe) -> tuple[Path, Adapter]:
     return folder, adapter
 
 
-def checkpoint_files(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
-    """What `adapter_files` would give, had training ended at checkpoint `step`."""
+def read_checkpoint(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
+    """What `read_adapter` would give, had training ended at checkpoint `step`."""
     run, manifest = open_run(recipe)
     folder = run.checkpoints / f"step-{step}"
     if not folder.is_dir():

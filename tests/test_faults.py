@@ -21,7 +21,7 @@ from pissa_cli.faults import IN_A_ROW, Faults
 from pissa_cli.initialize import initialize, open_run
 from pissa_cli.rundir import Run, locked, whole_folder
 from pissa_cli.train import train
-from pissa_cli.trained import checkpoint_files
+from pissa_cli.trained import read_checkpoint
 
 Make = Callable[..., Any]
 STEADY = (*BASE, "train.schedule=constant", "train.warmup=0", "train.steps=12", "train.save_every=5")
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-10", "step-12"]
     harm(run.checkpoints / "step-12")
     with pytest.raises(UsageError, match="step-12: damaged"):
-        checkpoint_files(made, 12)
+        read_checkpoint(made, 12)
     train(made, resume=True, watch=notes.append)
     assert any("step-12 is damaged" in e.get("note", "") and "damaged-step-12" in e["note"] for e in notes)
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["damaged-step-12", "step-10", "step-12"]

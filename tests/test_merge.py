@@ -42,7 +42,7 @@ from pissa_cli.quantize import quantize
 from pissa_cli.rundir import Run
 from pissa_cli.side_files import copy_side_files
 from pissa_cli.train import train
-from pissa_cli.trained import load_result, load_with, result_files
+from pissa_cli.trained import load_result, load_with, read_result
 from pissa_cli.weights import open_weights
 
 Make = Callable[..., Any]
@@ -138,7 +138,7 @@ def test_a_change_below_the_last_bit_is_merged_over_nf4(recipe: Make, rows: Path
     folder = save_model(make_model("llama").bfloat16(), tmp_path / "model")
     made = trained(recipe, folder, rows, "model.bits=4", "adapter.method=lora", "train.lr=2e-5")
     merged = open_weights(Path(merge(made)["path"]))
-    base, adapter = result_files(made, None)
+    base, adapter = read_result(made, None)
     weights, among, whole = open_weights(base), 0.0, 0.0
     for layer in linear_layers(skeleton(base, made.model), weights):
         if layer.name in adapter.factors:

@@ -231,7 +231,7 @@ def test_a_checkpoint_of_an_older_pissa_goes_by_the_recipe(
 
 
 def test_an_adapter_older_than_its_run_is_refused(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
-    from pissa_cli.trained import adapter_files
+    from pissa_cli.trained import read_adapter
 
     made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=2")
     train(made)
@@ -250,4 +250,4 @@ def test_an_adapter_older_than_its_run_is_refused(models: Callable[[str], Path],
         even = recipe(models("llama"), *BASE, "train.schedule=constant", f"train.warmup={warmup}", "train.steps=9")
         assert len(schedule_change(even)) == said
     with pytest.raises(UsageError, match="holds step 2, but the run has gone on to step-4"):
-        adapter_files(longer)
+        read_adapter(longer)

@@ -31,7 +31,7 @@ from pissa_cli.report import mean_losses
 from pissa_cli.rundir import Run
 from pissa_cli.steps import count_steps, step_examples
 from pissa_cli.train import train
-from pissa_cli.trained import adapter_files
+from pissa_cli.trained import read_adapter
 from pissa_cli.weights import load_tensors
 
 Make = Callable[..., Any]
@@ -346,10 +346,10 @@ def test_a_damaged_result_is_written_anew_from_its_checkpoint(
     content = path.read_bytes()
     path.write_bytes(content[:-2] + b"??")
     with pytest.raises(UsageError, match="not what was written") as raised:
-        adapter_files(made)
+        read_adapter(made)
     assert f"pissa train {made.output} --resume" in str(raised.value.hint)
     train(made, resume=True)
-    assert path.read_bytes() == content and adapter_files(made)
+    assert path.read_bytes() == content and read_adapter(made)
 
 
 def test_a_start_that_is_not_the_base_is_noticed(

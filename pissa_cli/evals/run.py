@@ -37,7 +37,7 @@ from pissa_cli.probes import PROBES
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row
 from pissa_cli.rundir import locked, require_writable
-from pissa_cli.trained import load_plain_base, load_result, merged_files, result_hash, trained_facts
+from pissa_cli.trained import load_plain_base, load_result, merged_folder, result_hash, trained_facts
 
 UNSCORED = {"metric": "not run", "note": "--allow-code-execution scores the answers, which are kept"}
 CLASSIFIED = 32
@@ -126,7 +126,7 @@ def _writer(
     if recipe.eval.engine == "transformers":
         yield load_plain_base(recipe, best_device()) if base else load_result(recipe, best_device(), step)
         return
-    folder = base_folder if base else merged_files(recipe)
+    folder = base_folder if base else merged_folder(recipe)
     with serve(folder, recipe.precision, context, recipe.model.trust_remote_code) as server:
         yield server
 
