@@ -18,7 +18,7 @@ from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError
 from pissa_cli.initialize import Progress
 from pissa_cli.prepare import prepare
 from pissa_cli.process import end_with_parent, handling_stops
-from pissa_cli.reached import go_on
+from pissa_cli.reached import resume_hint
 from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import locked, run_of
@@ -81,10 +81,10 @@ def launch(
         told = json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else {}
     told_of_failure = told.get("exit_code", STOPPED) != STOPPED
     if code and (not told_of_failure if stopped else code == STOPPED):
-        raise Interrupted("stopped", go_on(recipe.output))
+        raise Interrupted("stopped", resume_hint(recipe.output))
     if code:
         reason = told["error"] if told_of_failure else f"one ended with exit code {code}"
-        hint = told.get("hint") or f"{go_on(recipe.output)} if a checkpoint was saved"
+        hint = told.get("hint") or f"{resume_hint(recipe.output)} if a checkpoint was saved"
         raise PissaError(f"training in {processes} processes failed: {reason}", hint)
 
 

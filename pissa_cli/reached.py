@@ -63,7 +63,7 @@ def goes_on(recipe: Recipe, resume: bool) -> bool:
     if not resume:
         raise UsageError(
             f"{run.folder}: this run has reached {checkpoint.name}",
-            f"{go_on(str(run.folder))} (at its end: with more steps), or use another --output",
+            f"{resume_hint(str(run.folder))} (at its end: with more steps), or use another --output",
         )
     before = sections_before(run)
     for name, section in sections_of(recipe).items():
@@ -98,7 +98,7 @@ def sections_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {"data": data, "train": train | follow}
 
 
-def go_on(folder: str) -> str:
+def resume_hint(folder: str) -> str:
     """What to do with a run that has more steps before it."""
     return f"go on with: pissa train {shlex.quote(folder)} --resume"
 

@@ -34,8 +34,8 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
     return events
 
 
-def compare_losses(runs: dict[str, Path], picture: Path) -> None:
-    """Loss over steps of several runs in one picture: thin each step's, dots on data.eval."""
+def draw_losses(runs: dict[str, Path], picture: Path) -> None:
+    """A picture of the losses of one run or several, over steps: lines for training, dots for data.eval."""
     figure, axes = drawing().subplots(figsize=(7, 4), dpi=120)
     for number, (name, metrics) in enumerate(runs.items()):
         label = name.replace("$", r"\$")  # between two of them would be a formula

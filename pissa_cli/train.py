@@ -33,10 +33,10 @@ from pissa_cli.loading import load_model
 from pissa_cli.optim import learning_rate
 from pissa_cli.prepare import Watch, prepare
 from pissa_cli.process import keep_freed_memory, peak_memory, process_state, stop_signals
-from pissa_cli.reached import facts_of, go_on, sections_of
+from pissa_cli.reached import facts_of, resume_hint, sections_of
 from pissa_cli.recipe import Recipe, TrainSection
 from pissa_cli.recipe_file import dump
-from pissa_cli.report import compare_losses
+from pissa_cli.report import draw_losses
 from pissa_cli.result import write_result
 from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, run_of, write_text
 from pissa_cli.sharding import asked_by_accelerate
@@ -99,7 +99,7 @@ def train(
                 before = [folder.name for folder in run.made_from_result if folder.is_dir() and folder != result]
                 if before and first_step < trainer.total_steps:
                     watch({"note": f"{', '.join(before)}: of before these steps; make them again"})
-                compare_losses({run.folder.name: run.metrics}, run.folder / PICTURE)
+                draw_losses({run.folder.name: run.metrics}, run.folder / PICTURE)
     return figures | {"data": facts}
 
 
@@ -159,7 +159,9 @@ def _loop(
                 saved, saved_at = step + 1, time.monotonic()
                 saving = saved_at - save_began
             if stopped and not done:
-                raise Interrupted(f"stopped at step {step + 1} of {trainer.total_steps}", go_on(trainer.recipe.output))
+                raise Interrupted(
+                    f"stopped at step {step + 1} of {trainer.total_steps}", resume_hint(trainer.recipe.output)
+                )
     return {
         "steps": trainer.total_steps,
         "steps_taken": trainer.total_steps - first_step,

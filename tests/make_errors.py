@@ -64,6 +64,10 @@ NAMES = {
     "num_base": "<base>",
     "intact": "[<folder> is complete; ]",
     "owners[0]": "<section>",
+    **dict.fromkeys(
+        [f"resume_hint({folder})" for folder in ("recipe.output", "trainer.recipe.output", "str(run.folder)")],
+        "go on with: pissa train <run folder> --resume",
+    ),
 }
 """Values that are better called otherwise than by their expression."""
 SAME = {"str", "repr", "sorted", "min", "max", "list", "map", "next", "iter", "set", "tuple", "_first"}

@@ -21,7 +21,7 @@ def main() -> None:
     show.quiet_libraries(debug=False)
     from rich.table import Table
 
-    from pissa_cli.report import compare_losses
+    from pissa_cli.report import draw_losses
 
     began = time.monotonic()
     results = {method: best_of(method) for method in RATES}
@@ -39,7 +39,7 @@ def main() -> None:
             f"{r['seconds']:.1f}",
         )
     picture = OUT / "loss.png"
-    compare_losses(
+    draw_losses(
         {f"{method} (lr {r['lr']:g})": Path(r["run"]) / "metrics.jsonl" for method, r in results.items()}, picture
     )
     lines = []
