@@ -24,7 +24,9 @@ from pissa_cli.rundir import run_of
 from pissa_cli.steps import count_steps
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+"""By how much the adapter at step 0, or other kernels, may change the loss, as a share of it (or of 1, below)."""
 PACKING_TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
+"""The same of packing."""
 EDGE = 64  # tokens
 FEW_TOKENS = 16  # of an example, where all but the first few are changed
 LEAK_TOKENS = 512  # of an example at most, where it is looked for what leaks into the next
@@ -32,10 +34,12 @@ LEAST_LOGITS = {"fp32": 1e-2, "bf16": 1e-1}
 """Those of a new head are smaller, and in 16 bits the rounding of what they are sums of is most of them."""
 CAUSAL_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 LEAK_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+"""By how much logits may change, relative to their size, with the tokens that follow, and with another example in the
+row or padding."""
 
 
 def resumes(recipe: Recipe, resume: bool) -> bool:
-    """Whether there are checkpoints to go on from. Refuses to overwrite a run, and to resume it with another recipe."""
+    """As `goes_on`, after checking the output folder, and that the run there was started by this recipe."""
     require_start(recipe, resume)
     if not run_of(recipe).exists():
         return False

@@ -262,7 +262,9 @@ def _stored(linear: Linear, frozen: quant.Packed | Tensor) -> dict[str, Tensor]:
 
 
 def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
-    """How far the start is from W: relative for a dense store; for NF4 in both norms, beside plain NF4's."""
+    """How far the start, frozen part and s B A together, is from W: `start_error`, relative in the Frobenius norm. For
+    NF4 also `frobenius` and `nuclear`, its norms, and `plain_frobenius` and `plain_nuclear`, those of W stored in NF4
+    as it is. Raises PissaError where the error of a dense store is more than rounding."""
     error = minus(quant.read(start.frozen), W)
     if "A" in start.factors:  # VeRA's b is zero, so that its projections add nothing
         A, B = Adapter({layer.name: start.factors}, {layer.name: layer.scale}).pair(layer.name, W.shape, W.device)

@@ -42,10 +42,11 @@ class Halves(NamedTuple):
 def first_blocks(
     weight: Tensor, drawn: Tensor, near: Tensor, steps: int, rounded: bool, blocks: int, doubts: Doubts = None
 ) -> Krylov:
-    """Of `blocks` blocks, after so many power steps on `near` (n, k) and W^T `drawn`, Gaussian numbers (m, width - k).
+    """The space of `blocks` blocks that begins after `steps` power steps on near (n, k), vectors close to those wanted,
+    and W^T drawn, with Gaussian numbers drawn (m, width - k).
 
-    rounded: on `drawn` (n, width) itself, and in bf16 but for the last step. It takes the rounding away, which the
-    blocks would find instead of what is missing.
+    rounded: the steps begin with drawn (n, width) itself, and run in bf16 but for the last. That one takes the rounding
+    away, which further blocks would find in place of what is missing.
     """
     if rounded:
         weights, begin = [converted(weight, torch.bfloat16)] * (steps - 1) + [weight], drawn

@@ -14,6 +14,7 @@ from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run, read_json, run_of
 
 FACTS: dict[str, Any] = {"data": "", "sections": {}, "missed": 0}
+"""What a checkpoint says of the training (`checkpoint.save_checkpoint`), and what stands for it where it does not."""
 LENGTH = ("steps", "epochs")
 MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
     f"train.{key}"
@@ -22,10 +23,12 @@ MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
         *("spike", "on_fault", "shard", "torch_compile", "use_liger_kernel"),
     )
 }
+"""Keys of `data` and `train` that may be others when a run goes on."""
 
 
 def require_step(recipe: Recipe, resume: bool) -> None:
-    """Raises as `goes_on`, of a run whose start is the recipe's; of others `open_run` says what differs."""
+    """Raise as `goes_on`, for a run that was started by this recipe. For one that was started by another nothing is
+    said here: `open_run` says what differs."""
     run = run_of(recipe)
     if not run.exists():
         return

@@ -173,8 +173,8 @@ def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
 
 
 def _pruned(row: Row) -> Row:
-    """Without the None that such tables fill up what lies within a row's objects with, so that all have the same keys;
-    the objects themselves (messages) keep theirs."""
+    """A row of a table whose objects all have the same keys, without the keys that are filled up with None: within what
+    its objects hold. The objects themselves (messages) keep theirs."""
     return {
         column: [_kept(inner) for inner in value] if isinstance(value, list) else _kept(value)
         for column, value in row.items()

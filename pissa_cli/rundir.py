@@ -158,6 +158,7 @@ def is_vacant(folder: Path) -> bool:
 
 
 def _lock_of(folder: Path) -> Path:
+    """The file that is locked: beside the folder, or in it where its parent cannot be written."""
     if folder.is_dir() and not os.access(folder.parent, os.W_OK):
         return folder / ".lock"
     return folder.parent / f".{folder.name}.lock"
