@@ -160,8 +160,8 @@ def require_causal(recipe: Recipe, model: PreTrainedModel, examples: Examples) -
 
 
 def packs(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int) -> bool:
-    """Whether examples are packed: if `data.packing` asks for it and it is sound in this model. `auto` asks as well
-    that it costs nothing, which a mask over the whole row does.
+    """Whether examples are packed: if `data.packing` asks for it and it is sound in this model. With `auto` it must
+    cost nothing either, as a mask over the whole row would.
 
     The model attends sequence by sequence from here on, where it can and examples are packed. Raises UsageError where
     the recipe insists on packing and it is not sound.
