@@ -118,13 +118,15 @@ def _masked(found: _Conversation, ids: list[int], counts: list[int], tokenizer: 
 
 
 def _conversation(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> _Conversation | str:
-    column = section.columns.get("messages", "messages")
+    column, completion = section.columns.get("messages", "messages"), section.optional_column("completion")
     try:
-        messages = messages_of(value_of(row, column), "tool_calls" in str(tokenizer.chat_template))
-        tools = tools_of(row, section)
-        if messages is None:
-            return f"'{column}' is not a list of messages with role and content, or from and value"
+        calls, tools = "tool_calls" in str(tokenizer.chat_template), tools_of(row, section)
+        messages = messages_of(row, column, calls)
         learned = [is_learned(message) for message in messages]
+        if completion is not None and value_of(row, completion) is not None:
+            answer = messages_of(row, completion, calls)
+            learned = [False] * len(messages) + [is_learned(message) for message in answer]
+            messages += answer
     except ValueError as error:
         return str(error)
     if not any(message["role"] == "assistant" for message in messages):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pissa_cli.data_options import FIELDS, OPTIONAL_FIELDS, DataSection, sources_of
 from pissa_cli.errors import UsageError
@@ -28,18 +29,23 @@ def unused_columns(section: DataSection, columns: Iterable[str]) -> list[str]:
     return [column for column in columns if column not in {section.columns.get(name, name) for name in fields}]
 
 
-def require_columns(source: str, section: DataSection, columns: Sequence[str], whole: bool = True) -> None:
-    """UsageError if `columns`, those of the rows, lack one that the format needs, or to which `data.columns` maps.
+def require_columns(source: str, section: DataSection, columns: Mapping[str, Any], whole: bool = True) -> None:
+    """UsageError if `columns`, those of the rows with a value of each, lack one that the format needs, or to which
+    `data.columns` maps.
 
     whole: they are those of all rows. If not, the column of an optional field may still come in a later row.
     """
     wanted = {name: section.columns.get(name, name) for name in FIELDS.get(section.format, ())}
     if section.classifies:
-        wanted = label_columns(section, columns)
+        wanted = label_columns(section, list(columns))
     if whole:
         optional = OPTIONAL_FIELDS.get(section.format, ())
         wanted |= {name: section.columns[name] for name in optional if name in section.columns}
     missing = {name: column for name, column in wanted.items() if column not in columns}
+    prompt = wanted.get("prompt", "")
+    if not missing and isinstance(columns.get(prompt), list):
+        chat = _chat_of(prompt, section.columns.get("completion"))
+        raise UsageError(f"{source}: '{prompt}' is a list and no text (format prompt)", f"of messages: data: {chat}")
     if not columns or not missing:
         return
     other = _format_of(columns)
@@ -48,8 +54,11 @@ def require_columns(source: str, section: DataSection, columns: Sequence[str], w
         hint = "all files of a list have the same columns: rename them in this one"
     elif mapped is not None:
         hint = f"data.columns maps '{mapped}' to it; map '{mapped}' to one of these"
-    elif len(columns) == 1 and any(mark in columns[0] for mark in ";\t|"):
+    elif len(columns) == 1 and any(mark in next(iter(columns)) for mark in ";\t|"):
         hint = "cells are separated by commas in a csv, by tabs in a tsv file: save it so"
+    elif {"chosen", "rejected"} <= set(columns) and isinstance(columns.get("prompt"), list):
+        chosen = _chat_of("prompt", "chosen")
+        hint = f"preferences are not trained here, but what was chosen can be: data: {chosen}"
     elif {"chosen", "rejected"} <= set(columns):
         hint = "preferences are not trained here, but what was chosen can be: map it to a field, as "
         hint += "{format: prompt, columns: {completion: chosen}} or {format: chat, columns: {messages: chosen}}"
@@ -67,10 +76,17 @@ def require_columns(source: str, section: DataSection, columns: Sequence[str], w
     )
 
 
-def _format_of(columns: Sequence[str]) -> str | None:
+def _format_of(columns: Mapping[str, Any]) -> str | None:
     """What data.format (and columns) rows with such columns would be read by, of those that are not classified."""
     if "conversations" in columns:
-        return "{format: chat, columns: {messages: conversations}}"
+        return _chat_of("conversations")
+    if "completion" in columns and isinstance(columns.get("prompt"), list):
+        return _chat_of("prompt")
     formats = ("chat", "alpaca", "prompt", "text")
     found = next((name for name in formats if set(FIELDS[name]) <= set(columns)), None)
     return None if found is None else f"{{format: {found}}}"
+
+
+def _chat_of(messages: str, completion: str | None = None) -> str:
+    answer = "" if completion is None else f", completion: {completion}"
+    return f"{{format: chat, columns: {{messages: {messages}{answer}}}}}"

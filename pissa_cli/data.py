@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,17 +120,17 @@ def _tokenize(
 ) -> Examples:
     """The examples of all rows, tokenized a batch at a time; arguments as in `load_examples`."""
     taken, found = _Taken(section, tokenizer.bos_token_id), Counter[str | float]()
-    columns: dict[str, None] = {}
+    columns: dict[str, Any] = {}
     inner: dict[str, None] = {}
     said = time.monotonic()
     for batch, last in _batches(source, section.limit, taken.unusable):
         rows = list(batch.values())
         for row in rows:
             if len(columns) < 100:
-                columns |= dict.fromkeys(row)
+                columns |= {name: value for name, value in row.items() if name not in columns}
             if section.format == "chat" and len(inner) < 100:
                 inner |= dict.fromkeys(unused_keys(row, section, tokenizer))
-        require_columns(source, section, list(columns), whole=last)
+        require_columns(source, section, columns, whole=last)
         if section.classifies:
             found.update(labels_of(rows, section, labels))
         taken.add(batch, _encode(rows, section, tokenizer, labels, end))

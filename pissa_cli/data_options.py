@@ -18,7 +18,7 @@ FIELDS = {
     "classification": ("text", "label"),
 }
 """The fields a row needs, by `data.format`; those of GLUE's formats are in `pissa_cli.glue`."""
-OPTIONAL_FIELDS = {"alpaca": ("input",), "chat": ("tools", "system"), "classification": ("text_pair",)}
+OPTIONAL_FIELDS = {"alpaca": ("input",), "chat": ("completion", "tools", "system"), "classification": ("text_pair",)}
 _Glue = Literal["glue/cola", "glue/sst2", "glue/mrpc", "glue/stsb", "glue/qqp", "glue/mnli", "glue/qnli", "glue/rte"]
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 Format = Literal["alpaca", "prompt", "chat", "text", "classification", _Glue]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from pissa_cli.columns import require_columns
 from pissa_cli.data_options import held_out_sources, sources_of
@@ -56,15 +57,15 @@ def check_columns(source: str, recipe: Recipe) -> None:
     """UsageError for a local file that is not there or lacks a column in its first rows."""
     if not is_file(source):
         return
-    columns: dict[str, None] = {}
+    columns: dict[str, Any] = {}
     count, reason = 0, "it is empty"
     for count, (_, row) in enumerate(read_rows(source, FIRST_ROWS), start=1):
         if isinstance(row, dict):
-            columns |= dict.fromkeys(row)
+            columns |= {name: value for name, value in row.items() if name not in columns}
         if count == 1:
             reason = row if isinstance(row, str) else "its rows are empty"
     whole = count < FIRST_ROWS
-    require_columns(source, recipe.data, list(columns), whole)
+    require_columns(source, recipe.data, columns, whole)
     if whole and not columns:
         raise UsageError(f"{source}: no usable row ({reason})", "is this the file?")
 

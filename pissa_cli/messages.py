@@ -24,19 +24,18 @@ READ = {"role", "content", "from", "value", "tool_calls", "tool_call_id", "weigh
 """Keys of a message that are looked at here, whatever the template does with them."""
 
 
-def messages_of(value: Any, calls: bool) -> list[Message] | None:
-    """The messages of a row, each with role and content, also of rows in ShareGPT's form; None for what is no list of
-    messages. Keys without a value, with which parquet files fill objects up, are dropped.
+def messages_of(row: Row, column: str, calls: bool) -> list[Message]:
+    """The messages in a column of a row, each with role and content, also of rows in ShareGPT's form. Keys without a
+    value, with which parquet files fill objects up, are dropped.
 
-    calls: ShareGPT's `function_call`, a text in JSON, becomes a tool call. Raises ValueError, with the reason, for
-    contents and calls that cannot be used.
+    calls: ShareGPT's `function_call`, a text in JSON, becomes a tool call. Raises ValueError, with the reason, for what
+    is no list of messages, and for contents and calls that cannot be used.
     """
-    if not isinstance(value, list):
-        return None
-    messages = []
-    for one in value:
+    value, messages = value_of(row, column), list[Message]()
+    reason = f"'{column}' is not a list of messages with role and content, or from and value"
+    for one in value if isinstance(value, list) else [None]:
         if not isinstance(one, dict):
-            return None
+            raise ValueError(reason)
         if {"from", "value"} <= set(one) and "role" not in one:
             called = _called(one["value"]) if calls and one["from"] == "function_call" else None
             said = {"content": one["value"]} if called is None else {"tool_calls": called}
@@ -44,7 +43,7 @@ def messages_of(value: Any, calls: bool) -> list[Message] | None:
             one = {"role": one["from"]} | said | others
         one = {key: value for key, value in one.items() if value is not None or key == "content"}
         if not isinstance(one.get("role"), str) or not {"content", "tool_calls"} & set(one):
-            return None
+            raise ValueError(reason)
         one["role"] = ROLES.get(one["role"].lower(), one["role"])
         if not one.get("tool_calls", True):
             del one["tool_calls"]
@@ -98,11 +97,11 @@ def is_learned(message: Message) -> bool:
 
 def unused_keys(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Keys of the messages that neither the template nor this module asks for."""
-    column = section.columns.get("messages", "messages")
-    messages = value_of(row, column)
-    objects = [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
-    keys = [key for one in objects for key, value in one.items() if value is not None]
-    return [f"{column}.{key}" for key in keys if key not in READ and key not in str(tokenizer.chat_template)]
+    columns = section.columns.get("messages", "messages"), section.optional_column("completion")
+    lists = [(column, value_of(row, column)) for column in columns if column]
+    objects = [(column, one) for column, found in lists if isinstance(found, list) for one in found]
+    keys = [(column, k) for column, one in objects if isinstance(one, dict) for k, v in one.items() if v is not None]
+    return [f"{column}.{key}" for column, key in keys if key not in READ and key not in str(tokenizer.chat_template)]
 
 
 def _called(value: Any) -> list[dict[str, Any]] | None:

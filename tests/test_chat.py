@@ -204,6 +204,32 @@ def test_rows_of_sharegpt_and_of_parquet_files(tokenizer: PreTrainedTokenizerBas
     assert learned(row, tokenizer) == ["<user>Hi<assistant>", "Yes<eos>"]
 
 
+@pytest.mark.parametrize("template", [PLAIN, CHATML, THOUGHTS, ENDED, ASKED, BARE])
+def test_of_a_prompt_and_its_completion_the_latter_is_learned(
+    template: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """TRL's conversational rows, whatever the assistant has said in the prompt; and of preferences what was chosen."""
+    tokenizer.chat_template = template
+    messages = conversation("Hi", "Yes", "And", "No", "Why", "So")["messages"]
+    sections = {
+        "completion": DataSection(format="chat", columns={"messages": "prompt"}),
+        "chosen": DataSection(format="chat", columns={"messages": "prompt", "completion": "chosen"}),
+    }
+    for begin in (1, 3, 5):
+        asked = tokenizer.apply_chat_template(messages[:begin], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages[: begin + 1], tokenize=False)
+        for answer, section in sections.items():
+            row = {"prompt": messages[:begin], answer: messages[begin : begin + 1]}
+            read, said = learned(row, tokenizer, section)
+            assert (read, said.removesuffix("<eos>")) == (asked, str(whole).removeprefix(asked).removesuffix("<eos>"))
+    row = {"prompt": messages[:1], "completion": messages[1:]}
+    parts = learned(row, tokenizer, sections["completion"])
+    assert parts == learned({"messages": messages}, tokenizer)  # tools and users within a completion are read
+    assert parts == learned({"messages": messages, "completion": None}, tokenizer)
+    texts = {"prompt": messages[:1], "completion": "Yes"}
+    assert "'completion' is not a list" in encode_chat(texts, sections["completion"], tokenizer)
+
+
 def test_the_assistant_may_speak_first(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = PLAIN
     row = {"messages": conversation("", "Hello", "Hi", "Yes")["messages"][1:]}
@@ -531,12 +557,18 @@ def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTo
         ({"question": "a", "answer": "b"}, "data.columns={instruction: <column>, output: <column>}"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences are not trained here"),
         ({"prompt": "a", "completion": "b", "label": True}, "keep the rows whose label is true"),
+        ({"prompt": [], "completion": []}, "data: {format: chat, columns: {messages: prompt}}"),
+        ({"prompt": [], "chosen": [], "rejected": []}, "chat, columns: {messages: prompt, completion: chosen}}"),
     ]
     for row, hint in rows:
         (tmp_path / "rows.jsonl").write_text(json.dumps(row))
         with pytest.raises(UsageError) as raised:
             load_examples(str(tmp_path / "rows.jsonl"), DataSection(), tokenizer, None)
         assert hint in str(raised.value.hint)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": [], "completion": []}))
+    with pytest.raises(UsageError, match="'prompt' is a list and no text") as raised:
+        load_examples(str(tmp_path / "rows.jsonl"), DataSection(format="prompt"), tokenizer, None)
+    assert "{format: chat, columns: {messages: prompt}}" in str(raised.value.hint)
 
 
 @pytest.mark.parametrize(
