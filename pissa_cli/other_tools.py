@@ -89,6 +89,27 @@ SYNONYMS = {
     "save_strategy": "train.save_every (in steps; at the end, always)",
     "use_liger": "train.use_liger_kernel",
     "enable_liger_kernel": "train.use_liger_kernel",
+    "model_name": "model.name",
+    "task_type": "model.task",
+    "lora_task_type": "model.task",
+    "double_quantization": "model.double_quant",
+    "full_finetuning": "adapter.method (full)",
+    "loftq_config": "adapter.method (loftq)",
+    "additional_target": "adapter.modules_to_save",
+    "peft_use_rslora": "adapter.rslora",
+    "dataset_dir": "data.train (a path)",
+    "test_datasets": "data.eval",
+    "dataset_test_split": "data.eval (id:subset:split)",
+    "dataset_text_field": "data.columns ({text: their name})",
+    "seq_len": "data.max_length",
+    "neat_packing": "data.packing",
+    "eval_packing": "data.packing",
+    "eval_sample_packing": "data.packing",
+    "use_gradient_checkpointing": "train.gradient_checkpointing",
+    "eval_max_new_tokens": "eval.max_new_tokens",
+    "hub_private_repo": "hub.private",
+    "data_seed": "seed",
+    "random_state": "seed",
 }
 """What they are called here, with a word on it in brackets."""
 _FIGURES = "the figures of every step are in metrics.jsonl of the run, always"
@@ -98,17 +119,36 @@ _ITSELF = "this is chosen here, by the model and the machine"
 _SHARED = "the model is shared by train.shard or Accelerate's configuration (docs/processes.md)"
 _COMMANDS = "what to do is the subcommand: init, train, eval, merge, quantize, export"
 _PAIRS = "preferences (DPO, KTO, ORPO) are not trained here, but answers"
+_DORA = "there is no DoRA here; the other methods are values of adapter.method"
+_TOKENS = "tokens are kept by what the rows hold, and made anew where that changes"
+_FILES = "tokens that have a meaning are named in the tokenizer's own files"
+_ADAPTER = "a run goes on by pissa train RUN --resume; other rows are trained over its merged model"
+_BIASES = "biases are not trained with an adapter; leave it out"
+_MERGED = "pissa merge RUN writes merged/, a model of its own"
+_LOGIN = "the token is that of `hf auth login`, or HF_TOKEN"
+_TARGETS = "the layers are those whose names end as adapter.targets says"
 ABSENT = {
     **dict.fromkeys(["report_to", "wandb_project", "wandb_name", "run_name", "logging_steps", "logging_dir"], _FIGURES),
+    **dict.fromkeys(["wandb_entity", "wandb_watch", "wandb_log_model", "logging_strategy"], _FIGURES),
+    **dict.fromkeys(["overwrite_cache", "tokenized_path", "dataset_prepared_path"], _TOKENS),
+    **dict.fromkeys(["special_tokens", "eos_token", "pad_token"], _FILES),
+    **dict.fromkeys(["adapter_name_or_path", "lora_model_dir"], _ADAPTER),
+    **dict.fromkeys(["export_dir", "export_size", "export_device", "export_legacy_format"], _MERGED),
+    **dict.fromkeys(["hub_token", "token"], _LOGIN),
+    **dict.fromkeys(["bias", "lora_bias"], _BIASES),
+    **dict.fromkeys(["layers_to_transform", "layers_pattern", "exclude_modules"], _TARGETS),
     **dict.fromkeys(["early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"], _LOWEST),
     **dict.fromkeys(["train_on_inputs", "train_on_prompt", "train_on_responses_only", "mask_history"], _ANSWERS),
-    **dict.fromkeys(["completion_only_loss", "assistant_only_loss"], _ANSWERS),
+    **dict.fromkeys(["completion_only_loss", "assistant_only_loss", "roles_to_train", "train_on_eos"], _ANSWERS),
     **dict.fromkeys(["attn_implementation", "flash_attn", "flash_attention", "device_map", "tf32"], _ITSELF),
     **dict.fromkeys(["dataloader_num_workers", "preprocessing_num_workers", "streaming", "tokenizer"], _ITSELF),
+    **dict.fromkeys(["model_type", "tokenizer_type", "use_unsloth", "fan_in_fan_out", "lora_fan_in_fan_out"], _ITSELF),
+    **dict.fromkeys(["sdp_attention", "xformers_attention", "gradient_checkpointing_kwargs", "plugins"], _ITSELF),
     **dict.fromkeys(["deepspeed", "fsdp", "fsdp_config", "ddp_find_unused_parameters"], _SHARED),
+    **dict.fromkeys(["local_rank", "ddp_timeout"], _SHARED),
     **dict.fromkeys(["do_train", "do_eval", "do_predict", "stage"], _COMMANDS),
     **dict.fromkeys(["dpo_beta", "pref_beta", "pref_loss", "rl"], _PAIRS),
-    **dict.fromkeys(["dora", "use_dora"], "there is no DoRA here; the other methods are values of adapter.method"),
+    **dict.fromkeys(["dora", "use_dora", "peft_use_dora"], _DORA),
     **dict.fromkeys(["neftune_noise_alpha", "label_smoothing_factor"], "there is no such noise here; leave it out"),
     "fp8": "products are in bf16 or fp32 (train.precision)",
     "group_by_length": "there is no padding where examples are packed (data.packing); leave it out",
@@ -128,3 +168,15 @@ ABSENT = {
     "push_to_hub": "pissa merge RUN --push uploads",
 }
 """What there is in place of those that have no key here."""
+_BENCHES = "benchmarks are named by --bench, those of EleutherAI's harness as lm_eval:<task>"
+_FORMS = "--as says in what form it is written, --for which server has to take it"
+_RUN = "a run is named without a flag, as in pissa eval RUN; init and train take --model"
+_PROCESSES = "--processes N trains in N processes on this machine"
+FLAGS = {
+    "train": dict.fromkeys(["num_processes", "nproc_per_node", "num_gpus", "gpus"], _PROCESSES),
+    "eval": dict.fromkeys(["task", "tasks", "benchmark", "benchmarks"], _BENCHES) | {"model": _RUN},
+    "merge": {"model": _RUN},
+    "quantize": {"model": _RUN, "method": "4 bits are NF4; in the form that vLLM reads: pissa export"},
+    "export": dict.fromkeys(["format", "to", "type", "outtype"], _FORMS) | {"model": _RUN},
+}
+"""Flags that a command has under another name, or not at all."""

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from pissa_cli.adapter_options import AdapterOptions
-from pissa_cli.other_tools import ABSENT, SYNONYMS
+from pissa_cli.other_tools import ABSENT, FLAGS, SYNONYMS
 from pissa_cli.recipe import Recipe
 from pissa_cli.yamlfile import KeyPath, Value, shown
 
@@ -66,6 +66,8 @@ def advice_on_flag(flag: str, command: str) -> str | None:
     """What to do in place of a flag that no command has but other tools, or a recipe: --lr, --learning-rate, and of
     learning_rate=1e-4 without a flag."""
     section, _, name = flag.lstrip("-").partition("=")[0].replace("-", "_").rpartition(".")
+    if not section and name in FLAGS.get(command, {}):
+        return FLAGS[command][name]
     if name in ABSENT:
         return ABSENT[name]
     if name in ("config", "config_file", "recipe"):
@@ -92,14 +94,14 @@ def _unknown_key(path: KeyPath, tree: dict[str, Any]) -> str:
         return f"unknown key; here it is {SYNONYMS[key]}"
     if key in ABSENT:
         return f"unknown key; {ABSENT[key]}"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if near:
-        return f"unknown key; did you mean '{'.'.join((*section, near[0]))}'?"
     if section and key in Recipe.model_fields:
         return "misplaced key; it belongs at the top, beside the sections"
     owners = [name for name in SECTIONS if key in _keys((name,), tree)]
     if owners:
         return f"misplaced key; it belongs under '{owners[0]}'"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        return f"unknown key; did you mean '{'.'.join((*section, near[0]))}'?"
     if section == ("adapter",) and (methods := [name for name, o in ADAPTER_OPTIONS.items() if key in o.model_fields]):
         wanted = f"(it is one of {', '.join(methods)}); remove it, or --set adapter.{key}=null"
         return f"method {tree['adapter'].get('method')} has no such option {wanted}"

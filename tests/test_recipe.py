@@ -192,6 +192,12 @@ def test_what_is_not_here_is_said(tmp_path: Path) -> None:
     assert "r.yaml:3: train.flash_attn: unknown key; this is chosen here" in raised.value.message
 
 
+def test_a_key_of_another_section_is_misplaced_whatever_is_like_it() -> None:
+    for given, section in (("alpha_pattern={q_proj: 8}", "adapter"), ("data.epochs=3", "train")):
+        with pytest.raises(UsageError, match=f"misplaced key; it belongs under '{section}'"):
+            load(None, {}, ["model.name=m", given])
+
+
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     flags = {("model", "name"): ("--model", str(tmp_path))}
     with pytest.raises(UsageError, match=r"model: revision: .* is a folder"):
@@ -323,6 +329,12 @@ def test_flags_that_are_keys_of_a_recipe(flag: str, key: str | None, pissa: Call
         (["eval", "--batch_size", "4"], "--set eval.batch_size=VALUE"),
         (["eval", "--data"], "--set eval.data=VALUE"),
         (["train", "--batch_size", "4"], "--set train.batch_size=VALUE"),
+        (["train", "--num_processes", "4"], "--processes N trains in N processes on this machine"),
+        (["eval", "--tasks", "mmlu"], "those of EleutherAI's harness as lm_eval:<task>"),
+        (["eval", "--model", "hf"], "as in pissa eval RUN; init and train take --model"),
+        (["export", "--format", "gguf"], "--for which server has to take it"),
+        (["quantize", "--method", "gptq"], "in the form that vLLM reads: pissa export"),
+        (["train", "--hub-token", "x"], "or HF_TOKEN"),
     ],
 )
 def test_other_tools_command_lines(words: list[str], hint: str, pissa: Callable[..., Any]) -> None:
