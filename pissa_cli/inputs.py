@@ -34,6 +34,18 @@ def require_run(recipe: Recipe) -> None:
     run_of(recipe).read_manifest()
 
 
+def require_scored(recipe: Recipe) -> None:
+    """As `require_run`, for a command that a model without training can be scored by, once it has a run."""
+    run = run_of(recipe)
+    if not run.exists():
+        raise UsageError(
+            f"{run.folder}: not a run folder",
+            "run `pissa train` first; to score a model as it is: `pissa init` with the same recipe or --set, "
+            "then eval --compare-base",
+        )
+    require_run(recipe)
+
+
 def require_place(run: Run) -> None:
     """UsageError for a folder that no run can be made in."""
     if not is_vacant(run.folder):

@@ -91,6 +91,7 @@ def find_recipe(target: str) -> Path:
             instead = "give a recipe, or run `pissa init` first"
             if (run := run_around(path)) is not None:
                 instead = f"it belongs to a run: name that, {run} (eval and export take --checkpoint N)"
+                instead += f"; to train it on: --model {target} --output NEW" if path.name == "merged" else ""
             elif kind_of(path / "adapter_config.json"):
                 instead = "it is an adapter: name the run that it comes from; to one that pissa has not made PEFT sees"
             elif kind_of(path / "config.json"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import csv
+import glob
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,15 +75,29 @@ def is_file(source: str) -> bool:
     path, kind = Path(source), kind_of(source)
     if kind == "file":
         if path.suffix not in SUFFIXES:
-            raise UsageError(f"{source}: unknown kind of data file", f"use one of {', '.join(SUFFIXES)}")
+            same = f"rename it to {path.stem}.jsonl, which is the same; " if path.suffix == ".ndjson" else ""
+            raise UsageError(f"{source}: unknown kind of data file", f"{same}use one of {', '.join(SUFFIXES)}")
         return True
     if kind == "other":
         raise UsageError(f"{source}: not a file of data, but a pipe or device", "write its rows into a file first")
     if kind == "folder":
         raise UsageError(f"{source}: a folder", f"name a file in it ({', '.join(SUFFIXES)})")
-    if path.is_absolute() or path.suffix in SUFFIXES or source.startswith("."):
-        raise UsageError(f"{source}: no such data file", "check the path, which counts from the working directory")
+    if path.is_absolute() or path.suffix in SUFFIXES or source.startswith(".") or "*" in source:
+        raise _not_there(source)
     return False
+
+
+def _not_there(source: str) -> UsageError:
+    """For what names no file: what to write in its place, if it names something else."""
+    hint, parts = "check the path, which counts from the working directory", source.replace(",", " ").split()
+    files = sorted(glob.glob(source)) or [one for one in parts if all(map(os.path.isfile, parts))]  # noqa: PTH207
+    if files:
+        hint = f"name the files as a list: [{', '.join(files[:3])}{', ...' if len(files) > 3 else ''}]"
+    elif "://" in source:
+        hint = "download it, and name the file; a data set on the Hub is user/name"
+    elif source.startswith("~"):
+        hint = f"write the folder out: {Path(source).expanduser()}"
+    return UsageError(f"{source}: no such data file", hint)
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, Row | str]]:

@@ -173,6 +173,22 @@ def test_files_that_are_not_there(refused: Callable[..., str], models: Callable[
     assert "no such folder" in refused("init", "--model", "./nothing")
     message = refused("train", "--model", models("llama"), "--set", "data.train=nothing.jsonl")
     assert "nothing.jsonl: no such data file" in message
+    for name in ("a", "b", "c", "d"):
+        write(tmp_path / f"{name}.jsonl", "{}")
+    listed = f"a list: [{tmp_path}/a.jsonl, {tmp_path}/b.jsonl"
+    for names, advice in (
+        (f"{tmp_path}/*.jsonl", f"{listed}, {tmp_path}/c.jsonl, ...]"),
+        (f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", f"{listed}]"),
+        (f"{tmp_path}/a.jsonl {tmp_path}/b.jsonl", f"{listed}]"),
+        (f"{tmp_path}/a b.jsonl", "check the path"),
+        (f"{tmp_path}/*.x", "check the path"),
+        ("~/nothing.jsonl", f"write the folder out: {Path.home()}/nothing.jsonl"),
+        ("https://host/rows.jsonl", "download it, and name the file"),
+    ):
+        assert advice in refused("train", "--model", models("llama"), "--set", f"data.train={names}")
+    write(tmp_path / "rows.ndjson", "{}")
+    message = refused("train", "--model", models("llama"), "--set", f"data.train={tmp_path}/rows.ndjson")
+    assert "rename it to rows.jsonl, which is the same" in message
     assert "data.train: no training data given" in refused("train", "--model", models("llama"))
     assert "not a run folder" in refused("merge", tmp_path)
     assert "no model given" in refused("init")
@@ -184,6 +200,10 @@ def test_what_is_no_run_or_no_model_is_called_what_it_is(
     for name in ("run/recipe.yaml", "run/manifest.json", "run/adapter/x", "run/checkpoints/step-3/x"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / name, "")
+    (tmp_path / "run" / "merged").mkdir()
+    assert "(eval and export take --checkpoint N); to train it on: --model run/merged --output NEW" in refused(
+        "train", "run/merged"
+    )
     for folder in ("run/adapter", "run/checkpoints/step-3"):
         assert f"name that, {tmp_path}/run (eval and export take --checkpoint N)" in refused("merge", folder)
         assert "a run, not a model next: pissa merge" in refused("init", "--model", folder)
@@ -411,7 +431,10 @@ def test_unreachable_hub(
 
 def test_benchmarks(refused: Callable[..., str]) -> None:
     message = refused("eval", "demo/pissa", "--bench", "nothing")
-    assert "--bench: eval.bench: unknown benchmark 'nothing' next: known: gsm8k, math, humaneval, mbpp" in message
+    assert "--bench: eval.bench: unknown benchmark 'nothing' next: a task" in message
+    assert "known: gsm8k, math, humaneval, mbpp" in message
+    for typed in ("mmlu", "MMLU", "lm_eval/mmlu"):
+        assert "harness is lm_eval:mmlu; known" in refused("eval", "gsm8k", "--bench", typed)
     for typed, meant in (("gsm9k", "gsm8k"), ("cola", "glue/cola"), ("glue/colla", "glue/cola"), ("qnl", "glue/qnli")):
         assert f"unknown benchmark '{typed}' next: did you mean '{meant}'?" in refused(
             "eval", "gsm8k", "--bench", typed
@@ -419,7 +442,9 @@ def test_benchmarks(refused: Callable[..., str]) -> None:
     message = refused("eval", "gsm8k", "--data", "glue/col=rows.tsv")
     assert "--data: eval.data: unknown benchmark 'glue/col' next: did you mean 'glue/cola'?" in message
     assert "glue/mrpc scores texts with labels" in refused("eval", "gsm8k", "--bench", "gsm8k,glue/mrpc")
-    assert "not a run folder" in refused("eval", "demo/pissa", "--bench", "gsm8k")
+    message = refused("eval", "--set", "model.name=demo", "--compare-base", "--bench", "gsm8k")
+    assert "out: not a run folder" in message
+    assert "`pissa init` with the same recipe or --set, then eval --compare-base" in message
 
 
 def test_what_no_benchmark_uses_is_refused(refused: Callable[..., str]) -> None:

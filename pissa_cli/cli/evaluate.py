@@ -70,7 +70,7 @@ def evaluate_command(
     check_benches(loaded.recipe, compare_base, loaded.sources)
     check_files(loaded.recipe)
     if not dry_run and samples is None:
-        inputs.require_run(loaded.recipe)
+        inputs.require_scored(loaded.recipe)
     show.quiet_libraries(debug)
     from pissa_cli.evals.classify import METRICS
     from pissa_cli.evals.results import score_samples
