@@ -103,12 +103,20 @@ def dense_dtype(section: ModelSection, precision: str) -> torch.dtype:
 def skeleton(folder: Path, section: ModelSection) -> PreTrainedModel:
     """The model on the meta device: every module and shape, no weights."""
     config = read_config(folder, section)
+    if section.task == "causal-lm" and getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{folder}: a model of an encoder and a decoder ({config.model_type}), which are not trained to write here",
+            "use a model that goes on with a text, as Llama's and GPT's kinds do",
+        )
+    if config.model_type == "reformer":
+        raise UsageError(f"{folder}: a Reformer trains on whole chunks of tokens alone", "use another model")
     try:
         with torch.device("meta"):
             model = AUTO_CLASSES[section.task].from_config(config, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # as above
+        reason = in_one_line(error).partition(" Model type should be")[0]  # one of hundreds
         raise UsageError(
-            f"{folder}: transformers makes no {section.task} model of its config.json ({in_one_line(error)})",
+            f"{folder}: transformers makes no {section.task} model of its config.json ({reason})",
             "set model.task to what the model can do, or use another model",
         ) from None
     return cast(PreTrainedModel, model)

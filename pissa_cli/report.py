@@ -86,7 +86,7 @@ def left_dense(names: list[str]) -> str | None:
         return None
     what, more = ("1 linear layer stays", "") if len(names) == 1 else (f"{len(names)} linear layers stay", ", ...")
     why = "as gates, for rows that are no whole blocks, or as the model reads them otherwise"
-    return f"{what} in 16 bits, {why}: {names[0]}{more}"
+    return f"{what} dense, {why}: {names[0]}{more}"
 
 
 def left_by_peft(names: list[str]) -> str | None:

@@ -92,7 +92,9 @@ def open_weights(folder: Path) -> Weights:
     else:
         raise UsageError(
             f"{folder}: no {SINGLE} or {INDEX}",
-            "pissa reads safetensors only: convert it, or name a revision with them: --set model.revision=refs/pr/N",
+            "pissa reads safetensors only; they are written by "
+            "transformers.AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), where the tokenizer's "
+            "files belong, too; on the Hub a revision may have them: --set model.revision=refs/pr/N",
         )
     files: dict[str, Path] = {}
     weights = Weights(folder, files, {}, {}, {})

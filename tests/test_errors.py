@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import peft
 import pytest
 import torch
 from conftest import Outcome, make_model, save_model
+from transformers import AutoModel, BartConfig, ReformerConfig, T5Config, ViTConfig
 
 from pissa_cli import inputs, recipe_file
 from pissa_cli.cli import edge
@@ -572,6 +574,24 @@ def test_a_misspelt_name_of_the_model_is_an_unknown_key(refused: Callable[..., s
     assert "one.yaml:2: model.name_or_path: unknown key" in refused("init", file)
 
 
+def test_models_that_do_not_go_on_with_a_text(refused: Callable[..., str], tmp_path: Path) -> None:
+    sizes: dict[str, int] = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 512}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    for config, said in (
+        (T5Config(vocab_size=512, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2), "a decoder (t5)"),
+        (BartConfig(**sizes, **heads), "a decoder (bart)"),
+        (ReformerConfig(vocab_size=512), "a Reformer trains on whole chunks"),
+        (
+            ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
+            "kind of AutoModel: AutoModelForCausalLM.)",
+        ),
+    ):
+        folder = save_model(AutoModel.from_config(config), tmp_path / config.model_type)
+        assert said in refused("init", "--model", folder)
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        assert "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)" in refused("init", "--model", folder)
+
+
 def test_a_result_whose_checkpoints_are_gone_is_not_replaced(
     refused: Callable[..., str], models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, tmp_path: Path
 ) -> None:
@@ -604,6 +624,14 @@ def test_a_full_disk_costs_only_the_new_checkpoint(
     assert {p.name: p.read_bytes() for p in (run.checkpoints / "step-2").iterdir()} == before
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-2"]
     assert load_tensors(run.adapter / "adapter_model.safetensors")
+
+
+def test_a_disk_that_fails_may_have_been_read(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error", "rows.jsonl")
+
+    assert edge.run_guarded(fail, ["train"]) == 1
+    assert "error: rows.jsonl: the disk fails: Input/output error\nnext:  check it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

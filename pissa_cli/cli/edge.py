@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, cannot_write
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_MEMORY = r"(can't|[Cc]annot) allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 LESS_MEMORY = {
     "train": "lower train.micro_batch_size or set train.gradient_checkpointing",
@@ -120,6 +120,9 @@ def _explained(error: Exception, command: str) -> PissaError:
         return error
     if isinstance(error, OSError) and error.errno in DISK:
         return cannot_write(error.filename or "the disk", error)
+    if isinstance(error, OSError) and error.errno == errno.EIO:  # of reading as of writing
+        place = error.filename or "the disk"
+        return PissaError(f"{place}: the disk fails: {error.strerror}", "check it; what was saved before is as it was")
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or re.search(NO_MEMORY, text):
         return PissaError("out of memory", LESS_MEMORY[command if command in LESS_MEMORY else "others"])
     if "No usable temporary directory" in text:
