@@ -84,7 +84,15 @@ def _format_of(columns: Mapping[str, Any]) -> str | None:
         return _chat_of("prompt")
     formats = ("chat", "alpaca", "prompt", "text")
     found = next((name for name in formats if set(FIELDS[name]) <= set(columns)), None)
+    said = next((name for name, value in columns.items() if _holds_messages(value)), None)
+    if found is None and said is not None:
+        return _chat_of(said)
     return None if found is None else f"{{format: {found}}}"
+
+
+def _holds_messages(value: Any) -> bool:
+    keys = set(value[0]) if isinstance(value, list) and value and isinstance(value[0], dict) else set()
+    return {"role", "content"} <= keys or {"from", "value"} <= keys
 
 
 def _chat_of(messages: str, completion: str | None = None) -> str:

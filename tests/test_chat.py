@@ -554,6 +554,8 @@ def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTo
         (conversation("Hi", "Yes"), "{format: chat}"),
         ({"conversations": []}, "{format: chat, columns: {messages: conversations}}"),
         ({"prompt": "a", "completion": "b"}, "{format: prompt}"),
+        ({"dialog": conversation("Hi", "Yes")["messages"]}, "{format: chat, columns: {messages: dialog}}"),
+        ({"talk": [{"from": "human", "value": "Hi"}], "n": 1}, "{format: chat, columns: {messages: talk}}"),
         ({"question": "a", "answer": "b"}, "data.columns={instruction: <column>, output: <column>}"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences are not trained here"),
         ({"prompt": "a", "completion": "b", "label": True}, "keep the rows whose label is true"),
