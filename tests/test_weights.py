@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from pissa_cli import weights as module
 from pissa_cli.errors import UsageError
-from pissa_cli.weights import DTYPE_NAMES, ShardWriter, open_weights
+from pissa_cli.integrity import model_facts, require_model
+from pissa_cli.weights import DTYPE_NAMES, ShardWriter, fingerprint, open_weights
 
 
 def saved(folder: Path) -> dict[str, Tensor]:
@@ -80,3 +83,58 @@ def test_shards_are_closed_once_they_are_large(
         assert said["weight_map"] == {key: name for name, part in found.items() for key in part}
         assert said["metadata"] == {"total_size": 4 * sum(sizes.values())}
     assert writer.total_bytes == 52 and set(open_weights(tmp_path / "made").files) == set(tensors)
+
+
+def test_a_model_is_known_by_names_types_shapes_and_bytes_and_not_by_its_files(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(4, 6).bfloat16() for name in ("a.weight", "b.weight", "c.weight")}
+    a, b = tensors["a.weight"], tensors["b.weight"]
+
+    def known(*files: dict[str, Tensor]) -> str:
+        folder = tmp_path / f"model{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        if len(files) == 1:
+            save_file(files[0], folder / "model.safetensors")
+            return fingerprint(open_weights(folder))
+        for number, part in enumerate(files):
+            save_file(part, folder / f"{number}.safetensors")
+        places = {name: f"{number}.safetensors" for number, part in enumerate(files) for name in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        return fingerprint(open_weights(folder))
+
+    one = known(tensors)
+    assert one == known({"c.weight": tensors["c.weight"]}, {"b.weight": b, "a.weight": a})
+    flipped = a.clone()
+    flipped.view(torch.int16)[3, 5] ^= 1
+    changed = [
+        tensors | {"a.weight": flipped},
+        tensors | {"a.weight": b, "b.weight": a},
+        tensors | {"a.weight": a.view(6, 4)},
+        tensors | {"a.weight": a.view(torch.float16)},
+        {"a.weight": a, "b.weight": b, "d.weight": tensors["c.weight"]},
+        {"a.weight": a, "b.weight": b},
+    ]
+    others = {known(change) for change in changed}
+    assert len(others) == 6 and one not in others
+
+
+def test_a_base_is_refused_whose_settings_or_vocabulary_changed(models: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(models("llama"), folder)
+    for name in ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt"):
+        (folder / name).write_text("a b")
+    config, facts = folder / "config.json", model_facts(folder)
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"_name_or_path": "elsewhere", "transformers_version": "4.0.0"}))
+    (folder / "README.md").write_text("new")
+    assert require_model(folder, facts) == folder
+    for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content + b" ")
+        with pytest.raises(UsageError, match="vocabulary has changed"):
+            require_model(folder, facts)
+        (folder / name).write_bytes(content)
+    assert require_model(folder, facts) == folder
+    config.write_text(json.dumps(settings | {"rope_theta": 5e5, "rms_norm_eps": 1e-5}))
+    with pytest.raises(UsageError, match="vocabulary has changed"):
+        require_model(folder, facts)
