@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+import random
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pissa_cli.errors import UsageError
-from pissa_cli.evals import code, competition_math, humaneval, mbpp, results
+from pissa_cli.evals import code, competition_math, held_out, humaneval, mbpp, results
 from pissa_cli.evals import run as module
 from pissa_cli.evals.bench import Grade, pass_at
 from pissa_cli.evals.code import written
@@ -20,6 +24,7 @@ from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.published import published
 from pissa_cli.evals.results import score_samples
 from pissa_cli.evals.run import evaluate
+from pissa_cli.examples import Examples
 from pissa_cli.train import train
 
 EQUAL = [
@@ -253,6 +258,35 @@ def test_samples_of_one_question_count_together(made: Callable[..., Any], rows: 
         found, _ = results.grade_outputs("humaneval", [ADD] * 4, ["x"] * 4, lambda *_: None, each=2)
     assert (found["score"], found["n"], found["pass_at"]) == (75, 2, {"1": 75})
     assert found["stderr"] == pytest.approx(100 * (0.25**2 / 2) ** 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        one_in_ten = dataclasses.replace(bench, grade=lambda *_: [Grade(None, number == 3) for number in range(20)])
+        patch.setitem(results.GENERATED, "humaneval", one_in_ten)
+        found, _ = results.grade_outputs("humaneval", [ADD] * 20, ["x"] * 20, lambda *_: None, each=10)
+    assert (found["score"], found["n"], found["pass_at"]) == (5, 2, {"1": pytest.approx(5), "10": 50})
+
+
+def test_the_error_of_a_held_out_loss_is_that_of_leaving_one_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = random.Random(0)
+    targets = [source.randint(20, 30) for _ in range(12)]
+    losses = [count * source.uniform(1, 3) for count in targets]
+
+    def found(targets: list[int]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        order = source.sample(range(12), 12)
+        monkeypatch.setattr(held_out, "batch_losses", lambda *_: (([i], losses[i]) for i in order))
+        monkeypatch.setattr(held_out, "padding", lambda *_: 0)
+        examples: Any = Examples(torch.zeros(0), torch.zeros(0), torch.zeros(13))
+        monkeypatch.setattr(examples, "num_targets", targets.__getitem__)
+        model: Any = None
+        return held_out.score(model, model, examples, lambda *_: None)
+
+    result, samples = found(targets)
+    assert [sample["loss"] for sample in samples] == losses and [sample["id"] for sample in samples] == list(range(12))
+    assert result["score"] == pytest.approx(sum(losses) / sum(targets)) and result["n"] == 12
+    assert result["perplexity"] == pytest.approx(math.exp(result["score"]))
+    without = [(sum(losses) - losses[i]) / (sum(targets) - targets[i]) for i in range(12)]
+    assert result["stderr"] == pytest.approx((11 * statistics.pvariance(without)) ** 0.5, rel=0.03)
+    result, _ = found([25] * 12)
+    assert result["stderr"] == pytest.approx(statistics.stdev(losses) / 25 / 12**0.5)
 
 
 def test_no_code_runs_unasked_and_the_answers_are_kept(

@@ -50,6 +50,9 @@ ASKED = (  # ends with end-of-text where it does not ask, and writes calls in pl
     "{% for m in messages %}<{{ m.role }}>{{ (m.tool_calls | tojson) if m.tool_calls else m.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% else %}<eos>{% endif %}"
 )
+CLOSED = (  # ends as a question may begin
+    "{% for m in messages %}{{ m.content if loop.last else m.content.split('</think>')[-1] }}{% endfor %}!"
+)
 BARE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -139,6 +142,8 @@ def learned(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, section: Da
             ["<user>Hi<end><assistant>", "Yes<end>", "<user>And<end><assistant>", "No<end><eos>"],
         ),
         (ASKED, ["Hi", "Yes", "And"], ["<user>Hi<end><assistant>", "Yes<end>", "<user>And<end><eos>"]),
+        (CLOSED, ["Hi", "<think>a</think>Yes", "!And", "No"], ["Hi", "Yes", "!And", "No!"]),
+        (CLOSED, ["Hi", "<think>a</think>Yes", "!And"], ["Hi", "Yes", "!And!"]),
         (BARE, ["Hi", "has 3"], ["user: Hi\nassistant: ", "has 3\n<eos>"]),
         (THINKS, ["Hi", "<think>\na</think>Yes"], ["<U>Hi<A><think>\n", "a</think>Yes<eos>"]),
         (

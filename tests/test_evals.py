@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from conftest import DEMO, Outcome
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -127,6 +129,21 @@ def test_generation_is_that_of_transformers_and_ignores_the_batch(demo_base: tup
     assert stopped[0] == " 12 + 5 = " and all(alone[index].startswith(text) for index, text in stopped.items())
 
 
+def test_samples_are_those_of_transformers_by_seed_and_place(demo_base: tuple[Any, Any]) -> None:
+    model, tokenizer = demo_base
+    prompts = [tokenizer(text)["input_ids"] for text in sorted(PROMPTS, key=len, reverse=True)]
+    sampled = {"do_sample": True, "temperature": 1.7, "top_p": 0.95, "top_k": 0, "max_new_tokens": 20}
+    for seed in (3, 4):
+        wanted = {}
+        for place, prompt in enumerate(prompts):
+            torch.manual_seed(seed + place)
+            ids = torch.tensor([prompt])
+            tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **sampled)
+            wanted[place] = tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True)
+        assert dict(generate(model, tokenizer, prompts, 1, 20, temperature=1.7, seed=seed)) == wanted
+        assert len(set(wanted.values())) == 3
+
+
 @pytest.mark.parametrize("stop", [(), ("7.",)])
 def test_an_answer_that_goes_on_is_put_aside(
     stop: tuple[str, ...], demo_base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
@@ -166,6 +183,20 @@ def test_a_stop_string_in_the_prompt_stops_nothing(demo_base: tuple[Any, Any]) -
     whole = dict(generate(model, tokenizer, prompt, 1, 20))[0]
     assert whole.startswith(" 12 + 5")
     assert dict(generate(model, tokenizer, prompt, 1, 20, stop=["apples: 12", ": "]))[0] == whole.partition(": ")[0]
+    assert dict(generate(model, tokenizer, prompt, 1, 20, stop=[" 12 +"])) == {0: ""}
+
+
+def test_an_answer_ends_where_the_model_itself_says(
+    demo_base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chat models name the end of a turn in generation_config.json alone."""
+    model, tokenizer = demo_base
+    prompt = tokenizer(PROMPTS[0])["input_ids"]
+    tokens = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+    end = max(tokens, key=tokens.index)  # the one that comes up last
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=[tokenizer.eos_token_id, end]))
+    wanted = tokenizer.decode(tokens[: tokens.index(end)])
+    assert wanted and dict(generate(model, tokenizer, [prompt], 1, 20)) == {0: wanted}
 
 
 def test_generation_stays_inside_the_context(demo_base: tuple[Any, Any]) -> None:
@@ -253,6 +284,43 @@ def dying(self, number, output):
 outputs.Kept.add = dying
 run.evaluate(load(sys.argv[1], {}, ["eval.bench=[gsm8k]", "eval.batch_size=2"]).recipe)
 """
+
+
+def test_answers_are_kept_for_the_same_settings_alone(
+    recipe: Callable[..., Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is sampled after an interruption has other random numbers than what was kept."""
+    asked: list[tuple[int, int]] = []
+
+    def interrupted(_model: Any, _tokenizer: Any, prompts: list[Any], *settings: Any) -> Any:
+        asked.append((len(prompts), settings[3]))
+        yield from [(0, "an answer")][: len(prompts)]
+
+    monkeypatch.setattr(module, "generate", interrupted)
+    prompts = [(text, [5]) for text in ("one", "two", "two")]
+
+    def ask(*sets: str, step: int = 2) -> tuple[int, int]:
+        made = recipe(tmp_path, "model.bits=32", "eval.temperature=0.5", "seed=5", *sets)
+        session: Any = SimpleNamespace(recipe=made, tokenizer=tokenizer, folder=tmp_path, facts={"step": step})
+        session.writer, session.one_by_one = None, False
+        module._answers(session, "outputs", prompts, lambda *_: None)
+        return asked[-1]
+
+    assert [ask(), ask(), ask(), ask()] == [(3, 5), (2, 6), (1, 7), (0, 8)]
+    for one in ("seed=6", "eval.stop=[x]", "eval.max_new_tokens=9", "eval.temperature=0.7", "eval.engine=vllm"):
+        assert ask(one)[0] == 3, one
+        assert ask() == (3, 5)
+    assert ask(step=3) == (3, 5)
+
+
+def test_published_figures_stand_beside_greedy_answers_of_the_trained_model(recipe: Callable[..., Any]) -> None:
+    def beside(model: str, *sets: str) -> dict[str, Any]:
+        made = recipe(Path("mistralai/Mistral-7B-v0.1"), "eval.bench=[gsm8k]", *sets)
+        session: Any = SimpleNamespace(recipe=made, facts={"model": model})
+        return module._published(session, "gsm8k", 1319)
+
+    assert beside("trained")["published"] == 73.31
+    assert beside("base") == {} == beside("trained", "eval.temperature=0.5")
 
 
 def test_kill_9_loses_no_answer_and_asks_for_none_twice(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:

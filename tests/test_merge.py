@@ -38,9 +38,10 @@ from pissa_cli.evals.run import evaluate
 from pissa_cli.loading import load_model
 from pissa_cli.merge import merge
 from pissa_cli.model import linear_layers, read_weight, resolve_base, skeleton
+from pissa_cli.probes import logit_difference, perplexity, probe_logits
 from pissa_cli.quantize import quantize
 from pissa_cli.rundir import Run
-from pissa_cli.side_files import copy_side_files
+from pissa_cli.side_files import copy_side_files, copy_tokenizer
 from pissa_cli.train import train
 from pissa_cli.trained import load_result, load_with, read_result
 from pissa_cli.weights import open_weights
@@ -229,7 +230,15 @@ def test_quantized_run_is_read_by_stock_transformers(
             error += float((stored - W).double().square().sum())
             norm += float(W.double().square().sum())
     assert result["relative_error"] == pytest.approx((error / norm) ** 0.5, rel=1e-6)
-    assert result["perplexity_before"] != result["perplexity_after"] and result["bytes"] < result["dense_bytes"]
+    assert result["bytes"] < result["dense_bytes"] == sum(tensor.nbytes for tensor in dense.values())
+    plain = AutoModelForCausalLM.from_pretrained(Run(Path(made.output)).merged, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "nf4")
+    before, after = (perplexity(one, tokenizer, made)[0] for one in (plain, exact_scales(model)))
+    assert before is not None and after is not None and before != pytest.approx(after, rel=1e-3)
+    assert result["perplexity_before"] == pytest.approx(before, rel=1e-4)
+    assert result["perplexity_after"] == pytest.approx(after, rel=1e-4)
+    apart = logit_difference(probe_logits(plain, tokenizer, made), probe_logits(model, tokenizer, made))
+    assert {name: result[name] for name in apart} == pytest.approx(apart, rel=1e-2)
 
 
 def test_quantize_a_dense_folder(pissa: Callable[..., Outcome], models: Callable[[str], Path], tmp_path: Path) -> None:
@@ -383,7 +392,8 @@ def test_a_full_fine_tuning_of_the_language_model_alone_says_so(recipe: Make, ro
 def test_what_is_copied_beside_a_model_is_downloaded(
     models: Callable[[str], Path], recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = {"LICENSE.txt", "NOTICE", "USE_POLICY.md", "own.tiktoken", "tokenizer.json"}
+    vocabulary = {"own.tiktoken", "tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.txt"}
+    wanted = {"LICENSE.txt", "NOTICE", "USE_POLICY.md", *vocabulary}
 
     def snapshot(_name: str, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
         folder = shutil.copytree(models("llama"), tmp_path / "whole")
@@ -398,8 +408,15 @@ def test_what_is_copied_beside_a_model_is_downloaded(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     made = recipe(models("llama"))
     folder = resolve_base(made.model.model_copy(update={"name": "user/model"}))
+    beside = {"modeling_own.py", "chat_template.jinja", "model.safetensors.index.json"}
+    for name in beside:
+        (folder / name).write_text("x")
     copy_side_files(folder, tmp_path / "copied", made)
-    assert wanted <= {path.name for path in (tmp_path / "copied").iterdir()}
+    found = {path.name for path in (tmp_path / "copied").iterdir()}
+    assert wanted <= found and beside - found == {"model.safetensors.index.json"}
+    copy_tokenizer(folder, tmp_path / "adapter", made)
+    kept = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert kept == vocabulary | {"chat_template.jinja", "tokenizer_config.json"}
 
 
 @pytest.mark.parametrize("bits", [16, 4])

@@ -16,7 +16,7 @@ import pytest
 
 from pissa_cli.errors import PissaError
 from pissa_cli.evals import served
-from pissa_cli.evals.served import serve
+from pissa_cli.evals.served import Server, serve
 from pissa_cli.train import train
 
 SCRIPT = """#!{python}
@@ -101,14 +101,40 @@ def test_answers_are_those_of_transformers(run: str, log: Path, pissa: Callable[
     asked = [json.loads(line) for line in log.read_text().splitlines()]
     given, body = asked[0]
     assert given[:2] == ["serve", str(Path(run) / "merged")] and given[given.index("--host") + 1] == "127.0.0.1"
-    assert given[given.index("--dtype") + 1] == "float32"
+    wanted = {"--dtype": "float32", "--generation-config": "vllm", "--max-model-len": "256"}
+    assert {option: given[given.index(option) + 1] for option in wanted} == wanted
     assert len(asked) == 5 and (body["model"], body["temperature"], body["max_tokens"]) == ("tuned", 0.0, 6)
     processes = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
     assert not any(str(log.parent).encode() in line for line in processes)
+    weights = Path(run) / "merged" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    changed = pissa("eval", run, "--set", "eval.engine=vllm")
+    assert changed.code == 2 and "are not what was written" in changed.err
+    weights.write_bytes(content)
     manifest = Path(run) / "merged" / "pissa.json"
     manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 1'))
     stale = pissa("eval", run, "--set", "eval.engine=vllm")
     assert stale.code == 2 and "merge` again" in stale.err
+
+
+def test_what_a_server_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers is: a seed each, the room that the context leaves, and where the model itself ends."""
+    bodies: dict[int, dict[str, Any]] = {}
+
+    def post(_: Server, body: dict[str, Any]) -> dict[str, Any]:
+        bodies[len(body["prompt"])] = body
+        return {"choices": [{"text": f"of {len(body['prompt'])}"}]}
+
+    monkeypatch.setattr(Server, "_post", post)
+    server, prompts = Server("", "", 10, [7]), [[5] * length for length in (4, 9, 10, 12)]
+    found = dict(server.generate(prompts, 5, 0.8, [20, 21, 22, 23], ["end"], [3], lambda *_: None))
+    assert found == {0: "of 4", 1: "of 9", 2: "", 3: ""} and sorted(bodies) == [4, 9]
+    assert [(body["max_tokens"], body["seed"]) for body in (bodies[4], bodies[9])] == [(5, 20), (1, 21)]
+    assert set(bodies[4]["stop_token_ids"]) == {3, 7} and bodies[4]["stop"] == ["end"]
+    assert (bodies[4]["temperature"], bodies[4]["top_p"]) == (0.8, 0.95)
+    list(server.generate(prompts[:1], 5, 0.0, [0], [], [], lambda *_: None))
+    assert (bodies[4]["temperature"], bodies[4]["top_p"]) == (0.0, 1.0)
 
 
 def test_a_server_that_does_not_come_up_or_breaks(

@@ -26,12 +26,13 @@ from pissa_cli.evals.generate import generate
 from pissa_cli.initialize import initialize
 from pissa_cli.optim import learning_rate
 from pissa_cli.peft_files import read_peft
+from pissa_cli.reached import result_of
 from pissa_cli.recipe import TrainSection
 from pissa_cli.report import mean_losses
 from pissa_cli.rundir import Run
 from pissa_cli.steps import count_steps, step_examples
 from pissa_cli.train import train
-from pissa_cli.trained import read_adapter
+from pissa_cli.trained import load_result
 from pissa_cli.weights import load_tensors
 
 Make = Callable[..., Any]
@@ -337,19 +338,21 @@ def test_a_changed_start_is_refused(bits: int, models: Callable[[str], Path], re
         train(made)
 
 
+@pytest.mark.parametrize(("method", "file"), [("pissa", "adapter_model.safetensors"), ("full", "model.safetensors")])
 def test_a_damaged_result_is_written_anew_from_its_checkpoint(
-    models: Callable[[str], Path], recipe: Make, rows: Path
+    method: str, file: str, models: Callable[[str], Path], recipe: Make, rows: Path
 ) -> None:
-    made = recipe(models("llama"), *BASE[1:], f"data.train={rows}", "train.steps=2")
+    sets = BASE[1:] if method == "pissa" else ("model.bits=32",)
+    made = recipe(models("llama"), f"adapter.method={method}", *sets, f"data.train={rows}", "train.steps=2")
     train(made)
-    path = Run(Path(made.output)).adapter / "adapter_model.safetensors"
+    path = result_of(made) / file
     content = path.read_bytes()
     path.write_bytes(content[:-2] + b"??")
     with pytest.raises(UsageError, match="not what was written") as raised:
-        read_adapter(made)
+        load_result(made, torch.device("cpu"))
     assert f"pissa train {made.output} --resume" in str(raised.value.hint)
     train(made, resume=True)
-    assert path.read_bytes() == content and read_adapter(made)
+    assert path.read_bytes() == content and load_result(made, torch.device("cpu"))
 
 
 def test_a_start_that_is_not_the_base_is_noticed(
