@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pissa_cli.process import keep_freed_memory
+from pissa_cli.process import KEPT_BYTES, keep_freed_memory
 
 ALIGNMENT = 64  # of torch's tensors on a CPU
 
@@ -46,7 +46,7 @@ class Heap:
         self.works = self.works and self._libc.posix_memalign(ctypes.byref(block), ALIGNMENT, num_bytes) == 0
         if self.works:
             self._blocks[key] = block
-            if len(self._blocks) % 16 == 0:
+            if len(self._blocks) % 16 == 0 or num_bytes > KEPT_BYTES:  # which is gone when it is freed
                 self._most = max(self._most, self._size())
 
     def give_back(self, key: int) -> None:

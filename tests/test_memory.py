@@ -137,7 +137,8 @@ taken.append(heap.growth())
 for key in range(4):
     heap.give_back(key)
 taken.append(heap.growth())
-heap.take(4, 2**30 + 2**20)  # which glibc maps by itself
+heap.take(4, 2**30 + 2**20)  # which glibc maps by itself, and unmaps
+heap.give_back(4)
 print(int(heap.works), *taken, heap.growth())
 """
     works, grown, then, large = map(int, subprocess.check_output([sys.executable, "-c", script]).split())
