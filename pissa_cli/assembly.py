@@ -65,8 +65,9 @@ def assemble(
     """
     experts = has_experts(model)
     ddp = DistributedDataParallelKwargs(find_unused_parameters=experts)
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[ddp])
-    accelerator.gradient_accumulation_steps = 1  # whatever the environment says: it would divide every gradient
+    # whatever the environment says: it would divide every gradient, compile the model whole, and multiply in TF32
+    accelerator = Accelerator(mixed_precision="no", dynamo_backend="no", kwargs_handlers=[ddp])
+    accelerator.gradient_accumulation_steps = 1
     device, alone = accelerator.device, accelerator.num_processes == 1
     if layout != "copies" and alone:
         watch({"note": "a single process has the whole model"})

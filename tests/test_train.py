@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import DEMO, Outcome, make_model
 from runs import BASE, events
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
@@ -199,6 +200,17 @@ def test_the_environment_does_not_divide_gradients(
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     train(divided)
     assert [e["grad_norm"] for e in events(plain)] == [e["grad_norm"] for e in events(divided)]
+
+
+def test_the_environment_does_not_compile_the_model(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `accelerate config` says of dynamo: the model would be compiled whole, and a GPU multiply in TF32."""
+    AcceleratorState._reset_state()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    train(recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=1"))
+    assert AcceleratorState().dynamo_plugin.backend == "NO"
 
 
 def test_padding_is_a_token_that_the_model_knows(models: Callable[[str], Path], rows: Path) -> None:
