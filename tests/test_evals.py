@@ -23,6 +23,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    MambaConfig,
+    PretrainedConfig,
     RwkvConfig,
     RwkvForCausalLM,
 )
@@ -34,7 +36,7 @@ from pissa_cli.data_options import DataSection
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals import run as module
-from pissa_cli.evals.generate import cut, generate, same_in_batches
+from pissa_cli.evals.generate import ON_CPU, cut, fitting, generate, same_in_batches
 from pissa_cli.evals.run import evaluate
 from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run, locked
@@ -175,6 +177,24 @@ def test_what_is_asked_beside_a_prompt_may_change_its_answer(demo_base: tuple[An
 def test_a_context_without_end(demo_base: tuple[Any, Any]) -> None:
     config = LlamaConfig(max_position_embeddings=-1)
     assert context_of(config) is None and context_of(demo_base[0].config) == 256
+
+
+def test_a_batch_on_a_gpu_goes_by_the_keys_and_values_of_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10_000_000, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    shape: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+
+    def fits(config: PretrainedConfig) -> int:
+        model: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=config)
+        return fitting(model, 1000)
+
+    assert fits(LlamaConfig(**shape, num_key_value_heads=2)) == int(6_000_000 / (3 * 2 * 32 * 2 * 1000))
+    assert fits(MambaConfig()) == ON_CPU
+    mixed = LlamaConfig(**shape, num_key_value_heads=2, per_layer_config={1: {"head_dim": 32}})
+    if not getattr(mixed, "is_heterogeneous", False):
+        pytest.skip("transformers has one width for all layers")
+    assert fits(mixed) == int(6_000_000 / (2 * (32 + 64 + 32) * 2 * 1000))
 
 
 def test_a_stop_string_in_the_prompt_stops_nothing(demo_base: tuple[Any, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
+from typing import Any
 
 import torch
 from transformers import (
@@ -184,14 +185,20 @@ def fitting(model: PreTrainedModel, tokens: int) -> int:
     if model.device.type == "cpu":
         return ON_CPU
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    if heads is None:  # no keys and values: a state of fixed size
+    alike = not getattr(config, "is_heterogeneous", False)
+    layers = [config] * getattr(config, "num_hidden_layers", 0) if alike else config.per_layer_config
+    each = 2 * sum(map(_width, layers)) * model.dtype.itemsize * tokens
+    if not each:  # no keys and values: a state of fixed size
         return ON_CPU
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    each = 2 * config.num_hidden_layers * width * model.dtype.itemsize * tokens
     free, _ = torch.cuda.mem_get_info(model.device)
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(1, min(MOST, int(FREE_SHARE * free / each)))
+
+
+def _width(layer: Any) -> int:
+    """Numbers of a token's keys, by the configuration of a layer."""
+    heads: int = getattr(layer, "num_key_value_heads", None) or getattr(layer, "num_attention_heads", None) or 0
+    return heads and heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
 def special_stops(stop: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[int]]:
