@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -93,7 +94,8 @@ def _flash_agrees(
 ) -> bool:
     """Whether torch's flash attention takes inputs of this kind, and gives what SDPA gives for each sequence, and its
     gradients."""
-    with unset_fake_temporarily(), torch.enable_grad():
+    unseen = saved_tensors_hooks(lambda x: x, lambda x: x)  # by checkpointing, in whose block this may be
+    with unset_fake_temporarily(), torch.enable_grad(), unseen:
         source = torch.Generator(device).manual_seed(0)
         inputs = [
             torch.randn(1, n, sum(TRIED), dim, dtype=dtype, device=device, generator=source, requires_grad=True)

@@ -17,6 +17,7 @@ from runs import BASE
 from test_start import started
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     Lfm2Config,
     Lfm2ForCausalLM,
@@ -325,3 +326,19 @@ def test_flash_attention_is_used_where_it_agrees(monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     meta = [x.to("meta", torch.bfloat16) for x in (query, key, value)]
     assert packing._flash(*meta, [7, 23], None).shape == wanted.shape
+
+
+def test_flash_attention_is_tried_within_a_block_that_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the forecast of memory under checkpointing: the second time it is known, and a block saves less."""
+    tries = itertools.count()
+
+    def block(x: Tensor) -> Tensor:
+        if next(tries) == 0:
+            assert packing._flash_agrees.__wrapped__(torch.float32, 4, 2, 8, "cpu")
+        return x.sin()
+
+    monkeypatch.setattr(packing, "FLASH", flash)
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, x.detach().cos())
+    assert next(tries) == 2
