@@ -123,7 +123,7 @@ def _conversation(row: Row, section: DataSection, tokenizer: PreTrainedTokenizer
         calls, tools = "tool_calls" in str(tokenizer.chat_template), tools_of(row, section)
         messages = messages_of(row, column, calls)
         learned = [is_learned(message) for message in messages]
-        if completion is not None and value_of(row, completion) is not None:
+        if completion in row:
             answer = messages_of(row, completion, calls)
             learned = [False] * len(messages) + [is_learned(message) for message in answer]
             messages += answer

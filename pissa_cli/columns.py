@@ -25,8 +25,9 @@ def unused_columns(section: DataSection, columns: Iterable[str]) -> list[str]:
     """The columns that a format does not read; those of GLUE's own files are known."""
     if section.glue is not None:
         return []
-    fields = (*FIELDS[section.format], *OPTIONAL_FIELDS.get(section.format, ()))
-    return [column for column in columns if column not in {section.columns.get(name, name) for name in fields}]
+    needed = {section.columns.get(name, name) for name in FIELDS[section.format]}
+    read = needed | {section.optional_column(name) for name in OPTIONAL_FIELDS.get(section.format, ())}
+    return [column for column in columns if column not in read]
 
 
 def require_columns(source: str, section: DataSection, columns: Mapping[str, Any], whole: bool = True) -> None:
@@ -44,7 +45,7 @@ def require_columns(source: str, section: DataSection, columns: Mapping[str, Any
     missing = {name: column for name, column in wanted.items() if column not in columns}
     prompt = wanted.get("prompt", "")
     if not missing and isinstance(columns.get(prompt), list):
-        chat = _chat_of(prompt, section.columns.get("completion"))
+        chat = _chat_of(prompt, wanted["completion"])
         raise UsageError(f"{source}: '{prompt}' is a list and no text (format prompt)", f"of messages: data: {chat}")
     if not columns or not missing:
         return
@@ -63,7 +64,7 @@ def require_columns(source: str, section: DataSection, columns: Mapping[str, Any
         hint = "preferences are not trained here, but what was chosen can be: map it to a field, as "
         hint += "{format: prompt, columns: {completion: chosen}} or {format: chat, columns: {messages: chosen}}"
     elif {"prompt", "completion", "label"} <= set(columns):
-        hint = "preferences are not trained here: keep the rows whose label is true, and give data: {format: prompt}"
+        hint = f"preferences are not trained here: keep the rows whose label is true, and give data: {other}"
     elif other is not None:
         hint = f"these are columns of another format: data: {other}"
     else:
@@ -96,5 +97,6 @@ def _holds_messages(value: Any) -> bool:
 
 
 def _chat_of(messages: str, completion: str | None = None) -> str:
-    answer = "" if completion is None else f", completion: {completion}"
+    known = completion is None or (messages, completion) == ("prompt", "completion")
+    answer = "" if known else f", completion: {completion}"
     return f"{{format: chat, columns: {{messages: {messages}{answer}}}}}"

@@ -101,7 +101,10 @@ class DataSection(Section):
         return float(found[1]) / 100 if found else None
 
     def optional_column(self, field: str) -> str | None:
-        """The column of an optional field; None if that of its name is mapped to another field."""
+        """The column of an optional field; None if that of its name is mapped to another field. A `completion` that is
+        not mapped is one beside TRL's `prompt` alone: beside other messages it may be a text, or their last."""
+        if field == "completion" and field not in self.columns and self.columns.get("messages") != "prompt":
+            return None
         return self.columns.get(field, None if field in self.columns.values() else field)
 
     @property

@@ -231,8 +231,21 @@ def test_of_a_prompt_and_its_completion_the_latter_is_learned(
     parts = learned(row, tokenizer, sections["completion"])
     assert parts == learned({"messages": messages}, tokenizer)  # tools and users within a completion are read
     assert parts == learned({"messages": messages, "completion": None}, tokenizer)
-    texts = {"prompt": messages[:1], "completion": "Yes"}
-    assert "'completion' is not a list" in encode_chat(texts, sections["completion"], tokenizer)
+    for nothing in ("Yes", None):
+        texts = {"prompt": messages[:3], "completion": nothing}
+        assert "'completion' is not a list" in encode_chat(texts, sections["completion"], tokenizer)
+    assert learned({"prompt": messages}, tokenizer, sections["completion"]) == parts
+
+
+@pytest.mark.parametrize("completion", ["Yes", [{"role": "assistant", "content": "Yes"}]])
+def test_a_completion_beside_whole_conversations_is_not_read(
+    completion: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = PLAIN
+    row = conversation("Hi", "Yes") | {"completion": completion}
+    assert learned(row, tokenizer) == ["<user>Hi<assistant>", "Yes<eos>"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert load_examples(str(tmp_path / "rows.jsonl"), SECTION, tokenizer, None).unused == ["completion"]
 
 
 def test_the_assistant_may_speak_first(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -565,6 +578,7 @@ def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTo
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences are not trained here"),
         ({"prompt": "a", "completion": "b", "label": True}, "keep the rows whose label is true"),
         ({"prompt": [], "completion": []}, "data: {format: chat, columns: {messages: prompt}}"),
+        ({"prompt": [], "completion": [], "label": True}, "whose label is true, and give data: {format: chat, columns"),
         ({"prompt": [], "chosen": [], "rejected": []}, "chat, columns: {messages: prompt, completion: chosen}}"),
     ]
     for row, hint in rows:
@@ -576,6 +590,12 @@ def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTo
     with pytest.raises(UsageError, match="'prompt' is a list and no text") as raised:
         load_examples(str(tmp_path / "rows.jsonl"), DataSection(format="prompt"), tokenizer, None)
     assert "{format: chat, columns: {messages: prompt}}" in str(raised.value.hint)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"asked": [], "completion": []}))
+    with pytest.raises(UsageError) as raised:
+        load_examples(
+            str(tmp_path / "rows.jsonl"), DataSection(format="prompt", columns={"prompt": "asked"}), tokenizer, None
+        )
+    assert "columns: {messages: asked, completion: completion}}" in str(raised.value.hint)
 
 
 @pytest.mark.parametrize(
