@@ -82,7 +82,8 @@ def is_file(source: str) -> bool:
         raise UsageError(f"{source}: not a file of data, but a pipe or device", "write its rows into a file first")
     if kind == "folder":
         raise UsageError(f"{source}: a folder", f"name a file in it ({', '.join(SUFFIXES)})")
-    if path.is_absolute() or path.suffix in SUFFIXES or source.startswith(".") or "*" in source:
+    no_id = source.startswith((".", "~")) or "*" in source or "://" in source
+    if no_id or path.is_absolute() or path.suffix in SUFFIXES:
         raise _not_there(source)
     return False
 
@@ -92,7 +93,8 @@ def _not_there(source: str) -> UsageError:
     hint, parts = "check the path, which counts from the working directory", source.replace(",", " ").split()
     files = sorted(glob.glob(source)) or [one for one in parts if all(map(os.path.isfile, parts))]  # noqa: PTH207
     if files:
-        hint = f"name the files as a list: [{', '.join(files[:3])}{', ...' if len(files) > 3 else ''}]"
+        some = f"[{', '.join(files[:3])}{', ...' if len(files) > 3 else ''}]"
+        hint = f"name one file; data.train and data.eval also take a list: {some}"
     elif "://" in source:
         hint = "download it, and name the file; a data set on the Hub is user/name"
     elif source.startswith("~"):

@@ -177,7 +177,7 @@ def test_files_that_are_not_there(refused: Callable[..., str], models: Callable[
     assert "nothing.jsonl: no such data file" in message
     for name in ("a", "b", "c", "d"):
         write(tmp_path / f"{name}.jsonl", "{}")
-    listed = f"a list: [{tmp_path}/a.jsonl, {tmp_path}/b.jsonl"
+    listed = f"take a list: [{tmp_path}/a.jsonl, {tmp_path}/b.jsonl"
     for names, advice in (
         (f"{tmp_path}/*.jsonl", f"{listed}, {tmp_path}/c.jsonl, ...]"),
         (f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", f"{listed}]"),
@@ -186,6 +186,8 @@ def test_files_that_are_not_there(refused: Callable[..., str], models: Callable[
         (f"{tmp_path}/*.x", "check the path"),
         ("~/nothing.jsonl", f"write the folder out: {Path.home()}/nothing.jsonl"),
         ("https://host/rows.jsonl", "download it, and name the file"),
+        ("https://host/datasets/user/name", "download it, and name the file"),
+        ("~/nothing", f"write the folder out: {Path.home()}/nothing"),
     ):
         assert advice in refused("train", "--model", models("llama"), "--set", f"data.train={names}")
     write(tmp_path / "rows.ndjson", "{}")
@@ -435,9 +437,10 @@ def test_benchmarks(refused: Callable[..., str]) -> None:
     message = refused("eval", "demo/pissa", "--bench", "nothing")
     assert "--bench: eval.bench: unknown benchmark 'nothing' next: a task" in message
     assert "known: gsm8k, math, humaneval, mbpp" in message
-    for typed in ("mmlu", "MMLU", "lm_eval/mmlu"):
+    for typed in ("mmlu", "MMLU", "lm_eval/mmlu", "lm-eval:mmlu"):
         assert "harness is lm_eval:mmlu; known" in refused("eval", "gsm8k", "--bench", typed)
-    for typed, meant in (("gsm9k", "gsm8k"), ("cola", "glue/cola"), ("glue/colla", "glue/cola"), ("qnl", "glue/qnli")):
+    near = [("gsm9k", "gsm8k"), ("GSM8K", "gsm8k"), ("MT-Bench", "mt_bench"), ("lm_eval", "lm_eval:<task>")]
+    for typed, meant in (*near, ("cola", "glue/cola"), ("glue/colla", "glue/cola"), ("qnl", "glue/qnli")):
         assert f"unknown benchmark '{typed}' next: did you mean '{meant}'?" in refused(
             "eval", "gsm8k", "--bench", typed
         )
@@ -626,12 +629,13 @@ def test_a_full_disk_costs_only_the_new_checkpoint(
     assert load_tensors(run.adapter / "adapter_model.safetensors")
 
 
-def test_a_disk_that_fails_may_have_been_read(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("file", "place"), [("rows.jsonl", "rows.jsonl: "), (None, "")])
+def test_a_disk_that_fails_may_have_been_read(file: str | None, place: str, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
-        raise OSError(errno.EIO, "Input/output error", "rows.jsonl")
+        raise OSError(errno.EIO, "Input/output error", file)
 
     assert edge.run_guarded(fail, ["train"]) == 1
-    assert "error: rows.jsonl: the disk fails: Input/output error\nnext:  check it" in capsys.readouterr().err
+    assert f"error: {place}the disk fails: Input/output error\nnext:  check it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

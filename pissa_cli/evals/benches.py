@@ -79,8 +79,8 @@ def _require_use(recipe: Recipe, written: Mapping[KeyPath, str]) -> None:
 def _unknown(bench: str, source: str | None, key: str) -> UsageError:
     """For a benchmark that is not there, with the nearest one; of those in a group the second part is enough."""
     names = {name.rpartition("/")[2]: name for name in BENCHES} | {name: name for name in BENCHES}
-    near = difflib.get_close_matches(bench, names, n=1)
-    task = bench.rpartition("/")[2].lower()
+    near = difflib.get_close_matches(bench.lower(), names, n=1)
+    task = bench.lower().rpartition("/")[2].removeprefix("lm-eval:")
     hint = f"did you mean '{names[near[0]]}'? " if near else f"a task of EleutherAI's harness is lm_eval:{task}; "
     place = f"{source}: {key}" if source else key
     return UsageError(f"{place}: unknown benchmark '{bench}'", f"{hint}known: {', '.join(BENCHES)}")
