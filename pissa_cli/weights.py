@@ -92,9 +92,9 @@ def open_weights(folder: Path) -> Weights:
     else:
         raise UsageError(
             f"{folder}: no {SINGLE} or {INDEX}",
-            "pissa reads safetensors only; they are written by "
-            "transformers.AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), where the tokenizer's "
-            "files belong, too; on the Hub a revision may have them: --set model.revision=refs/pr/N",
+            "pissa reads safetensors only; they are written by transformers.CLASS.from_pretrained(FOLDER)"
+            ".save_pretrained(NEW), CLASS as config.json has it (architectures): another loses a head. The tokenizer's "
+            "files belong there, too; on the Hub a revision may have them: --set model.revision=refs/pr/N",
         )
     files: dict[str, Path] = {}
     weights = Weights(folder, files, {}, {}, {})

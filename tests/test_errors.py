@@ -592,7 +592,8 @@ def test_models_that_do_not_go_on_with_a_text(refused: Callable[..., str], tmp_p
         folder = save_model(AutoModel.from_config(config), tmp_path / config.model_type)
         assert said in refused("init", "--model", folder)
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-        assert "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)" in refused("init", "--model", folder)
+        message = refused("init", "--model", folder)
+        assert "transformers.CLASS.from_pretrained(FOLDER).save_pretrained(NEW), CLASS as config.json has it" in message
 
 
 def test_a_result_whose_checkpoints_are_gone_is_not_replaced(
