@@ -181,7 +181,7 @@ def _shares(h: Tensor | None, given: list[_Factors], ctx: Any) -> list[Tensor | 
 def _merges(tokens: int, f: _Factors, dtype: torch.dtype) -> bool:
     """Whether to multiply with W + s (b B) (d A) in one product. Three things have to hold: products are in fp32, so
     that no bits of the update are lost; A and B have more than half as many numbers as W (VeRA's); and to form the
-    update, twice, costs less than to take the tokens through A and B, twice.
+    update in both passes costs less than to take the tokens through A and B in one.
     """
     rank, inn, out = *f.A.shape, f.B.shape[0]
     return dtype.itemsize >= 4 and 2 * rank * (inn + out) > inn * out and tokens * (inn + out) > 2 * inn * out
