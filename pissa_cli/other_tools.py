@@ -170,13 +170,16 @@ ABSENT = {
 """What there is in place of those that have no key here."""
 _BENCHES = "benchmarks are named by --bench, those of EleutherAI's harness as lm_eval:<task>"
 _FORMS = "--as says in what form it is written, --for which server has to take it"
-_RUN = "a run is named without a flag, as in pissa eval RUN; init and train take --model"
+_RUN = {
+    command: {"model": f"a run is named without a flag, as in pissa {command} RUN; init and train take --model"}
+    for command in ("eval", "merge", "quantize", "export")
+}
 _PROCESSES = "--processes N trains in N processes on this machine"
 FLAGS = {
     "train": dict.fromkeys(["num_processes", "nproc_per_node", "num_gpus", "gpus"], _PROCESSES),
-    "eval": dict.fromkeys(["task", "tasks", "benchmark", "benchmarks"], _BENCHES) | {"model": _RUN},
-    "merge": {"model": _RUN},
-    "quantize": {"model": _RUN, "method": "4 bits are NF4; in the form that vLLM reads: pissa export"},
-    "export": dict.fromkeys(["format", "to", "type", "outtype"], _FORMS) | {"model": _RUN},
+    "eval": dict.fromkeys(["task", "tasks", "benchmark", "benchmarks"], _BENCHES) | _RUN["eval"],
+    "merge": _RUN["merge"],
+    "quantize": _RUN["quantize"] | {"method": "4 bits are NF4; in the form that vLLM reads: pissa export"},
+    "export": dict.fromkeys(["format", "to", "type", "outtype"], _FORMS) | _RUN["export"],
 }
 """Flags that a command has under another name, or not at all."""

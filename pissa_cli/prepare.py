@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pissa_cli.chat import unlearned_prompt
+from pissa_cli.chat import require_template, unlearned_prompt
 from pissa_cli.classification import class_counts
 from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data_options import sources_of
@@ -15,7 +15,7 @@ from pissa_cli.examples import Examples, first_example
 from pissa_cli.guards import require_context, require_reach, resumes, schedule_change
 from pissa_cli.heads import head_note
 from pissa_cli.initialize import Progress, initialize, open_run, require_base
-from pissa_cli.inputs import require_data
+from pissa_cli.inputs import local_base, require_data
 from pissa_cli.kernels import require_kernels
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import context_length, resolve_base
@@ -37,9 +37,12 @@ Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | N
 
 def check_inputs(recipe: Recipe, resume: bool) -> tuple[int, int] | None:
     """Raise UsageError for what shows before any work: a run that is there already or goes by another recipe, kernels
-    that cannot run here. Returns `steps_to_take`."""
+    that cannot run here, chats for a local base without a template. Returns `steps_to_take`."""
     resumes(recipe, resume)
     require_kernels(recipe.train)
+    base = local_base(recipe.model)
+    if recipe.data.format == "chat" and base is not None:
+        require_template(load_tokenizer(base, recipe))
     planned = steps_to_take(recipe)
     if planned is not None:
         require_reach(planned[1], recipe)

@@ -8,6 +8,7 @@ import glob
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -82,9 +83,11 @@ def is_file(source: str) -> bool:
         raise UsageError(f"{source}: not a file of data, but a pipe or device", "write its rows into a file first")
     if kind == "folder":
         raise UsageError(f"{source}: a folder", f"name a file in it ({', '.join(SUFFIXES)})")
-    no_id = source.startswith((".", "~")) or "*" in source or "://" in source
-    if no_id or path.is_absolute() or path.suffix in SUFFIXES:
+    name, *rest = source.split(":")
+    if "://" in source or Path(name).suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise _not_there(source)
+    if len(rest) > 2:
+        raise UsageError(f"{source}: expected id, id:subset or id:subset:split", "e.g. openai/gsm8k:main:train")
     return False
 
 
@@ -95,10 +98,14 @@ def _not_there(source: str) -> UsageError:
     if files:
         some = f"[{', '.join(files[:3])}{', ...' if len(files) > 3 else ''}]"
         hint = f"name one file; data.train and data.eval also take a list: {some}"
+    elif os.path.isfile(name := re.split(r"[:\[]", source, maxsplit=1)[0]):  # noqa: PTH113
+        hint = f"name the whole file, {name}; data.limit takes the first of its examples"
     elif "://" in source:
         hint = "download it, and name the file; a data set on the Hub is user/name"
     elif source.startswith("~"):
         hint = f"write the folder out: {Path(source).expanduser()}"
+    elif "[" in source:
+        hint = "a data set on the Hub is id, id:subset or id:subset:split; data.limit takes the first of its examples"
     return UsageError(f"{source}: no such data file", hint)
 
 
@@ -210,10 +217,9 @@ def _without_none(value: Any) -> Any:
 
 
 def _hub_data(source: str) -> Any:
-    name, *rest = source.split(":")
-    if len(rest) > 2:
-        raise UsageError(f"{source}: expected id, id:subset or id:subset:split", "e.g. openai/gsm8k:main:train")
     import datasets
+
+    name, *rest = source.split(":")
 
     try:
         subset = rest[0] if rest and rest[0] else None

@@ -184,12 +184,18 @@ def test_files_that_are_not_there(refused: Callable[..., str], models: Callable[
         (f"{tmp_path}/a.jsonl {tmp_path}/b.jsonl", f"{listed}]"),
         (f"{tmp_path}/a b.jsonl", "check the path"),
         (f"{tmp_path}/*.x", "check the path"),
+        (f"{tmp_path}/a.jsonl:train", f"name the whole file, {tmp_path}/a.jsonl; data.limit takes"),
+        (f"{tmp_path}/a.jsonl[:100]", f"name the whole file, {tmp_path}/a.jsonl; data.limit takes"),
+        ("user/name[:100]", "id:subset:split; data.limit takes the first of its examples"),
+        ("user/name,", "check the path"),
         ("~/nothing.jsonl", f"write the folder out: {Path.home()}/nothing.jsonl"),
         ("https://host/rows.jsonl", "download it, and name the file"),
         ("https://host/datasets/user/name", "download it, and name the file"),
         ("~/nothing", f"write the folder out: {Path.home()}/nothing"),
     ):
         assert advice in refused("train", "--model", models("llama"), "--set", f"data.train={names}")
+    train = ("train", "--model", models("llama"), "--set")
+    assert f"{tmp_path}/a.jsonl:train: no such" in refused(*train, f"data.train={tmp_path}/a.jsonl:train")
     write(tmp_path / "rows.ndjson", "{}")
     message = refused("train", "--model", models("llama"), "--set", f"data.train={tmp_path}/rows.ndjson")
     assert "rename it to rows.jsonl, which is the same" in message
@@ -283,6 +289,8 @@ def test_what_a_dry_run_finds(refused: Callable[..., str], models: Callable[[str
     assert "no.jsonl: no such data file" in dry("data.train=no.jsonl")
     assert "no.csv: no such data file" in dry(f"data.train={file}", MAPPED, "data.eval=no.csv")
     assert "no column 'instruction'" in dry(f"data.train={file}")
+    chats = write(tmp_path / "chats.jsonl", json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    assert "this tokenizer has no chat template" in dry(f"data.train={chats}", "data.format=chat")
     if not torch.cuda.is_available():
         assert "Liger's kernels need a GPU" in dry(f"data.train={file}", MAPPED, "train.use_liger_kernel=true")
     for bench, message in (

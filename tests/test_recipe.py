@@ -331,7 +331,7 @@ def test_flags_that_are_keys_of_a_recipe(flag: str, key: str | None, pissa: Call
         (["train", "--batch_size", "4"], "--set train.batch_size=VALUE"),
         (["train", "--num_processes", "4"], "--processes N trains in N processes on this machine"),
         (["eval", "--tasks", "mmlu"], "those of EleutherAI's harness as lm_eval:<task>"),
-        (["eval", "--model", "hf"], "as in pissa eval RUN; init and train take --model"),
+        (["merge", "--model", "out"], "as in pissa merge RUN; init and train take --model"),
         (["export", "--format", "gguf"], "--for which server has to take it"),
         (["quantize", "--method", "gptq"], "in the form that vLLM reads: pissa export"),
         (["train", "--hub-token", "x"], "or HF_TOKEN"),

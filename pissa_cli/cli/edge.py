@@ -145,14 +145,18 @@ def _show_usage(error: Any, command: str, as_json: bool) -> int:
     advice = advice_on_flag(getattr(error, "option_name", None) or (found[1] if found else ""), command)
     error.show()
     if advice:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold]next:[/]  {advice}")
+        _console().print(f"[bold]next:[/]  {escape(advice)}")
     if as_json:
         _print_failure(error.format_message(), advice, 2)
     return 2
 
 
+def _console() -> Console:
+    return Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)  # a name may hold ":train:"
+
+
 def _show(failure: PissaError, as_json: bool) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = _console()
     console.print(f"[bold red]error:[/] {escape(failure.message)}")
     if failure.hint:
         console.print(f"[bold]next:[/]  {escape(failure.hint)}")

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from pissa_cli.cli.edge import print_document
 
-stderr = Console(stderr=True, highlight=False)
+stderr = Console(stderr=True, highlight=False, emoji=False)  # a name may hold ":train:"
 
 
 def quiet_libraries(debug: bool) -> None:
@@ -60,14 +60,14 @@ def print_result(result: dict[str, Any], as_json: bool, lines: list[str], table:
         return
     if table is not None:
         print_table(table)
-    console = _Stdout(highlight=False)
+    console = _Stdout(highlight=False, emoji=False)
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
 
 def print_table(table: Table) -> None:
     """A table on stdout."""
-    _Stdout(highlight=False).print(table)
+    _Stdout(highlight=False, emoji=False).print(table)
 
 
 class _Stdout(Console):
