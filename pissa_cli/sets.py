@@ -80,8 +80,13 @@ def load_sources(
     cache, labels = Path(HF_HOME) / "pissa" / "tokens", recipe.model.labels
     if not section.classifies:
         return join([(source, load_examples(source, section, tokenizer, cache, say=say)) for source in sources])
-    config = read_config(Path(tokenizer.name_or_path), recipe.model)
+    folder = Path(tokenizer.name_or_path)
+    config = read_config(folder, recipe.model)
     ends = end_tokens(getattr(config, "eos_token_id", None)) if config.is_encoder_decoder else []
+    if config.is_encoder_decoder and not ends:
+        raise UsageError(
+            f"{folder}: no eos_token_id in its config.json, and this model looks at where a text ends", "write it there"
+        )
     end = ends[0] if ends else None
     examples = join(
         [(source, load_examples(source, section, tokenizer, cache, labels, end, say)) for source in sources]

@@ -138,6 +138,10 @@ def test_what_pools_the_end_of_a_text_sees_one(t5: Path, classifier: Callable[..
     plain = save_model(AutoModel.from_pretrained(t5), tmp_path / "plain")
     with pytest.raises(UsageError, match="ends no text with end-of-text"):
         train(classifier(plain, *sets, f"output={tmp_path / 'none'}", "data.limit=1"))
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    with pytest.raises(UsageError, match=r"no eos_token_id in its config\.json"):
+        train(classifier(plain, *sets, f"output={tmp_path / 'none'}", "data.limit=1"))
 
 
 def test_token_types_that_the_model_does_not_know_are_left_out(
