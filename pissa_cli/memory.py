@@ -31,13 +31,13 @@ from pissa_cli.packing import BY_SEQUENCE, attend_by_sequence, takes_positions, 
 from pissa_cli.peft_files import TENSOR_NAMES
 from pissa_cli.plan import Plan
 from pissa_cli.process import peak_memory
-from pissa_cli.products import has_fast_bf16
+from pissa_cli.products import has_amx, has_fast_bf16
 from pissa_cli.recipe import Recipe
 from pissa_cli.sharding import blocks_of
 
 KINDS = ("weights", "factors", "gradients", "optimizer", "activations", "logits")
 WORKSPACES = 3  # of cuBLAS and cuBLASLt, in the threads that run the forward and the backward pass
-KERNEL = 900_000  # bytes of one that oneDNN makes for products of bf16 numbers of one shape
+KERNEL, AMX_KERNEL = 900_000, 1_500_000  # bytes of one that oneDNN makes for products of bf16 numbers of one shape
 PASSES = 2  # over a micro-batch on a CPU: what the first leaves behind makes the heap grow in the second
 
 
@@ -80,7 +80,8 @@ def _workspace(device: torch.device) -> int:
 def _kernels(recipe: Recipe, device: torch.device) -> int:
     """What oneDNN keeps of them: as many as it may, as rows of examples have many lengths."""
     kept = int(KERNELS["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
-    return kept * KERNEL if recipe.precision == "bf16" and has_fast_bf16(device) else 0
+    size = AMX_KERNEL if has_amx() else KERNEL
+    return kept * size if recipe.precision == "bf16" and has_fast_bf16(device) else 0
 
 
 def _spread(recipe: Recipe, plan: Plan, found: dict[str, int], processes: int) -> dict[str, int]:

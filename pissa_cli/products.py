@@ -18,7 +18,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     Not for rows so few that converting the weight would cost more than the product.
     """
     many = x.numel() >= FEW_ROWS * x.shape[-1]
-    native = x.device.type != "cpu" or _has_amx() or (x.dtype == torch.bfloat16 and _has_avx512_bf16())
+    native = x.device.type != "cpu" or has_amx() or (x.dtype == torch.bfloat16 and _has_avx512_bf16())
     return torch.float32 if _is_half(x) and many and not native else x.dtype
 
 
@@ -26,13 +26,13 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether products of bf16 numbers are faster than those of fp32 there."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and (_has_amx() or _has_avx512_bf16())
+    return device.type == "cpu" and (has_amx() or _has_avx512_bf16())
 
 
 def attention_dtype(query: Tensor) -> torch.dtype:
     """The dtype for attention of query (n, heads, tokens, dim): its own, or fp32 on a CPU without AMX, and on one
     with it where the kernels that oneDNN makes for each length take more time than they save."""
-    native = query.device.type != "cpu" or (_has_amx() and query.shape[-2] * query.shape[-1] >= LARGE_HEAD)
+    native = query.device.type != "cpu" or (has_amx() and query.shape[-2] * query.shape[-1] >= LARGE_HEAD)
     return torch.float32 if _is_half(query) and not native else query.dtype
 
 
@@ -41,7 +41,7 @@ def _is_half(x: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_amx() -> bool:
+def has_amx() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 

@@ -24,7 +24,7 @@ import torch
 import transformers
 
 import pissa_cli
-from pissa_cli.heap import TUNABLES
+from pissa_cli.heap import KERNELS, TUNABLES
 
 SHAPE = {
     "hidden_size": 768,
@@ -118,6 +118,7 @@ def compare(sets: dict[str, Any], scratch: Path) -> dict[str, Any]:
 def run(command: list[str], scratch: Path) -> dict[str, Any]:
     environment = os.environ | {
         "GLIBC_TUNABLES": ":".join(TUNABLES),
+        **KERNELS,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(scratch / "hf"),

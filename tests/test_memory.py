@@ -82,13 +82,16 @@ def test_kernels_that_are_kept_are_foreseen(
     found = {}
     monkeypatch.setattr("pissa_cli.memory.peak_memory", lambda: 0)
     for precision, bits in (("bf16", 16), ("fp32", 32)):
-        for fast in (False, True):
+        for fast, amx in ((False, False), (True, False), (True, True)):
             monkeypatch.setattr("pissa_cli.memory.has_fast_bf16", lambda device, fast=fast: fast)
+            monkeypatch.setattr("pissa_cli.memory.has_amx", lambda amx=amx: amx)
             made = recipe(models("llama"), *LONG, f"data.train={long_rows}", f"model.bits={bits}")
             plan = make_plan(made, resolve_base(made.model))
             assert made.precision == precision
-            found[precision, fast] = forecast(made, plan, 1).bytes["libraries"]
-    assert found.pop(("bf16", True)) == int(KERNELS["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) * 900_000
+            found[precision, fast, amx] = forecast(made, plan, 1).bytes["libraries"]
+    kept = int(KERNELS["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+    assert found.pop(("bf16", True, False)) == kept * 900_000
+    assert found.pop(("bf16", True, True)) == kept * 1_500_000
     assert not any(found.values())
 
 

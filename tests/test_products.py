@@ -13,7 +13,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def processor(monkeypatch: pytest.MonkeyPatch, amx: bool, avx512_bf16: bool) -> None:
-    monkeypatch.setattr(products, "_has_amx", lambda: amx)
+    monkeypatch.setattr(products, "has_amx", lambda: amx)
     monkeypatch.setattr(products, "_has_avx512_bf16", lambda: avx512_bf16)
 
 
