@@ -87,12 +87,13 @@ def _kernels(recipe: Recipe, device: torch.device) -> int:
 def _spread(recipe: Recipe, plan: Plan, found: dict[str, int], processes: int) -> dict[str, int]:
     """The entries of `found` that change if the processes share the model. Each has its share of all that lasts. In
     whole it has what is in no block, and two blocks, the one that computes and the next, with their gradients, and all
-    of that once more as it is sent (`gathered`). At first, when it has been loaded, the model is whole (`loading`)."""
+    of that once more as it is sent (`gathered`). While it is loaded, the model is whole (`loading`)."""
     blocks = [num_parameters(block) for block in blocks_of(skeleton(plan.folder, recipe.model))]
     alone = (plan.num_total - sum(blocks) + 2 * max(blocks, default=0)) / plan.num_total
     changed = {kind: found[kind] // processes for kind in ("weights", "factors", "gradients", "optimizer")}
     changed["gathered"] = int(2 * alone * sum(found[kind] for kind in ("weights", "factors", "gradients")))
-    changed["loading"] = max(0, found["weights"] - sum((found | changed).values()))
+    at_first = sum(found.values()) if found.get("loading") else found["weights"]
+    changed["loading"] = max(0, at_first - sum((found | changed | {"loading": 0}).values()))
     return changed
 
 

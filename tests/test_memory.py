@@ -19,7 +19,7 @@ from pissa_cli.assembly import _one_pass
 from pissa_cli.errors import Interrupted
 from pissa_cli.heap import KERNELS, TUNABLES
 from pissa_cli.ledger import Ledger
-from pissa_cli.memory import forecast
+from pissa_cli.memory import KINDS, _spread, forecast
 from pissa_cli.model import resolve_base
 from pissa_cli.pipeline import in_order
 from pissa_cli.plan import make_plan
@@ -204,6 +204,9 @@ def test_processes_that_share_a_model_hold_their_part(models: Callable[[str], Pa
     assert spread.bytes["weights"] == alone.bytes["weights"] // 4
     assert spread.bytes["optimizer"] == alone.bytes["optimizer"] // 4
     assert 0 < spread.bytes["gathered"] < 4 * alone.bytes["weights"]
+    last, passing = dict.fromkeys(KINDS, 0) | {"weights": 1000}, {"heap": 0, "loading": 5000}
+    for found, at_first in ((last, 1000), (last | passing, 6000), (last | passing | {"activations": 9000}, 15000)):
+        assert sum((found | _spread(made[1], plan, found, 4)).values()) == max(at_first, 2250 + found["activations"])
 
 
 def test_where_a_model_looks_at_its_numbers_the_forecast_is_rough(
