@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pissa_cli.adapters.start import Adapter
+from pissa_cli.block_scales import SCALE_GRID
 from pissa_cli.errors import UsageError
 from pissa_cli.export import export_lora, recompress
-from pissa_cli.int4 import group_size
+from pissa_cli.int4 import group_size, pack
 from pissa_cli.merge import merge
 from pissa_cli.model import Linear
 from pissa_cli.peft_files import peft_config, write_peft
@@ -214,7 +216,7 @@ def served(folder: Path, server: str, layers: list[str], output: str = "out", **
         ("tgi", LLAMA, {"output": "a@b"}, "'@' has a meaning"),
         ("tgi", LLAMA, {"output": "a=b"}, "'=' has a meaning"),
         ("tgi", LLAMA, {"output": "a,b"}, "',' has a meaning"),
-        ("vllm", LLAMA, {"output": "a,b"}, "',' has a meaning"),
+        ("vllm", LLAMA, {"output": "a,b/out"}, "',' has a meaning"),
     ],
 )
 def test_what_a_server_refuses_or_ignores_is_refused(
@@ -239,7 +241,8 @@ def test_what_a_server_refuses_or_ignores_is_refused(
 def test_what_a_server_takes_is_not_refused(
     server: str, layers: list[str], base: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert served(tmp_path, server, layers, **base)
+    line = served(tmp_path, server, layers, **base)
+    assert "--max-lora-rank 8 " in line or server not in ("vllm", "sglang")
 
 
 def test_no_server_takes_transposed_layers(
@@ -367,8 +370,34 @@ def test_compressed_tensors_by_stock_transformers(
     assert relative(logits(model), logits(oracle)) < 1e-5
     difference = relative(logits(model), logits(load_result(made, torch.device("cpu"))))
     assert 0 < done.json["relative_logit_difference"] < 5 * difference
+
+
+def test_int4_codes_are_the_nearest_under_the_scales_that_are_kept() -> None:
+    pytest.importorskip("compressed_tensors")
+    W = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    W[0], W[1, :32], W[2, :32] = 0, 0, -1
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tensors, back = pack("x.weight", W, dtype, 32)
+        scale = tensors["x.weight_scale"]
+        codes = torch.stack([(tensors["x.weight_packed"] >> (4 * i)) & 15 for i in range(8)], -1).view(4, 2, 32) - 8
+        assert scale.dtype == dtype and scale.shape == (4, 2) and tensors["x.weight_shape"].tolist() == [4, 64]
+        assert torch.equal(back.view(4, 2, 32), codes * scale.float()[..., None])
+        assert torch.equal(codes, (W.view(4, 2, 32) / scale.float()[..., None]).round().clamp(-8, 7).int())
+        assert not back[0].any() and (codes[2, 0] == -8).all()
+    groups, (_, back) = W.view(8, 32), pack("x.weight", W, torch.float32, 32)
+    units = groups / groups.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    tried = [(units * 7.5 / share).round().clamp(-8, 7) for share in SCALE_GRID]
+    lost = [(q * ((q * groups).sum(1) / q.square().sum(1).clamp_min(1))[:, None] - groups).norm(dim=1) for q in tried]
+    assert ((back.view(8, 32) - groups).norm(dim=1) <= torch.stack(lost).amin(0) + 1e-6).all()
+
+
+def test_the_group_of_int4_is_the_largest_that_most_layers_take() -> None:
+    assert group_size([Linear("x", "x.weight", 8, 128, False)]) == 128
+    assert group_size([Linear("x", "x.weight", 8, n, False) for n in (128, 64, 192)]) == 64
+    fits = Linear("x", "x.weight", 8, 128, False)
+    odd = ({"num_in": 48}, {"num_out": 1}, {"transposed": True}, {"bypassed": True}, {"dense": True})
     with pytest.raises(UsageError, match="no linear layer of this model fits"):
-        group_size([Linear("x", "x.weight", 8, 48, False), Linear("y", "y.weight", 8, 128, True)])
+        group_size([replace(fits, **other) for other in odd])
 
 
 def test_a_lora_of_nf4_where_a_layer_is_small(

@@ -8,7 +8,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -133,6 +136,9 @@ def test_a_commit_whose_answer_was_lost_is_not_made_again(
     (folder / "README.md").write_text("# another\n")
     module.push(into(made, NAME.partition("/")[2]), folder)
     assert hub.commits == 2 and arrived(hub) == content(folder) and len(hub.arrived) == 3
+    (folder / "model-00001-of-00003.safetensors").write_bytes(os.urandom(1500))  # as many bytes as before
+    module.push(made, folder)
+    assert hub.commits == 3 and arrived(hub) == content(folder)
 
 
 def test_a_commit_of_someone_else_in_between_is_looked_at(
@@ -153,13 +159,28 @@ def test_a_commit_of_someone_else_in_between_is_looked_at(
     assert repo.files["README.md"] == b"# a model\n" and waits == [1]
 
 
-@pytest.mark.parametrize("headers", [{"Retry-After": "7"}, {"RateLimit": '"api";r=0;t=7'}, {"Retry-After": "0"}])
+@pytest.mark.parametrize("headers", [{"Retry-After": "7"}, {"RateLimit": '"api";r=0;t=7'}, {"Retry-After": "1"}])
 def test_the_wait_is_the_one_the_hub_asks_for(
     headers: dict[str, str], hub: Hub, made: Any, folder: Path, waits: list[float]
 ) -> None:
     hub.fail("preupload", [(429, headers)] * 2)
     module.push(made, folder)
-    assert waits == ([1, 2] if "0" in headers.values() else [7, 7]) and arrived(hub) == content(folder)
+    assert waits == ([1, 2] if "1" in headers.values() else [7, 7]) and arrived(hub) == content(folder)
+
+
+def test_an_operation_beside_ours_is_waited_for_until_the_date_that_is_named() -> None:
+    for seconds, wait in ((30, 30), (-30, 0)):
+        date = format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
+        said = {"headers": {"retry-after": date}, "text": "a conflicting operation is in progress"}
+        answer = SimpleNamespace(status_code=409, **said)
+        with pytest.raises(module._Passing, match="the Hub answers 409") as raised:
+            module._send(lambda _, answer=answer: answer, SimpleNamespace(method="POST"))
+        assert raised.value.wait == pytest.approx(wait, abs=5)
+
+
+def test_a_signed_address_is_not_shown() -> None:
+    error = RuntimeError("403 Forbidden for url: https://storage.test/x?X-Signature=secret&Expires=1, no")
+    assert module._failure(error, "").message.endswith("https://storage.test/x no")
 
 
 @pytest.mark.parametrize("endpoint", ["whoami", "create", "preupload", "blob", "commit"])
@@ -251,13 +272,17 @@ def test_what_is_to_be_private_does_not_go_where_all_can_read(
 
 def test_shards_of_before_do_not_stay(hub: Hub, made: Any, folder: Path, waits: list[float]) -> None:
     module.push(made, folder)
-    hub.repos[NAME].files |= {"figures/loss.png": b"1", "notes.md": b"2"}
+    others = {"figures/loss.json": b"1", "notes.md": b"2"}
+    hub.repos[NAME].files |= others
     for path in folder.glob("model*"):
         path.unlink()
     (folder / "model.safetensors").write_bytes(b"one file")
     hub.fail("commit", ["lost"])
     module.push(made, folder)
-    assert arrived(hub) == content(folder) | {"figures/loss.png": b"1", "notes.md": b"2"} and hub.commits == 2
+    assert arrived(hub) == content(folder) | others and hub.commits == 2
+    hub.repos[NAME].files |= {"pytorch_model.bin": b"of someone else"}
+    module.push(made, folder)
+    assert arrived(hub) == content(folder) | others and hub.commits == 3
 
 
 def test_what_cannot_be_pushed_is_refused_before_any_work(hub: Hub, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ Reply = tuple[int, str]
 
 
 class StandIn:
-    """Answers with what `script` says, one entry a request, then with `otherwise`; keeps what it was asked."""
+    """Answers with what `script` says, one entry a request, then with `otherwise`; keeps what it was asked. 0: the
+    connection ends in the middle of the answer."""
 
     def __init__(self) -> None:
         self.script: list[Reply] = []
@@ -37,11 +39,12 @@ class StandIn:
                 stand_in.asked.append(body | {"path": self.path})
                 stand_in.headers.append(dict(self.headers))
                 code, text = stand_in.script.pop(0) if stand_in.script else stand_in.otherwise
-                reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": text or None}}]}).encode()
-                self.send_response(code)
+                answer: Any = {"choices": [{"message": {"role": "assistant", "content": text or None}}]}
+                reply = json.dumps(answer if code < 300 else {"error": {"message": text}}).encode()
+                self.send_response(code or 200)
                 self.send_header("Retry-After", stand_in.wait)
                 self.send_header("Location", "/elsewhere")
-                self.send_header("Content-Length", str(len(reply)))
+                self.send_header("Content-Length", str(len(reply) + (code == 0)))
                 self.end_headers()
                 self.wfile.write(reply)
 
@@ -53,7 +56,7 @@ class StandIn:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
 
@@ -121,13 +124,20 @@ def test_prompts_are_those_of_the_data(data: Path) -> None:
 def test_a_judge_that_is_busy_is_asked_again(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "other")
     monkeypatch.setenv("PISSA_JUDGE_KEY", "secret")
-    stand_in.script = [(429, "x"), (500, "x"), (503, "x"), (200, "Rating: [[9]]")]
-    assert Judge(stand_in.url, "gpt-4").ask("system", "prompt") == "Rating: [[9]]"
-    assert len(stand_in.asked) == 4
+    stand_in.script = [*((code, "x") for code in (429, 500, 503, 408, 409, 0)), (200, "Rating: [[9]]")]
+    assert Judge(f"{stand_in.url}/", "gpt-4").ask("system", "prompt") == "Rating: [[9]]"
+    assert len(stand_in.asked) == 7
     last = stand_in.asked[-1]
     assert (last["path"], last["model"], last["temperature"]) == ("/v1/chat/completions", "gpt-4", 0)
-    assert [m["content"] for m in last["messages"]] == ["system", "prompt"]
+    assert [(m["role"], m["content"]) for m in last["messages"]] == [("system", "system"), ("user", "prompt")]
     assert stand_in.headers[-1]["Authorization"] == "Bearer secret"
+    monkeypatch.delenv("PISSA_JUDGE_KEY")
+    stand_in.script = [(200, "")]
+    assert Judge(stand_in.url, "gpt-4").ask("system", "prompt") == ""
+    assert stand_in.headers[-1]["Authorization"] == "Bearer other"
+    for answer in ([], {"choices": []}, {"choices": [None]}, {"choices": ["no"]}):
+        with pytest.raises(UsageError, match="not that of a chat completion"):
+            judge._text(answer, "url")
 
 
 def test_a_key_is_never_shown(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,14 +160,23 @@ def test_the_key_stays_with_the_judge(stand_in: StandIn, monkeypatch: pytest.Mon
     assert len(stand_in.headers) == 1
 
 
-def test_a_wait_that_is_no_number_is_ours(stand_in: StandIn) -> None:
-    stand_in.script, stand_in.wait = [(429, "x")], "nan"
-    assert Judge(stand_in.url, "m").ask("s", "p")
+def test_the_wait_is_the_one_the_judge_asks_for_or_ours(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(judge.time, "sleep", waits.append)
+    for stand_in.wait in ("nan", "Wed, 21 Oct 2015 07:28:00 GMT", "7", "-1", "86400"):
+        stand_in.script = [(429, "x")]
+        assert Judge(stand_in.url, "m").ask("s", "p")
+    assert waits == [0.01, 0.01, 7, 0, judge.LONGEST_WAIT]
+    waits.clear()
+    monkeypatch.setattr(judge, "LONGEST_WAIT", 0.2)
+    with pytest.raises(UsageError, match="cannot be reached"):
+        Judge("http://127.0.0.1:9/v1", "m").ask("s", "p")
+    assert waits == pytest.approx([0.01, 0.02, 0.04, 0.08, 0.16, 0.2, 0.2])
 
 
-def test_a_judge_that_refuses_or_is_away(stand_in: StandIn) -> None:
-    stand_in.otherwise = (401, "x")
-    with pytest.raises(UsageError, match="401"):
+def test_a_judge_that_refuses_or_is_away(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in.otherwise = (401, "no such key")
+    with pytest.raises(UsageError, match="401 Unauthorized: 'no such key'"):
         Judge(stand_in.url, "m").ask("s", "p")
     assert len(stand_in.asked) == 1
     stand_in.otherwise = (500, "x")
@@ -169,8 +188,12 @@ def test_a_judge_that_refuses_or_is_away(stand_in: StandIn) -> None:
     with pytest.raises(UsageError, match="cannot be reached"):
         Judge("http://127.0.0.1:9/v1", "m").require()
     Judge(stand_in.url, "m").require()
-    with pytest.raises(UsageError, match="cannot be reached"):
-        Judge("http://127.0.0.1:9/v1", "m").ask("s", "p")
+    asked: list[Any] = []
+    monkeypatch.setattr(judge.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(judge.socket, "create_connection", lambda to, timeout: asked.append(to) or nullcontext())
+    for scheme in ("http", "https"):
+        Judge(f"{scheme}://judge.test/v1", "m").require()
+    assert asked == [("judge.test", 80), ("judge.test", 443)]
 
 
 def test_both_turns_are_judged_and_an_interruption_costs_nothing(
