@@ -70,6 +70,11 @@ def test_a_task_of_ones_own(run: str, pissa: Callable[..., Any], tmp_path: Path)
     samples = [json.loads(line) for line in (kept / "samples.jsonl").read_text().splitlines()]
     assert result["n"] == len(samples) == 6 and result["metric"].startswith("acc ")
     assert result["score"] == pytest.approx(sum(sample["acc"] for sample in samples) / 6)
+    assert (
+        result["stderr"]
+        == result["figures"]["acc_stderr,none"]
+        == pytest.approx((result["score"] * (1 - result["score"]) / 5) ** 0.5)
+    )
     assert pissa("merge", run).code == 0 and "own_choice" in (Path(run) / "merged" / "README.md").read_text()
     (folder / "two.yaml").write_text(FILTERS.format(file=file))
     outcome = pissa("eval", run, "--bench", "lm_eval:own_two", "--data", f"lm_eval:own_two={folder}", "--json")

@@ -25,7 +25,7 @@ from pissa_cli.batches import padding
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.generate import generate
 from pissa_cli.initialize import initialize
-from pissa_cli.optim import learning_rate
+from pissa_cli.optim import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
 from pissa_cli.peft_files import read_peft
 from pissa_cli.reached import result_of
 from pissa_cli.recipe import TrainSection
@@ -34,7 +34,7 @@ from pissa_cli.rundir import Run
 from pissa_cli.steps import count_steps, step_examples
 from pissa_cli.train import train
 from pissa_cli.trained import load_result
-from pissa_cli.weights import load_tensors
+from pissa_cli.weights import load_tensors, save_tensors
 
 Make = Callable[..., Any]
 
@@ -189,6 +189,34 @@ def test_schedules_are_those_of_transformers_after_the_warmup(schedule: str, war
         assert learning_rate(step, steps, section, 0.5) == pytest.approx(wanted, abs=1e-12)
         optimizer.step()
         oracle.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "paged-adamw-8bit"])
+def test_what_an_optimizer_has_is_put_back(name: str, recipe: Make, tmp_path: Path) -> None:
+    """In the same one, and in a new one; a parameter that no gradient had reached begins anew. 8 bits from 4096 on."""
+    made = recipe(tmp_path, f"train.optimizer={name}", "train.weight_decay=0.25")
+    names = {torch.nn.Parameter(torch.randn(64, 128)): f"layer{number}.A" for number in range(3)}
+
+    def steps(optimizer: torch.optim.Optimizer, reached: int) -> list[torch.Tensor]:
+        for parameter in list(names)[:reached]:
+            parameter.grad = parameter.detach().sin()
+        for _ in range(2):
+            optimizer.step()
+        optimizer.zero_grad()
+        return [parameter.detach().clone() for parameter in names]
+
+    same = make_optimizer(names, made)
+    settings = [[group[key] for key in ("lr", "ratio", "weight_decay", "betas", "eps")] for group in same.param_groups]
+    assert settings == [[made.lr, 1.0, 0.25, (0.9, 0.999), 1e-8]]
+    before = steps(same, 2)
+    save_tensors(tmp_path / "state.safetensors", optimizer_tensors(same, names, True))
+    wanted = steps(same, 3)
+    for optimizer in (same, make_optimizer(names, made)):
+        with torch.no_grad():
+            for parameter, value in zip(names, before, strict=True):
+                parameter.copy_(value)
+            restore_optimizer(optimizer, names, load_tensors(tmp_path / "state.safetensors"))
+        assert all(map(torch.equal, steps(optimizer, 3), wanted))
 
 
 def test_the_environment_does_not_divide_gradients(
