@@ -22,6 +22,7 @@ from pissa_cli import assembly, loss
 from pissa_cli import train as loop
 from pissa_cli import trainer as module
 from pissa_cli.batches import padding
+from pissa_cli.checkpoint import lowest_held_out, remove_old
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.generate import generate
 from pissa_cli.initialize import initialize
@@ -353,6 +354,18 @@ def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(
     losses = iter([0.5])
     assert "lowest" not in pissa("train", made.output, "--resume", "--set", "train.steps=8", "--json").json
     assert [p.name for p in kept.iterdir()] == ["step-8"]
+
+
+def test_the_lowest_of_those_that_were_saved_is_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for step in (2, 4, 6):
+        (run.checkpoints / f"step-{step}").mkdir(parents=True)
+    said = [{"step": step, "loss": 1.0, "eval_loss": float(step), "eval_set": "a"} for step in range(1, 7)]
+    run.metrics.write_text("".join(json.dumps(event) + "\n" for event in said))
+    assert lowest_held_out(run) == (1, 1.0)
+    for best_as_well, kept in ((True, ["step-2", "step-6"]), (False, ["step-6"])):
+        remove_old(run, 1, best_as_well)
+        assert sorted(folder.name for folder in run.checkpoints.iterdir()) == kept
 
 
 def test_a_diverging_run_stops_with_a_reason(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
