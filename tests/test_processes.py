@@ -392,6 +392,19 @@ def test_what_accelerate_launches_goes_on_in_one_process_and_back(
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
             "offload_param_device = cpu is not supported",
         ),
+        *(
+            ({"ACCELERATE_USE_DEEPSPEED": "true", f"ACCELERATE_{name}": value}, f" = {value} is not supported")
+            for name, value in (
+                ("DEEPSPEED_CONFIG_FILE", "own.json"),
+                ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "nvme"),
+                ("GRADIENT_ACCUMULATION_STEPS", "4"),
+                ("GRADIENT_CLIPPING", "0.5"),
+            )
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "FSDP's activation checkpointing .* is not supported",
+        ),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP version 1 is not supported"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
@@ -406,3 +419,22 @@ def test_what_accelerate_asks_for_in_vain_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         asked_by_accelerate()
+
+
+@pytest.mark.parametrize(
+    ("environment", "layout"),
+    [
+        ({}, None),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_GRADIENT_CLIPPING": "none"}, "zero-2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "zero-2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero-3"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}, "fsdp2"),
+    ],
+)
+def test_what_accelerate_asks_for_is_done_here(
+    environment: dict[str, str], layout: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By it nothing is spread once more."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert asked_by_accelerate() == layout and asked_by_accelerate() is None
