@@ -237,7 +237,7 @@ def _put_in_place(temporary: Path, final: Path, aside: Path) -> None:
             for path in sorted(temporary.iterdir(), key=lambda path: path.name in LAST):
                 path.rename(final / path.name)
             return
-        if final.is_dir() and any(final.iterdir()):
+        if final.is_dir():
             final.rename(aside)
         temporary.rename(final)
         shutil.rmtree(aside, ignore_errors=True)
@@ -280,8 +280,8 @@ def set_aside(path: Path) -> Path:
 
 
 def _sync(folder: Path) -> None:
-    """Bring a folder's files to the disk, so that the rename never outruns their content."""
-    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
+    """Bring all that is in a folder to the disk, so that the rename never outruns it."""
+    for path in [*(p for p in folder.rglob("*") if p.is_file() or p.is_dir()), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

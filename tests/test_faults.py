@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from pissa_cli import train as module
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.faults import IN_A_ROW, Faults
 from pissa_cli.initialize import initialize, open_run
-from pissa_cli.rundir import Run, locked, whole_folder
+from pissa_cli.rundir import Run, locked, whole_folder, write_text
 from pissa_cli.train import train
 from pissa_cli.trained import read_checkpoint
 
@@ -237,6 +238,50 @@ def test_folders_that_are_there_are_filled(
     assert open_run(made)[0].exists() and output.is_symlink() == (place in ("link", "dangling"))
     assert sorted(path.name for path in output.iterdir()) == ["init", "manifest.json", "recipe.yaml"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [other.name]
+
+
+def test_a_folder_has_its_name_when_all_of_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New, in place of another, and within one that is empty, where what it is known by comes last."""
+    final, synced, moved = tmp_path / "final", list[int](), list[Path]()
+    rename, sync = Path.rename, os.fsync
+
+    def move(path: Path, target: Path) -> Path:
+        inside = [path, *path.rglob("*"), *([path.parent] if path.parent != tmp_path else [])]
+        assert ".aside" in target.name or {one.stat().st_ino for one in inside} <= set(synced)
+        moved.append(target)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino) or sync(descriptor))
+    monkeypatch.setattr(Path, "rename", move)
+    for names in (["old"], ["config.json", "init/x", "manifest.json", "z"], ["manifest.json", "z"]):
+        with whole_folder(final) as folder:
+            (folder / "init").mkdir()
+            for name in names:
+                (folder / name).write_text(name)
+        assert {path.name for path in final.iterdir()} == {"init", *(name for name in names if "/" not in name)}
+        assert [path.name for path in tmp_path.iterdir()] == ["final"]
+        if len(names) > 2:
+            shutil.rmtree(final)
+            final.mkdir()
+            moved.clear()
+    assert sorted(path.name for path in moved[:-1]) == ["init", "z"] and moved[-1].name == "manifest.json"
+    monkeypatch.undo()
+    final.rename(tmp_path / ".final.aside")  # as a process that is killed in between leaves it
+    with pytest.raises(KeyboardInterrupt), whole_folder(final):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["final"] and (final / "manifest.json").is_file()
+
+
+def test_a_file_is_as_before_where_it_cannot_be_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "x", "before")
+
+    def full(_path: Path, _target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(PissaError, match="x: "):
+        write_text(tmp_path / "x", "after")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "before")]
 
 
 def test_locks_that_a_killed_process_left_are_cleared_and_held_ones_stay(
