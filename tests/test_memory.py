@@ -187,10 +187,26 @@ def test_processes_hold_gradients_twice_and_share_the_batch(models: Callable[[st
     sets = (*BASE, f"data.max_length={LENGTH}", "train.batch_size=16")
     made = recipe(models("llama"), *sets)
     plan = make_plan(made, resolve_base(made.model))
-    one, two, eight = (forecast(made, plan, processes).bytes for processes in (1, 2, 8))
+    one, two, five, eight = (forecast(made, plan, processes).bytes for processes in (1, 2, 5, 8))
     assert one["gradients"] == 4 * plan.num_trainable(made)
     assert two["gradients"] == 2 * one["gradients"]
     assert one["activations"] / eight["activations"] == pytest.approx(2, rel=0.1)
+    assert one["activations"] == pytest.approx(five["activations"], rel=0.1), "some of them have four"
+    assert eight["gradients"] == one["gradients"], (
+        "of a step with one micro-batch none are there before its backward pass"
+    )
+
+
+def test_loading_takes_the_files_as_well_where_their_dtype_is_another(
+    models: Callable[[str], Path], recipe: Make
+) -> None:
+    for bits, at_first in ((16, 4 + 2), (32, 0)):
+        short = ("data.max_length=16", "train.micro_batch_size=1", f"model.bits={bits}", "adapter.rank=4")
+        made = recipe(models("llama"), *short)
+        plan = make_plan(made, resolve_base(made.model))
+        found = forecast(made, plan, 1).bytes
+        assert bool(found["loading"]) == bool(at_first)
+        assert not at_first or found["total"] - found["libraries"] == pytest.approx(at_first * plan.num_total, rel=1e-3)
 
 
 def test_processes_that_share_a_model_hold_their_part(models: Callable[[str], Path], recipe: Make) -> None:

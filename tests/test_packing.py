@@ -83,6 +83,19 @@ def test_a_leak_shows_whatever_the_first_example(first: int, leaking: PreTrained
     assert not packs(made, leaking.bfloat16(), examples, 0)
 
 
+def test_a_leak_is_looked_for_at_both_ends_of_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "EDGE", 2)
+
+    def keeps(input_ids: Tensor, logits_to_keep: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=input_ids[:, logits_to_keep])
+
+    for forward in (keeps, lambda input_ids, **_: SimpleNamespace(logits=input_ids)):
+        model: Any = type("Model", (), {"forward": staticmethod(forward), "__call__": lambda _, **k: _.forward(**k)})()
+        for length, places in ((10, [3, 4, 8, 9]), (6, [3, 4, 5])):
+            found = guards._logits_from(model, 3, torch.arange(length)[None], torch.arange(length)[None])
+            assert found.tolist() == [places]
+
+
 def test_the_longest_row_is_compared_as_well(recipe: Make) -> None:
     """Llama 4 counts positions by their place in the row, and heats attention up from some length on."""
     torch.manual_seed(0)
