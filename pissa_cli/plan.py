@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
@@ -22,6 +23,9 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.tensor_names import lost_in_peft
 from pissa_cli.weights import Weights
 
+STACKED = ("DbrxExpertGLU",)
+"""Modules that hold the matrices of their experts one below the other, in 2-D."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -29,7 +33,7 @@ class Plan:
 
     folder: the base on disk. linears: its linear layers. num_total: its parameters. vocabulary: rows of its output
     head, 0 without one. targets: the layers that get an adapter; ranks, scales: r and s of each, by name. left_out:
-    what gets none for its 3-D or shared weights. peft_targets: see `model.peft_targets`. heads: the parts of a
+    what can get none (`_without_adapter`). peft_targets: see `model.peft_targets`. heads: the parts of a
     classifier's head. num_whole: numbers that train beside the adapter. lost_in_peft: targets that stock PEFT does not
     find in the adapter's files.
     """
@@ -109,7 +113,6 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     trained = {id(p): p.numel() for module in whole.values() for p in module.parameters(recurse=False)}
     adaptable = {layer.expert.module for layer in linears if method.experts and layer.expert is not None}
     modules = [layer.name for layer in targets if layer.expert is None and method.peft_type != "VERA"]
-    left_out = sorted((holders_of_3d_weights(model) - adaptable) | shared_layers(model))
     return Plan(
         folder,
         linears,
@@ -118,12 +121,27 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         targets=targets,
         ranks=ranks,
         scales=scales,
-        left_out=left_out,
+        left_out=sorted(_without_adapter(model, linears) - adaptable),
         peft_targets=peft_targets(ranks, linears, model, method.peft_type),
         heads=head_names(model),
         num_whole=sum(trained.values()),
         lost_in_peft=lost_in_peft(model, modules),
     )
+
+
+def _without_adapter(model: PreTrainedModel, linears: list[Linear]) -> set[str]:
+    """The names of what holds matrices and gets no adapter, or one for each expert: stacked and shared weights, layers
+    that are bypassed, and linear layers that compute otherwise. Routers and heads do not count."""
+    known, output = {layer.name for layer in linears}, model.get_output_embeddings()
+    others = {
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in STACKED
+        or (isinstance(module, nn.Linear) and type(module) is not nn.Linear and module is not output)
+    }
+    others = {name for name in others - known if name.split(".")[0] not in head_names(model)}
+    bypassed = {layer.name for layer in linears if layer.bypassed}
+    return holders_of_3d_weights(model) | shared_layers(model) | bypassed | others
 
 
 def _require_trainable(model: PreTrainedModel, recipe: Recipe, folder: Path) -> None:

@@ -75,9 +75,22 @@ def save_picture(figure: Any, picture: Path) -> None:
 
 
 def notes_of(manifest: dict[str, Any]) -> list[str]:
-    """Of a start, for the person watching: the layers that stay dense, and those that stock PEFT does not find."""
-    notes = left_dense(manifest.get("kept_dense", [])), left_by_peft(manifest.get("lost_in_peft", []))
+    """Of a start, for the person watching: what gets no adapter, the layers that stay dense, and those that stock PEFT
+    does not find."""
+    notes = (
+        left_without_adapter(manifest.get("left_out", [])),
+        left_dense(manifest.get("kept_dense", [])),
+        left_by_peft(manifest.get("lost_in_peft", [])),
+    )
     return [note for note in notes if note is not None]
+
+
+def left_without_adapter(names: list[str]) -> str | None:
+    """A line about parts of a model that can get no adapter; None if there are none."""
+    if not names:
+        return None
+    what = names[0] if len(names) == 1 else f"{names[0]}, ... ({len(names)} in all)"
+    return f"no adapter for stacked or shared weights, or those of no plain linear layer: {what}"
 
 
 def left_dense(names: list[str]) -> str | None:

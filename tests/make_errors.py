@@ -37,7 +37,7 @@ NOTED = {
     "examples": ("notes",),
     "guards": ("schedule_change",),
     "heads": ("head_note",),
-    "report": ("left_by_peft",),
+    "report": ("left_without_adapter", "left_by_peft"),
     "classification": ("class_counts",),
     "evals.gsm8k": ("other_form",),
 }

@@ -19,8 +19,11 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    DbrxConfig,
     Gemma3Config,
     GraniteMoeConfig,
+    MambaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Zamba2Config,
 )
@@ -282,6 +285,33 @@ def test_what_peft_cannot_hold_is_refused(sets: str, message: str, models: Calla
         make_plan(recipe(models("qwen3_moe"), sets), models("qwen3_moe"))
 
 
+@pytest.mark.parametrize(
+    ("config", "left_out"),
+    [
+        (  # its experts lie one below the other in 2-D
+            DbrxConfig(
+                vocab_size=512,
+                d_model=64,
+                n_heads=4,
+                n_layers=1,
+                attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+                ffn_config={"hidden_size": 64, "ffn_hidden_size": 64},
+            ),
+            ["transformer.blocks.0.ffn.experts.mlp"],
+        ),
+        (
+            MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=1),
+            [f"backbone.layers.0.mixer.{kind}" for kind in ("dt_proj", "out_proj", "x_proj")],
+        ),
+    ],
+)
+def test_no_matrix_is_left_out_without_a_word(
+    config: PreTrainedConfig, left_out: list[str], recipe: Make, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path / "base")
+    assert make_plan(recipe(tmp_path / "base", "adapter.rank=4"), tmp_path / "base").left_out == left_out
+
+
 def test_experts_do_not_train_whole(models: Callable[[str], Path], recipe: Make) -> None:
     for bits in (4, 16):
         made = recipe(models("qwen3_moe"), "adapter.modules_to_save=[experts]", f"model.bits={bits}")
@@ -298,10 +328,10 @@ def test_weights_that_get_no_adapter_are_named(
     folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "granite")
     outcome = pissa("init", "--model", folder, "--bits", 4, "--rank", 4, "--output", tmp_path / "run")
     assert outcome.code == 0
-    assert (
-        "get no adapter, as 3-D or shared weights that pissa cannot take: model.layers.0.block_sparse_moe"
-        in outcome.err
-    )
+    told = "no adapter for stacked or shared weights, or those of no plain linear layer: model.layers.0.block_sparse"
+    assert told in outcome.err
+    outcome = pissa("train", "--model", folder, "--rank", 4, "-o", tmp_path / "trained", "--set", f"data.train={rows}")
+    assert outcome.code == 0 and told in outcome.err
     outcome = pissa("init", "--model", models("qwen2_moe"), "--bits", 4, "--rank", 4, "--json", "-o", tmp_path / "moe")
     assert outcome.json["kept_dense"] == ["model.layers.1.mlp.shared_expert_gate"]
     assert not any("shared_expert_gate" in layer["name"] for layer in outcome.json["layers"])

@@ -19,6 +19,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
     from pissa_cli.memory import forecast
     from pissa_cli.model import SMALL_FILES, resolve_base
     from pissa_cli.plan import make_plan
+    from pissa_cli.report import left_without_adapter
 
     recipe, rows = loaded.recipe, listing(loaded)
     planned = make_plan(recipe, resolve_base(recipe.model, SMALL_FILES))
@@ -49,7 +50,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
         "",
         f"{result['trainable']:,} parameters train, the base has {result['parameters']:,} ({share:.2%}); adapters in "
         f"{result['layers']} layers of {planned.folder}",
-        *([f"3-D or shared weights that get no adapter: {', '.join(planned.left_out)}"] if planned.left_out else []),
+        *filter(None, [left_without_adapter(planned.left_out)]),
         *(["ranks are chosen at init from the spectra; counted here: rank 1"] if auto else []),
         *([_steps_line(*steps, recipe.train.batch_size)] if steps else []),
         _memory_line(memory, processes),

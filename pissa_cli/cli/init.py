@@ -66,9 +66,6 @@ def init_command(
     result = {"path": recipe.output, **manifest, "summary": rows}
     for line in notes_of(manifest):
         show.say(line)
-    if names := manifest.get("left_out", []):
-        note = f"get no adapter, as 3-D or shared weights that {recipe.adapter.method} cannot take"
-        show.say(f"{note}: {names[0]}{f', ... ({len(names)} in all)' if len(names) > 1 else ''}")
     counts = ""
     if "trainable" in manifest:
         counts = f"; {manifest['trainable']:,} numbers train (LoRA of rank 16: {manifest['trainable_lora_r16']:,})"
