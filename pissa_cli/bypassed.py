@@ -1,4 +1,4 @@
-"""Linear layers whose weight a model takes past the layer, and past an adapter in its place."""
+"""Linear layers whose weight a model takes past the layer, and past an adapter or NF4 in its place."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ def is_bypassed(holder: nn.Module, kind: str) -> bool:
     reads = re.search(rf"\bself\.{re.escape(kind)}\.weight\b(?!\.(dtype|device|shape))", code) is not None
     rescaled = (type(holder).__name__, kind) in RESCALED
     return rescaled or kind in CLAMPED or (reads and (hasattr(holder, "A_log") or f"self.{kind}(" not in code))
+
+
+def casts_to(holder: nn.Module, kind: str) -> bool:
+    """Whether the code of a module casts to the dtype of the weight of its layer `kind`, which in NF4 is that of bytes
+    (what HY-V4 and dots3 choose tokens by, gates of Inkling 2)."""
+    return re.search(rf"\.to\((dtype=)?self\.{re.escape(kind)}\.weight\.dtype\)", _code(type(holder))) is not None  # type: ignore[arg-type]
 
 
 @functools.cache

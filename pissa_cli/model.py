@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
-from pissa_cli.bypassed import is_bypassed
+from pissa_cli.bypassed import casts_to, is_bypassed
 from pissa_cli.configuration import context_of, read_config
 from pissa_cli.errors import UsageError, first_line, in_one_line
 from pissa_cli.experts import EXPERT_PARAMETERS, Expert, expert_layers, peft_remaps
@@ -46,8 +46,8 @@ class Linear:
 
     name: of the module; tensor: of its weight on disk. num_out, num_in: the weight is (out, in), on disk (in, out) if
     `transposed`, as GPT-2's Conv1D and embeddings are. embedding: the linear map of one-hot vectors, out = its width,
-    in = the size of the vocabulary. bypassed: see `is_bypassed`. dense: transformers never stores it in NF4, or cannot
-    read it back. expert: the matrix of an expert that it is, if it is one.
+    in = the size of the vocabulary. bypassed: see `is_bypassed`. dense: transformers never stores it in NF4, cannot
+    read it back, or `casts_to` its dtype. expert: the matrix of an expert that it is, if it is one.
     """
 
     name: str
@@ -170,10 +170,11 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
                         f"{tuple(shape)}",
                         "the weights and config.json do not belong together; download the model again",
                     )
-            holder, _, kind = name.rpartition(".")
-            bypassed = not embedding and is_bypassed(model.get_submodule(holder), kind)
-            dense = subclass or name.endswith((*UNREAD, *(model._keep_in_fp32_modules or ())))
-            layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding, bypassed, dense))
+            parent, _, kind = name.rpartition(".")
+            holder = model.get_submodule(parent)
+            bypassed = not embedding and is_bypassed(holder, kind)
+            dense = name.endswith((*UNREAD, *(model._keep_in_fp32_modules or ()))) or casts_to(holder, kind)
+            layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding, bypassed, subclass or dense))
     for name, expert, shape in expert_layers(model):
         packed = weights is not None and f"{name}.weight.absmax" in weights.files
         if weights is None or packed or weights.shapes.get(f"{name}.weight") == tuple(shape):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from test_start import started
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     FalconConfig,
     FalconMambaConfig,
@@ -36,7 +37,7 @@ from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer, as_lora
 from pissa_cli.attach import attach, lowrank_layers
-from pissa_cli.bypassed import is_bypassed
+from pissa_cli.bypassed import casts_to, is_bypassed
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.merge import merge
 from pissa_cli.model import Linear, linear_layers, match_targets, peft_targets
@@ -402,3 +403,43 @@ def test_peft_gets_full_names_where_a_short_one_is_of_another_module() -> None:
     adapted = get_peft_model(model, LoraConfig(r=2, **found))
     names = {name.removeprefix("base_model.model.") for name, m in adapted.named_modules() if hasattr(m, "lora_A")}
     assert names == {layer.name for layer in layers} and "model.layers.0.extra.0" in names
+
+
+def test_a_layer_to_whose_dtype_a_model_casts_stays_dense(
+    recipe: Callable[..., Any], rows: Path, tmp_path: Path
+) -> None:
+    """HY-V4 chooses the tokens to attend to by a layer's output for x in the dtype of its weight: in NF4 that was x in
+    bytes, and `merge` found another model."""
+    config = CONFIG_MAPPING["hy_v4"](
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        layer_types=["indexed_attention"],
+        mlp_layer_types=["dense"],
+        indexer_types=["full"],
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=64,
+        kv_lora_rank=64,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        index_n_heads=4,
+        index_head_dim=32,
+        index_topk=4,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    assert casts_to(model.model.layers[0].self_attn.indexer, "weights_proj")
+    assert not casts_to(model.model.layers[0].self_attn.indexer, "wk")
+    folder = save_model(model, tmp_path / "base")
+    made = recipe(
+        folder, "model.bits=4", "train.precision=fp32", "adapter.rank=4", f"data.train={rows}", "train.steps=1"
+    )
+    train(made)
+    merge(made)
