@@ -33,6 +33,7 @@ from pissa_cli.guards import (
     require_causal,
     require_padding_unseen,
     require_same_loss,
+    runs_in_bf16,
 )
 from pissa_cli.initialize import read_start, require_base
 from pissa_cli.kernels import compile_blocks, misses_liger, use_liger, wants_liger
@@ -79,12 +80,13 @@ def assemble(
     if device.type != "cpu":  # which Accelerate calls cpu:0, and to() would copy every weight
         model.to(device)
     _take_kernels(recipe, model, examples, pad_id, watch)
-    packed = _look_at_layout(recipe, model, examples, pad_id, watch)
-    if isinstance(recipe.adapter, FullOptions):
-        model.requires_grad_(True)
-    else:
-        probe = partial(probe_loss, recipe, model, examples, pad_id, packed)
-        _add_adapter(manifest, recipe, model, probe, fresh, apart=layout == "zero-3")
+    with runs_in_bf16(model, recipe.precision):
+        packed = _look_at_layout(recipe, model, examples, pad_id, watch)
+        if isinstance(recipe.adapter, FullOptions):
+            model.requires_grad_(True)
+        else:
+            probe = partial(probe_loss, recipe, model, examples, pad_id, packed)
+            _add_adapter(manifest, recipe, model, probe, fresh, apart=layout == "zero-3")
     head = model.get_output_embeddings()
     trains_head = head is not None and head.weight.requires_grad
     aside = (experts and not alone) or layout == "zero-3"  # neither finds it outside of the model

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from pissa_cli.batches import collate, on_device
-from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.errors import PissaError, UsageError, first_line
 from pissa_cli.examples import Examples
 from pissa_cli.initialize import open_run
 from pissa_cli.inputs import require_start
@@ -79,6 +80,20 @@ def require_context(name: str, examples: Examples, context: int | None) -> None:
             f"{name}: the longest example has {longest} tokens, the model sees {context}",
             f"set data.max_length to {context} or less",
         )
+
+
+@contextmanager
+def runs_in_bf16(model: PreTrainedModel, precision: str) -> Iterator[None]:
+    """Where a model runs first: UsageError if its code mixes bf16 with fp32 of its own (XLNet's, xLSTM's)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if precision != "bf16" or not re.search("dtype|scalar type", str(error)):
+            raise
+        raise UsageError(
+            f"{type(model).__name__}: transformers' code of it does not run in bf16 ({first_line(error)})",
+            "set model.bits to 32; with 4 bits, train.precision to fp32",
+        ) from None
 
 
 @torch.no_grad()

@@ -187,11 +187,12 @@ def test_the_rounding_of_a_new_head_is_no_padding(change: float, refused: bool, 
         require_padding_unseen(made, Rounded(), examples, 0)  # type: ignore[arg-type]
 
 
-def test_what_sees_its_padding_is_refused(classifier: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "told"), [(32, "changes with the padding"), (16, "does not run in bf16")])
+def test_what_sees_its_padding_is_refused(bits: int, told: str, classifier: Callable[..., Any], tmp_path: Path) -> None:
     shape = {"vocab_size": 512, "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}
     folder = save_model(AutoModel.from_config(XLNetConfig(**shape)), tmp_path / "xlnet")
-    with pytest.raises(UsageError, match="changes with the padding"):
-        train(classifier(folder, "model.bits=32", "adapter.targets=[layer_1]"))
+    with pytest.raises(UsageError, match=told):
+        train(classifier(folder, f"model.bits={bits}", "adapter.targets=[layer_1]"))
 
 
 @pytest.mark.parametrize("bits", [16, 32])
