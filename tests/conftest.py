@@ -34,6 +34,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+import pissa_cli.report
 from pissa_cli.recipe_file import load
 
 pytest_plugins = ["classifiers"]
@@ -133,6 +134,23 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     import pissa_cli.sets
 
     pytest.MonkeyPatch().setattr(pissa_cli.sets, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
+
+
+@pytest.fixture(autouse=True)
+def _unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a training draws is put together and not rendered, a fifth of its time, but in tests that use `rendered`."""
+    if "rendered" not in request.fixturenames:
+
+        def save(figure: Any, picture: Path) -> None:
+            pissa_cli.report.drawing().close(figure)
+            picture.touch()
+
+        monkeypatch.setattr(pissa_cli.report, "save_picture", save)
+
+
+@pytest.fixture
+def rendered() -> None:
+    """Of a test that needs pictures as they are."""
 
 
 @pytest.fixture(scope="session")

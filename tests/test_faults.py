@@ -44,6 +44,7 @@ def without_updates(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(module, "update", lambda *args: None if next(count) in steps else original(*args))
 
 
+@pytest.mark.usefixtures("rendered")
 @pytest.mark.parametrize(("policy", "lost"), [("skip", {7}), ("rollback", {6, 7})])
 def test_a_fault_is_left_out_or_taken_back(
     policy: str, lost: set[int], models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path

@@ -36,6 +36,8 @@ from pissa_cli.recipe import EvalSection
 from pissa_cli.recipe_file import dump, load
 from pissa_cli.steps import count_steps
 
+pytestmark = pytest.mark.usefixtures("rendered")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

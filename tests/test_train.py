@@ -40,6 +40,7 @@ from pissa_cli.weights import load_tensors, save_tensors
 Make = Callable[..., Any]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_loss_falls_and_everything_is_recorded(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
     made = recipe(
         models("llama"), *BASE, f"data.train={rows}", f"data.eval={rows}", "train.steps=12", "train.eval_every=6"
