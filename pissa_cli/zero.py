@@ -39,6 +39,8 @@ def initialize(
         except ImportError as error:
             raise UsageError("accelerate: DeepSpeed is not installed", "pip install 'pissa[deepspeed]'") from error
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if device.type == "cpu":  # where it compiles, for a minute, what only inference would call
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if stage == 3:
         for layer in (module for module in model.modules() if isinstance(module, LowRank)):
