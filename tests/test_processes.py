@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MOE_CONFIGS, make_model, save_model
+from forks import train_together
 from runs import BASE, adapter, events, same
 from transformers import AutoModelForCausalLM, BigBirdConfig, SiglipVisionConfig, SiglipVisionModel
 
@@ -30,28 +31,13 @@ from pissa_cli.sharding import asked_by_accelerate
 from pissa_cli.train import train
 from pissa_cli.weights import load_tensors
 
-LOOP = """
-import os
-import sys
-from pathlib import Path
-from pissa_cli.recipe_file import load
-from pissa_cli.rundir import Run
-from pissa_cli.train import train
-from pissa_cli.process import process_state
-asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")
-for name in sys.argv[1:]:
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
-    recipe = load(name, {}).recipe
-    train(recipe, resume=Run(Path(recipe.output)).exists())
-process_state().destroy_process_group()
-"""
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 CLOSE = 1e-4
 """Of an adapter's norm. AdamW divides by the size of the gradient: where that is a rounding error, so is the step,
 and one element of one layer can be 2e-5 away (measured: 1.7e-5) with all others at 1e-7. With AdamW's count of steps
 off by one they are 2e-3 away and more."""
 WAYS = ("one", "two")
-STEPS = int(os.environ.get("PISSA_TEST_STEPS", "12"))
+STEPS = int(os.environ.get("PISSA_TEST_STEPS", "7"))
 RUNS = {
     "lora": ["adapter={method: lora, rank: 4}"],
     "pissa": [],
@@ -84,45 +70,58 @@ def result(recipe: Any) -> dict[str, Any]:
     return load_tensors(merged) if merged.is_file() else adapter(recipe)
 
 
+@pytest.fixture(scope="module")
+def alone() -> Callable[[Any], tuple[dict[str, Any], list[Any], list[Any]]]:
+    """What a training in this process gives: tensors, losses, held-out losses. Made once, whatever the folder."""
+    made: dict[str, Any] = {}
+
+    def figures(recipe: Any) -> tuple[dict[str, Any], list[Any], list[Any]]:
+        key = recipe.model_copy(update={"output": ""}).model_dump_json()
+        if key not in made:
+            train(recipe)
+            made[key] = (result(recipe), *losses(recipe))
+        return made[key]  # type: ignore[no-any-return]
+
+    return figures
+
+
+def losses(recipe: Any) -> tuple[list[Any], list[Any]]:
+    """Of the steps, and held out."""
+    seen = events(recipe)
+    return [event["loss"] for event in seen], [event["eval_loss"] for event in seen if "eval_loss" in event]
+
+
 @pytest.mark.parametrize("layout", ["copies", "fsdp2", "zero-2", "zero-3"])
-def test_two_processes_are_one(models: Callable[[str], Path], rows: Path, tmp_path: Path, layout: str) -> None:
+def test_two_processes_are_one(
+    models: Callable[[str], Path], rows: Path, tmp_path: Path, alone: Callable[..., Any], layout: str
+) -> None:
     """Each with the model in whole (DDP), or with a part of it (FSDP2, DeepSpeed), in memory."""
-    environment = ENVIRONMENT
+    environment = {}
     if layout.startswith("zero"):
         pytest.importorskip("deepspeed")
-        environment = ENVIRONMENT | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": layout[-1]}
+        environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": layout[-1]}
     runs = RUNS if layout == "copies" else RUNS | SHARDED
     if layout == "fsdp2" and torch.__version__ < "2.13":  # which spreads no bytes, and is told so
         runs = {name: sets for name, sets in runs.items() if "model.bits=4" not in sets}
-    made, files = {}, []
+    made = {}
     for name, sets in runs.items():
-        sets = [*sets, f"train.shard={str(layout == 'fsdp2').lower()}"]
+        sets = [one.replace("{rows}", str(rows)) for one in (*sets, f"train.shard={str(layout == 'fsdp2').lower()}")]
         for way in WAYS:
             common = [f"data.train={rows}", f"train.steps={STEPS}", "train.batch_size=5", "train.micro_batch_size=2"]
-            sets = [one.replace("{rows}", str(rows)) for one in sets]
             base = [one for one in BASE if "rank" not in one or "adapter={method: full}" not in sets]
             flags = {("model", "name"): ("--model", str(models("llama")))}
             output = f"output={tmp_path / f'{name}-{way}'}"
             made[name, way] = load(None, flags, [*base, *common, "train.lr=0.003", *sets, output]).recipe
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(dump(made[name, "two"]))
-        files.append(str(file))
-    (tmp_path / "loop.py").write_text(LOOP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "loop.py"), *files], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    train_together([made[name, "two"] for name in runs], 2, tmp_path, environment)
+    assert "built" not in (tmp_path / "process-0.txt").read_text()  # a kernel that nothing calls
     for name in runs:
-        train(made[name, "one"])
-        one, two = (result(made[name, way]) for way in WAYS)
-        losses = [[event["loss"] for event in events(made[name, way])] for way in WAYS]
-        held_out = [[event["eval_loss"] for event in events(made[name, w]) if "eval_loss" in event] for w in WAYS]
-        assert held_out[1] == pytest.approx(held_out[0], rel=1e-5)
-        assert len(losses[0]) == len(losses[1]) == STEPS
-        assert losses[1] == pytest.approx(losses[0], rel=1e-5), name
-        for key, wanted in one.items():
-            assert float((two[key] - wanted).norm() / wanted.norm().clamp_min(1e-30)) < CLOSE, f"{name} {key}"
+        one, wanted, held_out = alone(made[name, "one"])
+        two, (found, also_held_out) = result(made[name, "two"]), losses(made[name, "two"])
+        assert also_held_out == pytest.approx(held_out, rel=1e-5)
+        assert len(wanted) == len(found) == STEPS
+        assert found == pytest.approx(wanted, rel=1e-5), name
+        for key, tensor in one.items():
+            assert float((two[key] - tensor).norm() / tensor.norm().clamp_min(1e-30)) < CLOSE, f"{name} {key}"
 
 
 def test_a_part_that_text_does_not_reach(rows: Path, tmp_path: Path) -> None:
@@ -133,15 +132,10 @@ def test_a_part_that_text_does_not_reach(rows: Path, tmp_path: Path) -> None:
     config = BigBirdConfig(vocab_size=512, **shape, **dropout, is_decoder=True, attention_type="original_full")
     folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "bigbird")
     sets = ["adapter={method: lora, rank: 4}", "train.steps=2", "model.bits=32", f"data.train={rows}"]
-    losses = []
-    for count in ("1", "2"):
-        output = ["--output", str(tmp_path / count), "--processes", count]
-        command = [sys.executable, "-m", "pissa_cli", "train", "--model", str(folder), *output]
-        flags = [word for one in sets for word in ("--set", one)]
-        subprocess.run([*command, *flags], env=ENVIRONMENT, check=True, capture_output=True)
-        lines = (tmp_path / count / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    one, two = (load(None, {}, [f"model.name={folder}", *sets, f"output={tmp_path / way}"]).recipe for way in WAYS)
+    train(one)
+    train_together([two], 2, tmp_path)
+    assert losses(one)[0] == pytest.approx(losses(two)[0], rel=1e-5)
 
 
 def test_only_3d_weights_of_experts_are_experts() -> None:
@@ -300,18 +294,11 @@ def test_a_process_killed_before_the_first_step_is_no_stop(
 
 
 def test_three_processes_go_on_with_the_same_bits(models: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
-    files = []
+    recipes = []
     for name, steps in (("whole", 6), ("halves", 3), ("halves", 6)):
         sets = [*BASE, f"data.train={rows}", "train.schedule=constant", "train.warmup=0", f"train.steps={steps}"]
-        recipe = load(None, {}, [f"model.name={models('llama')}", *sets, f"output={tmp_path / name}"]).recipe
-        files.append(tmp_path / f"{name}-{steps}.yaml")
-        files[-1].write_text(dump(recipe))
-    (tmp_path / "loop.py").write_text(LOOP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "loop.py"), *map(str, files)], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+        recipes.append(load(None, {}, [f"model.name={models('llama')}", *sets, f"output={tmp_path / name}"]).recipe)
+    train_together(recipes, 3, tmp_path)
     assert same(*(adapter(load(str(tmp_path / name), {}).recipe) for name in ("whole", "halves")))
 
 

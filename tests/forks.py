@@ -1,0 +1,73 @@
+"""Processes that need not import: forked from that of the tests, with all that it has read."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from pissa_cli.process import process_state
+from pissa_cli.rundir import Run
+from pissa_cli.train import train
+
+
+def forked(work: Callable[[], Any], log: Path, environment: Mapping[str, str] | None = None) -> int:
+    """Start `work` in a process of its own, which ends with the code that it returns; its id. It prints into `log`."""
+    process = os.fork()
+    if process:
+        return process
+    code: Any = 70
+    try:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        os.environ.update(environment or {})
+        torch.set_num_threads(1)  # those of the process before are not here
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code or 0)
+
+
+def train_together(
+    recipes: Sequence[Any], count: int, folder: Path, environment: Mapping[str, str] | None = None
+) -> None:
+    """Train by each of the recipes, or go on, in `count` processes that speak gloo, as torchrun would start them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)} | dict(environment or {})
+    common |= {"LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
+
+    def work() -> None:
+        for recipe in recipes:
+            os.environ.update(common)  # `train` takes out what was asked of Accelerate
+            train(recipe, resume=Run(Path(recipe.output)).exists())
+        process_state().destroy_process_group()
+
+    logs = [folder / f"process-{rank}.txt" for rank in range(count)]
+    left = {forked(work, log, common | {"RANK": str(n), "LOCAL_RANK": str(n)}): log for n, log in enumerate(logs)}
+    failed = []
+    while left:
+        for process, log in list(left.items()):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                del left[process]
+                if status:
+                    failed.append(log.read_text())
+        if failed:  # the others wait for it
+            for process in left:
+                os.kill(process, 9)
+        time.sleep(0.02)
+    assert not failed, failed[0]
