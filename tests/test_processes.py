@@ -37,6 +37,11 @@ CLOSE = 1e-4
 and one element of one layer can be 2e-5 away (measured: 1.7e-5) with all others at 1e-7. With AdamW's count of steps
 off by one they are 2e-3 away and more."""
 WAYS = ("one", "two")
+ASKED = {
+    "fsdp": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "zero": {"ACCELERATE_USE_DEEPSPEED": "true"},
+}
+"""What `accelerate launch` tells its processes."""
 STEPS = int(os.environ.get("PISSA_TEST_STEPS", "7"))
 RUNS = {
     "lora": ["adapter={method: lora, rank: 4}"],
@@ -99,7 +104,7 @@ def test_two_processes_are_one(
     environment = {}
     if layout.startswith("zero"):
         pytest.importorskip("deepspeed")
-        environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": layout[-1]}
+        environment = ASKED["zero"] | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": layout[-1]}
     runs = RUNS if layout == "copies" else RUNS | SHARDED
     if layout == "fsdp2" and torch.__version__ < "2.13":  # which spreads no bytes, and is told so
         runs = {name: sets for name, sets in runs.items() if "model.bits=4" not in sets}
@@ -344,26 +349,25 @@ def test_what_accelerate_launches_goes_on_in_one_process_and_back(
     def recipe(name: str, steps: int) -> Any:
         return load(None, {}, [*sets, f"train.steps={steps}", f"output={tmp_path / name}"]).recipe
 
-    def launch(name: str, steps: int, *flags: str) -> subprocess.CompletedProcess[str]:
-        file = tmp_path / "recipe.yaml"
-        file.write_text(dump(recipe(name, steps)))
-        configuration = shipped("configs") / "accelerate" / f"{config}.yaml"
-        accelerate = str(Path(sys.executable).with_name("accelerate"))
-        words = ["launch", "--config_file", str(configuration), "--num_processes", "2", "-m", "pissa_cli", "train"]
-        return subprocess.run([accelerate, *words, str(file), *flags], env=ENVIRONMENT, capture_output=True, text=True)
-
     train(recipe("whole", 6))
-    for name, done in (("first", launch("first", 2)), ("last", None)):
-        if done is None:
-            train(recipe(name, 2))
-        else:
-            assert done.returncode == 0, done.stderr
-            assert "in 2 processes that share the model" in done.stderr
-            train(recipe(name, 4), resume=True)
-        done = launch(name, 6, "--resume", "--json")
-        assert done.returncode == 0, done.stderr
-        said = done.stdout[done.stdout.index("{") :]  # Accelerate itself may warn that DeepSpeed found no GPU
-        assert json.loads(said)["steps"] == 6
+    asked = ASKED[config.rstrip("23")] | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": config[-1]}
+    train_together([recipe("first", 2)], 2, tmp_path, asked)
+    train(recipe("first", 4), resume=True)
+    train_together([recipe("first", 6)], 2, tmp_path, asked)
+    train(recipe("last", 2))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump(recipe("last", 6)))
+    configuration = shipped("configs") / "accelerate" / f"{config}.yaml"
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    words = ["launch", "--config_file", str(configuration), "--num_processes", "2", "-m", "pissa_cli", "train"]
+    done = subprocess.run(
+        [accelerate, *words, str(file), "--resume", "--json"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "in 2 processes that share the model" in done.stderr
+    said = done.stdout[done.stdout.index("{") :]  # Accelerate itself may warn that DeepSpeed found no GPU
+    assert json.loads(said)["steps"] == 6
+    for name in ("first", "last"):
         for key, wanted in adapter(recipe("whole", 6)).items():
             assert float((adapter(recipe(name, 6))[key] - wanted).norm() / wanted.norm()) < CLOSE, key
 
