@@ -9,6 +9,7 @@ Every training must end, resumed, with the bits of one that was left alone, and 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -17,7 +18,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import bitsandbytes  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import torch._dynamo  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401  all of them here, not in each of many processes
+from forks import forked
 
 import pissa_cli.train
 from pissa_cli.cli.edge import run_guarded
@@ -61,15 +62,8 @@ def changes(event: str, arguments: tuple[Any, ...], folder: Path) -> bool:
 
 def child(made: Recipe, folder: Path, hook: Callable[[int], None] | None = None) -> int:
     """Start a process that trains, resuming what is there; its id. hook: given the number of each change of files."""
-    sys.stdout.flush()
-    process = os.fork()
-    if process:
-        return process
-    code = 70
-    try:
-        with (folder / "log.txt").open("a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
+
+    def work() -> int:
         count = 0
 
         def audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -82,11 +76,11 @@ def child(made: Recipe, folder: Path, hook: Callable[[int], None] | None = None)
         run = Run(Path(made.output))
         goes_on = run.exists() and any(run.checkpoints.glob("step-*"))
         code = run_guarded(lambda: pissa_cli.train.train(made, resume=goes_on), [])
-        (folder / "count.txt").write_text(str(count))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        with contextlib.suppress(OSError):  # of `disk`
+            (folder / "count.txt").write_text(str(count))
+        return code
+
+    return forked(work, folder / "log.txt")
 
 
 def wait(process: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from pissa_cli.__main__ import main
 from pissa_cli.process import process_state
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
@@ -21,6 +23,7 @@ from pissa_cli.train import train
 
 def forked(work: Callable[[], Any], log: Path, environment: Mapping[str, str] | None = None) -> int:
     """Start `work` in a process of its own, which ends with the code that it returns; its id. It prints into `log`."""
+    log.touch()
     process = os.fork()
     if process:
         return process
@@ -32,13 +35,47 @@ def forked(work: Callable[[], Any], log: Path, environment: Mapping[str, str] | 
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.environ.update(environment or {})
         torch.set_num_threads(1)  # those of the process before are not here
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for state in (AcceleratorState, GradientState, PartialState):
             state._shared_state.clear()
         code = work()
+    except SystemExit as end:
+        code = end.code
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code or 0)
+
+
+def command(*words: Any) -> Callable[[], None]:
+    """`pissa WORDS`, as its entry point runs it."""
+
+    def work() -> None:
+        sys.argv = ["pissa", *map(str, words)]
+        main()
+
+    return work
+
+
+def exit_code(process: int) -> int:
+    """Wait for a process that was forked; minus the signal that ended it. AssertionError if it goes on and on."""
+    ended: list[int] = []
+
+    def over() -> bool:
+        number, status = os.waitpid(process, os.WNOHANG)
+        ended.extend([status] if number else [])
+        return bool(number)
+
+    await_that(over)
+    return os.waitstatus_to_exitcode(ended[0])
+
+
+def await_that(holds: Callable[[], Any], seconds: float = 300) -> None:
+    """Wait until something holds: on a machine that has much else to do that takes its time. AssertionError at last."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, f"not within {seconds} s"
+        time.sleep(0.02)
 
 
 def train_together(
@@ -68,6 +105,6 @@ def train_together(
                     failed.append(log.read_text())
         if failed:  # the others wait for it
             for process in left:
-                os.kill(process, 9)
+                os.kill(process, signal.SIGKILL)
         time.sleep(0.02)
     assert not failed, failed[0]

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEMO, Outcome
+from forks import exit_code, forked
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,6 +36,7 @@ from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals import run as module
 from pissa_cli.evals.generate import ON_CPU, cut, fitting, generate, same_in_batches
+from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.run import evaluate
 from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run, locked
@@ -292,20 +292,6 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(finished: Any, monke
     assert not (folder / ".gsm8k.outputs.jsonl").exists()
 
 
-KILLED = """
-import os, signal, sys
-from pissa_cli.evals import outputs, run
-from pissa_cli.recipe_file import load
-add = outputs.Kept.add
-def dying(self, number, output):
-    add(self, number, output)
-    if len(self.outputs) == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-outputs.Kept.add = dying
-run.evaluate(load(sys.argv[1], {}, ["eval.bench=[gsm8k]", "eval.batch_size=2"]).recipe)
-"""
-
-
 def test_answers_are_kept_for_the_same_settings_alone(
     recipe: Callable[..., Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,7 +329,9 @@ def test_published_figures_stand_beside_greedy_answers_of_the_trained_model(reci
     assert beside("base") == {} == beside("trained", "eval.temperature=0.5")
 
 
-def test_kill_9_loses_no_answer_and_asks_for_none_twice(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_9_loses_no_answer_and_asks_for_none_twice(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = finished.model_copy(update={"eval": finished.eval.model_copy(update={"bench": ["gsm8k"], "batch_size": 2})})
     whole = evaluate(made)["gsm8k"]
     folder = Path(made.output) / "eval"
@@ -355,8 +343,19 @@ def test_kill_9_loses_no_answer_and_asks_for_none_twice(finished: Any, monkeypat
         return generate(model, tokenizer, prompts, *rest)
 
     for died_after in (2, 5):
-        done = subprocess.run([sys.executable, "-c", KILLED, made.output, str(died_after)], capture_output=True)
-        assert done.returncode == -signal.SIGKILL
+
+        def die(died_after: int = died_after) -> None:
+            add = Kept.add
+
+            def dying(self: Kept, *given: Any) -> None:
+                add(self, *given)
+                if len(self.outputs) == died_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            Kept.add = dying  # type: ignore[method-assign]
+            evaluate(made)
+
+        assert exit_code(forked(die, tmp_path / "said")) == -signal.SIGKILL
     kept = (folder / ".gsm8k.outputs.jsonl").read_text().splitlines()[1:]
     assert len(kept) == len({json.loads(line)["key"] for line in kept}) == 5
     monkeypatch.setattr(module, "generate", counted)

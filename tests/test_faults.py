@@ -9,10 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import break_training
 import pytest
 from runs import BASE, adapter, events, same
 
@@ -300,14 +301,17 @@ def test_locks_that_a_killed_process_left_are_cleared_and_held_ones_stay(
     assert not left[2].exists()
 
 
+@pytest.mark.usefixtures("rendered")
 @pytest.mark.parametrize(
-    ("way", "lines"), [("kills 10 7", "10 kills"), ("points 23", "killed before change"), ("disk 23", "disk full")]
+    ("way", "lines"),
+    [
+        (lambda root: break_training.kills(root, 10, 7), "10 kills"),
+        (lambda root: break_training.points(root, 23), "killed before change"),
+        (lambda root: break_training.disk(root, 23), "disk full"),
+    ],
 )
-def test_trainings_that_are_broken_off_end_with_the_same_bits(way: str, lines: str) -> None:
+def test_trainings_that_are_broken_off_end_with_the_same_bits(
+    way: Callable[[Path], Iterator[str]], lines: str, tmp_path: Path
+) -> None:
     """A few of those that the script tries; their number depends on the numbers of files, ten kills on nothing."""
-    script = Path(__file__).with_name("break_training.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *way.split()]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert lines in done.stdout.splitlines()[-1]
+    assert lines in list(way(tmp_path))[-1]

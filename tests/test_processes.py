@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MOE_CONFIGS, make_model, save_model
-from forks import train_together
+from forks import await_that, command, exit_code, forked, train_together
 from runs import BASE, adapter, events, same
 from transformers import AutoModelForCausalLM, BigBirdConfig, SiglipVisionConfig, SiglipVisionModel
 
@@ -158,37 +158,30 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
     words = [word for one in sets for word in ("--set", one)]
     whole = ["train", "--model", str(models("llama")), *words, "--output", str(tmp_path / "whole")]
     assert pissa(*whole).code == 0
-    command = ["train", "--model", str(models("llama")), *words, "--output", str(tmp_path / "out")]
+    again = ["train", "--model", str(models("llama")), *words, "--output", str(tmp_path / "out")]
     started = subprocess.Popen(
-        [sys.executable, "-m", "pissa_cli", *command, "--processes", "2"],
+        [sys.executable, "-m", "pissa_cli", *again, "--processes", "2"],
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
     )
-    run = Run(tmp_path / "out")
-    until = time.monotonic() + 120
-    while not (run.checkpoints / "step-2").is_dir() and time.monotonic() < until:
-        time.sleep(0.05)
+    await_that((Run(tmp_path / "out").checkpoints / "step-2").is_dir)
     victims = _workers(started.pid)
     if victims:
         os.kill(victims[-1], signal.SIGKILL)
-    _, said = started.communicate(timeout=120)
+    _, said = started.communicate(timeout=300)
     assert said.count(b"cut at data.max_length") == 1
     assert b"in 2 processes failed: " in said and b"please report it" not in said
-    outcome = pissa(*command, "--resume", "--json")
+    outcome = pissa(*again, "--resume", "--json")
     assert outcome.code == 0, outcome.err
     one, two = (adapter(load(str(tmp_path / name), {}).recipe) for name in ("whole", "out"))
     for key, wanted in one.items():
         assert float((two[key] - wanted).norm() / wanted.norm()) < CLOSE, key
 
 
-def start_two(model: Path, sets: list[str], output: Path, **options: Any) -> subprocess.Popen[bytes]:
-    """`train --processes 2`, on its way."""
-    command = ["train", "--model", str(model), *(word for one in sets for word in ("--set", one))]
-    return subprocess.Popen(
-        [sys.executable, "-m", "pissa_cli", *command, "--output", str(output), "--processes", "2"],
-        env=ENVIRONMENT,
-        **options,
-    )
+def start_two(model: Path, sets: list[str], folder: Path) -> int:
+    """`train --processes 2` into folder/out, on its way; its process, which prints into folder/said."""
+    words = ["train", "--model", model, *(word for one in sets for word in ("--set", one))]
+    return forked(command(*words, "--output", folder / "out", "--processes", "2"), folder / "said", ENVIRONMENT)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes learn of it from Linux")
@@ -198,38 +191,36 @@ def test_killing_the_command_stops_its_processes(
 ) -> None:
     """They save a checkpoint, as after SIGTERM to one of them."""
     sets = [*BASE, f"data.train={rows}", "train.steps=3000", "train.batch_size=4", "train.save_every=2"]
-    started = start_two(models("llama"), sets, tmp_path / "out", stderr=subprocess.PIPE)
+    started = start_two(models("llama"), sets, tmp_path)
     run = Run(tmp_path / "out")
-    until = time.monotonic() + 120
-    while not (run.checkpoints / "step-2").is_dir() and time.monotonic() < until:
-        time.sleep(0.05)
-    workers = _workers(started.pid)
+    await_that((run.checkpoints / "step-2").is_dir)
+    workers = _workers(started)
     assert len(workers) == 2
     if signaled == "the command":
-        started.kill()
-        started.wait()
+        os.kill(started, signal.SIGKILL)
+        assert exit_code(started) == -signal.SIGKILL
     elif signaled == "the launcher":
         os.kill(int(_fields(Path(f"/proc/{workers[0]}/stat"))[1]), signal.SIGKILL)
-        assert started.wait(120) == 1
+        assert exit_code(started) == 1
     elif signaled == "one of them":
         os.kill(workers[-1], signal.SIGTERM)
-        assert started.wait(120) == 130
+        assert exit_code(started) == 130
     else:
-        started.send_signal(signal.SIGINT)
-        assert b"Traceback" not in started.communicate(timeout=120)[1]
-        assert started.returncode == 130
-    while any(map(_lives, workers)) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not any(map(_lives, workers))
+        os.kill(started, signal.SIGINT)
+        assert exit_code(started) == 130
+        assert "Traceback" not in (tmp_path / "said").read_text()
+    await_that(lambda: not any(map(_lives, workers)))
     steps = len(run.metrics.read_text().splitlines())
     assert steps < 3000 and (run.checkpoints / f"step-{steps}").is_dir()
 
 
 def test_the_launcher_hears_of_one_stop() -> None:
     """After several torchrun does not wait for the processes, whose checkpoint is then lost."""
-    counts = "heard = []; signal.signal(signal.SIGTERM, lambda *_: heard.append(1)); print(flush=True); time.sleep(2)"
+    counts = "heard = []; signal.signal(signal.SIGTERM, lambda *_: heard.append(1)); print(flush=True)"
+    until = "while not heard: time.sleep(0.01)\ntime.sleep(1.5)"  # for others that would come
     child = subprocess.Popen(
-        [sys.executable, "-c", f"import signal, sys, time; {counts}; sys.exit(len(heard))"], stdout=subprocess.PIPE
+        [sys.executable, "-c", f"import signal, sys, time\n{counts}\n{until}\nsys.exit(len(heard))"],
+        stdout=subprocess.PIPE,
     )
     assert child.stdout is not None and child.stdout.readline()
     for number, asks in enumerate((signal.SIGHUP, signal.SIGTERM, signal.SIGTERM)):
@@ -258,27 +249,21 @@ def test_a_second_interrupt_does_not_wait_for_the_step(
     models: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
     sets = [*BASE, f"data.train={rows}", "train.steps=2", "train.batch_size=100000", "train.micro_batch_size=1"]
-    started = start_two(models("llama"), sets, tmp_path / "out", stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 120
-    while not Run(tmp_path / "out").metrics.is_file() and time.monotonic() < until:
-        time.sleep(0.05)
-    workers = _workers(started.pid)
+    started = start_two(models("llama"), sets, tmp_path)
+    await_that(Run(tmp_path / "out").metrics.is_file)
+    workers = _workers(started)
     assert len(workers) == 2
     try:
-        started.send_signal(signal.SIGINT)
+        os.kill(started, signal.SIGINT)
         time.sleep(2)
         assert all(map(_lives, workers))
-        started.send_signal(signal.SIGINT)
-        assert started.wait(20) == 130
-        until = time.monotonic() + 20
-        while any(map(_lives, workers)) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert not any(map(_lives, workers))
+        os.kill(started, signal.SIGINT)
+        assert exit_code(started) == 130  # the step would take half an hour
+        await_that(lambda: not any(map(_lives, workers)))
     finally:
-        for process in (*workers, started.pid):
+        for process in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        started.wait()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes are found by Linux's /proc")
@@ -286,16 +271,15 @@ def test_a_process_killed_before_the_first_step_is_no_stop(
     models: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
     sets = [*BASE, f"data.train={rows}", "train.steps=3000"]
-    started = start_two(models("llama"), sets, tmp_path / "out", stderr=subprocess.PIPE)
-    assert started.stderr is not None
-    next(line for line in started.stderr if line.startswith(b"train: "))
-    first, last = sorted(_workers(started.pid))
+    started, said = start_two(models("llama"), sets, tmp_path), tmp_path / "said"
+    await_that(lambda: "\ntrain: " in f"\n{said.read_text()}")
+    first, last = sorted(_workers(started))
     os.kill(first, signal.SIGSTOP)
     os.kill(last, signal.SIGKILL)
     time.sleep(2)  # the launcher has seen it, and asked the other one to stop
     os.kill(first, signal.SIGCONT)
-    said = started.communicate(timeout=120)[1]
-    assert started.returncode == 1 and b"in 2 processes failed: " in said and b"please report it" not in said
+    assert exit_code(started) == 1
+    assert "in 2 processes failed: " in said.read_text() and "please report it" not in said.read_text()
 
 
 def test_three_processes_go_on_with_the_same_bits(models: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
