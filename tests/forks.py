@@ -47,7 +47,7 @@ def forked(work: Callable[[], Any], log: Path, environment: Mapping[str, str] | 
         os._exit(code or 0)
 
 
-def command(*words: Any) -> Callable[[], None]:
+def entry(*words: Any) -> Callable[[], None]:
     """`pissa WORDS`, as its entry point runs it."""
 
     def work() -> None:

@@ -59,7 +59,7 @@ VARIANTS = {
 }
 RATES = {"vera": 0.1, "svfit": 0.02}
 ARCHITECTURES = ["llama", "qwen2", "gpt2", "uneven", *MOE_CONFIGS]
-SOME = ("llama", "gpt2", "mixtral")  # a plain layer, one stored the other way round, experts
+SOME = ("llama", "gpt2", "uneven", "mixtral")  # a plain layer, one stored the other way round, one left dense, experts
 CASES = [
     (variant, store, architecture)
     for variant in VARIANTS

@@ -21,6 +21,7 @@ import peft
 import pytest
 import torch
 from conftest import Outcome, make_model, save_model
+from forks import entry, exit_code, forked
 from transformers import AutoModel, BartConfig, ReformerConfig, T5Config, ViTConfig
 
 from pissa_cli import inputs, recipe_file
@@ -626,13 +627,13 @@ def test_a_full_disk_costs_only_the_new_checkpoint(
     before = {p.name: p.read_bytes() for p in (run.checkpoints / "step-2").iterdir()}
     limit = len(before["optimizer.safetensors"]) - 1000
 
-    def small_files() -> None:
+    def with_small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        entry("train", made.output, "--resume", "--set", "train.steps=4")()
 
-    command = [sys.executable, "-m", "pissa_cli", "train", made.output, "--resume", "--set", "train.steps=4", "--json"]
-    done = subprocess.run(command, preexec_fn=small_files, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 1, done.stderr
-    assert "optimizer.safetensors: cannot write" in json.loads(done.stdout)["error"] and "Traceback" not in done.stderr
+    process, said = forked(with_small_files, tmp_path / "said"), tmp_path / "said"
+    assert exit_code(process) == 1, said.read_text()
+    assert "optimizer.safetensors: cannot write" in said.read_text() and "Traceback" not in said.read_text()
     assert {p.name: p.read_bytes() for p in (run.checkpoints / "step-2").iterdir()} == before
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-2"]
     assert load_tensors(run.adapter / "adapter_model.safetensors")

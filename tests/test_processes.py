@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MOE_CONFIGS, make_model, save_model
-from forks import await_that, command, exit_code, forked, train_together
+from forks import await_that, entry, exit_code, forked, train_together
 from runs import BASE, adapter, events, same
 from transformers import AutoModelForCausalLM, BigBirdConfig, SiglipVisionConfig, SiglipVisionModel
 
@@ -158,9 +158,9 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
     words = [word for one in sets for word in ("--set", one)]
     whole = ["train", "--model", str(models("llama")), *words, "--output", str(tmp_path / "whole")]
     assert pissa(*whole).code == 0
-    again = ["train", "--model", str(models("llama")), *words, "--output", str(tmp_path / "out")]
+    command = ["train", "--model", str(models("llama")), *words, "--output", str(tmp_path / "out")]
     started = subprocess.Popen(
-        [sys.executable, "-m", "pissa_cli", *again, "--processes", "2"],
+        [sys.executable, "-m", "pissa_cli", *command, "--processes", "2"],
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
     )
@@ -171,7 +171,7 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
     _, said = started.communicate(timeout=300)
     assert said.count(b"cut at data.max_length") == 1
     assert b"in 2 processes failed: " in said and b"please report it" not in said
-    outcome = pissa(*again, "--resume", "--json")
+    outcome = pissa(*command, "--resume", "--json")
     assert outcome.code == 0, outcome.err
     one, two = (adapter(load(str(tmp_path / name), {}).recipe) for name in ("whole", "out"))
     for key, wanted in one.items():
@@ -181,7 +181,7 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
 def start_two(model: Path, sets: list[str], folder: Path) -> int:
     """`train --processes 2` into folder/out, on its way; its process, which prints into folder/said."""
     words = ["train", "--model", model, *(word for one in sets for word in ("--set", one))]
-    return forked(command(*words, "--output", folder / "out", "--processes", "2"), folder / "said", ENVIRONMENT)
+    return forked(entry(*words, "--output", folder / "out", "--processes", "2"), folder / "said", ENVIRONMENT)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes learn of it from Linux")

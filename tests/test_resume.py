@@ -11,12 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import await_that, entry, exit_code, forked
 from runs import BASE, adapter, events, same, state_of
 
 from pissa_cli.errors import Interrupted, UsageError
@@ -144,8 +144,8 @@ def test_a_file_gets_lines_and_no_bar(models: Callable[[str], Path], recipe: Mak
     """Whatever the environment says of it; and a name with two dollar signs is no formula of the picture's."""
     made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=3", f"output={tmp_path / 'a$1_$2'}")
     (tmp_path / "recipe.yaml").write_text(dump(made))
-    command = [sys.executable, "-m", "pissa_cli", "train", str(tmp_path / "recipe.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FORCE_COLOR": "1"})
+    words = [sys.executable, "-m", "pissa_cli", "train", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"FORCE_COLOR": "1"})
     assert done.returncode == 0, done.stderr
     assert "step 3/3" in re.sub(r"\x1b\[[\d;]*m", "", done.stderr) and "\x1b[2K" not in done.stderr
 
@@ -154,22 +154,17 @@ def test_a_file_gets_lines_and_no_bar(models: Callable[[str], Path], recipe: Mak
 def test_kill_9_at_a_random_step_then_resume_is_bit_equal(
     seed: int, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
 ) -> None:
-    sets = (*BASE, f"data.train={rows}", "train.steps=30", "train.save_every=3")
+    sets = (*BASE, f"data.train={rows}", "train.steps=20", "train.save_every=3")
     whole = recipe(models("llama"), *sets, f"output={tmp_path / 'whole'}")
     train(whole)
     killed = recipe(models("llama"), *sets)
     run = Run(Path(killed.output))
     (tmp_path / "recipe.yaml").write_text(dump(killed))
-    last_step = random.Random(seed).randint(5, 25)
-    command = [sys.executable, "-m", "pissa_cli", "train", str(tmp_path / "recipe.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while process.poll() is None and time.time() < deadline:
-        if run.metrics.is_file() and run.metrics.read_text().count("\n") >= last_step:
-            break
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    last_step = random.Random(seed).randint(5, 15)
+    process = forked(entry("train", tmp_path / "recipe.yaml"), tmp_path / "said")
+    await_that(lambda: run.metrics.is_file() and run.metrics.read_text().count("\n") >= last_step)
+    os.kill(process, signal.SIGKILL)
+    assert exit_code(process) == -signal.SIGKILL
     frozen = state_of(run.init), run.manifest.read_bytes()
     train(killed, resume=True)
     assert same(adapter(whole), adapter(killed))
