@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 
 def test_compiled_blocks_are_the_plain_ones(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
     model = started(recipe(models("llama"), "adapter.rank=2", "model.bits=32"))
+    del model.model.layers[1:]  # a second one only takes as long again to compile
     attend_by_sequence(model)
     share_inputs(model, lambda: model(input_ids=torch.tensor([[3, 4]])))
 
