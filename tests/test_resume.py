@@ -63,7 +63,7 @@ def test_resume_says_where_there_is_no_checkpoint(models: Callable[[str], Path],
 
 def test_what_was_made_before_more_steps_is_named(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
     notes: list[Any] = []
-    sets = (*BASE, f"data.train={rows}", "train.batch_size=1000")
+    sets = (*BASE, f"data.train={rows}", "train.batch_size=100")
     made = recipe(models("llama"), *sets, "train.steps=1")
     train(made, watch=notes.append)
     Run(Path(made.output)).merged.mkdir()
@@ -73,7 +73,7 @@ def test_what_was_made_before_more_steps_is_named(models: Callable[[str], Path],
     train(recipe(models("llama"), *sets, "train.steps=2"), resume=True, watch=notes.append)
     said = [event["note"] for event in notes if "note" in event]
     assert "merged, eval: of before these steps; make them again" in said
-    assert "train.batch_size: a step of 1000 has each example more than once" in said
+    assert "train.batch_size: a step of 100 has each example more than once" in said
 
 
 def test_an_interrupt_before_any_command_shows_no_traceback() -> None:
