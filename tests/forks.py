@@ -33,7 +33,8 @@ def forked(work: Callable[[], Any], log: Path, environment: Mapping[str, str] | 
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        os.environ.update(environment or {})
+        os.environ.update({"CUDA_VISIBLE_DEVICES": ""} | dict(environment or {}))
+        torch.cuda.is_available, torch.cuda.device_count = (lambda: False), (lambda: 0)  # no fork has CUDA's state
         torch.set_num_threads(1)  # those of the process before are not here
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for state in (AcceleratorState, GradientState, PartialState):
