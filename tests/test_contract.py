@@ -165,6 +165,9 @@ def test_contract(
 
     run = Run(Path(made.output))  # stock PEFT computes the same
     stored = run.base if run.base.is_dir() else folder
+    if run.base.is_dir():
+        told = json.loads((run.base / "config.json").read_text())["quantization_config"]
+        assert told["bnb_4bit_use_double_quant"] == (store == "nf4-dq")
     if run.base.is_dir() and moe:
         stored = dequantized(run.base, tmp_path / "dense")  # transformers 5 reads no packed experts
     plain = AutoModelForCausalLM.from_pretrained(stored, dtype="auto" if run.base.is_dir() else dtype)
