@@ -82,11 +82,12 @@ def expert_layers(model: PreTrainedModel) -> Iterator[tuple[str, Expert, torch.S
 
 
 def holders_of_3d_weights(model: PreTrainedModel) -> set[str]:
-    """The names of modules with 3-D weights, convolutions aside."""
+    """The names of modules with 3-D weights, convolutions and vectors (1, 1, width) aside."""
     return {
         name
         for name, module in model.named_modules()
-        if not isinstance(module, nn.Conv1d) and any(p.ndim == 3 for p in module.parameters(recurse=False))
+        if not isinstance(module, nn.Conv1d)
+        and any(p.ndim == 3 and p.shape[:2] != (1, 1) for p in module.parameters(recurse=False))
     }
 
 

@@ -32,13 +32,13 @@ PROBES = (
 @torch.no_grad()
 def probe_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[Tensor]:
     """Logits (1, tokens, vocabulary) fp32 on the CPU, for each of PROBES."""
-    logits = []
+    logits, options = [], {} if head_names(model) else {"use_cache": False}
     with autocast(recipe, model.device):
         for probe in PROBES:
             tokens = tokenizer(probe)["input_ids"]
             require_tokens("the tokenizer", tokens, model.config)
             ids = torch.tensor([tokens], device=model.device)
-            logits.append(model(input_ids=ids).logits.float().cpu())
+            logits.append(model(input_ids=ids, **options).logits.float().cpu())
             if not_finite(logits[-1]):
                 raise PissaError(
                     "the model's logits are NaN or infinite",

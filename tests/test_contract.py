@@ -26,6 +26,7 @@ from transformers import (
     MambaConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    RwkvConfig,
     Zamba2Config,
 )
 from transformers.pytorch_utils import Conv1D
@@ -312,6 +313,10 @@ def test_what_peft_cannot_hold_is_refused(sets: str, message: str, models: Calla
         (
             MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=1),
             [f"backbone.layers.0.mixer.{kind}" for kind in ("dt_proj", "out_proj", "x_proj")],
+        ),
+        (  # vectors (1, 1, width) are no matrices
+            RwkvConfig(vocab_size=512, hidden_size=64, attention_hidden_size=64, num_hidden_layers=1),
+            ["rwkv.blocks.0.attention.output", "rwkv.blocks.0.feed_forward.value"],
         ),
     ],
 )

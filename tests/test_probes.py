@@ -70,3 +70,16 @@ def test_logits_that_are_not_numbers_are_refused(
     model.model.norm.weight.data[3] = math.inf
     with pytest.raises(PissaError, match="NaN or infinite"):
         probe_logits(model, tokenizer, recipe(tmp_path, "model.bits=32"))
+
+
+def test_logits_are_taken_without_a_cache(
+    tokenizer: PreTrainedTokenizerBase, recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BLT's does not work in transformers 5.24: a trained adapter of one could not be merged."""
+    model = make_model("llama").eval()
+    first = torch.tensor([tokenizer(PROBES[0])["input_ids"]])
+    with torch.no_grad():
+        wanted = model(input_ids=first).logits
+    monkeypatch.delattr("transformers.models.llama.modeling_llama.DynamicCache")
+    found = probe_logits(model, tokenizer, recipe(tmp_path, "model.bits=32"))
+    assert torch.equal(found[0], wanted)
