@@ -130,8 +130,9 @@ def _step(recipe: Recipe, plan: Plan, processes: int, heap: Heap | None, device:
     ledger, section = Ledger(heap), recipe.train
     share = math.ceil(section.batch_size / processes)
     size = min(section.micro_batch_size, share)
+    model = skeleton(plan.folder, recipe.model)  # some cast a part of themselves, which no fake tensor bears
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), ledger:
-        model, loading = _model(recipe, plan, ledger)
+        loading = _fill(model, recipe, plan, ledger)
         chunked = not recipe.data.classifies and _chunks(model)
         packed = _packs(recipe, model)
         names = {p: name for name, p in model.named_parameters() if p.requires_grad}
@@ -162,12 +163,11 @@ def _step(recipe: Recipe, plan: Plan, processes: int, heap: Heap | None, device:
     return found
 
 
-def _model(recipe: Recipe, plan: Plan, ledger: Ledger) -> tuple[PreTrainedModel, int]:
-    """The model as `train` sets it up, without content; and the bytes it takes on the CPU while it is loaded: its own,
-    and those of its files where they have another dtype.
+def _fill(model: PreTrainedModel, recipe: Recipe, plan: Plan, ledger: Ledger) -> int:
+    """Set up a model on the meta device as `train` does, without content. Returns the bytes that it takes on the CPU
+    while it is loaded: its own, and those of its files where they have another dtype.
     """
     ledger.kind = "weights"
-    model = skeleton(plan.folder, recipe.model)
     stored = model.config.dtype or torch.float32
     dtype = dense_dtype(recipe.model, recipe.precision)
     _give_storage(model, dtype)
@@ -195,7 +195,7 @@ def _model(recipe: Recipe, plan: Plan, ledger: Ledger) -> tuple[PreTrainedModel,
             join_gates(model)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
-    return model, loading
+    return loading
 
 
 def _give_storage(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from runs import BASE
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
 
 from pissa_cli.assembly import _one_pass
 from pissa_cli.errors import Interrupted
@@ -223,6 +223,22 @@ def test_processes_that_share_a_model_hold_their_part(models: Callable[[str], Pa
     last, passing = dict.fromkeys(KINDS, 0) | {"weights": 1000}, {"heap": 0, "loading": 5000}
     for found, at_first in ((last, 1000), (last | passing, 6000), (last | passing | {"activations": 9000}, 15000)):
         assert sum((found | _spread(made[1], plan, found, 4)).values()) == max(at_first, 2250 + found["activations"])
+
+
+def test_a_model_that_casts_a_part_of_itself_is_foreseen(
+    models: Callable[[str], Path], recipe: Make, long_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DeepSeek V4's and Inkling's do when they are made."""
+    original = LlamaRMSNorm.__init__
+
+    def casting(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.bfloat16()
+
+    made = recipe(models("llama"), *LONG, f"data.train={long_rows}")
+    plan = make_plan(made, resolve_base(made.model))
+    monkeypatch.setattr(LlamaRMSNorm, "__init__", casting)
+    assert forecast(made, plan, 1).rough is None
 
 
 def test_where_a_model_looks_at_its_numbers_the_forecast_is_rough(
