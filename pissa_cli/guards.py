@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -88,7 +87,7 @@ def runs_in_bf16(model: PreTrainedModel, precision: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if precision != "bf16" or not re.search("dtype|scalar type", str(error)):
+        if precision != "bf16" or "bfloat16" not in str(error).lower():
             raise
         raise UsageError(
             f"{type(model).__name__}: transformers' code of it does not run in bf16 ({first_line(error)})",

@@ -34,7 +34,7 @@ from pissa_cli.batches import collate
 from pissa_cli.data import load_examples
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
-from pissa_cli.guards import require_padding_unseen
+from pissa_cli.guards import require_padding_unseen, runs_in_bf16
 from pissa_cli.initialize import initialize
 from pissa_cli.loading import load_model
 from pissa_cli.loss import summed_loss
@@ -193,6 +193,18 @@ def test_what_sees_its_padding_is_refused(bits: int, told: str, classifier: Call
     folder = save_model(AutoModel.from_config(XLNetConfig(**shape)), tmp_path / "xlnet")
     with pytest.raises(UsageError, match=told):
         train(classifier(folder, f"model.bits={bits}", "adapter.targets=[layer_1]"))
+
+
+def test_what_says_nothing_of_bf16_is_no_matter_of_it() -> None:
+    """Nor is a number of another type where the precision is fp32."""
+    other, mixed = "expected scalar type Long but found Int", "expected scalar type Float but found BFloat16"
+    for said, precision, kind in (
+        (mixed, "bf16", UsageError),
+        (mixed, "fp32", RuntimeError),
+        (other, "bf16", RuntimeError),
+    ):
+        with pytest.raises(kind), runs_in_bf16(torch.nn.Linear(1, 1), precision):  # type: ignore[arg-type]
+            raise RuntimeError(said)
 
 
 @pytest.mark.parametrize("bits", [16, 32])
