@@ -193,6 +193,7 @@ def test_files_that_are_not_there(refused: Callable[..., str], models: Callable[
         ("https://host/rows.jsonl", "download it, and name the file"),
         ("https://host/datasets/user/name", "download it, and name the file"),
         ("~/nothing", f"write the folder out: {Path.home()}/nothing"),
+        ("~nobody-here/rows.jsonl", "write the folder out: ~nobody-here/rows.jsonl"),
     ):
         assert advice in refused("train", "--model", models("llama"), "--set", f"data.train={names}")
     train = ("train", "--model", models("llama"), "--set")
