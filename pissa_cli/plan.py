@@ -140,8 +140,9 @@ def _without_adapter(model: PreTrainedModel, linears: list[Linear]) -> set[str]:
         or (isinstance(module, nn.Linear) and type(module) is not nn.Linear and module is not output)
     }
     others = {name for name in others - known if name.split(".")[0] not in head_names(model)}
-    bypassed = {layer.name for layer in linears if layer.bypassed}
-    return holders_of_3d_weights(model) | shared_layers(model) | bypassed | others
+    others |= {layer.name for layer in linears if layer.bypassed}
+    others = {name for name in others if "router" not in name.split(".")}  # Llama 4's, PhiMoE's and LongCat's
+    return holders_of_3d_weights(model) | shared_layers(model) | others
 
 
 def _require_trainable(model: PreTrainedModel, recipe: Recipe, folder: Path) -> None:

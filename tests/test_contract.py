@@ -24,6 +24,7 @@ from transformers import (
     Gemma3Config,
     GraniteMoeConfig,
     MambaConfig,
+    PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     RwkvConfig,
@@ -318,6 +319,18 @@ def test_what_peft_cannot_hold_is_refused(sets: str, message: str, models: Calla
             RwkvConfig(vocab_size=512, hidden_size=64, attention_hidden_size=64, num_hidden_layers=1),
             ["rwkv.blocks.0.attention.output", "rwkv.blocks.0.feed_forward.value"],
         ),
+        (  # whose router is a linear layer of another class, and gets no adapter as no router does
+            PhimoeConfig(
+                vocab_size=512,
+                hidden_size=64,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=2,
+            ),
+            ["model.layers.0.mlp.experts"],
+        ),
     ],
 )
 def test_no_matrix_is_left_out_without_a_word(
@@ -343,7 +356,9 @@ def test_weights_that_get_no_adapter_are_named(
     folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "granite")
     outcome = pissa("init", "--model", folder, "--bits", 4, "--rank", 4, "--output", tmp_path / "run")
     assert outcome.code == 0
-    told = "no adapter for stacked or shared weights, or those of no plain linear layer: model.layers.0.block_sparse"
+    told = (
+        "no adapter for weights that are stacked, shared, or multiplied by no plain linear layer: model.layers.0.block"
+    )
     assert told in outcome.err
     outcome = pissa("train", "--model", folder, "--rank", 4, "-o", tmp_path / "trained", "--set", f"data.train={rows}")
     assert outcome.code == 0 and told in outcome.err
