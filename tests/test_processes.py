@@ -196,20 +196,25 @@ def test_killing_the_command_stops_its_processes(
     await_that((run.checkpoints / "step-2").is_dir)
     workers = _workers(started)
     assert len(workers) == 2
-    if signaled == "the command":
-        os.kill(started, signal.SIGKILL)
-        assert exit_code(started) == -signal.SIGKILL
-    elif signaled == "the launcher":
-        os.kill(int(_fields(Path(f"/proc/{workers[0]}/stat"))[1]), signal.SIGKILL)
-        assert exit_code(started) == 1
-    elif signaled == "one of them":
-        os.kill(workers[-1], signal.SIGTERM)
-        assert exit_code(started) == 130
-    else:
-        os.kill(started, signal.SIGINT)
-        assert exit_code(started) == 130
-        assert "Traceback" not in (tmp_path / "said").read_text()
-    await_that(lambda: not any(map(_lives, workers)))
+    try:
+        if signaled == "the command":
+            os.kill(started, signal.SIGKILL)
+            assert exit_code(started) == -signal.SIGKILL
+        elif signaled == "the launcher":
+            os.kill(int(_fields(Path(f"/proc/{workers[0]}/stat"))[1]), signal.SIGKILL)
+            assert exit_code(started) == 1
+        elif signaled == "one of them":
+            os.kill(workers[-1], signal.SIGTERM)
+            assert exit_code(started) == 130
+        else:
+            os.kill(started, signal.SIGINT)
+            assert exit_code(started) == 130
+            assert "Traceback" not in (tmp_path / "said").read_text()
+        await_that(lambda: not any(map(_lives, workers)))
+    finally:
+        for process in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
     steps = len(run.metrics.read_text().splitlines())
     assert steps < 3000 and (run.checkpoints / f"step-{steps}").is_dir()
 
