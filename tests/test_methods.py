@@ -277,6 +277,7 @@ def test_impossible_options_are_refused(sets: list[str], message: str, recipe: M
         recipe(Path("x"), *sets)
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_report_of_init(models: Callable[[str], Path], pissa: Callable[..., Any], tmp_path: Path) -> None:
     flags = ("--model", models("llama"), "--bits", "4", "--rank", "8", "--output", tmp_path / "out", "--report")
     shown = pissa("init", *flags)
