@@ -10,6 +10,8 @@ from torch import nn
 
 CLAMPED = ("correction_coefs", "prediction_coefs")
 """Of Gemma 3n, which clamps their weights while it trains."""
+LOOKED_UP = ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
+"""Of LayoutLM 2 and 3, which look numbers up in their weights, 3 in a helper that it hands the layers."""
 RESCALED = {("RwkvSelfAttention", "output"), ("RwkvFeedForward", "value")}
 """Of RWKV, which divides their weights in place where it does not train."""
 
@@ -20,7 +22,11 @@ def is_bypassed(holder: nn.Module, kind: str) -> bool:
     code = _code(type(holder))  # type: ignore[arg-type]
     reads = re.search(rf"\bself\.{re.escape(kind)}\.weight\b(?!\.(dtype|device|shape))", code) is not None
     rescaled = (type(holder).__name__, kind) in RESCALED
-    return rescaled or kind in CLAMPED or (reads and (hasattr(holder, "A_log") or f"self.{kind}(" not in code))
+    return (
+        rescaled
+        or kind in (*CLAMPED, *LOOKED_UP)
+        or (reads and (hasattr(holder, "A_log") or f"self.{kind}(" not in code))
+    )
 
 
 def casts_to(holder: nn.Module, kind: str) -> bool:

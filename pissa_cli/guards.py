@@ -29,6 +29,7 @@ PACKING_TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
 """The same of packing."""
 EDGE = 64  # tokens
 FEW_TOKENS = 16  # of an example, where all but the first few are changed
+FEW_LENGTHS = 4  # of texts that are padded to see whether that changes the answer
 LEAK_TOKENS = 512  # of an example at most, where it is looked for what leaks into the next
 LEAST_LOGITS = {"fp32": 1e-2, "bf16": 1e-1}
 """Those of a new head are smaller, and in 16 bits the rounding of what they are sums of is most of them."""
@@ -138,8 +139,10 @@ def chunks_loss(model: PreTrainedModel, examples: Examples) -> bool:
 
 @torch.no_grad()
 def require_padding_unseen(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int) -> None:
-    """Raise UsageError for a classifier whose answer to a text depends on what is padded beside it."""
-    short, long = examples.by_length()[[0, -1]].tolist()
+    """Raise UsageError for a classifier whose answer to a text depends on what is padded beside it: to any of a few of
+    different lengths, as CANINE sees no padding beside a multiple of 4."""
+    lengths, long = examples.offsets.diff(), int(examples.by_length()[-1])
+    texts = [int((lengths == length).nonzero()[0]) for length in lengths.unique()[:FEW_LENGTHS]]
 
     def logits(chosen: list[int]) -> torch.Tensor:
         batch = collate(examples, chosen, pad_id, packing=False)
@@ -148,7 +151,7 @@ def require_padding_unseen(recipe: Recipe, model: PreTrainedModel, examples: Exa
             found: torch.Tensor = model.eval()(**on_device(batch, model.device)).logits[0]
         return found.float()
 
-    alone, beside = logits([short]), logits([short, long])
+    alone, beside = (torch.stack([logits([text, *other]) for text in texts]) for other in ([], [long]))
     size = max(LEAST_LOGITS[recipe.precision], float(alone.abs().max()))
     if float((alone - beside).abs().max()) > LEAK_TOLERANCE[recipe.precision] * size:
         raise UsageError(

@@ -37,8 +37,8 @@ def require_pooler(folder: Path, model: PreTrainedModel, weights: Weights) -> No
     if pooler and not any(disk_name(name, required=False) for name in pooler):
         raise UsageError(
             f"{folder}: no pooler in its files, by which {type(model).__name__} sees a text as one",
-            "make a base with a new one, transformers.AutoModel.from_pretrained(FOLDER).save_pretrained(NEW), and copy "
-            "the tokenizer's files into NEW",
+            "make a base with a new one, transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER)"
+            ".save_pretrained(NEW, save_original_format=False), and copy the tokenizer's files into NEW",
         )
 
 

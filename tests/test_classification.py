@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from classifiers import CONFIGS, SHAPE, close, logits
 from conftest import Outcome, save_model
 from tokenizers.processors import TemplateProcessing
@@ -25,6 +27,8 @@ from transformers import (
     CanineTokenizer,
     DebertaConfig,
     DebertaV2Config,
+    GteConfig,
+    PretrainedConfig,
     RobertaConfig,
     T5Config,
     XLNetConfig,
@@ -111,14 +115,24 @@ def test_t5_classifies(bits: int, t5: Path, classifier: Callable[..., Any], piss
     close(logits(merged, t5), logits(load_result(made, torch.device("cpu")), t5))
 
 
-@pytest.mark.parametrize("method", ["pissa", "full"])
-def test_a_missing_pooler_is_named_with_what_to_do(method: str, classifier: Callable[..., Any], tmp_path: Path) -> None:
-    folder = save_model(AutoModelForMaskedLM.from_config(CONFIGS["bert"]()), tmp_path / "gaps")
+@pytest.mark.parametrize(
+    ("method", "config"), [("pissa", CONFIGS["bert"]()), ("full", CONFIGS["bert"]()), ("pissa", GteConfig(**SHAPE))]
+)
+def test_a_missing_pooler_is_named_with_what_to_do(
+    method: str, config: PretrainedConfig, classifier: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What the message says is done. AutoModel gives BERT a pooler, and Gte none."""
+    folder = save_model(AutoModelForMaskedLM.from_config(config), tmp_path / "gaps")
     sets = ("model.bits=32", f"adapter.method={method}", "train.steps=1")
     with pytest.raises(UsageError, match="no pooler in its files") as raised:
         initialize(classifier(folder, *sets))
-    assert "AutoModel.from_pretrained(FOLDER).save_pretrained(NEW)" in str(raised.value.hint)
-    assert train(classifier(save_model(AutoModel.from_pretrained(folder), tmp_path / "new"), *sets))["steps"] == 1
+    told = str(raised.value.hint)
+    name = re.search(r"transformers\.(\w+)\.from_pretrained\(FOLDER\)\.save_pretrained\(NEW", told)
+    assert name is not None
+    model, new = getattr(transformers, name[1]).from_pretrained(folder), tmp_path / "new"
+    save_model(model, new)
+    model.save_pretrained(new, save_original_format="save_original_format=False" not in told)
+    assert train(classifier(new, *sets))["steps"] == 1
 
 
 def test_what_pools_the_end_of_a_text_sees_one(t5: Path, classifier: Callable[..., Any], tmp_path: Path) -> None:
@@ -338,10 +352,18 @@ def test_rank_8_of_the_paper_counts_1_33_million(recipe: Callable[..., Any], tmp
 
 
 def test_a_model_of_characters_has_no_vocabulary(classifier: Callable[..., Any], tmp_path: Path) -> None:
-    """CANINE takes every character."""
+    """CANINE takes every character, and four by four: of a text whose length is no multiple it sees the padding."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = CanineConfig(**sizes, num_hash_buckets=64, local_transformer_stride=32)
     CanineForSequenceClassification(config).save_pretrained(tmp_path / "canine")
     CanineTokenizer().save_pretrained(tmp_path / "canine")
-    assert train(classifier(tmp_path / "canine", "model.bits=32"))["steps_taken"] == 4
+    for lengths, said in (
+        ([14] * 4, nullcontext()),
+        ([14, 17, 40], pytest.raises(UsageError, match="with the padding")),
+    ):
+        data = tmp_path / f"{len(lengths)}.csv"
+        data.write_text("text,label\n" + "".join(f"{'a' * length},{n % 2}\n" for n, length in enumerate(lengths)))
+        sets = ("model.labels=[a, b]", "data.format=classification", f"data.train={data}", f"output={data}.out")
+        with said:
+            assert train(classifier(tmp_path / "canine", "model.bits=32", *sets))["steps_taken"] == 4

@@ -396,6 +396,8 @@ def test_run_folder_of_another_recipe(
     again = ("--output", tmp_path / "out", "--dry-run", "--set", "train.lr=1e-3")
     assert taken in pissa("init", "--model", models("llama"), *again).err
     assert "by the recipe there" not in pissa("init", *again).err
+    given = ("--model", models("llama"), "--method", "pissa", "--rank", 4)
+    assert "by the recipe there" not in pissa("init", *given, *again).err
     message = pissa("train", "--method", "vera", "--output", tmp_path / "out").err
     assert "method vera has no such option" in message and "holds a run, whose recipe was taken" in message
     (tmp_path / "mine").mkdir()

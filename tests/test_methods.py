@@ -15,7 +15,7 @@ from conftest import save_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_start import started
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -27,6 +27,8 @@ from transformers import (
 )
 from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextAltUp
+from transformers.models.layoutlmv3.configuration_layoutlmv3 import LayoutLMv3Config
+from transformers.models.layoutlmv3.modeling_layoutlmv3 import LayoutLMv3Encoder
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
@@ -371,13 +373,16 @@ def test_what_kernels_read_gets_no_adapter_by_itself() -> None:
 
 
 def test_a_weight_that_is_read_past_its_layer_gets_no_adapter() -> None:
-    """LongCat's router never calls its layer; Gemma 3n clamps two weights in training, RWKV divides two outside it."""
+    """LongCat's router never calls its layer; Gemma 3n clamps two weights in training, RWKV divides two outside it;
+    LayoutLMv3 looks numbers up in three."""
     with torch.device("meta"):
+        encoder = LayoutLMv3Encoder(LayoutLMv3Config(num_hidden_layers=1))
         block = RwkvBlock(RwkvConfig(), 0)
         router = LongcatFlashTopkRouter(LongcatFlashConfig(num_local_experts=4))
         altup = Gemma3nTextAltUp(Gemma3nTextConfig())
         attention = LlamaAttention(LlamaConfig(), 0)
     assert is_bypassed(router, "classifier")
+    assert all(is_bypassed(encoder, kind) for kind, part in encoder.named_children() if isinstance(part, nn.Linear))
     kinds = {"correction_coefs", "prediction_coefs", "modality_router"}
     assert {kind for kind in kinds if is_bypassed(altup, kind)} == kinds - {"modality_router"}
     assert not any(is_bypassed(attention, kind) for kind in ("q_proj", "o_proj"))

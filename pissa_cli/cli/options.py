@@ -79,9 +79,8 @@ def load_recipe(
         from pissa_cli.cli.show import say
 
         say(f"{loaded.recipe.output}: the run there, as none was named")
-        if flags.get("model") is not None:  # given as for a new run
-            taken = ", ".join(_own_values(loaded, f"{run}:"))
-            say(f"by the recipe there: {taken}; for a new run name another --output")
+        if flags.get("model") is not None and (own := _own_values(loaded, f"{run}:")):  # given as for a new run
+            say(f"by the recipe there: {', '.join(own)}; for a new run name another --output")
     return loaded
 
 
