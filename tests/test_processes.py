@@ -19,7 +19,7 @@ import torch
 from conftest import MOE_CONFIGS, make_model, save_model
 from forks import await_that, entry, exit_code, forked, train_together
 from runs import BASE, adapter, events, same
-from transformers import AutoModelForCausalLM, BigBirdConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoModelForCausalLM, BigBirdConfig, ViTConfig, ViTModel
 
 from pissa_cli.errors import LAUNCHED, UsageError
 from pissa_cli.experts import has_experts, holders_of_3d_weights
@@ -145,7 +145,7 @@ def test_a_part_that_text_does_not_reach(rows: Path, tmp_path: Path) -> None:
 
 def test_only_3d_weights_of_experts_are_experts() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=28, patch_size=14))
+    vision = ViTModel(ViTConfig(**sizes, image_size=28, patch_size=14))
     assert holders_of_3d_weights(vision) and not has_experts(vision)
     assert all(has_experts(make_model(name)) for name in MOE_CONFIGS)
 
