@@ -19,20 +19,18 @@ RESCALED = {("RwkvSelfAttention", "output"), ("RwkvFeedForward", "value")}
 def is_bypassed(holder: nn.Module, kind: str) -> bool:
     """Whether the code of a module reads the weight of its layer `kind` and never calls that (LongCat's router), or
     hands it to a kernel where there is one (state-space models: Mamba, Jamba, Falcon-H1)."""
+    if kind in (*CLAMPED, *LOOKED_UP) or (type(holder).__name__, kind) in RESCALED:
+        return True
     code = _code(type(holder))  # type: ignore[arg-type]
     reads = re.search(rf"\bself\.{re.escape(kind)}\.weight\b(?!\.(dtype|device|shape))", code) is not None
-    rescaled = (type(holder).__name__, kind) in RESCALED
-    return (
-        rescaled
-        or kind in (*CLAMPED, *LOOKED_UP)
-        or (reads and (hasattr(holder, "A_log") or f"self.{kind}(" not in code))
-    )
+    return reads and (hasattr(holder, "A_log") or f"self.{kind}(" not in code)
 
 
 def casts_to(holder: nn.Module, kind: str) -> bool:
     """Whether the code of a module casts to the dtype of the weight of its layer `kind`, which in NF4 is that of bytes
     (what HY-V4 and dots3 choose tokens by, gates of Inkling 2)."""
-    return re.search(rf"\.to\((dtype=)?self\.{re.escape(kind)}\.weight\.dtype\)", _code(type(holder))) is not None  # type: ignore[arg-type]
+    code = _code(type(holder))  # type: ignore[arg-type]
+    return re.search(rf"\.to\((dtype=)?self\.{re.escape(kind)}\.weight\.dtype\)", code) is not None
 
 
 @functools.cache

@@ -132,15 +132,12 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
 def _without_adapter(model: PreTrainedModel, linears: list[Linear]) -> set[str]:
     """The names of what holds matrices and gets no adapter, or one for each expert: stacked and shared weights, layers
     that are bypassed, and linear layers that compute otherwise. Routers and heads do not count."""
-    known, output = {layer.name for layer in linears}, model.get_output_embeddings()
-    others = {
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__ in STACKED
-        or (isinstance(module, nn.Linear) and type(module) is not nn.Linear and module is not output)
-    }
-    others = {name for name in others - known if name.split(".")[0] not in head_names(model)}
-    others |= {layer.name for layer in linears if layer.bypassed}
+    known, output, heads = {layer.name for layer in linears}, model.get_output_embeddings(), head_names(model)
+    others = {layer.name for layer in linears if layer.bypassed}
+    for name, module in model.named_modules():
+        otherwise = isinstance(module, nn.Linear) and type(module) is not nn.Linear and module is not output
+        if (otherwise or type(module).__name__ in STACKED) and name not in known and name.split(".")[0] not in heads:
+            others.add(name)
     others = {name for name in others if "router" not in name.split(".")}  # Llama 4's, PhiMoE's and LongCat's
     return holders_of_3d_weights(model) | shared_layers(model) | others
 

@@ -40,8 +40,7 @@ def check_inputs(recipe: Recipe, resume: bool) -> tuple[int, int] | None:
     that cannot run here, chats for a local base without a template. Returns `steps_to_take`."""
     resumes(recipe, resume)
     require_kernels(recipe.train)
-    base = local_base(recipe.model)
-    if recipe.data.format == "chat" and base is not None:
+    if recipe.data.format == "chat" and (base := local_base(recipe.model)) is not None:
         require_template(load_tokenizer(base, recipe))
     planned = steps_to_take(recipe)
     if planned is not None:

@@ -23,7 +23,8 @@ from pissa_cli.train import train
 
 
 def forked(work: Callable[[], Any], log: Path, environment: Mapping[str, str] | None = None) -> int:
-    """Start `work` in a process of its own, which ends with the code that it returns; its id. It prints into `log`."""
+    """Start `work` in a process of its own, without a GPU, which ends with the code that it returns; its id. It prints
+    into `log`."""
     if torch.cuda.is_initialized():
         pytest.skip("CUDA does not go on in a process that is forked")
     log.touch()

@@ -121,7 +121,8 @@ def _explained(error: Exception, command: str) -> PissaError:
     if isinstance(error, OSError) and error.errno in DISK:
         return cannot_write(error.filename or "the disk", error)
     if isinstance(error, OSError) and error.errno == errno.EIO:  # of reading as of writing
-        place = f"{error.filename}: " if error.filename else ""
+        file = error.filename
+        place = f"{file}: " if file else ""
         return PissaError(f"{place}the disk fails: {error.strerror}", "check it; what was saved before is as it was")
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or re.search(NO_MEMORY, text):
         return PissaError("out of memory", LESS_MEMORY[command if command in LESS_MEMORY else "others"])
