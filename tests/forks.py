@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,15 @@ from pissa_cli.train import train
 
 def forked(work: Callable[[], Any], log: Path, environment: Mapping[str, str] | None = None) -> int:
     """Start `work` in a process of its own, without a GPU, which ends with the code that it returns; its id. It prints
-    into `log`."""
-    if torch.cuda.is_initialized():
-        pytest.skip("CUDA does not go on in a process that is forked")
+    into `log`. Where training does not go on in a fork, an `entry` is imported anew, and what else there is skipped."""
     log.touch()
+    environment = {"CUDA_VISIBLE_DEVICES": ""} | dict(environment or {})
+    if not _trains_in_forks():
+        if not isinstance(work, partial):
+            pytest.skip("training does not go on in a process that is forked here")
+        command = [sys.executable, "-m", "pissa_cli", *work.args]
+        into_log = [(os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_APPEND, 0), (os.POSIX_SPAWN_DUP2, 1, 2)]
+        return os.posix_spawn(sys.executable, command, os.environ | environment, file_actions=into_log)
     process = os.fork()
     if process:
         return process
@@ -37,7 +43,7 @@ def forked(work: Callable[[], Any], log: Path, environment: Mapping[str, str] | 
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        os.environ.update({"CUDA_VISIBLE_DEVICES": ""} | dict(environment or {}))
+        os.environ.update(environment)
         torch.cuda.is_available, torch.cuda.device_count = (lambda: False), (lambda: 0)  # no fork has CUDA's state
         torch.set_num_threads(1)  # those of the process before are not here
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,14 +58,28 @@ def forked(work: Callable[[], Any], log: Path, environment: Mapping[str, str] | 
         os._exit(code if isinstance(code, int) else bool(code))
 
 
-def entry(*words: Any) -> Callable[[], None]:
+def _trains_in_forks() -> bool:
+    """Not where CUDA is in use, or a backward pass has begun threads for devices, as it does where there are any."""
+    if torch.cuda.is_initialized():
+        return False
+    process = os.fork()
+    if not process:
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+        except RuntimeError:
+            os._exit(1)
+        os._exit(0)
+    return not os.waitpid(process, 0)[1]
+
+
+def entry(*words: Any) -> partial[None]:
     """`pissa WORDS`, as its entry point runs it."""
+    return partial(_entry, *map(str, words))
 
-    def work() -> None:
-        sys.argv = ["pissa", *map(str, words)]
-        main()
 
-    return work
+def _entry(*words: str) -> None:
+    sys.argv = ["pissa", *words]
+    main()
 
 
 def exit_code(process: int) -> int:

@@ -630,11 +630,9 @@ def test_a_full_disk_costs_only_the_new_checkpoint(
     before = {p.name: p.read_bytes() for p in (run.checkpoints / "step-2").iterdir()}
     limit = len(before["optimizer.safetensors"]) - 1000
 
-    def with_small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        entry("train", made.output, "--resume", "--set", "train.steps=4")()
-
-    process, said = forked(with_small_files, tmp_path / "said"), tmp_path / "said"
+    said = tmp_path / "said"
+    process = forked(entry("train", made.output, "--resume", "--set", "train.steps=4"), said)
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (limit, limit))
     assert exit_code(process) == 1, said.read_text()
     assert "optimizer.safetensors: cannot write" in said.read_text() and "Traceback" not in said.read_text()
     assert {p.name: p.read_bytes() for p in (run.checkpoints / "step-2").iterdir()} == before
