@@ -22,6 +22,7 @@ from pissa_cli.attach import (
     share_inputs,
     train_whole,
 )
+from pissa_cli.data import Say
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.experts import has_experts
@@ -40,7 +41,6 @@ from pissa_cli.kernels import compile_blocks, misses_liger, use_liger, wants_lig
 from pissa_cli.loss import autocast_inside
 from pissa_cli.model import num_parameters
 from pissa_cli.optim import Names, make_optimizer
-from pissa_cli.prepare import Watch
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import run_of
 from pissa_cli.sharding import Layout, shard
@@ -58,7 +58,7 @@ def assemble(
     fresh: bool,
     missed: int,
     layout: Layout,
-    watch: Watch,
+    say: Say,
 ) -> Trainer:
     """Put the model on its device, make it train what the method trains, and give that an optimizer.
 
@@ -71,7 +71,7 @@ def assemble(
     accelerator.gradient_accumulation_steps = 1
     device, alone = accelerator.device, accelerator.num_processes == 1
     if layout != "copies" and alone:
-        watch({"note": "a single process has the whole model"})
+        say("a single process has the whole model")
         layout = "copies"
     sharded, deepspeed = layout != "copies", layout.startswith("zero")
     if sharded:
@@ -79,9 +79,9 @@ def assemble(
     num_base = num_parameters(model)
     if device.type != "cpu":  # which Accelerate calls cpu:0, and to() would copy every weight
         model.to(device)
-    _take_kernels(recipe, model, examples, pad_id, watch)
+    _take_kernels(recipe, model, examples, pad_id, say)
     with runs_in_bf16(model, recipe.precision):
-        packed = _look_at_layout(recipe, model, examples, pad_id, watch)
+        packed = _look_at_layout(recipe, model, examples, pad_id, say)
         if isinstance(recipe.adapter, FullOptions):
             model.requires_grad_(True)
         else:
@@ -103,7 +103,7 @@ def assemble(
     steps = f"{total_steps} steps of {recipe.train.batch_size} examples"
     processes = "" if alone else f", in {accelerator.num_processes} processes"
     processes += " that share the model" if sharded else ""
-    watch({"note": f"{trainable:,} parameters train, the base has {num_base:,}; {steps}{processes}"})
+    say(f"{trainable:,} parameters train, the base has {num_base:,}; {steps}{processes}")
     trainer = Trainer(
         recipe=recipe,
         accelerator=accelerator,
@@ -116,7 +116,7 @@ def assemble(
         missed=missed,
         packed=packed,
         chunked=chunked,
-        watch=watch,
+        say=say,
         micro_batch_size=recipe.train.micro_batch_size,
     )
     if deepspeed:
@@ -172,17 +172,17 @@ def _require_spreadable(recipe: Recipe, experts: bool, deepspeed: bool) -> None:
         raise UsageError("train.torch_compile: not under DeepSpeed", "set it to false, or share the model by FSDP2")
 
 
-def _take_kernels(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, watch: Watch) -> None:
+def _take_kernels(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, say: Say) -> None:
     """Liger's kernels where they are wanted and leave the loss as it is."""
     probe = partial(probe_loss, recipe, model, examples, pad_id)
     if wants_liger(recipe.train) and use_liger(model, recipe.train, probe, LOSS_TOLERANCE[recipe.precision]):
-        watch({"note": "norms, rotary embeddings and MLPs run by Liger's kernels"})
+        say("norms, rotary embeddings and MLPs run by Liger's kernels")
     elif misses_liger(recipe.train):
         advice = "with it most models take a fifth less time for a step: pip install 'pissa[liger]'"
-        watch({"note": f"liger-kernel is not installed; {advice}"})
+        say(f"liger-kernel is not installed; {advice}")
 
 
-def _look_at_layout(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, watch: Watch) -> bool:
+def _look_at_layout(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, say: Say) -> bool:
     """Whether examples are packed. UsageError for a model that sees what it should not: padding, or what follows."""
     packed = packs(recipe, model.eval(), examples, pad_id)
     if recipe.data.classifies:
@@ -190,7 +190,7 @@ def _look_at_layout(recipe: Recipe, model: PreTrainedModel, examples: Examples, 
         return packed
     require_causal(recipe, model, examples)
     if recipe.data.packing == "auto" and not packed:
-        watch({"note": "examples are padded: packed ones would see each other, or cost more, in this model"})
+        say("examples are padded: packed ones would see each other, or cost more, in this model")
     return packed
 
 

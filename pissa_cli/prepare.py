@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from pissa_cli.chat import require_template, unlearned_prompt
 from pissa_cli.classification import class_counts
 from pissa_cli.configuration import read_config, require_tokens
+from pissa_cli.data import Say
 from pissa_cli.data_options import sources_of
 from pissa_cli.examples import Examples, first_example
 from pissa_cli.guards import require_context, require_reach, resumes, schedule_change
@@ -29,8 +29,6 @@ from pissa_cli.sets import load_sets, num_held_out
 from pissa_cli.steps import count_steps, step_examples
 from pissa_cli.weights import open_weights
 
-Watch = Callable[[dict[str, Any]], None]
-"""Called with what goes to metrics.jsonl, and with {"note": text}."""
 Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | None]
 """The manifest, the tokenizer, examples to train and to hold out."""
 
@@ -60,46 +58,46 @@ def steps_to_take(recipe: Recipe) -> tuple[int, int] | None:
 
 
 def prepare(
-    recipe: Recipe, resume: bool, watch: Watch = lambda _: None, init_progress: Progress = lambda *_: None
+    recipe: Recipe, resume: bool, say: Say = lambda _: None, init_progress: Progress = lambda *_: None
 ) -> Prepared:
     """Check, tokenize and initialize. Raises UsageError; what was done is not done again.
 
-    watch: called with {"note": text} for what the person watching should know.
+    say: told what the person watching should know.
     """
     run = run_of(recipe)
     resumed = resumes(recipe, resume)
     for line in schedule_change(recipe) if resumed else []:
-        watch({"note": line})
+        say(line)
     if resume and not resumed:
-        watch({"note": f"{run.folder}: there is no checkpoint; training begins with the first step"})
+        say(f"{run.folder}: there is no checkpoint; training begins with the first step")
     require_data(recipe)
     if recipe.train.eval_every is not None and recipe.data.eval is None:
-        watch({"note": "train.eval_every: without data.eval there is nothing to take losses on"})
+        say("train.eval_every: without data.eval there is nothing to take losses on")
     require_kernels(recipe.train)
     folder = require_base(open_run(recipe)[1], recipe) if run.exists() else resolve_base(recipe.model)
     if not run.exists():
         make_plan(recipe, folder, open_weights(folder))  # a wrong rank or target must not cost the tokenization
     tokenizer = load_tokenizer(folder, recipe)
-    examples, held_out = load_sets(recipe, tokenizer, lambda line: watch({"note": line}))
+    examples, held_out = load_sets(recipe, tokenizer, say)
     require_reach(len(examples), recipe)
     if len(step_examples(0, len(examples), recipe)) > len(examples):
-        watch({"note": f"train.batch_size: a step of {recipe.train.batch_size} has each example more than once"})
+        say(f"train.batch_size: a step of {recipe.train.batch_size} has each example more than once")
     for name, loaded in (("data.train", examples), ("data.eval", held_out)):
         if loaded is not None:
             require_context(name, loaded, context_length(folder, recipe.model))
             require_tokens(name, [int(loaded.ids.max())], read_config(folder, recipe.model))
             for line in loaded.notes(name):
-                watch({"note": line})
+                say(line)
     if recipe.data.classifies:
         if counts := class_counts(examples, recipe.model.labels):
-            watch({"note": f"data.train: {counts}"})
+            say(f"data.train: {counts}")
     else:
-        watch({"note": f"data.train: the first example: {first_example(examples, tokenizer)}"})
+        say(f"data.train: the first example: {first_example(examples, tokenizer)}")
     if recipe.data.format == "chat" and (prompt := unlearned_prompt(examples, tokenizer)) is not None:
-        watch({"note": f"data.format chat: `eval` asks with {prompt!r}, which what is learned does not follow here"})
+        say(f"data.format chat: `eval` asks with {prompt!r}, which what is learned does not follow here")
     manifest = initialize(recipe, init_progress)  # after the data: a missing column must not cost an init
     if recipe.data.classifies and not resumed:
-        watch({"note": head_note(folder, recipe)})
+        say(head_note(folder, recipe))
     for line in notes_of(manifest):
-        watch({"note": line})
+        say(line)
     return manifest, tokenizer, examples, held_out

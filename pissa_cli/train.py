@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from pissa_cli.faults import Faults
 from pissa_cli.initialize import Progress, require_base
 from pissa_cli.loading import load_model
 from pissa_cli.optim import learning_rate
-from pissa_cli.prepare import Watch, prepare
+from pissa_cli.prepare import prepare
 from pissa_cli.process import keep_freed_memory, peak_memory, process_state, stop_signals
 from pissa_cli.reached import facts_of, resume_hint, sections_of
 from pissa_cli.recipe import Recipe, TrainSection
@@ -43,6 +44,8 @@ from pissa_cli.sharding import asked_by_accelerate
 from pissa_cli.steps import step_examples
 from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, update
 
+Watch = Callable[[dict[str, Any]], None]
+"""Called with what goes to metrics.jsonl, and with {"note": text} for what the person watching should know."""
 SAVE_SECONDS, SAVE_SHARE = 600, 20
 """Where the recipe does not say when: so long after a checkpoint comes the next, and so many times what it took. Twice
 as long where it waits for a held-out loss, with which it may be the one to keep."""
@@ -60,23 +63,27 @@ def train(
     keep_freed_memory()
     first = state.is_main_process
     layout = asked_by_accelerate() or ("fsdp2" if recipe.train.shard else "copies")  # before transformers reads that
-    watch = watch if first else lambda _: None
     run, full = run_of(recipe), isinstance(recipe.adapter, FullOptions)
+
+    def say(text: str) -> None:
+        if first:
+            watch({"note": text})
+
     with contextlib.ExitStack() as lock:
         with state.main_process_first():
-            manifest, tokenizer, examples, held_out = prepare(recipe, resume, watch, init_progress)
+            manifest, tokenizer, examples, held_out = prepare(recipe, resume, say, init_progress)
             if first:
                 lock.enter_context(locked(run.checkpoints))
                 clear_leftovers(run)
             checkpoint, lines = whole_checkpoint(run)  # set aside by the first process, the others see what is left
             for line in lines:
-                watch({"note": line})
+                say(line)
             if first:
                 remove_old(run, recipe.train.keep, not full)  # as a training killed just before it would have done
         missed = facts_of(checkpoint)["missed"] if checkpoint else 0
         model = load_model(require_base(manifest, recipe), recipe.model, recipe.precision, recipe.seed)
         trainer = assemble(
-            manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, missed, layout, watch
+            manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, missed, layout, say
         )
         first_step = _restore(trainer, checkpoint) if checkpoint else 0
         with state.main_process_first():
@@ -84,7 +91,7 @@ def train(
             if first:  # nothing is left that could refuse it
                 write_text(run.recipe, dump(recipe))
         if first_step == trainer.total_steps:
-            watch({"note": f"all {first_step} steps are taken; for more raise train.steps or train.epochs"})
+            say(f"all {first_step} steps are taken; for more raise train.steps or train.epochs")
         figures = _loop(run, trainer, held_out, first_step, Faults(recipe, seen), watch)
         facts = {name: part.facts() for name, part in (("train", examples), ("eval", held_out)) if part is not None}
         trained = trained_values(trainer.names, first)
@@ -98,7 +105,7 @@ def train(
                     figures["lowest"] = {"step": lowest[0], "eval_loss": lowest[1], "kept": kept}
                 before = [folder.name for folder in run.made_from_result if folder.is_dir() and folder != result]
                 if before and first_step < trainer.total_steps:
-                    watch({"note": f"{', '.join(before)}: of before these steps; make them again"})
+                    say(f"{', '.join(before)}: of before these steps; make them again")
                 draw_losses({run.folder.name: run.metrics}, run.folder / PICTURE)
     return figures | {"data": facts}
 
@@ -113,7 +120,7 @@ def _loop(
     eval_set = held_out.digest() if held_out else None
     with stop_signals() as asked, run.metrics.open("a", encoding="utf-8") as metrics:
 
-        def note(event: dict[str, Any]) -> None:
+        def record(event: dict[str, Any]) -> None:
             if accelerator.is_main_process:
                 metrics.write(json.dumps(event) + "\n")
                 metrics.flush()
@@ -135,7 +142,7 @@ def _loop(
                 update(trainer, lr)
                 losses.append(loss)
             else:
-                event |= _leave_out(run, trainer, step + 1, fault, saved, watch)
+                event |= _leave_out(run, trainer, step + 1, fault, saved)
             trainer.optimizer.zero_grad()
             tokens += step_tokens
             seconds = time.monotonic() - step_began
@@ -145,12 +152,12 @@ def _loop(
                 if math.isfinite(held_out_loss):
                     event |= {"eval_loss": held_out_loss, "eval_set": eval_set}
                 else:
-                    watch({"note": f"step {step + 1}: the held-out loss is {held_out_loss}"})
+                    trainer.say(f"step {step + 1}: the held-out loss is {held_out_loss}")
                     held_out_loss = None
-            note(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
+            record(event | {"tokens": step_tokens, "seconds": round(seconds, 4), "memory_bytes": peak_memory()})
             overdue = not done and _is_overdue(section, event, time.monotonic() - saved_at, saving)
             if overdue and not _has_room(run, trainer):
-                watch({"note": f"step {step + 1}: no checkpoint, as there is no room for it and for that at the end"})
+                trainer.say(f"step {step + 1}: no checkpoint, as there is no room for it and for that at the end")
                 overdue, saved_at = False, time.monotonic()
             stopped, overdue = _any(accelerator, asked(), overdue and accelerator.is_main_process)
             if done or stopped or overdue or (section.save_every and (step + 1) % section.save_every == 0):
@@ -201,7 +208,7 @@ def _has_room(run: Run, trainer: Trainer) -> bool:
     return shutil.disk_usage(run.folder).free > 2 * 3 * 4 * sum(parameter.numel() for parameter in trainer.names)
 
 
-def _leave_out(run: Run, trainer: Trainer, step: int, fault: str, saved: int, watch: Watch) -> dict[str, Any]:
+def _leave_out(run: Run, trainer: Trainer, step: int, fault: str, saved: int) -> dict[str, Any]:
     """Take a step with a fault back, and with `rollback` those since the last checkpoint, too. What metrics say of it.
 
     Infinite numbers are no JSON; they stand in the fault's text.
@@ -210,7 +217,7 @@ def _leave_out(run: Run, trainer: Trainer, step: int, fault: str, saved: int, wa
     if trainer.recipe.train.on_fault == "rollback":
         _restore(trainer, run.checkpoints / f"step-{saved}")
         done = f"back to step {saved}, and on with step {step + 1}"
-    watch({"note": f"step {step}: {fault}; {done}"})
+    trainer.say(f"step {step}: {fault}; {done}")
     return {"loss": None, "grad_norm": None, "fault": fault, "done": done}
 
 

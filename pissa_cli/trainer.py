@@ -13,10 +13,10 @@ from torch.distributed.fsdp import FSDPModule
 from pissa_cli import zero
 from pissa_cli.attach import forget_shared
 from pissa_cli.batches import collate, micro_batches, on_device
+from pissa_cli.data import Say
 from pissa_cli.examples import Examples
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.optim import Names
-from pissa_cli.prepare import Watch
 from pissa_cli.recipe import Recipe
 from pissa_cli.sharding import whole
 from pissa_cli.steps import seed_step, step_examples
@@ -28,7 +28,7 @@ class Trainer:
 
     names: the parameters that train, by the names that checkpoints give them. pad_id: the token that fills up a batch.
     missed: by how many examples the steps so far were short (`steps.step_examples`). packed: examples lie in one row
-    without padding. chunked: the loss is formed in chunks of logits (`loss.summed_loss`). watch: called with notes.
+    without padding. chunked: the loss is formed in chunks of logits (`loss.summed_loss`). say: told of what happens.
     micro_batch_size: the recipe's, or what memory has room for.
     """
 
@@ -43,7 +43,7 @@ class Trainer:
     missed: int
     packed: bool
     chunked: bool
-    watch: Watch
+    say: Say
     micro_batch_size: int
 
 
@@ -65,7 +65,7 @@ def form_gradients(trainer: Trainer, step: int) -> tuple[float, float, int]:
             if trainer.micro_batch_size == 1 or accelerator.num_processes > 1:  # others wait in the middle of a step
                 raise
             trainer.micro_batch_size //= 2
-            trainer.watch({"note": f"out of memory: micro-batches of {trainer.micro_batch_size} examples from here on"})
+            trainer.say(f"out of memory: micro-batches of {trainer.micro_batch_size} examples from here on")
         torch.cuda.empty_cache()
     if zero.spreads(trainer.model):  # which clips in its step
         grad_norm = zero.gradient_norm(trainer.names)

@@ -172,9 +172,8 @@ def _of_node(module: str, node: ast.AST, words: Words, codes: dict[str, int]) ->
         yield Message(module, words.text(arguments[0]), "row", None)
     elif name == "refuse":
         yield Message(module, words.text(arguments[1]), "row", None)
-    elif name in ("say", "watch") and arguments and module != "demo.__main__":
-        said = arguments[0].values[0] if isinstance(arguments[0], ast.Dict) else arguments[0]
-        yield Message(module, words.text(said), "note", None)
+    elif name == "say" and arguments and module != "demo.__main__":
+        yield Message(module, words.text(arguments[0]), "note", None)
 
 
 def _given(node: ast.AST) -> Iterator[ast.expr]:

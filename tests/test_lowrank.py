@@ -441,7 +441,7 @@ def test_only_the_plain_gate_is_joined(models: Callable[[str], Path], recipe: Ca
 
 
 def test_the_benches_on_a_gpu_join_the_gates_that_training_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They make their models themselves, and have to keep up with `trainer.set_up`."""
+    """They make their models themselves, and have to keep up with `assembly.assemble`."""
     plain, steps = bench_gpu.Taker(bench_gpu.Shape("tiny", 64, 64, 128, 1, 100), 16, "pissa"), []
     monkeypatch.setattr(bench_gpu, "LENGTHS", (8,))
     monkeypatch.setattr(bench_gpu, "compile_blocks", lambda *_: None)
