@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,63 +29,24 @@ LEFTOVER = re.compile(r"\.(\.?lock|tmp-[0-9a-f]{8})")  # within a folder that is
 UNLOCKABLE = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
-@dataclass(frozen=True)
 class Run:
     """The paths of a run folder."""
 
-    folder: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.folder / RUN_RECIPE
-
-    @property
-    def manifest(self) -> Path:
-        return self.folder / RUN_MANIFEST
-
-    @property
-    def init(self) -> Path:
-        return self.folder / "init"
-
-    @property
-    def base(self) -> Path:
-        return self.folder / "base"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        return self.folder / "adapter"
-
-    @property
-    def merged(self) -> Path:
-        return self.folder / "merged"
-
-    @property
-    def quantized(self) -> Path:
-        return self.folder / "quantized"
-
-    @property
-    def int4(self) -> Path:
-        return self.folder / "int4"
-
-    @property
-    def exported(self) -> Path:
-        return self.folder / "exported"
-
-    @property
-    def scores(self) -> Path:
-        return self.folder / "eval"
-
-    @property
-    def made_from_result(self) -> list[Path]:
-        return [self.merged, self.quantized, self.int4, self.exported, self.scores]
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe = folder / RUN_RECIPE
+        self.manifest = folder / RUN_MANIFEST
+        self.init = folder / "init"
+        self.base = folder / "base"
+        self.checkpoints = folder / "checkpoints"
+        self.adapter = folder / "adapter"
+        self.merged = folder / "merged"
+        self.quantized = folder / "quantized"
+        self.int4 = folder / "int4"
+        self.exported = folder / "exported"
+        self.scores = folder / "eval"
+        self.metrics = folder / "metrics.jsonl"
+        self.made_from_result = [self.merged, self.quantized, self.int4, self.exported, self.scores]
 
     def exists(self) -> bool:
         """Whether init finished here."""
