@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,35 +68,20 @@ Qwen2 and StarCoder2, too, but asks for them by names under which it did not put
 
 @dataclass(frozen=True)
 class Rules:
-    """Of a server. ranks: those that `--max-lora-rank` takes, empty for any; serve: its line, with {base}, {folder} and
-    {rank}; separators: what a path in that line cannot have."""
+    """Of a server.
+
+    ranks: those that `--max-lora-rank` takes, empty for any. serve: its line, with {base}, {folder} and {rank}.
+    separators: what a path in that line cannot have. template: by which option, and from which file, it takes another
+    chat template than that of the base. require: (adapted layers, the base's config.json) -> UsageError for what it
+    does not take.
+    """
 
     name: str
-    ranks: tuple[int, ...]
+    ranks: tuple[int, ...] = ()
     serve: str = ""
     separators: str = ""
-
-
-SERVERS = {
-    "vllm": Rules(
-        "vLLM", VLLM_RANKS, "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}", ","
-    ),
-    "sglang": Rules(
-        "SGLang",
-        (),
-        "python -m sglang.launch_server --model-path {base} --max-lora-rank {rank} --lora-paths tuned={folder}",
-    ),
-    "tgi": Rules("TGI", (), "text-generation-launcher --model-id {base} --lora-adapters tuned={folder}", "@=,"),
-    "llama.cpp": Rules("llama.cpp", ()),
-}
-
-
-TEMPLATES = {
-    "vllm": ("--chat-template", "chat_template.jinja"),
-    "sglang": ("--chat-template", "chat_template.jinja"),
-    "tgi": ("--tokenizer-config-path", TOKENIZER_CONFIG),
-}
-"""By which option, and from which file, a server takes another chat template than that of the base."""
+    template: tuple[str, str] | None = None
+    require: Callable[[set[str], dict[str, Any]], None] = lambda _layers, _base: None
 
 
 def require_server(name: str) -> None:
@@ -144,16 +130,16 @@ def check_served(folder: Path, server: str, output: Path, plain: Path, own_templ
         raise UsageError(
             f"{rules.name} cannot read the path {output}: '{separator}' has a meaning there", "name another one by -o"
         )
-    REQUIRE[server](_adapted(list(load_tensors(folder / PEFT_WEIGHTS)), rules.name), read_settings(plain))
+    rules.require(_adapted(list(load_tensors(folder / PEFT_WEIGHTS)), rules.name), read_settings(plain))
     allowed = min((r for r in rules.ranks if r >= rank), default=rank)
     if server == "llama.cpp":
         return f"python convert_lora_to_gguf.py {shlex.quote(str(output))} --base {shlex.quote(str(plain))}"
     base, lora = (shlex.quote(str(path)) for path in (config["base_model_name_or_path"], output))
     revision = f" --revision {shlex.quote(config['revision'])}" if "revision" in config else ""
     line = rules.serve.format(base=base, folder=lora, rank=allowed) + revision
-    if not own_template or server not in TEMPLATES:
+    if not own_template or rules.template is None:
         return line
-    option, file = TEMPLATES[server]
+    option, file = rules.template
     return f"{line} {option} {shlex.quote(str(output / file))}"
 
 
@@ -224,5 +210,27 @@ def _require_llama_cpp(layers: set[str], base: dict[str, Any]) -> None:
             )
 
 
-REQUIRE = {"vllm": _require_vllm, "sglang": _require_sglang, "tgi": _require_tgi, "llama.cpp": _require_llama_cpp}
-"""What raises UsageError for adapted layers, or a base by its config.json, that a server does not take."""
+SERVERS = {
+    "vllm": Rules(
+        "vLLM",
+        VLLM_RANKS,
+        serve="vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={folder}",
+        separators=",",
+        template=("--chat-template", "chat_template.jinja"),
+        require=_require_vllm,
+    ),
+    "sglang": Rules(
+        "SGLang",
+        serve="python -m sglang.launch_server --model-path {base} --max-lora-rank {rank} --lora-paths tuned={folder}",
+        template=("--chat-template", "chat_template.jinja"),
+        require=_require_sglang,
+    ),
+    "tgi": Rules(
+        "TGI",
+        serve="text-generation-launcher --model-id {base} --lora-adapters tuned={folder}",
+        separators="@=,",
+        template=("--tokenizer-config-path", TOKENIZER_CONFIG),
+        require=_require_tgi,
+    ),
+    "llama.cpp": Rules("llama.cpp", require=_require_llama_cpp),
+}
