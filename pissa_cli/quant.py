@@ -65,7 +65,7 @@ def packable(num_in: int) -> bool:
 
 
 def pack(store: Store, weight: Tensor) -> Packed | Tensor:
-    """Store `weight` (out, in) fp32: NF4 blocks run along rows of the (out, in) matrix."""
+    """Store `weight` (out, in) fp32: NF4 blocks run along its rows, which are whole ones (`packable`)."""
     if store.bits != 4:
         return converted(weight, store.dtype)
     if store.absmax == "fitted":
@@ -86,12 +86,11 @@ def _pack_fitted(store: Store, weight: Tensor) -> Packed:
     See `block_scales.fit_scales`; the codes are then the nearest levels for the scale as it is stored.
     """
     levels = _levels(weight.device)
-    chunks = _blocks(weight)
+    chunks = weight.reshape(-1, BLOCK_SIZE).split(CHUNK[weight.device.type] // BLOCK_SIZE)
     fitted = in_parallel(lambda chunk: fit_scales(chunk, levels.nearest)[0], chunks)
     absmax, kept, nested = _kept(store, torch.cat(fitted))
     pairs = zip(chunks, absmax.split(len(chunks[0])), strict=True)
-    codes = torch.cat(in_parallel(lambda pair: levels.codes(*pair), pairs))
-    codes = codes.view(-1)[: weight.numel() + weight.numel() % 2]
+    codes = torch.cat(in_parallel(lambda pair: levels.codes(*pair), pairs)).view(-1)
     data = ((codes[0::2] << 4) | codes[1::2]).unsqueeze(1)
     return Packed(data, _state(store, weight, levels.values.clone(), kept, nested))
 
@@ -149,15 +148,6 @@ def _levels(device: torch.device) -> Levels:
     if device.type == "cuda":  # other threads, on other streams, use them
         torch.cuda.current_stream().synchronize()
     return levels
-
-
-def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
-    """The blocks (n, 64) of a weight, as many at a time as the search looks at together; the last padded with zeros."""
-    flat = weight.reshape(-1).float()
-    if missing := -flat.numel() % BLOCK_SIZE:
-        flat = nn.functional.pad(flat, (0, missing))
-    chunks: tuple[Tensor, ...] = flat.view(-1, BLOCK_SIZE).split(CHUNK[weight.device.type] // BLOCK_SIZE)
-    return chunks
 
 
 def read(stored: Packed | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
