@@ -51,7 +51,7 @@ def resumes(recipe: Recipe, resume: bool) -> bool:
 def require_reach(num: int, recipe: Recipe) -> None:
     """Refuse a recipe by which the run over `num` examples would have ended before where it is."""
     run = run_of(recipe)
-    checkpoint, steps = latest_checkpoint(run), count_steps(num, recipe, newest_facts(run).get("missed", 0))
+    checkpoint, steps = latest_checkpoint(run), count_steps(num, recipe, newest_facts(run)["missed"])
     if checkpoint is not None and steps < step_of(checkpoint):
         raise UsageError(
             f"train.steps, train.epochs: {steps} steps are less than the run has taken ({checkpoint.name})",

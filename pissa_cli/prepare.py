@@ -54,7 +54,7 @@ def steps_to_take(recipe: Recipe) -> tuple[int, int] | None:
         return None
     rows = sum(isinstance(row, dict) for source in sources for _, row in read_rows(source, recipe.data.limit))
     rows -= 0 if share is None else num_held_out(rows, share)
-    return count_steps(rows, recipe, newest_facts(run_of(recipe)).get("missed", 0)), rows
+    return count_steps(rows, recipe, newest_facts(run_of(recipe))["missed"]), rows
 
 
 def prepare(

@@ -87,11 +87,8 @@ def result_of(recipe: Recipe) -> Path:
 
 
 def sections_before(run: Run) -> dict[str, dict[str, Any]]:
-    """What the run was trained by, from its newest checkpoint; an older pissa has it in the recipe alone."""
-    sections: dict[str, dict[str, Any]] = newest_facts(run).get("sections") or sections_of(
-        load(str(run.folder), {}).recipe
-    )
-    return sections
+    """What the run was trained by, from its newest checkpoint; by its recipe where that does not say."""
+    return newest_facts(run)["sections"] or sections_of(load(str(run.folder), {}).recipe)
 
 
 def sections_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -113,11 +110,11 @@ def latest_checkpoint(run: Run) -> Path | None:
 
 
 def newest_facts(run: Run) -> dict[str, Any]:
-    """The facts in the newest checkpoint whose state can be read; nothing where there is none."""
+    """The facts in the newest checkpoint whose state can be read; FACTS where there is none."""
     for folder in reversed(checkpoints(run)):
         with suppress(UsageError):
             return facts_of(folder)
-    return {}
+    return FACTS
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

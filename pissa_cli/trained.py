@@ -107,7 +107,7 @@ def _remedy(run: Run) -> str:
 def trained_on(recipe: Recipe) -> str:
     """The hash of the examples that a run was trained on, by its newest checkpoint, else by its result; empty where
     there is neither."""
-    known: str = newest_facts(run_of(recipe)).get("data", "")
+    known = newest_facts(run_of(recipe))["data"]
     return known or (trained_facts(recipe)["data"]["train"]["hash"] if is_trained(recipe) else "")
 
 
