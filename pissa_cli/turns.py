@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain, islice, pairwise
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -60,11 +60,12 @@ class _Look:
         except Exception:  # templates raise what they like
             return None
 
-    def marked(self, turn: int, before: bool, after: bool, upto: int | None = None) -> str | None:
-        """The text with a mark before or after the content of message `turn`, or in its place if both are wanted; of
-        the first `upto` messages alone where that is given."""
-        said = "" if before and after else f"{self.mark * before}{self.messages[turn].get('content') or ''}"
-        return self._with(turn, {"content": f"{said}{self.mark * after}"}, upto)
+    def marked(self, turn: int, where: Literal["before", "after", "instead"], upto: int | None = None) -> str | None:
+        """The text with a mark before or after the content of message `turn`, or in its place; of the first `upto`
+        messages alone where that is given."""
+        content = self.messages[turn].get("content") or ""
+        said = {"before": f"{self.mark}{content}", "after": f"{content}{self.mark}", "instead": self.mark}[where]
+        return self._with(turn, {"content": said}, upto)
 
     def named(self, upto: int | None = None) -> str | None:
         """As `marked`, with the mark for the name of the turn's first tool call; None where it has none."""
@@ -85,14 +86,14 @@ def _begin(look: _Look) -> int:
     asked = look.attempt(messages[:turn], True) if turn else None
     if asked is not None and whole.startswith(asked):
         return len(asked)
-    begin, alone = _parts(whole, look.marked(turn, True, True)), look.marked(turn, True, True, turn + 1)
+    begin, alone = _parts(whole, look.marked(turn, "instead")), look.marked(turn, "instead", turn + 1)
     called = begin is None
     if called:
         begin, alone = _parts(whole, look.named()), look.named(turn + 1)
     if begin is None:
         raise ValueError(LOST)
     prompt = "" if asked is None else asked.removeprefix(look.attempt(messages[:turn]) or asked)
-    said = _parts(whole, look.marked(turn - 1, False, True)) if turn and prompt else None
+    said = _parts(whole, look.marked(turn - 1, "after")) if turn and prompt else None
     place = -1 if said is None else whole.find(prompt, said, begin)
     if place >= 0:  # what it is asked with, after what was said before
         return place + len(prompt)
@@ -112,8 +113,8 @@ def _end(look: _Look, begin: int, upto: str, special: re.Pattern[str]) -> int:
     there, and the content of the next message is not reached.
     """
     turn, whole = look.turn, look.whole
-    said = _parts(whole, look.marked(turn, False, True))
-    alone_said = _parts(upto, look.marked(turn, False, True, turn + 1))
+    said = _parts(whole, look.marked(turn, "after"))
+    alone_said = _parts(upto, look.marked(turn, "after", turn + 1))
     if said is None or alone_said is None or said < begin:  # a call, beside which the content is not shown
         said, alone_said = _parts(whole, look.named()), _parts(upto, look.named(turn + 1))
     if said is None or alone_said is None or said < begin:
@@ -127,7 +128,7 @@ def _end(look: _Look, begin: int, upto: str, special: re.Pattern[str]) -> int:
             whole_one = special.search(text, after, parted.start()) or text is upto
             end = said - after + (parted.start() if whole_one else parted.end())
             break
-    limit = _parts(whole, look.marked(turn + 1, True, False)) if turn + 1 < len(look.messages) else None
+    limit = _parts(whole, look.marked(turn + 1, "before")) if turn + 1 < len(look.messages) else None
     return end if limit is None else min(end, limit)
 
 
