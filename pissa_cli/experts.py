@@ -122,7 +122,7 @@ def set_part(model: PreTrainedModel, expert: Expert, module: nn.Module) -> None:
     experts = model.get_submodule(expert.module)
     if not hasattr(experts, "parts"):
         experts.parts = nn.ModuleDict()
-    experts.parts[_key(expert)] = module
+    experts.parts[_key(expert.number, expert.part)] = module
     model.config._experts_implementation = IMPLEMENTATION
 
 
@@ -130,11 +130,12 @@ def part_of(model: PreTrainedModel, expert: Expert) -> nn.Module:
     """What computes the product with this expert's matrix."""
     experts = model.get_submodule(expert.module)
     parts: Any = getattr(experts, "parts", {})
-    return parts[_key(expert)] if _key(expert) in parts else ExpertWeight(experts, expert)
+    key = _key(expert.number, expert.part)
+    return parts[key] if key in parts else ExpertWeight(experts, expert)
 
 
-def _key(expert: Expert) -> str:
-    return f"{expert.part}_{expert.number}"
+def _key(number: int, part: str) -> str:
+    return f"{part}_{number}"
 
 
 def _shapes(experts: nn.Module) -> dict[str, torch.Size]:
@@ -167,7 +168,7 @@ def adapted_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_we
 
 def _linear(experts: nn.Module, number: int, part: str, x: Tensor) -> Tensor:
     parts: Any = getattr(experts, "parts", {})
-    key = _key(Expert("", number, part))
+    key = _key(number, part)
     return parts[key](x) if key in parts else nn.functional.linear(x, expert_weight(experts, number, part))
 
 
