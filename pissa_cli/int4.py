@@ -66,7 +66,7 @@ def pack(name: str, W: Tensor, dtype: torch.dtype, group: int) -> tuple[dict[str
     return tensors, back
 
 
-def config(dense: list[str], group: int) -> dict[str, Any]:
+def config(group: int, dense: list[str]) -> dict[str, Any]:
     """`quantization_config` of a transformers checkpoint; `dense` names the modules left as they are."""
     weights = {
         "num_bits": 4,

@@ -30,15 +30,8 @@ from pissa_cli.plan import require_packable, require_same_layout
 from pissa_cli.probes import logit_difference, perplexity, probe_logits
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import is_file
-from pissa_cli.rundir import require_free, run_of, whole_folder, write_json, write_text
-from pissa_cli.side_files import (
-    copy_side_files,
-    dense_modules,
-    keep_problem_type,
-    task_of,
-    task_settings,
-    write_nf4_config,
-)
+from pissa_cli.rundir import require_free, run_of, whole_folder, write_text
+from pissa_cli.side_files import keep_problem_type, task_of, write_4bit_config, write_nf4_config
 from pissa_cli.svd import frobenius_norm
 from pissa_cli.trained import full_model, load_with, read_result
 from pissa_cli.weights import ShardWriter, Weights, open_weights
@@ -79,7 +72,7 @@ def quantize(
         double_quant = recipe.model.double_quant if double_quant is None else double_quant
         four = _nf4(recipe, model, weights, linears, double_quant, absmax or recipe.model.absmax)
     else:
-        four = _compressed_tensors(recipe, model, weights, linears)
+        four = _compressed_tensors(recipe, weights, linears)
     dense_bytes, error, norm = 0, 0.0, 0.0
     with whole_folder(output) as target:
         writer, written = ShardWriter(target), written_name(model, weights)
@@ -178,19 +171,14 @@ def _nf4(
     )
 
 
-def _compressed_tensors(recipe: Recipe, model: PreTrainedModel, weights: Weights, linears: list[Linear]) -> _Form:
+def _compressed_tensors(recipe: Recipe, weights: Weights, linears: list[Linear]) -> _Form:
     int4.require_compressed_tensors()
     group = int4.group_size(linears)
     taken = {layer.name for layer in linears if int4.takes(layer, group)}
-
-    def write_config(target: Path) -> None:
-        copy_side_files(weights.folder, target, recipe)
-        settings = read_settings(weights.folder) | task_settings(model)
-        settings["quantization_config"] = int4.config(dense_modules(model, target, taken), group)
-        write_json(target / "config.json", settings)
-
     return _Form(
-        lambda linear: linear.name in taken, lambda name, W, dtype: int4.pack(name, W, dtype, group), write_config
+        lambda linear: linear.name in taken,
+        lambda name, W, dtype: int4.pack(name, W, dtype, group),
+        lambda target: write_4bit_config(weights.folder, target, recipe, taken, partial(int4.config, group)),
     )
 
 

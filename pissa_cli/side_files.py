@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,27 @@ MORE_TEMPLATES = "additional_chat_templates"
 
 
 def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[Linear], double_quant: bool) -> None:
-    """The side files of `source` in `target`, and a config.json that says which layers are NF4 and which are not."""
+    """As `write_4bit_config`, for NF4."""
+    packed = {layer.name for layer in linears if layer.packable}
+    compute_dtype = str(DTYPES[recipe.precision]).removeprefix("torch.")
+    write_4bit_config(source, target, recipe, packed, partial(quant.config, double_quant, compute_dtype))
+
+
+def write_4bit_config(
+    source: Path, target: Path, recipe: Recipe, packed: set[str], config: Callable[[list[str]], dict[str, Any]]
+) -> None:
+    """The side files of `source` beside the weights in `target`, and a config.json that says how these are stored.
+
+    packed: names of the layers in 4 bits. config: (modules that are not) -> `quantization_config`.
+    """
     copy_side_files(source, target, recipe)
     model = skeleton(source, recipe.model)
-    dense = dense_modules(model, target, {layer.name for layer in linears if layer.packable})
     content = read_settings(source) | task_settings(model)
-    compute_dtype = str(DTYPES[recipe.precision]).removeprefix("torch.")
-    content["quantization_config"] = quant.config(double_quant, compute_dtype, dense)
+    content["quantization_config"] = config(_dense_modules(model, target, packed))
     write_json(target / "config.json", content)
 
 
-def dense_modules(model: PreTrainedModel, folder: Path, packed: set[str]) -> list[str]:
+def _dense_modules(model: PreTrainedModel, folder: Path, packed: set[str]) -> list[str]:
     """The modules that readers may take for linear layers and that are not `packed` in `folder`: the model's own, and
     all with a matrix in the files. A router is a layer of its own kind here, for transformers 4 and vLLM a linear one.
     """
