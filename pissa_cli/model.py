@@ -19,7 +19,6 @@ from pissa_cli.configuration import context_of, read_config
 from pissa_cli.errors import UsageError, first_line, in_one_line
 from pissa_cli.experts import EXPERT_PARAMETERS, Expert, expert_layers, peft_remaps
 from pissa_cli.inputs import local_base, require_model_folder
-from pissa_cli.paths import LICENCES
 from pissa_cli.recipe import ModelSection
 from pissa_cli.recipe_file import names_in, shipped
 from pissa_cli.tensor_names import DiskName, names_on_disk
@@ -36,6 +35,8 @@ LINEAR_SUBCLASSES = ("FalconLinear",)
 UNREAD = ("weight",)
 """Ends of names of layers whose scales transformers does not find in NF4 (Qwen4's block_inject_weight)."""
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+"""Files that go where a model goes."""
 SMALL_FILES = ["*.json", "*.py"]
 HUB_FILES = [*SMALL_FILES, "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md", *LICENCES]
 
@@ -278,11 +279,8 @@ def peft_targets(
 
 def num_parameters(model: nn.Module) -> int:
     """All parameters, counting an NF4 weight by the numbers it stands for."""
-    total = 0
-    for p in model.parameters():
-        state = getattr(p, "quant_state", None)
-        total += state.shape.numel() if state is not None else p.numel()
-    return total
+    states = ((p, getattr(p, "quant_state", None)) for p in model.parameters())
+    return sum(p.numel() if state is None else state.shape.numel() for p, state in states)
 
 
 def context_length(folder: Path, section: ModelSection) -> int | None:

@@ -9,8 +9,6 @@ from typing import Literal
 
 from pissa_cli.errors import UsageError
 
-LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-"""Files that go where a model goes."""
 Kind = Literal["file", "folder", "other"]
 RUN_RECIPE = "recipe.yaml"
 RUN_MANIFEST = "manifest.json"

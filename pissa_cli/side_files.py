@@ -17,8 +17,7 @@ from pissa_cli.configuration import read_config
 from pissa_cli.errors import UsageError
 from pissa_cli.integrity import VOCABULARIES, read_settings
 from pissa_cli.loading import load_tokenizer
-from pissa_cli.model import DTYPES, Linear, head_names, skeleton
-from pissa_cli.paths import LICENCES
+from pissa_cli.model import DTYPES, LICENCES, Linear, head_names, skeleton
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import read_json, write_json, write_text
 from pissa_cli.weights import open_weights
