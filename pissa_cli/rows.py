@@ -28,7 +28,7 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[tuple[int, Row 
     `source` is a file, or `id`, `id:subset` or `id:subset:split` of a data set on the Hub (split: train).
     Raises UsageError for a missing, unreadable or unknown file, and a data set that cannot be reached.
     """
-    rows = _file_rows(Path(source)) if is_file(source) else _hub_rows(source)
+    rows = _file_rows(Path(source)) if is_file(source) else enumerate(map(_pruned, _hub_data(source)), start=1)
     for count, row in enumerate(rows):
         if count == limit:
             return
@@ -193,10 +193,6 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise UsageError(f"{path}: not a readable parquet file ({error})", "download or write it again") from None
 
 
-def _hub_rows(source: str) -> Iterator[tuple[int, Row]]:
-    yield from enumerate(map(_pruned, _hub_data(source)), start=1)
-
-
 def _pruned(row: Row) -> Row:
     """A row of a table whose objects all have the same keys, without the keys that are filled up with None: within what
     its objects hold. The objects themselves (messages) keep theirs."""
@@ -220,7 +216,6 @@ def _hub_data(source: str) -> Any:
     import datasets
 
     name, *rest = source.split(":")
-
     try:
         subset = rest[0] if rest and rest[0] else None
         return datasets.load_dataset(name, subset, split=rest[1] if len(rest) == 2 else "train")
