@@ -269,19 +269,18 @@ def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
     if "A" in start.factors:  # VeRA's b is zero, so that its projections add nothing
         A, B = Adapter({layer.name: start.factors}, {layer.name: layer.scale}).pair(layer.name, W.shape, W.device)
         minus_product(error, B, A, -1.0, into=error)
-    norm = max(frobenius_norm(W), 1e-30)
-    if layer.store.bits != 4:
-        relative = frobenius_norm(error) / norm
-        if not relative <= START_TOLERANCE[layer.store.dtype]:
-            raise PissaError(
-                f"{layer.name}: the split does not give the weight back (relative error {relative:.1e})",
-                "try --svd exact, and please report it with the model",
-            )
-        return {"start_error": relative}
-    figures = {"start_error": frobenius_norm(error) / norm}
-    figures |= {"frobenius": frobenius_norm(error), "nuclear": nuclear_norm(error)}
-    error = quant.lost(W, "largest")
-    return figures | {"plain_frobenius": frobenius_norm(error), "plain_nuclear": nuclear_norm(error)}
+    norm = frobenius_norm(error)
+    relative = norm / max(frobenius_norm(W), 1e-30)
+    if layer.store.bits == 4:
+        figures = {"start_error": relative, "frobenius": norm, "nuclear": nuclear_norm(error)}
+        error = quant.lost(W, "largest")
+        return figures | {"plain_frobenius": frobenius_norm(error), "plain_nuclear": nuclear_norm(error)}
+    if not relative <= START_TOLERANCE[layer.store.dtype]:
+        raise PissaError(
+            f"{layer.name}: the split does not give the weight back (relative error {relative:.1e})",
+            "try --svd exact, and please report it with the model",
+        )
+    return {"start_error": relative}
 
 
 def _versions() -> dict[str, str]:
