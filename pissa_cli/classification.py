@@ -29,7 +29,7 @@ def encode_classified(
     section: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
-    end: int | None = None,
+    end: int | None,
 ) -> list[Encoded | str]:
     """(tokens, token types, label) of each row, or why it cannot be used. What is too long is cut where the
     tokenizer cuts it.

@@ -30,7 +30,7 @@ def unused_columns(section: DataSection, columns: Iterable[str]) -> list[str]:
     return [column for column in columns if column not in read]
 
 
-def require_columns(source: str, section: DataSection, columns: Mapping[str, Any], whole: bool = True) -> None:
+def require_columns(source: str, section: DataSection, columns: Mapping[str, Any], whole: bool) -> None:
     """UsageError if `columns`, those of the rows with a value of each, lack one that the format needs, or to which
     `data.columns` maps.
 

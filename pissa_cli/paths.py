@@ -34,7 +34,7 @@ def kind_of(name: str | Path, source: str = "") -> Kind | None:
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
-def located(name: str, roots: Sequence[Path], source: str = "") -> str:
+def located(name: str, roots: Sequence[Path], source: str) -> str:
     """The absolute path of a name under the first of the roots that has it, else the name. Raises as `kind_of`."""
     found = next((root / name for root in roots if name and kind_of(root / name, source)), None)
     if found is None:
