@@ -66,11 +66,11 @@ def evaluate_command(
 
     if samples is not None and (compare_base or checkpoint is not None):
         raise UsageError("--samples: there is no model", "leave --compare-base and --checkpoint out")
-    loaded = replace(loaded, recipe=with_bench(loaded.recipe))
-    check_benches(loaded.recipe, compare_base, loaded.sources)
-    check_files(loaded.recipe)
+    recipe = with_bench(loaded.recipe)
+    check_benches(recipe, compare_base, loaded.sources)
+    check_files(recipe)
     if not dry_run and samples is None:
-        inputs.require_scored(loaded.recipe)
+        inputs.require_scored(recipe)
     show.quiet_libraries(debug)
     from pissa_cli.evals.classify import METRICS
     from pissa_cli.evals.results import score_samples
@@ -79,20 +79,20 @@ def evaluate_command(
     from pissa_cli.trained import is_trained
 
     if dry_run:
-        dryrun.dry_run(loaded, as_json)
+        dryrun.dry_run(replace(loaded, recipe=recipe), as_json)
         return
-    if allow_code_execution and runs_code(loaded.recipe):
+    if allow_code_execution and runs_code(recipe):
         show.say(f"programs that the model writes run in {protection().text()}")
     with show.counting("eval") as progress:
         if samples is not None:
-            result = {"results": score_samples(loaded.recipe, samples, allow_code_execution, progress)}
-        elif compare_base and checkpoint is None and not is_trained(loaded.recipe):
-            show.say(f"{loaded.recipe.output}: nothing is trained yet; the base alone is scored")
+            result = {"results": score_samples(recipe, samples, allow_code_execution, progress)}
+        elif compare_base and checkpoint is None and not is_trained(recipe):
+            show.say(f"{recipe.output}: nothing is trained yet; the base alone is scored")
             result = {"results": {}}
         else:
-            result = {"results": evaluate(loaded.recipe, False, allow_code_execution, progress, checkpoint)}
+            result = {"results": evaluate(recipe, allow_code=allow_code_execution, progress=progress, step=checkpoint)}
         if compare_base:
-            result["base"] = evaluate(loaded.recipe, True, allow_code_execution, progress)
+            result["base"] = evaluate(recipe, base=True, allow_code=allow_code_execution, progress=progress)
     for results in result.values():
         for name, r in results.items():
             for line in _notes(name, r, METRICS):

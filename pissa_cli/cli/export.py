@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pissa_cli.cli.options import Absmax, Debug, DoubleQuant, DryRun, Json, Set, Target, load_recipe
+from pissa_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from pissa_cli.recipe import Recipe
@@ -47,7 +48,6 @@ def export_command(
     loaded = load_recipe(target, set_)
     from pissa_cli import inputs
     from pissa_cli.cli import dryrun, show
-    from pissa_cli.errors import UsageError
 
     if not dry_run:
         inputs.require_run(loaded.recipe)
@@ -69,11 +69,15 @@ def export_command(
     folder = Path(output) if output else places[form]
     with show.counting("export") as progress:
         if form == "merged":
-            result = merge(recipe, progress, folder, checkpoint)
+            result = merge(recipe, progress, output=folder, step=checkpoint)
         elif form != "lora":
-            result = quantize(recipe, None, folder, progress, checkpoint, form, double_quant, absmax)
+            result = quantize(
+                recipe, None, folder, progress, step=checkpoint, form=form, double_quant=double_quant, absmax=absmax
+            )
         else:
-            result = export_lora(recipe, folder, rank, uniform, server, checkpoint, check)
+            result = export_lora(
+                recipe, folder, rank=rank, uniform=uniform, server=server, step=checkpoint, check=check
+            )
     show.print_result(result, as_json, _summary(recipe, form, rank, result))
 
 

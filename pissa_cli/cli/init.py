@@ -20,6 +20,7 @@ from pissa_cli.cli.options import (
     Target,
     load_recipe,
 )
+from pissa_cli.errors import UsageError
 
 
 def init_command(
@@ -51,7 +52,6 @@ def init_command(
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
-    from pissa_cli.errors import UsageError
     from pissa_cli.initialize import initialize
     from pissa_cli.report import notes_of, summarize
     from pissa_cli.trained import is_trained

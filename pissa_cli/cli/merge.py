@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pissa_cli.cli.options import Debug, DryRun, Json, Output, Set, Target, load_recipe
+from pissa_cli.errors import UsageError
 
 
 def merge_command(
@@ -27,7 +28,6 @@ def merge_command(
     loaded = load_recipe(target, set_, output=output, repo=repo)
     from pissa_cli import inputs
     from pissa_cli.cli import dryrun, show
-    from pissa_cli.errors import UsageError
 
     if not dry_run:
         inputs.require_run(loaded.recipe)
