@@ -102,6 +102,12 @@ def left_dense(names: list[str]) -> str | None:
     return f"{what} dense, {why}: {names[0]}{more}"
 
 
+def lost_in_4_bits(result: dict[str, Any]) -> list[str]:
+    """Of what `quantize` has returned: the layers that stay dense, where there are any, and the error of the others."""
+    error = f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)"
+    return [*filter(None, [left_dense(result["kept_dense"])]), error]
+
+
 def left_by_peft(names: list[str]) -> str | None:
     """A line about adapted layers that stock PEFT does not find in an adapter's files; None if there are none."""
     if not names:

@@ -84,7 +84,7 @@ def export_command(
 def _summary(recipe: "Recipe", form: str, rank: int | None, result: dict[str, Any]) -> list[str]:
     """What was written and how exact it is, for the person watching; rank: as it was asked for."""
     from pissa_cli.cli.show import PACKED_EXPERTS
-    from pissa_cli.report import left_dense
+    from pissa_cli.report import lost_in_4_bits
 
     lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
     if form == "lora":
@@ -101,9 +101,7 @@ def _summary(recipe: "Recipe", form: str, rank: int | None, result: dict[str, An
                 f"--as merged, or {recipe.output}/adapter on {recipe.output}/base"
             )
     elif form != "merged":
-        if note := left_dense(result["kept_dense"]):
-            lines.append(note)
-        lines.append(f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)")
+        lines += lost_in_4_bits(result)
     if result.get("packed_experts"):
         lines.append(PACKED_EXPERTS)
     if result.get("relative_logit_difference") is not None:

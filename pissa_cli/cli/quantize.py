@@ -39,7 +39,7 @@ def quantize_command(
         dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli.quantize import quantize
-    from pissa_cli.report import left_dense
+    from pissa_cli.report import lost_in_4_bits
 
     with show.counting("quantize") as progress:
         result = quantize(
@@ -48,10 +48,8 @@ def quantize_command(
     before, after = result["perplexity_before"], result["perplexity_after"]
     lines = [
         f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB (dense: {result['dense_bytes'] / 2**20:,.1f} MiB)",
-        f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)",
+        *lost_in_4_bits(result),
     ]
-    if note := left_dense(result["kept_dense"]):
-        lines.insert(1, note)
     if before is not None:
         lines.append(f"perplexity {before:.3f} -> {after:.3f} on {result['perplexity_data']}")
     if result["packed_experts"]:
