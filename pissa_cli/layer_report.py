@@ -43,7 +43,8 @@ def layer_report(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[s
     for number, figures in enumerate(manifest["layers"]):
         layer, rank = layers[figures["name"]], figures["rank"]
         W, dtype = read_weight(weights, layer, best_device())
-        row = {"name": layer.name, "kind": layer.kind, "shape": figures["shape"], "rank": rank, "energy": energy(W)}
+        row = {"name": layer.name, "kind": layer.kind, "shape": figures["shape"], "rank": rank}
+        row["energy"] = energy_by_rank(W)
         if recipe.model.bits == 4 and layer.packable and rank <= min(W.shape) and bool(W.any()):
             row["errors"] = _errors(recipe, layer, rank, W, dtype)
         rows.append(row)
@@ -54,7 +55,7 @@ def layer_report(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[s
     return report
 
 
-def energy(W: torch.Tensor) -> dict[str, float]:
+def energy_by_rank(W: torch.Tensor) -> dict[str, float]:
     """Share of the squared Frobenius norm in the top r singular values, by r, in fp64."""
     squares = energies(W).double().cpu()
     shares = squares.cumsum(0) / squares.sum().clamp_min(1e-300)
