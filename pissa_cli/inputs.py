@@ -11,7 +11,7 @@ from pissa_cli.data_options import held_out_sources, sources_of
 from pissa_cli.errors import UsageError
 from pissa_cli.paths import holds_run, kind_of, run_around
 from pissa_cli.recipe import ModelSection, Recipe
-from pissa_cli.rows import is_file, read_rows
+from pissa_cli.rows import is_local, read_rows
 from pissa_cli.rundir import Run, is_vacant, run_of
 
 FIRST_ROWS = 1000
@@ -67,7 +67,7 @@ def require_rows(recipe: Recipe) -> None:
 
 def check_columns(source: str, recipe: Recipe) -> None:
     """UsageError for a local file that is not there or lacks a column in its first rows."""
-    if not is_file(source):
+    if not is_local(source):
         return
     columns: dict[str, Any] = {}
     count, reason = 0, "it is empty"

@@ -23,7 +23,7 @@ from pissa_cli.plan import make_plan
 from pissa_cli.reached import newest_facts
 from pissa_cli.recipe import Recipe
 from pissa_cli.report import notes_of
-from pissa_cli.rows import is_file, read_rows
+from pissa_cli.rows import is_local, read_rows
 from pissa_cli.rundir import run_of
 from pissa_cli.sets import load_sets, num_held_out
 from pissa_cli.steps import count_steps, step_examples
@@ -50,7 +50,7 @@ def steps_to_take(recipe: Recipe) -> tuple[int, int] | None:
     """(steps, rows): how many steps the rows of local files make, if all of them can be used; None where an example is
     no row, and where data are on the Hub."""
     sources, share = sources_of(recipe.data.train), recipe.data.held_out_share
-    if not sources or not all(is_file(source) for source in sources) or recipe.data.format == "text":
+    if not sources or not all(is_local(source) for source in sources) or recipe.data.format == "text":
         return None
     rows = sum(isinstance(row, dict) for source in sources for _, row in read_rows(source, recipe.data.limit))
     rows -= 0 if share is None else num_held_out(rows, share)

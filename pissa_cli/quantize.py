@@ -29,7 +29,7 @@ from pissa_cli.model import Linear, best_device, head_names, linear_layers, read
 from pissa_cli.plan import require_packable, require_same_layout
 from pissa_cli.probes import logit_difference, perplexity, probe_logits
 from pissa_cli.recipe import Recipe
-from pissa_cli.rows import is_file
+from pissa_cli.rows import is_local
 from pissa_cli.rundir import require_free, run_of, whole_folder, write_text
 from pissa_cli.side_files import keep_problem_type, task_of, write_4bit_config, write_nf4_config
 from pissa_cli.svd import frobenius_norm
@@ -63,7 +63,7 @@ def quantize(
     run = run_of(recipe)
     require_free(output, run.quantized if form == "nf4" else run.int4)
     for source in held_out_sources(recipe.data):
-        is_file(source)  # or it is refused now, and not after all is done
+        is_local(source)  # or it is refused now, and not after all is done
     weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe)
     model = skeleton(folder, recipe.model)
     linears = linear_layers(model, weights)

@@ -28,7 +28,7 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[tuple[int, Row 
     `source` is a file, or `id`, `id:subset` or `id:subset:split` of a data set on the Hub (split: train).
     Raises UsageError for a missing, unreadable or unknown file, and a data set that cannot be reached.
     """
-    rows = _file_rows(Path(source)) if is_file(source) else enumerate(map(_pruned, _hub_data(source)), start=1)
+    rows = _file_rows(Path(source)) if is_local(source) else enumerate(map(_pruned, _hub_data(source)), start=1)
     for count, row in enumerate(rows):
         if count == limit:
             return
@@ -39,7 +39,7 @@ def content_hash(source: str) -> str:
     """A hash of what `read_rows` reads: of the file's bytes and kind, or the data set's own fingerprint."""
     from pissa_cli.weights import hash_file
 
-    if is_file(source):
+    if is_local(source):
         return f"{hash_file(Path(source))}{Path(source).suffix}"
     return f"{source} {_hub_data(source)._fingerprint}"
 
@@ -71,7 +71,7 @@ def value_of(row: Row, column: str) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def is_file(source: str) -> bool:
+def is_local(source: str) -> bool:
     """Whether it is a local file of data; data on the Hub if not. UsageError for a path to anything else."""
     path, kind = Path(source), kind_of(source)
     if kind == "file":

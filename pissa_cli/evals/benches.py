@@ -13,7 +13,7 @@ from pissa_cli.evals.bench import Bench
 from pissa_cli.glue import GLUE, SETS
 from pissa_cli.inputs import check_columns
 from pissa_cli.recipe import Recipe
-from pissa_cli.rows import Row, is_file, read_rows, text_of
+from pissa_cli.rows import Row, is_local, read_rows, text_of
 from pissa_cli.yamlfile import KeyPath
 
 GENERATED: dict[str, Bench] = {
@@ -140,7 +140,7 @@ def check_files(recipe: Recipe) -> None:
             if Path(source).is_dir():
                 mt_bench.load(source, recipe.eval.limit)
         elif bench in GENERATED:
-            if is_file(source):
+            if is_local(source):
                 read_bench(bench, recipe)
         else:
             for one in held_out_sources(recipe.data) if is_held_out(bench, recipe) else [source]:
