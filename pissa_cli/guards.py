@@ -59,17 +59,17 @@ def require_reach(num: int, recipe: Recipe) -> None:
         )
 
 
-def schedule_change(recipe: Recipe) -> list[str]:
+def schedule_change(recipe: Recipe) -> str | None:
     """A line for the person watching if the run was begun with another length: the learning rates change with it."""
     before, now = sections_before(run_of(recipe))["train"], recipe.train
     same = now.schedule == "constant" and not 0 < now.warmup < 1
     if same or all(before[key] == getattr(now, key) for key in LENGTH):
-        return []
+        return None
     was, will = (
         f"{steps} steps" if steps else f"{epochs or 1} epochs"
         for steps, epochs in ([before[key] for key in LENGTH], [getattr(now, key) for key in LENGTH])
     )
-    return [f"the run was begun for {was} and goes on for {will}: the {now.schedule} schedule is stretched to fit"]
+    return f"the run was begun for {was} and goes on for {will}: the {now.schedule} schedule is stretched to fit"
 
 
 def require_context(name: str, examples: Examples, context: int | None) -> None:

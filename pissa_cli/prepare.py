@@ -66,8 +66,8 @@ def prepare(
     """
     run = run_of(recipe)
     resumed = resumes(recipe, resume)
-    for line in schedule_change(recipe) if resumed else []:
-        say(line)
+    if resumed and (change := schedule_change(recipe)):
+        say(change)
     if resume and not resumed:
         say(f"{run.folder}: there is no checkpoint; training begins with the first step")
     require_data(recipe)

@@ -241,8 +241,8 @@ def test_an_adapter_older_than_its_run_is_refused(models: Callable[[str], Path],
     with pytest.raises(Interrupted):
         train(longer, resume=True, watch=stop)
     assert notes[0] == "the run was begun for 2 steps and goes on for 8 steps: the cosine schedule is stretched to fit"
-    for warmup, said in ((0.5, 1), (0, 0), (3, 0)):
+    for warmup, said in ((0.5, True), (0, False), (3, False)):
         even = recipe(models("llama"), *BASE, "train.schedule=constant", f"train.warmup={warmup}", "train.steps=9")
-        assert len(schedule_change(even)) == said
+        assert (schedule_change(even) is not None) == said
     with pytest.raises(UsageError, match="holds step 2, but the run has gone on to step-4"):
         read_adapter(longer)
