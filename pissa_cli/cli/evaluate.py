@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pissa_cli.cli.options import Debug, DryRun, Json, Output, Set, Target, load_recipe
+from pissa_cli.cli.options import Checkpoint, Debug, DryRun, Json, Output, Set, Target, load_recipe
 from pissa_cli.errors import UsageError
 
 
@@ -31,9 +31,7 @@ def evaluate_command(
         str | None,
         typer.Option("--samples", metavar="FILE", help="Score these outputs (jsonl: id or task_id, output), no model."),
     ] = None,
-    checkpoint: Annotated[
-        int | None, typer.Option("--checkpoint", help="Step of the checkpoint; default: the result.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     allow_code_execution: Annotated[
         bool,
         typer.Option("--allow-code-execution", help="Run the programs that the model writes, apart from all else."),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pissa_cli.cli.options import Absmax, Debug, DoubleQuant, DryRun, Json, Set, Target, load_recipe
+from pissa_cli.cli.options import Absmax, Checkpoint, Debug, DoubleQuant, DryRun, Json, Set, Target, load_recipe
 from pissa_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def export_command(
     server: Annotated[
         str | None, typer.Option("--for", help="Check the LoRA by the rules of vllm, sglang, tgi or llama.cpp.")
     ] = None,
-    checkpoint: Annotated[
-        int | None, typer.Option("--checkpoint", help="Step of the checkpoint; default: the result.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     double_quant: DoubleQuant = None,
     absmax: Absmax = None,
     check: Annotated[bool, typer.Option("--check", help="Compare the logits before and after.")] = False,

@@ -38,6 +38,7 @@ Absmax = Annotated[
         help="NF4 block scales: fitted for the least error, or largest, bitsandbytes' own; default: the recipe's.",
     ),
 ]
+Checkpoint = Annotated[int | None, typer.Option("--checkpoint", help="Step of the checkpoint; default: the result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; touch nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else on stderr.")]
 Debug = Annotated[bool, typer.Option("-v", "--debug", help="Show the libraries' messages, and tracebacks.")]
