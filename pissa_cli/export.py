@@ -36,14 +36,15 @@ from pissa_cli.weights import open_weights
 
 def export_lora(
     recipe: Recipe,
-    output: Path,
+    output: Path | None = None,
     rank: int | None = None,
     uniform: bool = False,
     server: str | None = None,
     step: int | None = None,
     check: bool = False,
 ) -> dict[str, Any]:
-    """Write the result of a run, or of its checkpoint `step`, as PEFT LoRA files for the plain base.
+    """Write the result of a run, or of its checkpoint `step`, as PEFT LoRA files for the plain base, into the run's
+    `exported/` or into `output`.
 
     What was learned is exact at its own rank (PiSSA's is 2r), and recompressed by SVD below that. A run over NF4 is
     valid on `base/` alone: what its 4 bits lost of W is no part of this. `uniform` gives all layers one rank and one
@@ -58,6 +59,7 @@ def export_lora(
     if server is not None:
         require_server(server)
     run, manifest = open_run(recipe)
+    output = output or run.exported
     require_free(output, run.exported)
     stored, result = read_result(recipe, step)
     adapter = result if recipe.model.bits != 4 else _learned(recipe, result)

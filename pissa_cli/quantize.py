@@ -41,8 +41,8 @@ DENSE = "leave it in 16 bits: pissa merge"
 
 def quantize(
     recipe: Recipe,
-    model_folder: Path | None,
-    output: Path,
+    model_folder: Path | None = None,
+    output: Path | None = None,
     progress: Progress = lambda *_: None,
     step: int | None = None,
     form: Literal["nf4", "compressed-tensors"] = "nf4",
@@ -52,16 +52,17 @@ def quantize(
     """Write a 4-bit transformers folder: of a run (its result, or its checkpoint `step`), or of a dense model.
 
     model_folder: that model; None for the run. double_quant, absmax: how NF4 stores; None for what the recipe's `model`
-    says. The run's own `quantized/` (NF4) or `int4/` (compressed-tensors) is replaced; any other `output` with
-    something in it is a UsageError.
+    says. output: None for the run's own `quantized/` (NF4) or `int4/` (compressed-tensors), which is replaced; any
+    other with something in it is a UsageError.
 
     Returns sizes in bytes, the layers that stay dense, the relative Frobenius error over the quantized weights, the
     differences of logits, and the perplexity before and after: on `data.eval` where the recipe has it, else on four
     built-in prompts, which says little; None for a classifier.
     """
     recipe, folder, adapter = _source(recipe, model_folder, step)
-    run = run_of(recipe)
-    require_free(output, run.quantized if form == "nf4" else run.int4)
+    own = run_of(recipe).quantized if form == "nf4" else run_of(recipe).int4
+    output = output or own
+    require_free(output, own)
     for source in held_out_sources(recipe.data):
         is_local(source)  # or it is refused now, and not after all is done
     weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe)

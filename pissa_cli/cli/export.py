@@ -60,11 +60,8 @@ def export_command(
     from pissa_cli.export import export_lora
     from pissa_cli.merge import merge
     from pissa_cli.quantize import quantize
-    from pissa_cli.rundir import run_of
 
-    recipe, run = loaded.recipe, run_of(loaded.recipe)
-    places = {"lora": run.exported, "merged": run.merged, "nf4": run.quantized, "compressed-tensors": run.int4}
-    folder = Path(output) if output else places[form]
+    recipe, folder = loaded.recipe, Path(output) if output else None
     with show.counting("export") as progress:
         if form == "merged":
             result = merge(recipe, progress, output=folder, step=checkpoint)

@@ -25,10 +25,9 @@ def quantize_command(
     if is_model:
         if not output:
             raise UsageError(f"{target} is a model, not a run", "say where its 4-bit form goes: --output FOLDER")
-        loaded, destination = load_recipe(None, set_, model=target, output=output), Path(output)
+        loaded = load_recipe(None, set_, model=target, output=output)
     else:
         loaded = load_recipe(target, set_)
-        destination = Path(output) if output else Path(loaded.recipe.output) / "quantized"
     from pissa_cli import inputs
     from pissa_cli.cli import dryrun, show
 
@@ -43,7 +42,12 @@ def quantize_command(
 
     with show.counting("quantize") as progress:
         result = quantize(
-            loaded.recipe, folder if is_model else None, destination, progress, double_quant=double_quant, absmax=absmax
+            loaded.recipe,
+            folder if is_model else None,
+            Path(output) if output else None,
+            progress,
+            double_quant=double_quant,
+            absmax=absmax,
         )
     before, after = result["perplexity_before"], result["perplexity_after"]
     lines = [

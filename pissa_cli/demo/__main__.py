@@ -78,7 +78,7 @@ def best_of(method: str) -> dict[str, Any]:
     best["before"] = evaluate(recipe, base=True)["gsm8k"]
     best["after"] = evaluate(recipe)["gsm8k"]
     best["merged"] = merge(recipe)
-    best["nf4"] = quantize(recipe, None, Path(best["run"]) / "quantized")
+    best["nf4"] = quantize(recipe)
     return best
 
 
