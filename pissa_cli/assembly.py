@@ -81,7 +81,7 @@ def assemble(
         model.to(device)
     _take_kernels(recipe, model, examples, pad_id, say)
     with runs_in_bf16(model, recipe.precision):
-        packed = _look_at_layout(recipe, model, examples, pad_id, say)
+        packed = _settle_packing(recipe, model, examples, pad_id, say)
         if isinstance(recipe.adapter, FullOptions):
             model.requires_grad_(True)
         else:
@@ -182,7 +182,7 @@ def _take_kernels(recipe: Recipe, model: PreTrainedModel, examples: Examples, pa
         say(f"liger-kernel is not installed; {advice}")
 
 
-def _look_at_layout(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, say: Say) -> bool:
+def _settle_packing(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, say: Say) -> bool:
     """Whether examples are packed. UsageError for a model that sees what it should not: padding, or what follows."""
     packed = packs(recipe, model.eval(), examples, pad_id)
     if recipe.data.classifies:
