@@ -25,7 +25,8 @@ def span_of(
     messages: list[Message], turn: int, whole: str, render: Render, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, int]:
     """(begin, end) of what the model writes for message `turn` in the `whole` rendered conversation: from behind what
-    it is asked with, up to its end-of-turn, that included.
+    it is asked with, up to its end-of-turn, that included (`Hello<|im_end|>\\n` of ChatML's
+    `<|im_start|>assistant\\nHello<|im_end|>\\n`).
 
     Most templates render the beginning of a conversation as the whole one begins, and lengths tell. Others write a turn
     otherwise once it is followed by more (Qwen3 drops the thoughts). For these the conversation is rendered again with
