@@ -16,17 +16,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MOE_CONFIGS, make_model, save_model
+from conftest import MOE_CONFIGS, PACKAGE, make_model, save_model
 from forks import await_that, entry, exit_code, forked, train_together
 from runs import BASE, adapter, events, same
 from transformers import AutoModelForCausalLM, BigBirdConfig, ViTConfig, ViTModel
 
-from pissa_cli.errors import LAUNCHED, UsageError
+from pissa_cli import launch
+from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError
 from pissa_cli.experts import has_experts, holders_of_3d_weights
 from pissa_cli.launch import _wait
 from pissa_cli.process import stop_signals
 from pissa_cli.recipe_file import dump, load, shipped
-from pissa_cli.rundir import Run
+from pissa_cli.rundir import Run, locked
 from pissa_cli.sharding import asked_by_accelerate
 from pissa_cli.train import train
 from pissa_cli.weights import load_tensors
@@ -325,6 +326,84 @@ def test_usage_errors_are_plain(models: Callable[[str], Path], pissa: Callable[.
     words = ["--processes", "2", "--set", "data.train=none.jsonl", "--output", tmp_path / "out"]
     outcome = pissa("train", "--model", models("llama"), *words)
     assert outcome.code == 2 and "none.jsonl: no such data file" in outcome.err
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, recipe: Any) -> Callable[..., dict[str, Any]]:
+    """Launch two processes that `ended` so, of which one `told` that; how they would have been started."""
+
+    def run(
+        ended: tuple[int, bool] = (0, False), told: Any = None, resume: bool = False, gpus: int = 0
+    ) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+
+        def start(command: list[str], **options: Any) -> None:
+            seen.update(options, words=command[3:], recipe=load(command[command.index("train") + 1], {}).recipe)
+            if told is not None:
+                Path(options["env"][LAUNCHED]).write_text(json.dumps(told))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "prepare", lambda *_, **__: None)
+            patch.setattr(launch.gc, "collect", lambda: None)  # which takes its time after many tests
+            patch.setattr(launch, "_wait", lambda _: ended)
+            patch.setattr(subprocess, "Popen", start)
+            patch.setattr(torch.cuda, "device_count", lambda: gpus)
+            patch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+            launch.launch(recipe(Path("x"), "train.lr=3e-3"), resume, 2, ["--json"], 7, lambda *_: None)
+        return seen
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("ended", "told", "error", "says"),
+    [
+        ((130, False), None, Interrupted, "go on with: "),  # one of them was asked to stop
+        ((143, True), None, Interrupted, "go on with: "),
+        ((1, True), {"error": "interrupted", "exit_code": 130}, Interrupted, "go on with: "),
+        ((1, True), {"error": "no space", "exit_code": 1, "hint": "free some"}, PissaError, "failed: no space free"),
+        ((1, False), {"error": "no space", "exit_code": 1, "hint": None}, PissaError, "no space go on with: "),
+        ((2, False), {"error": "stopped", "exit_code": 130}, PissaError, "one ended with exit code 2 go on"),
+        ((137, False), None, PissaError, "one ended with exit code 137 go on"),
+        ((-9, False), None, PissaError, "one ended with exit code -9 go on"),
+    ],
+)
+def test_how_processes_end_is_how_the_command_ends(
+    ended: tuple[int, bool], told: Any, error: type[PissaError], says: str, launched: Callable[..., Any]
+) -> None:
+    with pytest.raises(error) as raised:
+        launched(ended, told)
+    assert raised.type is error and says in f"{raised.value} {raised.value.hint}"
+
+
+def test_what_processes_are_given(
+    launched: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the threads, time for a checkpoint, and the package that runs, be it a checkout; what is set stays."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    names = ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "ACCELERATE_USE_CPU", "PYTHONSAFEPATH")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    seen = launched()
+    assert [seen["env"].get(name) for name in names] == ["4", "600", "true", "1"]
+    words = " ".join(seen["words"])
+    assert words.startswith("--standalone --nproc-per-node=2 -m pissa_cli train ") and words.endswith(".yaml --json")
+    assert seen["stdout"] == 7 and seen["start_new_session"] and seen["recipe"].lr == 3e-3
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")
+    monkeypatch.chdir(PACKAGE.parent)
+    seen = launched((0, True), resume=True)  # asked to stop in its last step
+    assert [seen["env"].get(name) for name in names] == ["3", "60", "true", None]
+    assert seen["words"][-2:] == ["--resume", "--json"]
+    with locked(Run(tmp_path / "out").checkpoints), pytest.raises(UsageError, match="is writing here"):
+        launched()
+    with pytest.raises(UsageError, match="--processes 2: this machine has 1 GPUs"):
+        launched(gpus=1)
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    seen = launched(gpus=2)
+    assert [seen["env"].get(name) for name in names] == [None, "600", None, None]
 
 
 @pytest.mark.parametrize("config", ["fsdp2", "zero2", "zero3"])
