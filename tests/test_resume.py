@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PACKAGE
 from forks import await_that, entry, exit_code, forked
 from runs import BASE, adapter, events, same, state_of
 
+from pissa_cli.data_options import DataSection
 from pissa_cli.errors import Interrupted, UsageError
 from pissa_cli.guards import schedule_change
 from pissa_cli.initialize import initialize
 from pissa_cli.merge import merge
 from pissa_cli.prepare import check_inputs
+from pissa_cli.reached import goes_on, require_step, resume_hint, sections_of, start_of
+from pissa_cli.recipe import TrainSection
 from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import Run
+from pissa_cli.rundir import Run, write_json
 from pissa_cli.train import train
 
 Make = Callable[..., Any]
@@ -246,3 +250,73 @@ def test_an_adapter_older_than_its_run_is_refused(models: Callable[[str], Path],
         assert (schedule_change(even) is not None) == said
     with pytest.raises(UsageError, match="holds step 2, but the run has gone on to step-4"):
         read_adapter(longer)
+
+
+@pytest.fixture
+def begun(recipe: Make, tmp_path: Path) -> Callable[..., Any]:
+    """A recipe, and a made-up run in its folder that has reached step 10 by it; its step 9 was by another."""
+
+    def make(*sets: str) -> Any:
+        made = recipe(Path("user/name"), *sets)
+        run = Run(Path(made.output))
+        for step, sections in (("10", sections_of(made)), ("9", {"data": {"limit": 1}, "train": {"lr": 1}})):
+            (run.checkpoints / f"step-{step}").mkdir(parents=True)
+            write_json(run.checkpoints / f"step-{step}" / "state.json", {"sections": sections})
+        write_json(run.manifest, {"start": start_of(made), "base": {"name": "user/name", "revision": None}})
+        run.recipe.write_text(dump(made))
+        return made
+
+    return make
+
+
+def test_what_may_change_when_a_run_goes_on_is_what_the_page_says(begun: Callable[..., Any], recipe: Make) -> None:
+    page = (PACKAGE.parent / "docs" / "recipes.md").read_text().partition("What may change:")[2].partition("\n- ")[0]
+    start = ("model.bits=4", "adapter.modules_to_save=[lm_head]", "train.lr=1e-4")
+    sets = (*start, "train.steps=20")
+    assert goes_on(begun(*sets), resume=True)
+    others = {
+        "data": {"train": "b.jsonl", "eval": "5%", "format": "prompt", "columns": {"input": "x"}, "max_length": 99}
+        | {"template": "{instruction}{output}", "limit": 9, "packing": True},
+        "train": {"lr": 1e-5, "head_lr": 1e-5, "steps": 21, "batch_size": 9, "micro_batch_size": 3, "keep": 5}
+        | {"schedule": "linear", "warmup": 0.5, "weight_decay": 0.5, "max_grad_norm": 9, "precision": "fp32"}
+        | {"optimizer": "paged-adamw-8bit", "gradient_checkpointing": True, "eval_every": 5, "save_every": 5}
+        | {"spike": 5, "on_fault": "skip", "torch_compile": True, "use_liger_kernel": False, "shard": True},
+    }
+    for name, section in (("data", DataSection), ("train", TrainSection)):
+        assert set(section.model_fields) - {"epochs"} == set(others[name])
+        for key, other in others[name].items():
+            changed = recipe(Path("user/name"), *sets, f"{name}.{key}={json.dumps(other)}")
+            if key == "steps" or f"{name}.{key}" == "data.train" or f"`{key}`" in page or f"`{name}.{key}`" in page:
+                assert goes_on(changed, resume=True)
+            else:
+                with pytest.raises(UsageError, match=f"{name}.{key} was .* so far and is .* now"):
+                    goes_on(changed, resume=True)
+    assert goes_on(recipe(Path("user/name"), *start, "train.epochs=2"), resume=True)
+
+
+def test_what_a_recipe_leaves_to_a_default_has_not_changed(begun: Callable[..., Any], recipe: Make) -> None:
+    start = ("model.bits=32", "adapter.modules_to_save=[lm_head]")
+    rate = begun(*start).lr
+    said = (f"train.lr={rate}", f"train.head_lr={rate}", "train.precision=fp32")
+    made = recipe(Path("user/name"), *start, *said)
+    assert goes_on(made, resume=True)
+    state = Run(Path(made.output)).checkpoints / "step-10" / "state.json"
+    content = json.loads(state.read_text())
+    del content["sections"]["train"]["head_lr"]  # as of an older pissa, which had no such key
+    write_json(state, content)
+    assert goes_on(recipe(Path("user/name"), *start, "train.head_lr=9"), resume=True)
+
+
+def test_a_run_of_another_start_is_not_asked_for_its_steps(begun: Callable[..., Any], recipe: Make) -> None:
+    """`open_run` says then what is another, or missing."""
+    made = begun("adapter.rank=4")
+    with pytest.raises(UsageError, match="this run has reached step-10") as reached:
+        require_step(made, resume=False)
+    assert reached.value.hint is not None and " --resume (at its end" in reached.value.hint
+    assert resume_hint("a run") == "go on with: pissa train 'a run' --resume"
+    for other in ("adapter.rank=5", "seed=1", "model.bits=32", "model.revision=main", "model.name=user/other"):
+        require_step(recipe(Path("user/name"), "adapter.rank=4", other), resume=False)
+    write_json(Run(Path(made.output)).manifest, {})
+    require_step(made, resume=False)
+    Run(Path(made.output)).manifest.unlink()
+    require_step(made, resume=False)
