@@ -179,11 +179,11 @@ TEXT = [f"model.language_model.layers.0.{kind}" for kind in (*ATTENTION, *MLP)]
 TOWER = [f"model.vision_tower.encoder.layers.0.{kind}" for kind in ATTENTION]
 
 
-def served(folder: Path, server: str, layers: list[str], output: str = "out", **base: Any) -> str:
-    """The line for a made-up adapter of rank 8 of these layers; a base of two blocks unless it says otherwise."""
-    config = peft_config(
-        "LORA", "base", None, dict.fromkeys(layers, 8), dict.fromkeys(layers, 1.0), {"target_modules": layers}, False, 1
-    )
+def served(folder: Path, server: str, layers: list[str], output: str = "out", scale: float = 1.0, **base: Any) -> str:
+    """The line for a made-up adapter of rank 8 of these layers, whose scale is 1 but for the last; a base of two blocks
+    unless it says otherwise."""
+    ranks, scales = dict.fromkeys(layers, 8), dict.fromkeys(layers, 1.0) | {layers[-1]: scale}
+    config = peft_config("LORA", "user/name", "a b", ranks, scales, {"target_modules": layers}, False, 1)
     write_peft(folder, Adapter({name: {"A": torch.ones(8, 2), "B": torch.ones(2, 8)} for name in layers}, {}), config)
     write_json(folder / "config.json", {"model_type": "llama", "num_hidden_layers": 2} | base)
     return check_served(folder, server, Path(output), folder)
@@ -208,11 +208,16 @@ def served(folder: Path, server: str, layers: list[str], output: str = "out", **
         ("sglang", [*LLAMA, *block(2, *MLP[1:])], {}, r"stacks model.layers.2.mlp.up_proj with gate_proj"),
         ("sglang", block(0, *MLA[1:]), {}, "stacks .*kv_a_proj_with_mqa with q_a_proj"),
         ("sglang", [*TEXT, *TOWER], {}, "take it for a layer of the language model"),
+        ("sglang", [*LLAMA, "audio_tower.layers.0.self_attn.o_proj"], {}, "take it for a layer of the language model"),
+        ("sglang", [*LLAMA, "model.visual.layers.0.o_proj"], {}, "take it for a layer of the language model"),
+        ("sglang", [*LLAMA, "image_encoder.layers.0.o_proj"], {}, "take it for a layer of the language model"),
         ("sglang", [*TEXT, "model.multi_modal_projector.o_proj"], {}, "would miss model.multi_modal_projector"),
         ("vllm", LLAMA, {"architectures": ["FalconForCausalLM"]}, "no LoRA for FalconForCausalLM"),
         ("vllm", LLAMA, {"architectures": ["StableLmForCausalLM"]}, "no LoRA for StableLmForCausalLM"),
         ("llama.cpp", LLAMA, {"architectures": ["OPTForCausalLM"]}, "does not know OPTForCausalLM"),
         ("llama.cpp", block(0, *MLA), {}, r"cannot convert the adapter of model.layers.0.self_attn.kv_b_proj"),
+        ("vllm", LLAMA, {"scale": 2}, "before 0.32 ignores alpha_pattern, and would serve 1 layers"),
+        *((server, LLAMA, {"scale": 2}, "ignores alpha_pattern") for server in ("sglang", "tgi", "llama.cpp")),
         ("tgi", LLAMA, {"output": "a@b"}, "'@' has a meaning"),
         ("tgi", LLAMA, {"output": "a=b"}, "'=' has a meaning"),
         ("tgi", LLAMA, {"output": "a,b"}, "',' has a meaning"),
@@ -243,6 +248,28 @@ def test_what_a_server_takes_is_not_refused(
 ) -> None:
     line = served(tmp_path, server, layers, **base)
     assert "--max-lora-rank 8 " in line or server not in ("vllm", "sglang")
+
+
+@pytest.mark.parametrize(
+    ("server", "line"),
+    [
+        (
+            "vllm",
+            "vllm serve user/name --enable-lora --max-lora-rank 8 --lora-modules tuned='an out' --revision 'a b'",
+        ),
+        (
+            "sglang",
+            "python -m sglang.launch_server --model-path user/name --max-lora-rank 8 --lora-paths tuned='an out' "
+            "--revision 'a b'",
+        ),
+        ("tgi", "text-generation-launcher --model-id user/name --lora-adapters tuned='an out' --revision 'a b'"),
+        ("llama.cpp", "python convert_lora_to_gguf.py 'an out' --base '{folder}'"),
+    ],
+)
+def test_the_line_of_a_base_on_the_hub(server: str, line: str, tmp_path: Path) -> None:
+    """At its revision; llama.cpp's converter reads the folder that was downloaded."""
+    folder = tmp_path / "of it"
+    assert served(folder, server, LLAMA, "an out") == line.format(folder=folder)
 
 
 def test_no_server_takes_transposed_layers(
