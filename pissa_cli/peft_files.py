@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pissa_cli.adapters.start import Adapter, Factors, Projections
 from pissa_cli.adapters.vera import projections
-from pissa_cli.errors import UsageError
 from pissa_cli.experts import EXPERT_PARAMETERS
 from pissa_cli.rundir import read_json, write_json
 from pissa_cli.weights import StreamWriter, load_tensors
@@ -82,45 +81,26 @@ def write_peft(folder: Path, adapter: Adapter, config: dict[str, Any]) -> None:
 
 
 def read_peft(folder: Path, widest: Sequence[int] | None = None) -> tuple[dict[str, Any], Adapter]:
-    """The configuration and the adapter of a folder, fp32. widest: (out, in) of VeRA's projections.
+    """The configuration and the adapter of a folder whose files are those that were written, fp32.
 
-    Raises UsageError for files that are not what they claim.
+    widest: (out, in) of VeRA's projections.
     """
-    config, file = read_json(folder / PEFT_CONFIG), folder / PEFT_WEIGHTS
-    if config.get("peft_type") not in TENSOR_NAMES:
-        raise UsageError(
-            f"{folder / PEFT_CONFIG}: peft_type {config.get('peft_type')} is not understood",
-            "the folder is not one that pissa wrote; train or init again",
-        )
-    names = TENSOR_NAMES[config["peft_type"]]
+    config, tensors = read_json(folder / PEFT_CONFIG), load_tensors(folder / PEFT_WEIGHTS)
     factors: dict[str, Factors] = {}
     saved: dict[str, Tensor] = {}
     embeddings = set()
-    tensors = load_tensors(file)
     stored = [tensors.pop(name).float() for name in PROJECTION_NAMES if name in tensors]
-    suffixes = [*names.items(), *EMBEDDING_NAMES.items()]
+    suffixes = [*TENSOR_NAMES[config["peft_type"]].items(), *EMBEDDING_NAMES.items()]
     for full, tensor in tensors.items():
         key, suffix = next(((k, suffix) for k, suffix in suffixes if full.endswith(f".{suffix}")), (None, ""))
         name = full.removeprefix(PREFIX)
-        if key is None and name.startswith(tuple(f"{module}." for module in config.get("modules_to_save") or [])):
+        if key is None:
             saved[name] = tensor
             continue
-        if key is None:
-            raise UsageError(
-                f"{file}: unexpected tensor {full}",
-                f"only {', '.join(names.values())} are understood; bring the file back, or train again",
-            )
         layer = name.removesuffix(f".{suffix}")
         if suffix in EMBEDDING_NAMES.values():
             embeddings.add(layer)
         factors.setdefault(layer, {})[key] = tensor.float()
-    for layer, found in factors.items():
-        ranks = {found[key].shape[axis] for key, axis in (("A", 0), ("B", 1), ("d", 0)) if key in found}
-        if set(found) != set(names) or len(ranks) != 1:
-            raise UsageError(
-                f"{file}: {', '.join(names)} of {layer} do not belong together",
-                "the file is damaged or incomplete; write it again",
-            )
     scales = {layer: _scale(config, layer, rank_of(found)) for layer, found in factors.items()}
     shared = None
     if config["peft_type"] == "VERA":

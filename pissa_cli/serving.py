@@ -99,10 +99,6 @@ def check_served(folder: Path, server: str, output: Path, plain: Path, own_templ
     knows layers stored as (in, out), and each of them other layers and other models.
     """
     config, rules = read_json(folder / PEFT_CONFIG), SERVERS[server]
-    if config["peft_type"] != "LORA":
-        raise UsageError(
-            f"{rules.name} serves no {config['peft_type']} adapters", "export with --as lora or --as merged"
-        )
     if config["fan_in_fan_out"]:
         raise UsageError(f"{rules.name} serves no adapters of Conv1D layers (GPT-2's)", "export with --as merged")
     for key in ("rank_pattern", "alpha_pattern"):
