@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,7 +117,9 @@ def test_to_see_which_parts_a_text_reaches_takes_no_more_than_a_step(
 
 
 def test_the_ledger_counts_storages_until_they_are_freed() -> None:
-    with Ledger() as ledger:
+    held: dict[int, int] = {}
+    heap: Any = SimpleNamespace(take=held.__setitem__, give_back=held.pop)
+    with Ledger(heap) as ledger:
         one = torch.empty(1000)
         view, two = one[10:], torch.empty(500)
         del one
@@ -125,8 +128,12 @@ def test_the_ledger_counts_storages_until_they_are_freed() -> None:
         del view, three
         torch.empty(10)
         ledger.name(two, "weights")
+        both = two[:10].sort()
     assert ledger.peak == {"activations": 6000, "logits": 1000}
-    assert ledger.now == {"activations": 0, "logits": 0, "weights": 2000}
+    assert ledger.now == {"activations": 0, "logits": 10 * (4 + 8), "weights": 2000}
+    assert sum(held.values()) == ledger.now.total()
+    del two, both
+    assert ledger.now == {"activations": 0, "logits": 0, "weights": 0} and not held
 
 
 def test_the_heap_grows_by_what_is_taken_and_remembers_its_most() -> None:
@@ -139,6 +146,8 @@ for key in range(4 if heap.works else 0):
 taken.append(heap.growth())
 for key in range(4):
     heap.give_back(key)
+heap.take(0, 2**26)  # where one of those was
+heap.give_back(0)
 taken.append(heap.growth())
 heap.take(4, 2**30 + 2**20)  # which glibc maps by itself, and unmaps
 heap.give_back(4)
