@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import Outcome, make_model, save_model
 from forks import entry, exit_code, forked
-from transformers import AutoModel, BartConfig, ReformerConfig, T5Config, ViTConfig
+from transformers import AutoModel, BartConfig, LlamaForCausalLM, ReformerConfig, T5Config, ViTConfig
 
 from pissa_cli import inputs, recipe_file
 from pissa_cli.cli import edge
@@ -343,8 +343,16 @@ def test_spoiled_numbers(
 
 
 def test_bases_that_cannot_be_split(
-    refused: Callable[..., str], models: Callable[[str], Path], pissa: Pissa, tmp_path: Path
+    refused: Callable[..., str],
+    models: Callable[[str], Path],
+    pissa: Pissa,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)  # as of JetMoe
+        words = ("--model", models("llama"), "--rank", 4, "--set", "train.gradient_checkpointing=true")
+        assert "transformers has none for LlamaForCausalLM" in refused("init", *words)
     assert pissa("quantize", models("llama"), "--output", tmp_path / "nf4").code == 0
     for method in ("pissa", "lora"):
         assert "quantized already" in refused("init", "--model", tmp_path / "nf4", "--method", method, "--rank", 4)

@@ -207,6 +207,7 @@ def served(folder: Path, server: str, layers: list[str], output: str = "out", sc
         ("sglang", block(0, "self_attn.v_proj"), {}, "stacks .*v_proj with q_proj"),
         ("sglang", [*LLAMA, *block(2, *MLP[1:])], {}, r"stacks model.layers.2.mlp.up_proj with gate_proj"),
         ("sglang", block(0, *MLA[1:]), {}, "stacks .*kv_a_proj_with_mqa with q_a_proj"),
+        ("sglang", block(0, *MLA[:2]), {}, "stacks .*q_a_proj with kv_a_proj_with_mqa"),
         ("sglang", [*TEXT, *TOWER], {}, "take it for a layer of the language model"),
         ("sglang", [*LLAMA, "audio_tower.layers.0.self_attn.o_proj"], {}, "take it for a layer of the language model"),
         ("sglang", [*LLAMA, "model.visual.layers.0.o_proj"], {}, "take it for a layer of the language model"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import math
 import os
@@ -21,7 +23,7 @@ from pissa_cli import train as module
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.faults import IN_A_ROW, Faults
 from pissa_cli.initialize import initialize, open_run
-from pissa_cli.rundir import Run, locked, whole_folder, write_text
+from pissa_cli.rundir import Run, locked, read_json, whole_folder, write_text
 from pissa_cli.train import train
 from pissa_cli.trained import read_checkpoint
 
@@ -286,19 +288,71 @@ def test_a_file_is_as_before_where_it_cannot_be_written_anew(tmp_path: Path, mon
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "before")]
 
 
-def test_locks_that_a_killed_process_left_are_cleared_and_held_ones_stay(
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_keeps_nobody_out(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    fails = pytest.raises(PissaError, match="final: cannot write: Input/output error")
+    for _ in range(2):
+        with fails if number == errno.EIO else contextlib.nullcontext(), whole_folder(tmp_path / "final") as folder:
+            (folder / "manifest.json").touch()
+    assert (tmp_path / "final" / "manifest.json").is_file() == (number != errno.EIO)
+
+
+def test_a_folder_that_cannot_be_made_or_named_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there before stays."""
+    (tmp_path / "file").touch()
+    with pytest.raises(PissaError, match="x: cannot write: File exists"), whole_folder(tmp_path / "file" / "x"):
+        pass
+    final = tmp_path / "final"
+    with whole_folder(final) as folder:
+        (folder / "old").touch()
+    for name, does in (("mkdir", Path.mkdir), ("rename", Path.rename)):
+
+        def busy(path: Path, *words: Any, does: Any = does, **more: Any) -> None:
+            if path != tmp_path:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            does(path, *words, **more)
+
+        with monkeypatch.context() as patch, pytest.raises(PissaError, match="final: cannot write: Device or resource"):
+            patch.setattr(Path, name, busy)
+            with whole_folder(final):
+                pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "final", "old"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"[1]", "expected a JSON object"), (b"{", "damaged"), (b'"\xff"', "da")]
+)
+def test_json_that_is_not_what_was_written_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    with pytest.raises(UsageError, match=f"{file}: missing or damaged"):
+        read_json(file)
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=f"{file}: .*{said}"):
+        read_json(file)
+
+
+def test_what_a_killed_process_left_is_cleared_and_held_locks_stay(
     models: Callable[[str], Path], recipe: Make, rows: Path
 ) -> None:
     made = recipe(models("llama"), *BASE, "train.steps=1", f"data.train={rows}")
     run = Run(Path(made.output))
     train(made)
     left = [run.folder.with_name(f".{run.folder.name}.lock"), run.folder / ".init.lock", run.folder / ".merged.lock"]
-    for path in left:
+    half = [run.checkpoints / ".step-2.tmp-01234567" / "x", run.base / ".generation_config.json.0123.tmp"]
+    half += [run.folder / f".{name}.0123.tmp" for name in ("recipe.yaml", "metrics.jsonl", "loss.png")]
+    for path in (*left, *half):
+        path.parent.mkdir(exist_ok=True)
         path.touch()
     with locked(run.merged):
         train(made, resume=True)
         assert [path for path in left if path.exists()] == left[2:]
-    assert not left[2].exists()
+    assert not left[2].exists() and not list(run.folder.rglob(".*"))
 
 
 @pytest.mark.usefixtures("rendered")
