@@ -277,7 +277,7 @@ def test_a_folder_has_its_name_when_all_of_it_is_on_the_disk(tmp_path: Path, mon
 
 
 def test_a_file_is_as_before_where_it_cannot_be_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_text(tmp_path / "x", "before")
+    write_text(tmp_path / "x", "before \ud83d")  # half of a character
 
     def full(_path: Path, _target: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -285,7 +285,7 @@ def test_a_file_is_as_before_where_it_cannot_be_written_anew(tmp_path: Path, mon
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(PissaError, match="x: "):
         write_text(tmp_path / "x", "after")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "before")]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", r"before \ud83d")]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EIO])

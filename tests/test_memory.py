@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 from runs import BASE
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
 
 from pissa_cli.assembly import _one_pass
 from pissa_cli.errors import Interrupted
 from pissa_cli.heap import KERNELS, TUNABLES
 from pissa_cli.ledger import Ledger
-from pissa_cli.memory import KINDS, _spread, forecast
+from pissa_cli.memory import KINDS, _chunks, _spread, forecast
 from pissa_cli.model import resolve_base
 from pissa_cli.pipeline import in_order
 from pissa_cli.plan import make_plan
@@ -248,6 +250,15 @@ def test_a_model_that_casts_a_part_of_itself_is_foreseen(
     plan = make_plan(made, resolve_base(made.model))
     monkeypatch.setattr(LlamaRMSNorm, "__init__", casting)
     assert forecast(made, plan, 1).rough is None
+
+
+@pytest.mark.parametrize(("kind", "chunks"), [(LlamaConfig, True), (GraniteConfig, True), (Gemma2Config, False)])
+def test_the_forecast_takes_the_loss_in_chunks_where_logits_are_scaled_at_most(kind: Any, chunks: bool) -> None:
+    """Granite divides them, Gemma 2 caps them."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    with FakeTensorMode():
+        assert _chunks(AutoModelForCausalLM.from_config(kind(**shape, **heads))) == chunks
 
 
 def test_where_a_model_looks_at_its_numbers_the_forecast_is_rough(
