@@ -84,6 +84,8 @@ def test_servers_and_impossible_modules_are_refused(
         make_plan(made, folder).num_trainable(made)
         == 4 * sum(layer.num_in + layer.num_out for layer in make_plan(made, folder).targets) + 64 * 512
     )
+    tied = make_plan(recipe(models("qwen2"), "adapter.modules_to_save=[embed_tokens]", "output=x"), models("qwen2"))
+    assert tied.num_whole == 64 * 512, "once, under both names"
     train(made)
     refused = pissa("export", made.output, "--for", "vllm")
     assert refused.code == 2 and "takes no modules_to_save (lm_head)" in refused.err and "--as merged" in refused.err
