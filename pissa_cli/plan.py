@@ -249,6 +249,24 @@ def _ranks(adapter: AdapterBase, targets: list[Linear]) -> dict[str, int]:
         if limit == "error" and rank > smallest:
             raise _above(rank, layer, adapter, targets)
         ranks[layer.name] = min(rank, smallest) if limit == "lowered" else rank
+    budget = getattr(adapter, "max_parameters", None)
+    return ranks if budget is None else _even_ranks(budget, targets)
+
+
+def _even_ranks(budget: int, targets: list[Linear]) -> dict[str, int]:
+    """Until init chooses them: ranks that spend `adapter.max_parameters`, the same in all layers but for one more in
+    some. UsageError for a budget below rank 1 in every layer."""
+    least = sum(layer.num_out + layer.num_in for layer in targets)
+    if least > budget:
+        raise UsageError(
+            f"adapter.max_parameters: {budget:,} is less than rank 1 in every layer takes ({least:,})",
+            "raise it, or name fewer layers in adapter.targets",
+        )
+    ranks, left = {}, budget % least
+    for layer in targets:
+        more = layer.num_out + layer.num_in <= left
+        left -= more * (layer.num_out + layer.num_in)
+        ranks[layer.name] = min(budget // least + more, layer.num_out, layer.num_in)
     return ranks
 
 

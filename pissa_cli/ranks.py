@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pissa_cli.adapter_options import ScaledBase
-from pissa_cli.errors import UsageError
 from pissa_cli.integrity import require_finite
 from pissa_cli.model import best_device, read_weight
 from pissa_cli.plan import Plan
@@ -23,23 +22,16 @@ def with_auto_ranks(adapter: ScaledBase, plan: Plan, weights: Weights, progress:
 
     They grow until `adapter.max_parameters` are spent, or, over NF4, until the predicted error is the share
     `adapter.max_error` of plain NF4's. The prediction: storage loses a constant share of the Frobenius norm of what it
-    stores. So where factors keep the energy e of E, the error is sqrt(1 - e / E) of that of storing W itself. Raises
-    UsageError for a budget below rank 1 in every layer.
+    stores. So where factors keep the energy e of E, the error is sqrt(1 - e / E) of that of storing W itself.
     """
     costs = {layer.name: layer.num_out + layer.num_in for layer in plan.targets}
-    least, budget = sum(costs.values()), adapter.max_parameters
-    if budget is not None and least > budget:
-        raise UsageError(
-            f"adapter.max_parameters: {budget:,} is less than rank 1 in every layer takes ({least:,})",
-            "raise it, or name fewer layers in adapter.targets",
-        )
     spectra: dict[str, Tensor] = {}
     for number, layer in enumerate(plan.targets):
         W, _ = read_weight(weights, layer, best_device())
         require_finite(layer.tensor, W, weights)
         spectra[layer.name] = energies(W).cpu()
         progress(number + 1, len(plan.targets), layer.name)
-    ranks = allot(spectra, costs, budget, adapter.max_error)
+    ranks = allot(spectra, costs, adapter.max_parameters, adapter.max_error)
     return replace(plan, ranks=ranks, scales={name: adapter.layer_scale(name, rank) for name, rank in ranks.items()})
 
 

@@ -100,4 +100,10 @@ def test_impossible_budgets(
             recipe(models("llama"), *sets)
     shown = pissa("init", "--model", models("llama"), "--rank", "auto", "--set", budget[1], "--dry-run")
     assert shown.code == 0 and "ranks are chosen at init" in shown.out
+    assert "counted here: all of adapter.max_parameters\n" in shown.out
+    counted = int(shown.out.partition(" parameters train")[0].split()[-1].replace(",", ""))
+    assert 8900 < counted <= 9000
+    too_little = ["--rank", "auto", "--set", "adapter.max_parameters=100"]
+    shown = pissa("init", "--model", models("llama"), *too_little, "--dry-run")
+    assert shown.code == 2 and "100 is less than rank 1" in shown.err
     assert pissa("init", "--model", models("llama"), "--rank", "many").code == 2

@@ -27,6 +27,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
     if memory.rough is None and wants_liger(recipe.train):
         memory = replace(memory, rough="Liger's kernels are not counted")
     auto = getattr(recipe.adapter, "rank", None) == "auto"
+    counted = "all of adapter.max_parameters" if getattr(recipe.adapter, "max_parameters", None) else "rank 1"
     result: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
         "sources": {key: source for key, _, source in rows},
@@ -34,7 +35,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
         "layers": len(planned.targets),
         "left_out": planned.left_out,
         "trainable": planned.num_trainable(recipe),
-        "ranks": "chosen at init; counted as 1" if auto else "final",
+        "ranks": f"chosen at init; counted here: {counted}" if auto else "final",
         "parameters": planned.num_total,
         "memory_bytes": memory.bytes,
         **({} if steps is None else dict(zip(("steps", "rows"), steps, strict=True))),
@@ -51,7 +52,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
         f"{result['trainable']:,} parameters train, the base has {result['parameters']:,} ({share:.2%}); adapters in "
         f"{result['layers']} layers of {planned.folder}",
         *filter(None, [left_without_adapter(planned.left_out)]),
-        *(["ranks are chosen at init from the spectra; counted here: rank 1"] if auto else []),
+        *([f"ranks are chosen at init from the spectra; counted here: {counted}"] if auto else []),
         *([_steps_line(*steps, recipe.train.batch_size)] if steps else []),
         _memory_line(memory, processes),
         "dry run: nothing was written",
