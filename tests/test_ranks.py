@@ -41,7 +41,9 @@ def test_allot_by_hand() -> None:
 
 
 @pytest.mark.parametrize("method", ["pissa", "lora"])
-def test_a_budget_of_parameters(method: str, models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+def test_a_budget_of_parameters(
+    method: str, models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome]
+) -> None:
     sets = [f"adapter.method={method}", "model.bits=32", f"data.train={rows}", "train.steps=2", "train.lr=0.01"]
     made = recipe(models("llama"), *sets, "adapter.rank=auto", "adapter.max_parameters=9000")
     train(made)
@@ -58,6 +60,8 @@ def test_a_budget_of_parameters(method: str, models: Callable[[str], Path], reci
 
     auto = {layer["name"]: layer["rank"] for layer in manifest["layers"]}
     cost = sum(sum(layer["shape"]) for layer in manifest["layers"])
+    planned = pissa("init", made.output, "--dry-run", "--json").json
+    assert (planned["ranks"], planned["trainable"]) == ("final", manifest["trainable"])
     assert energy(auto) > energy(dict.fromkeys(auto, 9000 // cost))
     base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
     theirs = logits(peft.PeftModel.from_pretrained(base, run.adapter))

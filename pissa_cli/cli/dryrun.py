@@ -20,13 +20,18 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
     from pissa_cli.model import SMALL_FILES, resolve_base
     from pissa_cli.plan import make_plan
     from pissa_cli.report import left_without_adapter
+    from pissa_cli.rundir import run_of
 
     recipe, rows = loaded.recipe, listing(loaded)
-    planned = make_plan(recipe, resolve_base(recipe.model, SMALL_FILES))
+    planned, run = make_plan(recipe, resolve_base(recipe.model, SMALL_FILES)), run_of(recipe)
+    auto = getattr(recipe.adapter, "rank", None) == "auto"
+    if auto and run.exists():
+        chosen = {layer["name"]: layer["rank"] for layer in run.read_manifest()["layers"]}
+        if chosen.keys() == planned.ranks.keys():
+            planned, auto = replace(planned, ranks=chosen), False
     memory = forecast(recipe, planned, processes)
     if memory.rough is None and wants_liger(recipe.train):
         memory = replace(memory, rough="Liger's kernels are not counted")
-    auto = getattr(recipe.adapter, "rank", None) == "auto"
     counted = "all of adapter.max_parameters" if getattr(recipe.adapter, "max_parameters", None) else "rank 1"
     result: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),
