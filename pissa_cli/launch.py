@@ -38,6 +38,8 @@ except ChildFailedError as error:
     sys.exit(code if code > 0 else 128 - code)
 """
 """torchrun, without its traceback, and with the exit code of the process that failed first."""
+HERE = "--standalone", "--local-addr=127.0.0.1"
+"""Torchrun alone goes by the machine's name, and waits on and on where no address is known for that."""
 STOPPED = 130
 SHUTDOWN_SECONDS = "600"
 """What torchrun grants a process that was asked to stop: the step it is in and a checkpoint."""
@@ -68,7 +70,7 @@ def launch(
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     if Path.cwd() != Path(__file__).parents[1]:  # a checkout has to be there for them
         environment["PYTHONSAFEPATH"] = "1"
-    command = [sys.executable, "-c", LAUNCHER, "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-c", LAUNCHER, *HERE, f"--nproc-per-node={processes}"]
     with tempfile.TemporaryDirectory() as folder:
         file, failure = Path(folder) / "recipe.yaml", Path(folder) / "failure.json"
         file.write_text(dump(recipe), encoding="utf-8")

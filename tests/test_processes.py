@@ -388,7 +388,9 @@ def test_what_processes_are_given(
     seen = launched()
     assert [seen["env"].get(name) for name in names] == ["4", "600", "true", "1"]
     words = " ".join(seen["words"])
-    assert words.startswith("--standalone --nproc-per-node=2 -m pissa_cli train ") and words.endswith(".yaml --json")
+    assert words.startswith(
+        "--standalone --local-addr=127.0.0.1 --nproc-per-node=2 -m pissa_cli train "
+    ) and words.endswith(".yaml --json")
     assert seen["stdout"] == 7 and seen["start_new_session"] and seen["recipe"].lr == 3e-3
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")
