@@ -21,6 +21,7 @@ from pissa_cli.sharding import blocks_of
 
 GRAPHS = 8  # of a block: for training and evaluation, one row and several
 NO_LIGER = "set it to false"
+OTHER_LIGER = "pip install -U liger-kernel, or set it to false"
 LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # the loss has a way of its own
 
 
@@ -71,7 +72,7 @@ def use_liger(model: PreTrainedModel, section: TrainSection, loss: Callable[[], 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of kernels for other versions of torch or transformers
-        raise UsageError(f"train.use_liger_kernel: Liger's kernels fail: {in_one_line(error)}", NO_LIGER) from None
+        raise UsageError(f"train.use_liger_kernel: Liger's kernels fail: {in_one_line(error)}", OTHER_LIGER) from None
     if not used and section.use_liger_kernel is True:
         raise UsageError(f"train.use_liger_kernel: Liger has no kernels for {model.config.model_type}", NO_LIGER)
     if math.isfinite(before) and not abs(after - before) <= tolerance * max(1.0, abs(before)):

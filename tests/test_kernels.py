@@ -140,7 +140,7 @@ def test_kernels_that_fail_or_change_the_loss_are_refused(monkeypatch: pytest.Mo
     assert use_liger(model, AUTO, iter([2.0, 2.09]).__next__, 5e-2)
     with pytest.raises(UsageError, match="Liger's kernels fail: another signature") as raised:
         use_liger(model, AUTO, Mock(side_effect=[2.0, TypeError("another signature")]), 5e-2)
-    assert raised.value.hint == "set it to false"
+    assert raised.value.hint == "pip install -U liger-kernel, or set it to false"
 
 
 @pytest.mark.skipif(not wants_liger(AUTO), reason="needs a GPU and liger-kernel")
