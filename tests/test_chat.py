@@ -504,7 +504,8 @@ def test_tables_fill_up_with_none_which_is_nothing(tmp_path: Path, tokenizer: Pr
     rows = []
     for arguments in ({"city": "Paris"}, {"sum": "1 + 1"}):
         row = conversation("Hi", "x")
-        row["messages"][1] = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+        call = {"function": {"arguments": arguments, "name": "f"}}  # in order: pyarrow 21 sorts the keys as it writes
+        row["messages"][1] = {"role": "assistant", "tool_calls": [call]}
         row["messages"][0]["content"] = [{"type": "text", "text": "Hi"} | ({"cache": "x"} if rows else {})]
         row["messages"][1]["content"] = None
         row["tools"] = [{"function": {"name": "f"}} | ({"strict": True} if rows else {})]
