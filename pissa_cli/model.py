@@ -32,8 +32,8 @@ AUTO_CLASSES: dict[str, Any] = {
 """By `model.task`."""
 LINEAR_SUBCLASSES = ("FalconLinear",)
 """They compute what torch's Linear does, but for the rounding; transformers stores none of them in NF4."""
-UNREAD = ("weight",)
-"""Ends of names of layers whose scales transformers does not find in NF4 (Qwen4's block_inject_weight)."""
+UNREAD = "weight"
+"""In a layer's name: its scales in NF4 transformers 5.17 does not find (newer: at its end, as block_inject_weight)."""
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files that go where a model goes."""
@@ -174,7 +174,7 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
             parent, _, kind = name.rpartition(".")
             holder = model.get_submodule(parent)
             bypassed = not embedding and is_bypassed(holder, kind)
-            dense = name.endswith((*UNREAD, *(model._keep_in_fp32_modules or ()))) or casts_to(holder, kind)
+            dense = UNREAD in name or name.endswith(tuple(model._keep_in_fp32_modules or ())) or casts_to(holder, kind)
             layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding, bypassed, subclass or dense))
     for name, expert, shape in expert_layers(model):
         packed = weights is not None and f"{name}.weight.absmax" in weights.files

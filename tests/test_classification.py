@@ -18,6 +18,7 @@ from conftest import Outcome, save_model
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -27,8 +28,6 @@ from transformers import (
     CanineTokenizer,
     DebertaConfig,
     DebertaV2Config,
-    GteConfig,
-    PretrainedConfig,
     RobertaConfig,
     T5Config,
     XLNetConfig,
@@ -115,13 +114,14 @@ def test_t5_classifies(bits: int, t5: Path, classifier: Callable[..., Any], piss
     close(logits(merged, t5), logits(load_result(made, torch.device("cpu")), t5))
 
 
-@pytest.mark.parametrize(
-    ("method", "config"), [("pissa", CONFIGS["bert"]()), ("full", CONFIGS["bert"]()), ("pissa", GteConfig(**SHAPE))]
-)
+@pytest.mark.parametrize(("method", "kind"), [("pissa", "bert"), ("full", "bert"), ("pissa", "gte")])
 def test_a_missing_pooler_is_named_with_what_to_do(
-    method: str, config: PretrainedConfig, classifier: Callable[..., Any], tmp_path: Path
+    method: str, kind: str, classifier: Callable[..., Any], tmp_path: Path
 ) -> None:
     """What the message says is done. AutoModel gives BERT a pooler, and Gte none."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip("this transformers does not know the model")
+    config = CONFIGS[kind]() if kind in CONFIGS else CONFIG_MAPPING[kind](**SHAPE)
     folder = save_model(AutoModelForMaskedLM.from_config(config), tmp_path / "gaps")
     sets = ("model.bits=32", f"adapter.method={method}", "train.steps=1")
     with pytest.raises(UsageError, match="no pooler in its files") as raised:

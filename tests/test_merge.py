@@ -287,7 +287,8 @@ def test_weights_that_a_model_divides_outside_training(bits: int, recipe: Make, 
 
 @pytest.mark.skipif("qwen4_exp_text" not in CONFIG_MAPPING, reason="this transformers does not know the model")
 def test_layers_named_weight_stay_dense(pissa: Callable[..., Outcome], tmp_path: Path) -> None:
-    """transformers takes the scales of Qwen4's block_inject_weight for those of another tensor."""
+    """transformers takes the scales of Qwen4's block_inject_weight for those of another tensor, 5.17 also those of
+    input_mix_weight_up."""
     config = CONFIG_MAPPING["qwen4_exp_text"](
         vocab_size=512,
         hidden_size=64,
@@ -295,7 +296,7 @@ def test_layers_named_weight_stay_dense(pissa: Callable[..., Outcome], tmp_path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        layer_types=["linear_attention", "indexed_attention"],
+        layer_types=["linear_attention", "full_attention"],
         linear_num_key_heads=2,
         linear_num_value_heads=2,
         linear_key_head_dim=32,
@@ -315,7 +316,8 @@ def test_layers_named_weight_stay_dense(pissa: Callable[..., Outcome], tmp_path:
     folder = save_model(AutoModelForCausalLM.from_config(config), tmp_path / "dense")
     outcome = pissa("quantize", folder, "--output", tmp_path / "nf4", "--set", "model.bits=32", "--json")
     assert outcome.code == 0, outcome.err
-    assert "model.layers.0.attn_hyper_connection.block_inject_weight" in outcome.json["kept_dense"]
+    for name in ("block_inject_weight", "input_mix_weight_up"):
+        assert f"model.layers.0.attn_hyper_connection.{name}" in outcome.json["kept_dense"]
     plain, packed = (
         logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)) for path in (folder, tmp_path / "nf4")
     )
