@@ -421,7 +421,6 @@ def test_a_layer_to_whose_dtype_a_model_casts_stays_dense(
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=1,
-        layer_types=["indexed_attention"],
         mlp_layer_types=["dense"],
         indexer_types=["full"],
         num_attention_heads=4,
