@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,19 +255,24 @@ def _ranks(adapter: AdapterBase, targets: list[Linear]) -> dict[str, int]:
 
 
 def _even_ranks(budget: int, targets: list[Linear]) -> dict[str, int]:
-    """Until init chooses them: ranks that spend `adapter.max_parameters`, the same in all layers but for one more in
-    some. UsageError for a budget below rank 1 in every layer."""
-    least = sum(layer.num_out + layer.num_in for layer in targets)
-    if least > budget:
+    """Until init chooses them: ranks that spend `adapter.max_parameters`, the same in all layers that are large enough
+    but for one more in some. UsageError for a budget below rank 1 in every layer."""
+    costs = {layer.name: layer.num_out + layer.num_in for layer in targets}
+    most = {layer.name: min(layer.num_out, layer.num_in) for layer in targets}
+
+    def spent(rank: int) -> int:
+        return sum(min(rank, most[name]) * cost for name, cost in costs.items())
+
+    if (least := spent(1)) > budget:
         raise UsageError(
             f"adapter.max_parameters: {budget:,} is less than rank 1 in every layer takes ({least:,})",
             "raise it, or name fewer layers in adapter.targets",
         )
-    ranks, left = {}, budget % least
-    for layer in targets:
-        more = layer.num_out + layer.num_in <= left
-        left -= more * (layer.num_out + layer.num_in)
-        ranks[layer.name] = min(budget // least + more, layer.num_out, layer.num_in)
+    even = bisect_right(range(1, max(most.values()) + 1), budget, key=spent)
+    ranks, left = {}, budget - spent(even)
+    for name, cost in costs.items():
+        more = even < most[name] and cost <= left
+        ranks[name], left = min(even, most[name]) + more, left - more * cost
     return ranks
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from pissa_cli.cli.init import layer_table
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import initialize
+from pissa_cli.plan import make_plan
 from pissa_cli.ranks import allot
 from pissa_cli.report import summarize
 from pissa_cli.rundir import Run, read_json
@@ -67,6 +68,18 @@ def test_a_budget_of_parameters(
     theirs = logits(peft.PeftModel.from_pretrained(base, run.adapter))
     assert relative(theirs, logits(load_result(made, torch.device("cpu")))) < 1e-5
     assert read_json(run.adapter / "adapter_config.json")["rank_pattern"]
+
+
+@pytest.mark.parametrize("budget", [2100, 50_000, 70_000, 100_000])
+def test_what_a_budget_pays_for_is_counted_where_small_layers_have_no_more_rank(
+    budget: int, models: Callable[[str], Path], recipe: Make
+) -> None:
+    made = recipe(models("llama"), "adapter.rank=auto", f"adapter.max_parameters={budget}")
+    plan = make_plan(made, models("llama"))
+    most = {layer.name: min(layer.num_out, layer.num_in) for layer in plan.targets}
+    least = min(layer.num_out + layer.num_in for layer in plan.targets if plan.ranks[layer.name] < most[layer.name])
+    assert all(1 <= rank <= most[name] for name, rank in plan.ranks.items())
+    assert 0 <= budget - plan.num_trainable(made) < least
 
 
 def test_the_table_has_the_mean_of_ranks_that_differ() -> None:
