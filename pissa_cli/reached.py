@@ -29,18 +29,22 @@ MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
 def require_step(recipe: Recipe, resume: bool) -> None:
     """Raise as `goes_on`, for a run that was started by this recipe. For one that was started by another nothing is
     said here: `open_run` says what differs."""
+    if is_started(recipe):
+        goes_on(recipe, resume)
+
+
+def is_started(recipe: Recipe) -> bool:
+    """Whether there is a run of this recipe, by what its manifest says, of a base that goes by the same name."""
     run = run_of(recipe)
     if not run.exists():
-        return
+        return False
     manifest = run.read_manifest()
     start, base = manifest.get("start"), manifest.get("base")
     if not isinstance(start, dict) or not isinstance(base, dict):
-        return
+        return False
     wanted, model = start_of(recipe), recipe.model
-    if all(wanted.get(key) == value for key, value in start.items()) and (
-        [base.get("name"), base.get("revision")] == [model.name, model.revision]
-    ):
-        goes_on(recipe, resume)
+    same = all(wanted.get(key) == value for key, value in start.items())
+    return same and [base.get("name"), base.get("revision")] == [model.name, model.revision]
 
 
 def start_of(recipe: Recipe) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pissa_cli.initialize import initialize
 from pissa_cli.plan import make_plan
 from pissa_cli.ranks import allot
 from pissa_cli.report import summarize
-from pissa_cli.rundir import Run, read_json
+from pissa_cli.rundir import Run, read_json, write_json
 from pissa_cli.train import train
 from pissa_cli.trained import load_result
 
@@ -63,11 +63,27 @@ def test_a_budget_of_parameters(
     cost = sum(sum(layer["shape"]) for layer in manifest["layers"])
     planned = pissa("init", made.output, "--dry-run", "--json").json
     assert (planned["ranks"], planned["trainable"]) == ("final", manifest["trainable"])
+    planned = pissa("init", made.output, "--set", "adapter.max_parameters=4000", "--dry-run", "--json").json
+    assert planned["ranks"].startswith("chosen at init") and planned["trainable"] <= 4000, "init would refuse that"
     assert energy(auto) > energy(dict.fromkeys(auto, 9000 // cost))
     base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
     theirs = logits(peft.PeftModel.from_pretrained(base, run.adapter))
     assert relative(theirs, logits(load_result(made, torch.device("cpu")))) < 1e-5
     assert read_json(run.adapter / "adapter_config.json")["rank_pattern"]
+    manifest["layers"][0]["rank"] += 1
+    write_json(run.manifest, manifest)
+    edited = pissa("init", made.output, "--dry-run")
+    assert edited.code == 2 and "manifest.json: not what was written" in edited.err
+
+
+def test_where_a_full_fine_tuning_is_ranks_are_not_read(
+    models: Callable[[str], Path], recipe: Make, pissa: Callable[..., Outcome]
+) -> None:
+    made = recipe(models("llama"), "adapter.method=full", "model.bits=32")
+    initialize(made)
+    words = ("--output", made.output, "--method", "lora", "--rank", "auto", "--set", "adapter.max_parameters=9000")
+    shown = pissa("init", "--model", models("llama"), *words, "--dry-run", "--json")
+    assert shown.code == 0 and shown.json["ranks"].startswith("chosen at init")
 
 
 @pytest.mark.parametrize("budget", [2100, 50_000, 70_000, 100_000])

@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
 def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int, int] | None = None) -> None:
     """Print the plan; reads the configuration of the base, writes nothing. processes: that train; (steps, rows)."""
+    from pissa_cli.initialize import open_run
     from pissa_cli.kernels import wants_liger
     from pissa_cli.memory import forecast
     from pissa_cli.model import SMALL_FILES, resolve_base
     from pissa_cli.plan import make_plan
+    from pissa_cli.reached import is_started
     from pissa_cli.report import left_without_adapter
-    from pissa_cli.rundir import run_of
 
     recipe, rows = loaded.recipe, listing(loaded)
-    planned, run = make_plan(recipe, resolve_base(recipe.model, SMALL_FILES)), run_of(recipe)
+    planned = make_plan(recipe, resolve_base(recipe.model, SMALL_FILES))
     auto = getattr(recipe.adapter, "rank", None) == "auto"
-    if auto and run.exists():
-        chosen = {layer["name"]: layer["rank"] for layer in run.read_manifest()["layers"]}
+    if auto and is_started(recipe):
+        chosen = {layer["name"]: layer["rank"] for layer in open_run(recipe)[1]["layers"]}
         if chosen.keys() == planned.ranks.keys():
             planned, auto = replace(planned, ranks=chosen), False
     memory = forecast(recipe, planned, processes)
