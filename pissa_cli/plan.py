@@ -107,8 +107,10 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     targets = match_targets([layer for layer in linears if method.experts or layer.expert is None], adapter.targets)
     _require_embeddings(model, adapter, [layer for layer in targets if layer.embedding])
     ranks = _ranks(adapter, targets)
+    _require_one_matrix(targets, adapter, ranks)
+    if (budget := getattr(adapter, "max_parameters", None)) is not None:
+        ranks = _even_ranks(budget, targets)
     scales = {name: adapter.layer_scale(name, rank) for name, rank in ranks.items()}
-    _require_one_matrix(targets, ranks, scales)
     whole = whole_modules(model, adapter.modules_to_save)
     _require_apart(whole, targets, linears, recipe.model.bits)
     trained = {id(p): p.numel() for module in whole.values() for p in module.parameters(recurse=False)}
@@ -197,7 +199,7 @@ def require_packable(linears: list[Linear], hint: str) -> None:
         )
 
 
-def _require_one_matrix(targets: list[Linear], ranks: dict[str, int], scales: dict[str, float]) -> None:
+def _require_one_matrix(targets: list[Linear], adapter: AdapterBase, ranks: dict[str, int]) -> None:
     """UsageError for what PEFT's form of the experts cannot hold: gate without up, and scales that differ.
 
     Ranks that differ it cannot hold either, but refuses them itself.
@@ -212,7 +214,8 @@ def _require_one_matrix(targets: list[Linear], ranks: dict[str, int], scales: di
             )
     for down in (False, True):
         names = [layer.name for layer in experts if layer.expert and (layer.expert.part == "down") == down]
-        if len({scales[name] for name in names}) > 1 and len({ranks[name] for name in names}) == 1:
+        scales = {adapter.layer_scale(name, ranks[name]) for name in names}
+        if len(scales) > 1 and len({ranks[name] for name in names}) == 1:
             raise UsageError(
                 f"adapter.alpha_pattern: gives the experts' {'down' if down else 'gate and up'} more than one alpha, "
                 "which PEFT cannot hold",
@@ -250,8 +253,7 @@ def _ranks(adapter: AdapterBase, targets: list[Linear]) -> dict[str, int]:
         if limit == "error" and rank > smallest:
             raise _above(rank, layer, adapter, targets)
         ranks[layer.name] = min(rank, smallest) if limit == "lowered" else rank
-    budget = getattr(adapter, "max_parameters", None)
-    return ranks if budget is None else _even_ranks(budget, targets)
+    return ranks
 
 
 def _even_ranks(budget: int, targets: list[Linear]) -> dict[str, int]:

@@ -290,6 +290,10 @@ def test_peft_loads_any_targets_of_a_mixture(
         ("adapter.targets=[gate_proj]", "gate_proj is adapted and its twin is not"),
         ("adapter.alpha_pattern={up_proj: 3}", "gives the experts' gate and up more than one alpha"),
         ("adapter.alpha_pattern={experts.0.down_proj: 3}", "gives the experts' down more than one alpha"),
+        (
+            "adapter={rank: auto, max_parameters: 7000, alpha_pattern: {experts.0.down_proj: 3}}",
+            "the experts' down more",
+        ),
         ("adapter.modules_to_save=[experts]", "model.layers.0.mlp.experts has an adapter as well"),
         ("adapter={modules_to_save: [experts], targets: [q_proj]}", "mlp.experts holds experts, which train with ad"),
     ],
