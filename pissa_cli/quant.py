@@ -86,7 +86,7 @@ def _pack_fitted(store: Store, weight: Tensor) -> Packed:
     See `block_scales.fit_scales`; the codes are then the nearest levels for the scale as it is stored.
     """
     levels = _levels(weight.device)
-    chunks = weight.reshape(-1, BLOCK_SIZE).split(CHUNK[weight.device.type] // BLOCK_SIZE)
+    chunks = weight.contiguous().view(-1, BLOCK_SIZE).split(CHUNK[weight.device.type] // BLOCK_SIZE)
     fitted = in_parallel(lambda chunk: fit_scales(chunk, levels.nearest)[0], chunks)
     absmax, kept, nested = _kept(store, torch.cat(fitted))
     pairs = zip(chunks, absmax.split(len(chunks[0])), strict=True)

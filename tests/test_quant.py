@@ -80,6 +80,14 @@ def test_what_is_lost_is_what_bitsandbytes_loses(transposed: bool, monkeypatch: 
     assert float(fitted.norm() / (rest - nf4(rest)).norm()) == pytest.approx(0.95, abs=0.03)
 
 
+@pytest.mark.parametrize("absmax", ["fitted", "largest"])
+def test_a_transposed_weight_is_packed_as_its_copy(absmax: Any) -> None:
+    """As GPT-2's are; with rows of one block it can be looked at as blocks without a copy."""
+    store = Store(4, torch.float32, absmax=absmax)
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).T
+    assert torch.equal(read(pack(store, weight)), read(pack(store, weight.contiguous())))
+
+
 def test_codes_are_the_nearest_levels_at_and_around_every_midpoint() -> None:
     levels = functional.get_4bit_type("nf4", device="cpu")
     middles = ((levels[1:] + levels[:-1]) / 2).double()
