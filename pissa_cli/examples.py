@@ -162,6 +162,8 @@ def no_usable_row(source: str, section: DataSection, unusable: dict[str, list[in
         hint = f"raise data.max_length (now {section.max_length})"
     elif section.classifies:
         hint = "model.labels has to hold the labels as the rows have them; data.columns says in which column they are"
+    elif any("the chat template" in reason for reason in unusable):
+        hint = "data.template takes another chat template, which has to write all that the rows hold"
     else:
         hint = f"docs/recipes.md says what a row of format {section.format} is; data.columns takes other columns"
     return UsageError(f"{source}: no usable row ({reasons or 'it is empty'})", hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -17,6 +18,8 @@ ADAPTER_OPTIONS: dict[str, type[BaseModel]] = {
     options.model_fields["method"].default: options for options in get_args(get_args(AdapterOptions)[0])
 }
 SECTIONS = [name for name, field in Recipe.model_fields.items() if name not in ("output", "seed")]
+CHATS = ("sharegpt", "openai", "messages", "chatml", "chat_template", "conversational")
+"""Formats of conversations in other tools."""
 IN_4_BITS = {
     "qpissa": "; QPiSSA is pissa with --bits 4 (model.bits)",
     "qlora": "; QLoRA is lora with --bits 4 (model.bits)",
@@ -49,7 +52,11 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
         else:
             text = f"{text[0].lower()}{text[1:]}"
             if path in values:
-                text += f" (found {shown(values[path].value)})"
+                number = item["type"] in ("float_type", "int_type", "literal_error") and "'" not in text
+                quoted = "; without the quotes it is a number" if number and _is_number(item["input"]) else ""
+                text += f" (found {shown(values[path].value)}{quoted})"
+            if path == ("data", "format") and item["input"] in CHATS:
+                text += "; here it is chat"
         by_path.setdefault(path, []).append(text)
     lines = []
     for path, texts in by_path.items():
@@ -78,6 +85,14 @@ def advice_on_flag(flag: str, command: str) -> str | None:
     flags = SYNONYMS if command == "eval" else {**SYNONYMS, "data": "data.train"}
     key, _, about = (own if section else flags.get(name, own)).partition(" ")
     return f"keys of a recipe are set like this: --set {key}=VALUE {about}".rstrip() if key else None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is the text of one."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _other_name(method: str) -> str:

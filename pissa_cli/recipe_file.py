@@ -62,6 +62,11 @@ def _load_unnamed(folder: Path, given: Mapping[KeyPath, Value]) -> Loaded:
     try:
         return _load(str(folder), given)
     except UsageError as error:
+        try:
+            _load(None, {("model", "name"): Value("any", "--model"), **given})
+        except UsageError as alone:
+            if error.message == alone.message:
+                raise error from None  # no recipe makes these flags right
         raise UsageError(error.message, f"{error.hint}; {hint}" if error.hint else hint) from None
 
 
@@ -137,9 +142,8 @@ def listing(loaded: Loaded) -> list[tuple[str, str, str]]:
             source = loaded.sources.get(path, "default")
             if value is None and path in by_other_keys:
                 value, source = by_other_keys[path], "default, from other keys"
-            text = write_yaml(value, inline=True)
-            if isinstance(value, str) and "\n" in value:
-                text = json.dumps(value, ensure_ascii=False)
+            long = isinstance(value, str) and "\n" in value
+            text = json.dumps(value, ensure_ascii=False) if long else write_yaml(value, inline=True)
             rows.append((".".join(path), text, source))
 
     walk(loaded.recipe.model_dump(mode="json"), ())
@@ -219,14 +223,9 @@ def _alias(flat: Mapping[KeyPath, Value]) -> Value | None:
 
 
 def _block_file(section: str, name: str) -> Path | None:
-    for candidate in (
-        Path(name),
-        Path("configs") / section / f"{name}.yaml",
-        shipped("configs") / section / f"{name}.yaml",
-    ):
-        if candidate.suffix == ".yaml" and kind_of(candidate) == "file":
-            return candidate
-    return None
+    file = f"{section}/{name}.yaml"
+    candidates = (Path(name), Path("configs") / file, shipped("configs") / file)
+    return next((path for path in candidates if path.suffix == ".yaml" and kind_of(path) == "file"), None)
 
 
 def _read_block(section: str, name: Value) -> dict[KeyPath, Value]:

@@ -282,7 +282,7 @@ def test_calls_of_sharegpt_are_calls_where_the_template_knows_them(tokenizer: Pr
         assert learned(row, tokenizer)[1] == f"{text}<eos>"
 
 
-def test_tools_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tools_are_shown(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = "{% if tools %}{{ tools[0].name }}{% endif %}" + PLAIN
     row = conversation("Hi", "Yes")
     for tools in ([{"name": "add"}], '[{"name": "add"}]'):
@@ -294,6 +294,11 @@ def test_tools_are_shown(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = PLAIN
     for tools in ([{"name": "add"}], [{"type": "function", "function": {"name": "add"}}]):
         assert encode_chat(row | {"tools": tools}, SECTION, tokenizer) == "the chat template leaves out the tools"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row | {"tools": [{"name": "add"}]}) + "\n")
+    with pytest.raises(UsageError, match="no usable row") as raised:
+        load_examples(str(path), SECTION, tokenizer, None)
+    assert "data.template" in str(raised.value.hint)
 
 
 def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:

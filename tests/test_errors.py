@@ -134,6 +134,8 @@ def test_duplicate_key(refused: Callable[..., str], tmp_path: Path) -> None:
 def test_wrong_types_and_combinations(refused: Callable[..., str], tmp_path: Path) -> None:
     for sets, wanted in [
         (["train.lr=fast"], "train.lr: input should be a valid number (found 'fast')"),
+        (["train.lr='1e-4'"], "should be a valid number (found '1e-4'; without the quotes it is a number)"),
+        (["model.bits='4'"], "should be 4, 16 or 32 (found '4'; without the quotes it is a number)"),
         (["adapter.rank=2.5"], "adapter.rank"),
         (["model.bits=8"], "model.bits: input should be 4, 16 or 32 (found 8)"),
         (["adapter.method=pisa"], "adapter.method: unknown method"),
@@ -143,6 +145,8 @@ def test_wrong_types_and_combinations(refused: Callable[..., str], tmp_path: Pat
         (["train.steps=0"], "train.steps"),
         (["model.bits=4", "adapter.method=full"], "full needs model.bits 32"),
         (["train.lr=.inf"], "train.lr"),
+        (["train.schedule='3'"], "(found '3')"),
+        (["data.format=sharegpt"], "(found 'sharegpt'); here it is chat"),
         (["data.columns={imput: x}"], "format alpaca has no field 'imput'"),
         (["train.precision=fp32"], "set model.bits to 32"),
         (["train=3"], "train"),
@@ -408,6 +412,9 @@ def test_run_folder_of_another_recipe(
     assert "by the recipe there" not in pissa("init", *given, *again).err
     message = pissa("train", "--method", "vera", "--output", tmp_path / "out").err
     assert "method vera has no such option" in message and "holds a run, whose recipe was taken" in message
+    for model in ((), ("--model", models("llama"))):
+        message = refused("train", *model, "--set", "adapter.r=8", "--output", tmp_path / "out")
+        assert "here it is adapter.rank" in message and "holds a run" not in message
     (tmp_path / "mine").mkdir()
     write(tmp_path / "mine" / "notes.txt", "x")
     assert "exists and is not a run folder" in refused(
