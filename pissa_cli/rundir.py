@@ -136,6 +136,8 @@ def locked(folder: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
+        if not path.exists():  # where no file can be made filelock waits for one, too
+            _require_made(path)
         holder = ""
         with suppress(OSError):
             holder = path.read_text(encoding="utf-8").strip()
@@ -155,6 +157,13 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             path.unlink(missing_ok=True)  # whoever waits for this very file sees that it has no name any more
         lock.release()
+
+
+def _require_made(path: Path) -> None:
+    try:
+        path.touch()
+    except OSError as error:
+        raise cannot_write(path.parent, error) from None
 
 
 @contextmanager

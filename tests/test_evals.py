@@ -88,6 +88,7 @@ def test_gold_and_score() -> None:
 
 def test_answers_in_the_form_of_gsm8ks_own_rows_are_noted(pissa: Any, tmp_path: Path) -> None:
     assert not gsm8k.other_form(["#" * 40] * 9)
+    assert gsm8k.other_form(["The answer is 24."] * 9) and gsm8k.other_form(["So\n**Answer:** $24"] * 9)
     assert gsm8k.other_form(["#### 4"] * 5 + ["4"] * 5) and gsm8k.other_form(["#### 4"] * 9 + ["The answer is: 4"])
     for outputs in (["#### 4\nThe answer is: 4"] * 9, ["The answer is: 4"] * 2 + ["#### 4"] * 8, ["4"] * 9):
         assert gsm8k.other_form(outputs) is None

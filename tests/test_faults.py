@@ -288,6 +288,12 @@ def test_a_file_is_as_before_where_it_cannot_be_written_anew(tmp_path: Path, mon
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", r"before \ud83d")]
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder where no file can be made, by anyone")
+def test_a_folder_where_no_file_can_be_made_is_no_other_process_at_work() -> None:
+    with pytest.raises(PissaError, match="/proc: cannot write"), locked(Path("/proc/nothing")):
+        pass
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
 def test_a_file_system_without_locks_keeps_nobody_out(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -155,7 +155,9 @@ def test_prompts_that_wait_when_the_server_breaks_are_given_up(monkeypatch: pyte
         def log_message(self, *_: Any) -> None: ...
 
         def do_POST(self) -> None:
-            self.send_error(500, "out of blocks")
+            self.send_response(500)
+            self.end_headers()
+            self.wfile.write(b"out of blocks")
 
     monkeypatch.setattr(served, "TOGETHER", 2)
     with ThreadingHTTPServer(("127.0.0.1", 0), Breaks) as http:

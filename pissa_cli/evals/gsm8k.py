@@ -12,7 +12,7 @@ from pissa_cli.rows import Row
 
 MARKER = "The answer is: "
 _NUMBER = re.compile(r"[-+]?\d*[.,/]?\d+")
-_OWN_END = re.compile(r"####\s*[-+$]?\d")
+_OTHER_END = re.compile(r"(####|\banswer( is)?:?)[^\w\n]*\d", re.IGNORECASE)
 
 
 def gold(row: Row) -> str:
@@ -55,14 +55,14 @@ def score(output: str, reference: str) -> bool:
 
 
 def other_form(outputs: Sequence[str]) -> str | None:
-    """A note if most answers end as GSM8K's own rows do, and hardly any as the protocol asks."""
+    """A note if most answers end as GSM8K's own rows do, or nearly as the protocol asks, and hardly any as it does."""
     marked = sum(MARKER in output for output in outputs)
-    own = sum(_OWN_END.search(output) is not None and MARKER not in output for output in outputs)
-    if 10 * marked > len(outputs) or 2 * own < len(outputs):
+    others = sum(_OTHER_END.search(output) is not None and MARKER not in output for output in outputs)
+    if 10 * marked > len(outputs) or 2 * others < len(outputs):
         return None
     return (
-        f"{own} of {len(outputs)} answers end in '#### ...' as GSM8K's own rows do, {marked} in '{MARKER}...', "
-        "which alone counts; train on rows that end so: docs/evaluation.md, Rows for GSM8K"
+        f"{others} of {len(outputs)} answers end in '#### ...' as GSM8K's own rows do, or the like, {marked} in "
+        f"'{MARKER}...', which alone counts; train on rows that end so: docs/evaluation.md, Rows for GSM8K"
     )
 
 
