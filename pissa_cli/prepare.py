@@ -24,7 +24,7 @@ from pissa_cli.reached import newest_facts
 from pissa_cli.recipe import Recipe
 from pissa_cli.report import notes_of
 from pissa_cli.rows import is_local, read_rows
-from pissa_cli.rundir import run_of
+from pissa_cli.rundir import require_writable, run_of
 from pissa_cli.sets import load_sets, num_held_out
 from pissa_cli.steps import count_steps, step_examples
 from pissa_cli.weights import open_weights
@@ -66,11 +66,10 @@ def prepare(
     """
     run = run_of(recipe)
     resumed = resumes(recipe, resume)
-    if resumed and (change := schedule_change(recipe)):
-        say(change)
     if resume and not resumed:
         say(f"{run.folder}: there is no checkpoint; training begins with the first step")
     require_data(recipe)
+    require_writable(run.folder)
     if recipe.train.eval_every is not None and recipe.data.eval is None:
         say("train.eval_every: without data.eval there is nothing to take losses on")
     require_kernels(recipe.train)
@@ -80,6 +79,8 @@ def prepare(
     tokenizer = load_tokenizer(folder, recipe)
     examples, held_out = load_sets(recipe, tokenizer, say)
     require_reach(len(examples), recipe)
+    if resumed and (change := schedule_change(recipe)):
+        say(change)
     if len(step_examples(0, len(examples), recipe)) > len(examples):
         say(f"train.batch_size: a step of {recipe.train.batch_size} has each example more than once")
     for name, loaded in (("data.train", examples), ("data.eval", held_out)):

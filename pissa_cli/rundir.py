@@ -106,6 +106,8 @@ def require_free(output: Path, own: Path) -> None:
 def require_writable(folder: Path) -> None:
     """PissaError for a folder that cannot be written, or made: before the work whose result is for it."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise cannot_write(there, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(there, os.W_OK):
         raise cannot_write(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 

@@ -294,6 +294,17 @@ def test_a_folder_where_no_file_can_be_made_is_no_other_process_at_work() -> Non
         pass
 
 
+def test_a_run_that_cannot_be_written_is_told_before_rows_are_read(
+    models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    notes: list[Any] = []
+    made = recipe(models("llama"), f"output={tmp_path / 'file' / 'run'}", f"data.train={rows}")
+    with pytest.raises(PissaError, match="file: cannot write: Not a directory"):
+        train(made, watch=notes.append)
+    assert not notes
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
 def test_a_file_system_without_locks_keeps_nobody_out(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
