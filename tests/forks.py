@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from pissa_cli import sets
 from pissa_cli.__main__ import main
 from pissa_cli.process import process_state
 from pissa_cli.rundir import Run
@@ -27,7 +28,7 @@ def forked(work: Callable[[], Any], log: Path, environment: Mapping[str, str] | 
     """Start `work` in a process of its own, without a GPU, which ends with the code that it returns; its id. It prints
     into `log`. Where training does not go on in a fork, an `entry` is imported anew, and what else there is skipped."""
     log.touch()
-    environment = {"CUDA_VISIBLE_DEVICES": ""} | dict(environment or {})
+    environment = {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": sets.HF_HOME} | dict(environment or {})
     if not _trains_in_forks():
         if not isinstance(work, partial):
             pytest.skip("training does not go on in a process that is forked here")
