@@ -136,10 +136,9 @@ def locked(folder: Path) -> Iterator[None]:
     lock = FileLock(path, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # where no file can be made filelock says that another process has it
         lock.acquire(blocking=False)
     except Timeout:
-        if not path.exists():  # where no file can be made filelock waits for one, too
-            _require_made(path)
         holder = ""
         with suppress(OSError):
             holder = path.read_text(encoding="utf-8").strip()
@@ -159,13 +158,6 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             path.unlink(missing_ok=True)  # whoever waits for this very file sees that it has no name any more
         lock.release()
-
-
-def _require_made(path: Path) -> None:
-    try:
-        path.touch()
-    except OSError as error:
-        raise cannot_write(path.parent, error) from None
 
 
 @contextmanager

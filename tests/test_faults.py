@@ -290,7 +290,7 @@ def test_a_file_is_as_before_where_it_cannot_be_written_anew(tmp_path: Path, mon
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder where no file can be made, by anyone")
 def test_a_folder_where_no_file_can_be_made_is_no_other_process_at_work() -> None:
-    with pytest.raises(PissaError, match="/proc: cannot write"), locked(Path("/proc/nothing")):
+    with pytest.raises(PissaError, match="/proc/nothing: cannot write"), locked(Path("/proc/nothing")):
         pass
 
 
