@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, as_lora
-from pissa_cli.attach import attach, restore_whole, whole_modules
+from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_modules
 from pissa_cli.checkpoint import checkpoint_tensors
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import open_run, read_start, require_base
 from pissa_cli.integrity import DISTRUST, SEAL, model_facts, not_finite, require_files, require_sealed
 from pissa_cli.loading import load_model
-from pissa_cli.model import skeleton
+from pissa_cli.model import dense_dtype, skeleton
 from pissa_cli.peft_files import read_peft
+from pissa_cli.products import FEW_ROWS, product_dtype
 from pissa_cli.reached import checkpoints, latest_checkpoint, newest_facts, result_of, step_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, run_of
@@ -54,7 +55,18 @@ def load_with(recipe: Recipe, folder: Path, adapter: Adapter, device: torch.devi
     model = load_model(folder, recipe.model, recipe.precision, recipe.seed).to(device)
     attach(model, adapter, METHODS["vera" if adapter.projections else "lora"], plain=False)
     restore_whole(model, adapter.saved)
+    _round_factors(model, dense_dtype(recipe.model, recipe.precision))
     return model.eval()
+
+
+def _round_factors(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Have the factors in `dtype`, to which the products of every token would round them again, where all do."""
+    if product_dtype(torch.empty(FEW_ROWS, 1, dtype=dtype, device=model.device)) != dtype:
+        return
+    for layer in lowrank_layers(model).values():
+        if layer.weight.dtype != torch.float32:
+            for factor in layer.factors().values():
+                factor.data = factor.data.to(dtype)
 
 
 def trained_facts(recipe: Recipe) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers import (
 
 from pissa_cli import quant
 from pissa_cli.adapters.start import Adapter
+from pissa_cli.attach import lowrank_layers
 from pissa_cli.card import _prompt, _without_folders, model_card
 from pissa_cli.data_options import DataSection
 from pissa_cli.dense import dense_tensors
@@ -70,6 +72,27 @@ def trained(recipe: Make, folder: Path, rows: Path, *sets: str) -> Any:
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     return exact_scales(model).cpu().eval()(input_ids=IDS).logits.float()
+
+
+@pytest.mark.parametrize(("bits", "method"), [(16, "pissa"), (4, "pissa"), (16, "vera"), (32, "pissa")])
+def test_factors_are_rounded_once_where_every_product_would(
+    bits: int, method: str, models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alpha = [] if method == "pissa" else ["adapter.alpha=null"]
+    made = trained(recipe, models("llama"), rows, f"model.bits={bits}", f"adapter.method={method}", *alpha)
+    exact = read_result(made)[1].factors
+    monkeypatch.setattr("pissa_cli.products._has_avx512_bf16", lambda: False)
+    for fast in (False, True):
+        monkeypatch.setattr("pissa_cli.products.has_amx", partial(bool, fast))
+        model = load_result(made, torch.device("cpu"))
+        layers = lowrank_layers(model)
+        wanted = torch.bfloat16 if fast and bits != 32 else torch.float32
+        assert {factor.dtype for layer in layers.values() for factor in layer.factors().values()} == {wanted}
+        found = logits(model)
+        for name, layer in layers.items():
+            for key, factor in layer.factors().items():
+                factor.data = exact[name][key]
+        assert torch.equal(found, logits(model))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gemma"])
