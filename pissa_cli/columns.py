@@ -9,6 +9,10 @@ from pissa_cli.data_options import FIELDS, OPTIONAL_FIELDS, DataSection, sources
 from pissa_cli.errors import UsageError
 from pissa_cli.glue import GLUE
 
+ASKED, ANSWERED = ("question", "query", "problem", "prompt", "input"), ("answer", "response", "solution", "completion")
+USUAL = {"instruction": ASKED, "prompt": ASKED, "output": ANSWERED, "completion": ANSWERED}
+"""What else data sets call these fields."""
+
 
 def label_columns(section: DataSection, columns: Sequence[str]) -> dict[str, str]:
     """text, text_pair where there is such a column, and label: the columns of rows that have these `columns`."""
@@ -69,7 +73,8 @@ def require_columns(source: str, section: DataSection, columns: Mapping[str, Any
         hint = f"these are columns of another format: data: {other}"
     else:
         form = "" if section.glue is None else "--set data.format=classification "
-        fields = ", ".join(f"{name}: <column>" for name in missing)
+        usual = {name: next((c for c in USUAL.get(name, ()) if c in columns), "<column>") for name in missing}
+        fields = ", ".join(f"{name}: {column}" for name, column in (section.columns | usual).items())
         hint = f"say which they are, here or so in the recipe: {form}--set 'data.columns={{{fields}}}'"
     named = [f"'{column}'" if column == name else f"'{column}' for '{name}'" for name, column in missing.items()]
     raise UsageError(

@@ -580,7 +580,7 @@ def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTo
         ({"prompt": "a", "completion": "b"}, "{format: prompt}"),
         ({"dialog": conversation("Hi", "Yes")["messages"]}, "{format: chat, columns: {messages: dialog}}"),
         ({"talk": [{"from": "human", "value": "Hi"}], "n": 1}, "{format: chat, columns: {messages: talk}}"),
-        ({"question": "a", "answer": "b"}, "data.columns={instruction: <column>, output: <column>}"),
+        ({"question": "a", "answer": "b"}, "data.columns={instruction: question, output: answer}"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences are not trained here"),
         ({"prompt": "a", "completion": "b", "label": True}, "keep the rows whose label is true"),
         ({"prompt": [], "completion": []}, "data: {format: chat, columns: {messages: prompt}}"),

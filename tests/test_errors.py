@@ -270,7 +270,13 @@ def test_data(refused: Callable[..., str], models: Callable[[str], Path], tmp_pa
     file = write(tmp_path / "rows.jsonl", '{"question": "a", "answer": "b"}\n')
     message = refused("train", "--model", models("llama"), "--set", f"data.train={file}")
     assert "no column 'instruction'" in message and "it has: question, answer" in message
-    assert "--set 'data.columns={instruction: <column>, output: <column>}'" in message
+    assert "--set 'data.columns={instruction: question, output: answer}'" in message
+    other = write(tmp_path / "other.jsonl", '{"task": "a", "solution": "b", "reply": "c"}\n')
+    message = refused("train", "--model", models("llama"), "--set", f"data.train={other}")
+    assert "--set 'data.columns={instruction: <column>, output: solution}'" in message
+    half = ["--set", "data.columns={output: reply}"]
+    message = refused("train", "--model", models("llama"), "--set", f"data.train={other}", *half)
+    assert "--set 'data.columns={output: reply, instruction: <column>}'" in message
     mapped = ["--set", "data.columns={instruction: query, output: answer}"]
     message = refused("train", "--model", models("llama"), "--set", f"data.train={file}", *mapped)
     assert "no column 'query'" in message and "data.columns maps 'instruction' to it; map 'instruction'" in message

@@ -60,7 +60,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
         *filter(None, [left_without_adapter(planned.left_out)]),
         *([f"ranks are chosen at init from the spectra; counted here: {counted}"] if auto else []),
         *([_steps_line(*steps, recipe.train.batch_size)] if steps else []),
-        _memory_line(memory, processes),
+        _memory_line(memory, processes, recipe.data.max_length),
         "dry run: nothing was written",
     ]
     print_result(result, as_json, lines)
@@ -70,7 +70,7 @@ def _steps_line(steps: int, rows: int, batch_size: int) -> str:
     return f"{steps:,} steps of {batch_size} examples, if all {rows:,} rows can be used"
 
 
-def _memory_line(memory: Forecast, processes: int) -> str:
+def _memory_line(memory: Forecast, processes: int, max_length: int) -> str:
     parts = {key: _size(value) for key, value in memory.bytes.items() if value >= 2**16}
     total = parts.pop("total")
     whose = "the GPU" if memory.device == "cuda" else "the process (no GPU here)"
@@ -80,8 +80,8 @@ def _memory_line(memory: Forecast, processes: int) -> str:
         )
     about = f"roughly ({memory.rough}) " if memory.rough else ""
     return (
-        f"memory of training, the most that {whose} holds at once: {about}{total} "
-        f"({', '.join(f'{key} {size}' for key, size in parts.items())})"
+        f"memory of training, the most that {whose} holds at once if rows are as long as data.max_length "
+        f"({max_length:,} tokens): {about}{total} ({', '.join(f'{key} {size}' for key, size in parts.items())})"
     )
 
 
