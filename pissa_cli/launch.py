@@ -87,7 +87,10 @@ def launch(
     if code:
         reason = told["error"] if told_of_failure else f"one ended with exit code {code}"
         hint = told.get("hint") or f"{resume_hint(recipe.output)} if a checkpoint was saved"
-        raise PissaError(f"training in {processes} processes failed: {reason}", hint)
+        failed = f"training in {processes} processes failed: {reason}"
+        if told_of_failure and told["exit_code"] == UsageError.exit_code:
+            raise UsageError(failed, hint)
+        raise PissaError(failed, hint)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, bool]:

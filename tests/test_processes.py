@@ -364,6 +364,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, recipe: Any) -> Callable[..., dict
         ((1, True), {"error": "interrupted", "exit_code": 130}, Interrupted, "go on with: "),
         ((1, True), {"error": "no space", "exit_code": 1, "hint": "free some"}, PissaError, "failed: no space free"),
         ((1, False), {"error": "no space", "exit_code": 1, "hint": None}, PissaError, "no space go on with: "),
+        ((1, False), {"error": "no row", "exit_code": 2, "hint": None}, UsageError, "failed: no row go on with: "),
         ((2, False), {"error": "stopped", "exit_code": 130}, PissaError, "one ended with exit code 2 go on"),
         ((137, False), None, PissaError, "one ended with exit code 137 go on"),
         ((-9, False), None, PissaError, "one ended with exit code -9 go on"),
