@@ -218,6 +218,15 @@ def linear(packed: Packed) -> nn.Module:
     return layer
 
 
+def unpacked_linear(packed: Packed, bias: Tensor | None) -> nn.Module:
+    """A dense layer of the weight (out, in) that `packed` reads back as, in the dtype that it names."""
+    num_out, num_in = packed.state.shape
+    layer = nn.Linear(num_in, num_out, bias=False, device="meta")
+    layer.weight = nn.Parameter(read(packed, packed.state.dtype), requires_grad=False)
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+    return layer
+
+
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Make every bitsandbytes layer compute in `dtype` with the scales it was given.
 

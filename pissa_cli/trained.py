@@ -22,21 +22,24 @@ from pissa_cli.loading import load_model
 from pissa_cli.model import dense_dtype, skeleton
 from pissa_cli.peft_files import read_peft
 from pissa_cli.products import FEW_ROWS, product_dtype
+from pissa_cli.quant import packed_weight, unpacked_linear
 from pissa_cli.reached import checkpoints, latest_checkpoint, newest_facts, result_of, step_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, run_of
 from pissa_cli.weights import hash_file
 
+UNPACKED_ON_CPU = 2**31  # bytes
+
 
 def load_result(recipe: Recipe, device: torch.device, step: int | None = None) -> PreTrainedModel:
-    """The trained model, or that of checkpoint `step`, in eval mode: `adapter/` on the base it is valid on, or
-    `merged/` of a full fine-tuning.
+    """The trained model, or that of checkpoint `step`, in eval mode, to be scored: `adapter/` on the base it is valid
+    on, or `merged/` of a full fine-tuning.
 
     Raises UsageError if training has not finished, and if the base is not the one the adapter was made on.
     """
     if isinstance(recipe.adapter, FullOptions):
         return load_model(full_model(recipe, step), recipe.model, recipe.precision, recipe.seed).to(device).eval()
-    return load_with(recipe, *read_result(recipe, step), device)
+    return _unpacked(load_with(recipe, *read_result(recipe, step), device))
 
 
 def full_model(recipe: Recipe, step: int | None = None) -> Path:
@@ -67,6 +70,18 @@ def _round_factors(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if layer.weight.dtype != torch.float32:
             for factor in layer.factors().values():
                 factor.data = factor.data.to(dtype)
+
+
+def _unpacked(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with the NF4 weights of adapted layers as they read back, which every token would do anew; as they are
+    where that takes more than half of a GPU's free memory, or UNPACKED_ON_CPU."""
+    layers = lowrank_layers(model).values()
+    packed = {layer: found for layer in layers if (found := packed_weight(layer.base)) is not None}
+    size = sum(found.state.shape.numel() * found.state.dtype.itemsize for found in packed.values())
+    free = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else UNPACKED_ON_CPU
+    for layer, found in packed.items() if size <= free else ():
+        layer.base = unpacked_linear(found, layer.bias)
+    return model
 
 
 def trained_facts(recipe: Recipe) -> dict[str, Any]:
@@ -218,4 +233,4 @@ def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     model = load_model(require_base(manifest, recipe), recipe.model, recipe.precision, recipe.seed).to(device)
     if recipe.model.bits == 4:
         attach(model, read_start(run, manifest)[1], METHODS[recipe.adapter.method], plain=False)
-    return model.eval()
+    return _unpacked(model.eval())

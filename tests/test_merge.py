@@ -45,7 +45,7 @@ from pissa_cli.quantize import quantize
 from pissa_cli.rundir import Run
 from pissa_cli.side_files import copy_side_files, copy_tokenizer
 from pissa_cli.train import train
-from pissa_cli.trained import load_result, load_with, read_result
+from pissa_cli.trained import load_plain_base, load_result, load_with, read_result
 from pissa_cli.weights import open_weights
 
 Make = Callable[..., Any]
@@ -93,6 +93,22 @@ def test_factors_are_rounded_once_where_every_product_would(
             for key, factor in layer.factors().items():
                 factor.data = exact[name][key]
         assert torch.equal(found, logits(model))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_what_is_scored_reads_its_4_bits_once(
+    precision: str, models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trained(recipe, models("qwen2"), rows, "model.bits=4", f"train.precision={precision}")
+    cpu = torch.device("cpu")
+    for load in (load_plain_base, load_result):
+        read = load(made, cpu)
+        monkeypatch.setattr("pissa_cli.trained.UNPACKED_ON_CPU", 0)
+        stored = load(made, cpu)
+        monkeypatch.undo()
+        pairs = list(zip(lowrank_layers(read).values(), lowrank_layers(stored).values(), strict=True))
+        assert pairs and all(not quant.is_packed(a.base) and quant.is_packed(b.base) for a, b in pairs)
+        assert torch.equal(logits(read), logits(stored))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gemma"])
