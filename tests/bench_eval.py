@@ -1,8 +1,8 @@
-"""Generation: our engine against transformers' `generate`, one prompt at a time, on the same prompts.
+"""Generation with a trained adapter: our engine against PEFT's model and transformers' `generate`, on the same prompts.
 
-    python tests/bench_eval.py PAGE.md MODEL QUESTIONS.jsonl [--prompts 64] [--tokens 64]
+    python tests/bench_eval.py PAGE.md RUN QUESTIONS.jsonl [--prompts 64] [--tokens 64]
 
-QUESTIONS are GSM8K's rows. Greedy, fp32; alternating, median of three; the answers must be the same.
+QUESTIONS are GSM8K's rows. Greedy, in the precision of the run; alternating, median of three.
 """
 
 from __future__ import annotations
@@ -13,77 +13,102 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import peft
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import AutoPeftModelForCausalLM
 
 import pissa_cli
 from pissa_cli.data import question_prompt
-from pissa_cli.data_options import DataSection
 from pissa_cli.evals.generate import generate
+from pissa_cli.loading import load_tokenizer
+from pissa_cli.model import DTYPES, best_device
+from pissa_cli.recipe_file import load
 from pissa_cli.rows import read_rows
+from pissa_cli.rundir import run_of
+from pissa_cli.trained import load_result
 
 REPEATS = 3
+BATCH = 32
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("page", "model", "questions"):
+    for name in ("page", "run", "questions"):
         parser.add_argument(name)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    recipe, device = load(args.run, {}).recipe, best_device()
+    adapter = run_of(recipe).adapter
+    tokenizer = load_tokenizer(adapter, recipe)
     rows = [row for _, row in read_rows(args.questions, args.prompts)]
-    prompts = [question_prompt(row["question"], DataSection(), tokenizer)[1] for row in rows if isinstance(row, dict)]
+    prompts = [question_prompt(row["question"], recipe.data, tokenizer)[1] for row in rows if isinstance(row, dict)]
+    model = load_result(recipe, device)
+    peer = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=DTYPES[recipe.precision]).to(device).eval()
+    pad = tokenizer.pad_token_id or tokenizer.eos_token_id
 
     def ours() -> list[str]:
         found = dict(generate(model, tokenizer, prompts, None, args.tokens))
         return [found[number] for number in range(len(prompts))]
 
-    def one_by_one() -> list[str]:
+    def in_batches(size: int) -> list[str]:
         texts = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt], device=device)
-            mask = torch.ones_like(ids)
-            output = model.generate(ids, attention_mask=mask, max_new_tokens=args.tokens, do_sample=False)
-            texts.append(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+        for begin in range(0, len(prompts), size):
+            batch = prompts[begin : begin + size]
+            longest = max(map(len, batch))
+            ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in batch], device=device)
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
+            output = peer.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=args.tokens, do_sample=False, pad_token_id=pad
+            )
+            texts += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return texts
 
-    seconds: dict[str, list[float]] = {"ours": [], "transformers, batch 1": []}
+    works: dict[str, Callable[[], list[str]]] = {
+        "ours": ours,
+        f"PEFT, batches of {BATCH}": partial(in_batches, BATCH),
+        "PEFT, one by one": partial(in_batches, 1),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in works}
     answers: dict[str, list[str]] = {}
     for _ in range(REPEATS):
-        for name, work in (("ours", ours), ("transformers, batch 1", one_by_one)):
+        for name, work in works.items():
             began = time.perf_counter()
             answers[name] = work()
             seconds[name].append(time.perf_counter() - began)
-    same = sum(one == other for one, other in zip(*answers.values(), strict=True))
-    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers["ours"])
+    written = {
+        name: sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+        for name, texts in answers.items()
+    }
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    ratio = medians["transformers, batch 1"] / medians["ours"]
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    same = {name: sum(map(str.__eq__, answers["ours"], texts)) for name, texts in answers.items()}
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lines = [
         "# Generation",
         "",
-        f"`{Path(args.model).name}`, fp32, greedy, {len(prompts)} questions, at most {args.tokens} new tokens; "
-        f"median of {REPEATS}, alternating. Answers that are the same text: {same} of {len(prompts)}.",
+        f"`{Path(recipe.model.name).name}` in {recipe.model.bits} bits with {recipe.adapter.method}'s adapter, "
+        f"products in {recipe.precision}; greedy, {len(prompts)} questions, at most {args.tokens} new tokens; "
+        f"median of {REPEATS}, alternating.",
         "",
-        "| | seconds | tokens/s |",
-        "|---|---|---|",
-        *(f"| {name} | {value:.2f} | {tokens / value:,.0f} |" for name, value in medians.items()),
-        f"| ratio | **{ratio:.1f}** | |",
+        "| | seconds | over ours | tokens/s | answers as ours |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name} | {value:.2f} | {value / medians['ours']:.2f} | {written[name] / value:,.0f} | {same[name]} |"
+            for name, value in medians.items()
+        ),
         "",
-        f"pissa {pissa_cli.__version__}, torch {torch.__version__}, transformers {transformers.__version__}; "
-        f"{where}, {platform.machine()}; {datetime.date.today()}; `tests/bench_eval.py`.",
+        f"pissa {pissa_cli.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, peft "
+        f"{peft.__version__}; {where}, {platform.machine()}; {datetime.date.today()}; `tests/bench_eval.py`.",
         "",
     ]
     Path(args.page).write_text("\n".join(lines))
-    figures = {"seconds": seconds, "ratio": ratio, "same": same, "prompts": len(prompts), "tokens": tokens}
+    figures = {"seconds": seconds, "same": same, "prompts": len(prompts), "tokens": written}
     Path(args.page).with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
     print("\n".join(lines))
 
