@@ -173,10 +173,17 @@ def _require_spreadable(recipe: Recipe, experts: bool, deepspeed: bool) -> None:
 
 
 def _take_kernels(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, say: Say) -> None:
-    """Liger's kernels where they are wanted and leave the loss as it is."""
+    """Liger's kernels where they are wanted and leave the loss as it is. UsageError where they were asked for and do
+    not."""
     probe = partial(probe_loss, recipe, model, examples, pad_id)
-    if wants_liger(recipe.train) and use_liger(model, recipe.train, probe, LOSS_TOLERANCE[recipe.precision]):
-        say("norms, rotary embeddings and MLPs run by Liger's kernels")
+    if wants_liger(recipe.train):
+        try:
+            if use_liger(model, recipe.train, probe, LOSS_TOLERANCE[recipe.precision]):
+                say("norms, rotary embeddings and MLPs run by Liger's kernels")
+        except UsageError as error:
+            if recipe.train.use_liger_kernel is True:
+                raise
+            say(f"going on without Liger's kernels: {error.message} ({error.hint})")
     elif misses_liger(recipe.train):
         advice = "with it most models take a fifth less time for a step: pip install 'pissa[liger]'"
         say(f"liger-kernel is not installed; {advice}")

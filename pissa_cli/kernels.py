@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
-from contextlib import suppress
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -55,23 +56,44 @@ def _has_liger() -> bool:
 def use_liger(model: PreTrainedModel, section: TrainSection, loss: Callable[[], float], tolerance: float) -> bool:
     """Norms, rotary embeddings and the MLP's products by Liger's kernels. Whether it has any for this model.
 
-    Not in mixtures of experts' own products: they would leave the adapters of the experts out. Raises UsageError where
-    a recipe asks for kernels that are not there, and where they change the loss by more than this share of it.
+    Not in mixtures of experts' own products: they would leave the adapters of the experts out. Raises UsageError, with
+    the model as it was, where they fail or change the loss by more than this share of it, and where a recipe asks for
+    kernels that are not there.
     """
+    own = {module: vars(module).get("forward") for module in model.modules()}
+    files = [vars(sys.modules[name]) for name in {type(module).__module__ for module in own}]
+    kept = [dict(names) for names in files]  # functions of the model's file may be replaced, too
+    try:
+        return _use_liger(model, section, loss, tolerance, own)
+    except UsageError:
+        for names, before in zip(files, kept, strict=True):
+            names.update(before)
+        for module, forward in own.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+        raise
+
+
+def _use_liger(
+    model: PreTrainedModel,
+    section: TrainSection,
+    loss: Callable[[], float],
+    tolerance: float,
+    own: dict[torch.nn.Module, Any],
+) -> bool:
     from transformers.integrations.liger import apply_liger_kernel
 
-    before, own = loss(), {module: vars(module).get("forward") for module in model.modules()}
-    unknown = (TypeError, ValueError) if section.use_liger_kernel == "auto" else ()  # a class of the model's kind
+    before = loss()
     try:
-        with suppress(*unknown):
-            apply_liger_kernel(model, LIGER)
+        apply_liger_kernel(model, LIGER)
         for name in holders_of_3d_weights(model):
             model.get_submodule(name).__dict__.pop("forward", None)
         used = any(vars(module).get("forward") is not forward for module, forward in own.items())
-        after = loss()  # functions of the model's file may be replaced, too
+        after = loss()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of kernels for other versions of torch or transformers
+    except Exception as error:  # of other versions, or of Triton without a compiler
         raise UsageError(f"train.use_liger_kernel: Liger's kernels fail: {in_one_line(error)}", OTHER_LIGER) from None
     if not used and section.use_liger_kernel is True:
         raise UsageError(f"train.use_liger_kernel: Liger has no kernels for {model.config.model_type}", NO_LIGER)

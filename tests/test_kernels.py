@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_packing import gradients, started
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.models.llama import modeling_llama
 
 from pissa_cli.attach import share_inputs
 from pissa_cli.errors import UsageError
@@ -114,33 +115,61 @@ def test_a_forward_of_our_own_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     assert use_liger(model, WANTED, lambda: 1.0, 1e-4)
 
 
-def test_a_model_that_liger_does_not_take_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has kernels for Gemma 3, and raises TypeError for its classifier."""
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    )
-
-    def refuse(*_: Any) -> None:
-        raise TypeError("The model must be Gemma3ForCausalLM.")
-
-    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", refuse)
-    assert not use_liger(model, AUTO, lambda: 1.0, 1e-4)
-    with pytest.raises(UsageError, match=r"Liger's kernels fail: The model must be Gemma3ForCausalLM\."):
-        use_liger(model, WANTED, lambda: 1.0, 1e-4)
-    with pytest.raises(UsageError, match="with Liger's kernels the loss is 2"):  # a function was replaced before that
-        use_liger(model, AUTO, iter([1.0, 2.0]).__next__, 1e-4)
-
-
-def test_kernels_that_fail_or_change_the_loss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_fail_or_change_the_loss_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger has kernels for Gemma 3, and raises TypeError for its classifier. It replaces functions of a file."""
     config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = LlamaForCausalLM(config)
+    model.lm_head.forward = own = partial(type(model.lm_head).forward, model.lm_head)
+    rotated = modeling_llama.apply_rotary_pos_emb
+
+    def patch(*_: Any) -> None:
+        modeling_llama.apply_rotary_pos_emb = None
+        model.lm_head.forward = model.model.norm.forward = lambda x: x
+
+    def refuse(*_: Any) -> None:
+        patch()
+        raise TypeError("The model must be Gemma3ForCausalLM.")
+
+    fails = Mock(side_effect=[2.0, RuntimeError("another signature")])
+    changes = iter([2.0, 2.11]).__next__
+    for patched_by, loss, says, hint in (
+        (refuse, lambda: 1.0, "Liger's kernels fail: The model must be Gemma3ForCausalLM.", "pip install -U"),
+        (patch, fails, "Liger's kernels fail: another signature", "pip install -U liger-kernel, or set it to false"),
+        (patch, changes, "with Liger's kernels the loss is 2.1100, without 2.0000", "set it to false"),
+    ):
+        monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", patched_by)
+        with pytest.raises(UsageError) as raised:
+            use_liger(model, AUTO, loss, 5e-2)
+        assert says in str(raised.value) and hint in str(raised.value.hint)
+        assert modeling_llama.apply_rotary_pos_emb is rotated
+        assert model.lm_head.forward is own and "forward" not in vars(model.model.norm)
     patched(monkeypatch, model.model.norm)
-    with pytest.raises(UsageError, match=r"with Liger's kernels the loss is 2.1100, without 2.0000"):
-        use_liger(model, AUTO, iter([2.0, 2.11]).__next__, 5e-2)
     assert use_liger(model, AUTO, iter([2.0, 2.09]).__next__, 5e-2)
-    with pytest.raises(UsageError, match="Liger's kernels fail: another signature") as raised:
-        use_liger(model, AUTO, Mock(side_effect=[2.0, TypeError("another signature")]), 5e-2)
-    assert raised.value.hint == "pip install -U liger-kernel, or set it to false"
+
+
+def test_unasked_kernels_that_fail_are_gone_without(
+    models: Callable[[str], Path],
+    rows: Path,
+    pissa: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """As where there is no C compiler, which Triton needs."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", refuse)
+    monkeypatch.setattr("pissa_cli.assembly.wants_liger", lambda section: True)
+    monkeypatch.setattr("pissa_cli.kernels.require_kernels", lambda section: None)
+    monkeypatch.setattr("pissa_cli.prepare.require_kernels", lambda section: None)
+    sets = (f"data.train={rows}", "adapter.rank=2", "train.steps=1")
+    words = ["train", "--model", models("llama"), *(word for one in sets for word in ("--set", one))]
+    said = "Liger's kernels fail: Failed to find C compiler."
+    outcome = pissa(*words, "--output", tmp_path / "out")
+    assert outcome.code == 0 and f"going on without Liger's kernels: train.use_liger_kernel: {said} (pip" in outcome.err
+    outcome = pissa(*words, "--output", tmp_path / "asked", "--set", "train.use_liger_kernel=true")
+    assert outcome.code == 2 and f"error: train.use_liger_kernel: {said}" in outcome.err
 
 
 @pytest.mark.skipif(not wants_liger(AUTO), reason="needs a GPU and liger-kernel")
