@@ -130,7 +130,7 @@ def peft_config(
     heads: the parts of a classifier's head, of which PEFT saves all or nothing. revision: of a base on the Hub.
     targets: `target_modules`, and where there are such `target_parameters`, by whose names PEFT looks up patterns.
     """
-    alphas = {name: scales[name] * rank for name, rank in ranks.items()}
+    alphas = {name: float(f"{scales[name] * rank:.15g}") for name, rank in ranks.items()}  # 16 / 49 * 49 is below 16
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config: dict[str, Any] = {
         "peft_type": peft_type,

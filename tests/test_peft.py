@@ -197,3 +197,13 @@ def test_the_revision_of_a_base_on_the_hub_is_said(base: str, revision: str | No
     config = peft_config("LORA", base, revision, {"a": 4}, {"a": 1.0}, {"target_modules": ["a"]}, False, 0)
     assert config.get("revision") == said
     assert pytest.importorskip("peft").LoraConfig(**config).revision == said
+
+
+def test_one_alpha_is_one_whatever_the_rank() -> None:
+    """As numbers with a point 16 / 49 * 49 is below 16."""
+    ranks = {str(rank): rank for rank in range(1, 513)}
+    for alpha in (1, 8, 16, 29, 0.1, 32.5):
+        scales = {name: alpha / rank for name, rank in ranks.items()}
+        config = peft_config("LORA", "user/name", None, ranks, scales, {"target_modules": ["a"]}, False, 0)
+        assert (config["lora_alpha"], config["alpha_pattern"]) == (alpha, {})
+        assert type(config["lora_alpha"]) is type(alpha)
