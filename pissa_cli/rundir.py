@@ -226,7 +226,7 @@ def clear_leftovers(run: Run) -> None:
         else:
             with suppress(OSError):
                 path.unlink()
-    for folder in (run.folder.absolute(), run.init, run.base, run.adapter, *run.made_from_result[:-1]):
+    for folder in (run.folder.absolute(), run.adapter, *run.made_from_result[:-1]):
         if _lock_of(folder).exists():
             with suppress(PissaError), locked(folder):
                 pass  # nobody has it, and its release removes it

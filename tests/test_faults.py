@@ -23,7 +23,17 @@ from pissa_cli import train as module
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.faults import IN_A_ROW, Faults
 from pissa_cli.initialize import initialize, open_run
-from pissa_cli.rundir import Run, locked, read_json, whole_folder, write_text
+from pissa_cli.rundir import (
+    Run,
+    clear_leftovers,
+    locked,
+    read_json,
+    require_free,
+    require_writable,
+    set_aside,
+    whole_folder,
+    write_text,
+)
 from pissa_cli.train import train
 from pissa_cli.trained import read_checkpoint
 
@@ -274,6 +284,51 @@ def test_a_folder_has_its_name_when_all_of_it_is_on_the_disk(tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt), whole_folder(final):
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["final"] and (final / "manifest.json").is_file()
+    shutil.copytree(final, tmp_path / ".final.aside")  # and one that is killed right after
+    with whole_folder(final) as folder:
+        (folder / "new").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["final", "new"]
+
+
+def test_a_result_is_written_over_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever path it is named; another folder with something in it, or a file, stays."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("merged", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
+    (tmp_path / "file").touch()
+    for free in ("merged", "new"):
+        require_free(Path(free), tmp_path / "merged")
+    for taken in ("other", "file"):
+        with pytest.raises(UsageError, match=f"{taken}: exists already"):
+            require_free(Path(taken), tmp_path / "merged")
+    with pytest.raises(PissaError, match="file: cannot write"), whole_folder(tmp_path / "file"):
+        pass
+    assert (tmp_path / "file").is_file()
+
+
+def test_a_lock_is_where_all_processes_look_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a folder that is not there yet, nor the one above it. Who has it may be unknown."""
+    final = tmp_path / "new" / "run"
+    with locked(final):
+        assert (tmp_path / "new" / ".run.lock").write_text("") == 0 and not final.exists()
+        with pytest.raises(UsageError, match="run: another process is writing here"), locked(final):
+            pass
+
+        def secret(_path: Path, encoding: str) -> str:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        monkeypatch.setattr(Path, "read_text", secret)
+        with pytest.raises(UsageError, match="run: another process is writing here"), locked(final):
+            pass
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _mode: path != tmp_path)
+    with pytest.raises(PissaError, match="some/run: cannot write: Permission denied"):
+        require_writable(tmp_path / "some" / "run")
+    (tmp_path / "some").mkdir()
+    require_writable(tmp_path / "some" / "run")
 
 
 def test_a_file_is_as_before_where_it_cannot_be_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,7 +415,7 @@ def test_what_a_killed_process_left_is_cleared_and_held_locks_stay(
     made = recipe(models("llama"), *BASE, "train.steps=1", f"data.train={rows}")
     run = Run(Path(made.output))
     train(made)
-    left = [run.folder.with_name(f".{run.folder.name}.lock"), run.folder / ".init.lock", run.folder / ".merged.lock"]
+    left = [run.folder.with_name(f".{run.folder.name}.lock"), run.folder / ".adapter.lock", run.folder / ".merged.lock"]
     half = [run.checkpoints / ".step-2.tmp-01234567" / "x", run.base / ".generation_config.json.0123.tmp"]
     half += [run.folder / f".{name}.0123.tmp" for name in ("recipe.yaml", "metrics.jsonl", "loss.png")]
     for path in (*left, *half):
@@ -370,6 +425,42 @@ def test_what_a_killed_process_left_is_cleared_and_held_locks_stay(
         train(made, resume=True)
         assert [path for path in left if path.exists()] == left[2:]
     assert not left[2].exists() and not list(run.folder.rglob(".*"))
+
+
+def test_what_is_damaged_is_kept_in_place_of_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("older", "newer"):
+        (tmp_path / "step-2").mkdir()
+        (tmp_path / "step-2" / name).touch()
+        assert set_aside(tmp_path / "step-2") == tmp_path / "damaged-step-2"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["damaged-step-2", "newer"]
+
+    def fixed(_path: Path, _target: Path) -> Path:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "rename", fixed)
+    with pytest.raises(PissaError, match="damaged-step-3: cannot write: Read-only"):
+        set_aside(tmp_path / "step-3")
+
+
+def test_what_is_left_in_the_working_directory_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose lock lies beside it. What cannot be removed stops nobody."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    written = ("adapter", "merged", "quantized", "int4", "exported")
+    locks = [tmp_path / ".run.lock", *(folder / f".{name}.lock" for name in written)]
+    for left in (*locks, folder / ".recipe.yaml.0123.tmp"):
+        left.touch()
+    monkeypatch.chdir(folder)
+
+    def stuck(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, f"{path} {missing_ok}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stuck)
+        clear_leftovers(Run(Path()))
+    assert (folder / ".recipe.yaml.0123.tmp").exists()
+    clear_leftovers(Run(Path()))
+    assert [path.name for path in tmp_path.rglob("*")] == ["run"]
 
 
 @pytest.mark.usefixtures("rendered")
