@@ -138,7 +138,7 @@ def _without_adapter(model: PreTrainedModel, linears: list[Linear]) -> set[str]:
     known, output, heads = {layer.name for layer in linears}, model.get_output_embeddings(), head_names(model)
     others = {layer.name for layer in linears if layer.bypassed}
     for name, module in model.named_modules():
-        otherwise = isinstance(module, nn.Linear) and type(module) is not nn.Linear and module is not output
+        otherwise = isinstance(module, nn.Linear) and module is not output  # torch's own are known, or share a weight
         if (otherwise or type(module).__name__ in STACKED) and name not in known and name.split(".")[0] not in heads:
             others.add(name)
     others = {name for name in others if "router" not in name.split(".")}  # Llama 4's, PhiMoE's and LongCat's

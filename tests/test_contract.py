@@ -13,7 +13,7 @@ import bitsandbytes
 import peft
 import pytest
 import torch
-from conftest import MOE_CONFIGS, TOKENIZER_FILES, exact_scales, save_model
+from conftest import MOE_CONFIGS, TOKENIZER_FILES, exact_scales, make_model, save_model
 from safetensors.torch import load_file, save_file
 from test_start import logits, relative, started
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ from pissa_cli.errors import UsageError
 from pissa_cli.experts import expert_layers, expert_weight, part_of
 from pissa_cli.export import export_lora
 from pissa_cli.merge import merge
-from pissa_cli.plan import make_plan
+from pissa_cli.model import linear_layers
+from pissa_cli.plan import _without_adapter, make_plan
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
 from pissa_cli.trained import load_result
@@ -288,6 +289,7 @@ def test_peft_loads_any_targets_of_a_mixture(
     ("sets", "message"),
     [
         ("adapter.targets=[gate_proj]", "gate_proj is adapted and its twin is not"),
+        ("adapter.targets=[up_proj]", "up_proj is adapted and its twin is not"),
         ("adapter.alpha_pattern={up_proj: 3}", "gives the experts' gate and up more than one alpha"),
         ("adapter.alpha_pattern={experts.0.down_proj: 3}", "gives the experts' down more than one alpha"),
         (
@@ -301,6 +303,17 @@ def test_peft_loads_any_targets_of_a_mixture(
 def test_what_peft_cannot_hold_is_refused(sets: str, message: str, models: Callable[[str], Path], recipe: Make) -> None:
     with pytest.raises(UsageError, match=message):
         make_plan(recipe(models("qwen3_moe"), sets), models("qwen3_moe"))
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        "adapter={rank: 4, alpha: 8, rank_pattern: {experts.0.down_proj: 6}}",  # for `export --uniform`
+        "adapter={rank: 8, alpha_pattern: {experts.0.down_proj: 8}}",  # which it has anyway
+    ],
+)
+def test_experts_of_one_scale_or_several_ranks_train(sets: str, models: Callable[[str], Path], recipe: Make) -> None:
+    assert make_plan(recipe(models("qwen3_moe"), sets), models("qwen3_moe")).targets
 
 
 @pytest.mark.parametrize(
@@ -344,6 +357,17 @@ def test_no_matrix_is_left_out_without_a_word(
 ) -> None:
     config.save_pretrained(tmp_path / "base")
     assert make_plan(recipe(tmp_path / "base", "adapter.rank=4"), tmp_path / "base").left_out == left_out
+
+
+def test_a_head_of_another_class_is_not_left_out() -> None:
+    class Head(nn.Linear):
+        pass
+
+    model = make_model("llama")
+    model.lm_head = Head(64, 512, bias=False)
+    assert _without_adapter(model, linear_layers(model)) == set()
+    model.model.layers[0].self_attn.q_proj = Head(64, 64, bias=False)
+    assert _without_adapter(model, linear_layers(model)) == {"model.layers.0.self_attn.q_proj"}
 
 
 def test_experts_do_not_train_whole(models: Callable[[str], Path], recipe: Make) -> None:
