@@ -234,6 +234,8 @@ def test_an_encoder_does_not_write(
     with pytest.raises(UsageError, match="fills gaps, whose tokens see those that follow"):
         initialize(recipe(folder, f"model.bits={bits}", "adapter.rank=4"))
     config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
+    assert make_plan(recipe(folder, "adapter.rank=4"), folder).targets, "it sees what came before alone"
     (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
     sets = (f"model.bits={bits}", "adapter.rank=4", f"data.train={rows}", "data.max_length=128")
     made = recipe(folder, *sets, "data.format=text", "data.columns={text: output}", "train.steps=1")

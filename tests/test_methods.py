@@ -211,7 +211,7 @@ def test_variances_of_lora(init: str, distribution: str, variance: float, embedd
 
 
 def test_parameter_counts_of_the_papers(tmp_path: Path) -> None:
-    """LLaMA-7B's shapes, no weights: VeRA's 1.6 M and LoRA's 159.9 M (arXiv 2310.11454, table 4)."""
+    """LLaMA-7B's shapes, no weights: VeRA's 1.6 M and LoRA's 159.9 M (arXiv 2310.11454, table 4); 6.7 B in whole."""
     LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     ).save_pretrained(tmp_path)
@@ -219,6 +219,8 @@ def test_parameter_counts_of_the_papers(tmp_path: Path) -> None:
         flags = {("model", "name"): ("--model", str(tmp_path))}
         made = load(None, flags, [f"adapter.method={method}", f"adapter.rank={rank}"]).recipe
         assert make_plan(made, tmp_path).num_trainable(made) == wanted
+    made = load(None, flags, ["adapter.method=full", "model.bits=32"]).recipe
+    assert make_plan(made, tmp_path).num_trainable(made) == 6_738_415_616
 
 
 def test_an_adapter_is_attached_once(models: Callable[[str], Path], recipe: Make) -> None:

@@ -207,3 +207,32 @@ def test_one_alpha_is_one_whatever_the_rank() -> None:
         config = peft_config("LORA", "user/name", None, ranks, scales, {"target_modules": ["a"]}, False, 0)
         assert (config["lora_alpha"], config["alpha_pattern"]) == (alpha, {})
         assert type(config["lora_alpha"]) is type(alpha)
+
+
+def test_most_layers_say_the_rank_and_the_others_are_patterns() -> None:
+    ranks, scales = {"a": 6, "b": 4, "c": 4}, {"a": 1.0, "b": 1.0, "c": 0.5}
+    config = peft_config("LORA", "user/name", None, ranks, scales, {"target_modules": ["a"]}, False, 0)
+    assert (config["r"], config["rank_pattern"]) == (4, {"a": 6})
+    ranks["d"], scales["d"] = 4, 1.0
+    config = peft_config("LORA", "user/name", None, ranks, scales, {"target_modules": ["a"]}, False, 0)
+    assert (config["lora_alpha"], config["alpha_pattern"]) == (4, {"a": 6, "c": 2})
+
+
+def test_experts_that_lie_in_one_parameter_have_twice_the_rank_there() -> None:
+    """PEFT knows it by itself where it changes the names of a model's experts."""
+
+    def patterns(alpha: float, *named: str) -> tuple[Any, Any]:
+        experts = {f"m.experts.0.{kind}_proj": 4 for kind in ("gate", "up", "down")}
+        scales = {name: alpha / 4 if "down" in name else 1.0 for name in experts} | {"q": 1.0, "k": 1.0}
+        targets = {"target_modules": ["q", "k"], **({"target_parameters": list(named)} if named else {})}
+        config = peft_config("LORA", "x", None, experts | {"q": 4, "k": 4}, scales, targets, False, 0)
+        return config["rank_pattern"], config["alpha_pattern"]
+
+    both = {"gate_up_proj": 8}
+    assert patterns(4) == ({}, {})
+    assert patterns(4, "down_proj", "gate_up_proj") == (both, both)
+    assert patterns(3) == ({"down_proj": 4}, {"down_proj": 3, "m.experts.0.down_proj": 3})
+    assert patterns(3, "down_proj", "gate_up_proj") == (
+        both | {"down_proj": 4},
+        both | {"down_proj": 3, "m.experts.0.down_proj": 3},
+    )

@@ -19,6 +19,9 @@ import torch
 from conftest import MOE_CONFIGS, PACKAGE, make_model, save_model
 from forks import await_that, entry, exit_code, forked, train_together
 from runs import BASE, adapter, events, same
+from test_start import started
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BigBirdConfig, ViTConfig, ViTModel
 
 from pissa_cli import launch
@@ -28,7 +31,7 @@ from pissa_cli.launch import _wait
 from pissa_cli.process import stop_signals
 from pissa_cli.recipe_file import dump, load, shipped
 from pissa_cli.rundir import Run, locked
-from pissa_cli.sharding import asked_by_accelerate
+from pissa_cli.sharding import asked_by_accelerate, shard
 from pissa_cli.train import train
 from pissa_cli.weights import load_tensors
 
@@ -92,9 +95,10 @@ def alone() -> Callable[[Any], tuple[dict[str, Any], list[Any], list[Any]]]:
 
 
 def losses(recipe: Any) -> tuple[list[Any], list[Any]]:
-    """Of the steps, and held out."""
+    """Of the steps, with the norms of their gradients, and held out."""
     seen = events(recipe)
-    return [event["loss"] for event in seen], [event["eval_loss"] for event in seen if "eval_loss" in event]
+    steps = [event[key] for event in seen for key in ("loss", "grad_norm")]
+    return steps, [event["eval_loss"] for event in seen if "eval_loss" in event]
 
 
 @pytest.mark.parametrize("layout", ["copies", "fsdp2", "zero-2", "zero-3"])
@@ -114,6 +118,7 @@ def test_two_processes_are_one(
         sets = [one.replace("{rows}", str(rows)) for one in (*sets, f"train.shard={str(layout == 'fsdp2').lower()}")]
         for way in WAYS:
             common = [f"data.train={rows}", f"train.steps={STEPS}", "train.batch_size=5", "train.micro_batch_size=2"]
+            common.append("train.max_grad_norm=1.5")  # which clips some steps; 1 (the default) would clip all
             base = [one for one in BASE if "rank" not in one or "adapter={method: full}" not in sets]
             flags = {("model", "name"): ("--model", str(models("llama")))}
             output = f"output={tmp_path / f'{name}-{way}'}"
@@ -124,10 +129,26 @@ def test_two_processes_are_one(
         one, wanted, held_out = alone(made[name, "one"])
         two, (found, also_held_out) = result(made[name, "two"]), losses(made[name, "two"])
         assert also_held_out == pytest.approx(held_out, rel=1e-5)
-        assert len(wanted) == len(found) == STEPS
+        assert len(wanted) == len(found) == 2 * STEPS
         assert found == pytest.approx(wanted, rel=1e-5), name
         for key, tensor in one.items():
             assert float((two[key] - tensor).norm() / tensor.norm().clamp_min(1e-30)) < CLOSE, f"{name} {key}"
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="it spreads no bytes")
+def test_what_is_spread_and_by_which_blocks(models: Callable[[str], Path], recipe: Any, tmp_path: Path) -> None:
+    """The losses are the same if less is, but not the memory."""
+    sets = ["model.bits=4", "adapter={method: lora, rank: 4, targets: [q_proj]}", "train.precision=fp32"]
+    model: Any = started(recipe(models("llama"), *sets))
+
+    def work() -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        shard(model, torch.device("cpu"), 1)
+        assert [isinstance(module, FSDPModule) for module in (model, model.model, *model.model.layers)] == [1, 0, 1, 1]
+        layer = model.model.layers[0].self_attn.q_proj
+        assert all(isinstance(tensor, DTensor) for tensor in (layer.base.weight, layer.A, model.lm_head.weight))
+
+    assert exit_code(forked(work, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
 
 
 def test_a_part_that_text_does_not_reach(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +256,28 @@ def test_the_launcher_hears_of_one_stop() -> None:
     assert _wait(child) == (1, True)
 
 
+@pytest.mark.parametrize(("system", "second"), [("linux", "kill"), ("darwin", "send_signal")])
+def test_a_second_interrupt_ends_the_launcher(system: str, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at once where Linux tells the processes of it; elsewhere asked again. SIGTERM asks once."""
+    heard = []
+
+    class Launcher:
+        def send_signal(self, number: int) -> None:
+            heard.append(("send_signal", number))
+
+        def kill(self) -> None:
+            heard.append(("kill", signal.SIGKILL))
+
+        def wait(self) -> int:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                signal.raise_signal(number)
+            return 0
+
+    monkeypatch.setattr(launch.sys, "platform", system)
+    assert _wait(Launcher()) == (0, True)  # type: ignore[arg-type]
+    assert heard == [("send_signal", signal.SIGTERM), (second, {"kill": 9, "send_signal": signal.SIGTERM}[second])]
+
+
 def test_a_launcher_that_dies_thread_by_thread_asks_for_one_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux sends the signal that a process asked for whenever the thread that is its parent ends, once and again."""
     with pytest.raises(KeyboardInterrupt), stop_signals():
@@ -338,19 +381,22 @@ def launched(monkeypatch: pytest.MonkeyPatch, recipe: Any) -> Callable[..., dict
     ) -> dict[str, Any]:
         seen: dict[str, Any] = {}
 
+        def ready(_recipe: Any, resume: bool, init_progress: Any) -> None:
+            seen.update(resume=resume, init_progress=init_progress)
+
         def start(command: list[str], **options: Any) -> None:
             seen.update(options, words=command[3:], recipe=load(command[command.index("train") + 1], {}).recipe)
             if told is not None:
                 Path(options["env"][LAUNCHED]).write_text(json.dumps(told))
 
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "prepare", lambda *_, **__: None)
+            patch.setattr(launch, "prepare", ready)
             patch.setattr(launch.gc, "collect", lambda: None)  # which takes its time after many tests
             patch.setattr(launch, "_wait", lambda _: ended)
             patch.setattr(subprocess, "Popen", start)
             patch.setattr(torch.cuda, "device_count", lambda: gpus)
             patch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-            launch.launch(recipe(Path("x"), "train.lr=3e-3"), resume, 2, ["--json"], 7, lambda *_: None)
+            launch.launch(recipe(Path("x"), "train.lr=3e-3"), resume, 2, ["--json"], 7, print)
         return seen
 
     return run
@@ -394,12 +440,15 @@ def test_what_processes_are_given(
         "--standalone --local-addr=127.0.0.1 --nproc-per-node=2 -m pissa_cli train "
     ) and words.endswith(".yaml --json")
     assert seen["stdout"] == 7 and seen["start_new_session"] and seen["recipe"].lr == 3e-3
+    assert (seen["resume"], seen["init_progress"]) == (False, print)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert launched()["env"]["OMP_NUM_THREADS"] == "1", "and not none"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")
     monkeypatch.chdir(PACKAGE.parent)
     seen = launched((0, True), resume=True)  # asked to stop in its last step
     assert [seen["env"].get(name) for name in names] == ["3", "60", "true", None]
-    assert seen["words"][-2:] == ["--resume", "--json"]
+    assert seen["words"][-2:] == ["--resume", "--json"] and seen["resume"]
     with locked(Run(tmp_path / "out").checkpoints), pytest.raises(UsageError, match="is writing here"):
         launched()
     with pytest.raises(UsageError, match="--processes 2: this machine has 1 GPUs"):

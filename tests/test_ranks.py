@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from pissa_cli.cli.init import layer_table
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import initialize
-from pissa_cli.plan import make_plan
+from pissa_cli.model import Linear
+from pissa_cli.plan import _ranks, make_plan
 from pissa_cli.ranks import allot
 from pissa_cli.report import summarize
 from pissa_cli.rundir import Run, read_json, write_json
@@ -86,7 +87,7 @@ def test_where_a_full_fine_tuning_is_ranks_are_not_read(
     assert shown.code == 0 and shown.json["ranks"].startswith("chosen at init")
 
 
-@pytest.mark.parametrize("budget", [2100, 50_000, 70_000, 100_000])
+@pytest.mark.parametrize("budget", [2048, 2144, 50_000, 70_000, 100_000])  # the first two are spent to the last
 def test_what_a_budget_pays_for_is_counted_where_small_layers_have_no_more_rank(
     budget: int, models: Callable[[str], Path], recipe: Make
 ) -> None:
@@ -96,6 +97,13 @@ def test_what_a_budget_pays_for_is_counted_where_small_layers_have_no_more_rank(
     least = min(layer.num_out + layer.num_in for layer in plan.targets if plan.ranks[layer.name] < most[layer.name])
     assert all(1 <= rank <= most[name] for name, rank in plan.ranks.items())
     assert 0 <= budget - plan.num_trainable(made) < least
+
+
+def test_a_rank_above_what_the_narrowest_of_a_kind_takes(recipe: Make) -> None:
+    targets = [Linear(f"{width}.q", f"{width}.q.weight", width, 64, False) for width in (8, 64)]
+    with pytest.raises(UsageError, match=r"33 is above the smallest dimension of 8\.q \(8 x 64\)") as refused:
+        _ranks(recipe(Path("x"), "adapter.rank=33").adapter, targets)
+    assert "adapter.rank_pattern: {q: 8}, or use at most 8, which" in str(refused.value.hint)
 
 
 def test_the_table_has_the_mean_of_ranks_that_differ() -> None:

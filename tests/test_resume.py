@@ -318,9 +318,13 @@ def test_a_run_of_another_start_is_not_asked_for_its_steps(begun: Callable[..., 
         require_step(made, resume=False)
     assert reached.value.hint is not None and " --resume (at its end" in reached.value.hint
     assert resume_hint("a run") == "go on with: pissa train 'a run' --resume"
+    moved = recipe(Path("moved/name"), "adapter.rank=4", "model.revision=main")
+    assert start_of(moved) == start_of(made), "a base is told by its weights"
     for other in ("adapter.rank=5", "seed=1", "model.bits=32", "model.revision=main", "model.name=user/other"):
         require_step(recipe(Path("user/name"), "adapter.rank=4", other), resume=False)
-    write_json(Run(Path(made.output)).manifest, {})
-    require_step(made, resume=False)
+    whole = Run(Path(made.output)).read_manifest()
+    for manifest in ({}, whole | {"start": [1]}, whole | {"base": "user/name"}):
+        write_json(Run(Path(made.output)).manifest, manifest)
+        require_step(made, resume=False)
     Run(Path(made.output)).manifest.unlink()
     require_step(made, resume=False)

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file
 from test_start import logits, relative, started
 from transformers import AutoModelForCausalLM
 
-from pissa_cli.adapters.start import Projections
+from pissa_cli.adapters.start import Adapter, Projections
 from pissa_cli.attach import lowrank_layers
+from pissa_cli.peft_files import peft_config, read_peft, write_peft
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
 from pissa_cli.trained import load_result
@@ -38,11 +40,15 @@ def test_vera_shares_its_projections_and_stores_none_of_them(
     assert vectors < file.stat().st_size <= 1.03 * vectors
 
 
-def test_vera_draws_its_projections_as_peft_does(models: Callable[[str], Path], recipe: Make) -> None:
-    made = recipe(models("gpt2"), "model.bits=32", "adapter.method=vera", "adapter.rank=7", "seed=3")
-    layer = next(iter(lowrank_layers(started(made)).values()))
-    base = AutoModelForCausalLM.from_pretrained(models("gpt2"))
-    config = peft.VeraConfig(r=7, target_modules="all-linear", projection_prng_key=3, save_projection=False)
+@pytest.mark.parametrize(("architecture", "targets"), [("gpt2", "all-linear"), ("llama", ["gate_proj"])])
+def test_vera_draws_its_projections_as_peft_does(
+    architecture: str, targets: Any, models: Callable[[str], Path], recipe: Make
+) -> None:
+    """Those of the gate alone are wider on one side."""
+    sets = ["model.bits=32", "adapter.method=vera", "adapter.rank=7", "seed=3", f"adapter.targets={targets}"]
+    layer = next(iter(lowrank_layers(started(recipe(models(architecture), *sets))).values()))
+    base = AutoModelForCausalLM.from_pretrained(models(architecture))
+    config = peft.VeraConfig(r=7, target_modules=targets, projection_prng_key=3, save_projection=False)
     theirs = peft.get_peft_model(base, config).base_model
     assert layer.projections is not None
     A, B = layer.projections.whole()
@@ -59,6 +65,19 @@ def test_vera_stores_its_projections_if_asked(models: Callable[[str], Path], rec
     base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
     theirs = logits(peft.PeftModel.from_pretrained(base, run.adapter))
     assert relative(theirs, logits(load_result(made, torch.device("cpu")))) < 1e-6
+
+
+def test_projections_that_are_stored_are_those_that_are_read(tmp_path: Path) -> None:
+    """Whatever the seed gives by another version of torch."""
+    config = peft_config("VERA", "x", None, {"a": 2}, {"a": 1.0}, {"target_modules": ["a"]}, False, 0, (), (), True)
+    made = Projections(torch.randn(2, 5), torch.randn(4, 2))
+    vectors = Adapter({"a": {"d": torch.ones(2), "b": torch.ones(4)}}, {"a": 1.0}, made)
+    write_peft(tmp_path, vectors, config)
+    found = read_peft(tmp_path, (4, 5))[1]
+    assert found.projections is not None and set(found.factors["a"]) == {"d", "b"}
+    assert all(torch.equal(one, other) for one, other in zip(found.projections.whole(), made.whole(), strict=True))
+    write_peft(tmp_path, vectors, config | {"save_projection": False})
+    assert not [name for name in load_file(tmp_path / "adapter_model.safetensors") if name.endswith(("_A", "_B"))]
 
 
 def test_one_copy_of_the_projections_a_dtype() -> None:

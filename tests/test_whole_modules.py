@@ -92,6 +92,8 @@ def test_servers_and_impossible_modules_are_refused(
     stored = recipe(folder, "model.bits=4", "adapter.targets=[v_proj]", "adapter.modules_to_save=[q_proj]", "output=x")
     with pytest.raises(UsageError, match="stored in 4 bits and cannot train"):
         make_plan(stored, folder)
+    dense = recipe(folder, "adapter.targets=[v_proj]", "adapter.modules_to_save=[q_proj]", "output=x")
+    assert make_plan(dense, folder).num_whole == 2 * 64 * 64
     for names, message in (("[lm_hed]", "matches no module"), ("[q_proj]", "has an adapter as well")):
         with pytest.raises(UsageError, match=message):
             make_plan(recipe(folder, f"adapter.modules_to_save={names}"), folder)
