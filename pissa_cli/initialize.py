@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import time
@@ -284,6 +285,8 @@ def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors")
-    found = {package: importlib.metadata.version(package) for package in packages}
-    return {"pissa": __version__, "python": platform.python_version(), **found}
+    found = {"pissa": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "bitsandbytes", "accelerate", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # 16 bits need no bitsandbytes
+            found[package] = importlib.metadata.version(package)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.metadata
 import itertools
 import json
 import math
@@ -113,6 +114,35 @@ def test_another_process_is_gone(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         monkeypatch.setenv("WORLD_SIZE", processes)  # by torchrun or Accelerate, be it not of `--processes`
         assert edge.run_guarded(lose, ["train"]) == 1
         assert said in capsys.readouterr().err
+
+
+def test_packages_that_are_not_installed(
+    pissa: Pissa, models: Callable[[str], Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package in ("bitsandbytes", "datasets"):
+            raise importlib.metadata.PackageNotFoundError(package)
+        return there(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    for package in ("bitsandbytes", "datasets"):
+        monkeypatch.setitem(sys.modules, package, None)
+    sets = [f"data.train={rows}", "adapter.rank=4", "train.steps=1", "train.batch_size=4"]
+    words = ["--model", models("llama"), *(word for one in sets for word in ("--set", one))]
+    words += ["--output", tmp_path / "out"]
+    assert pissa("train", *words, "--set", "model.bits=16").code == 0  # needs neither
+    assert "bitsandbytes" not in Run(tmp_path / "out").read_manifest()["versions"]
+    assert pissa("merge", tmp_path / "out").code == 0
+    for needs, command in (
+        ("bitsandbytes", ("quantize", tmp_path / "out")),
+        ("bitsandbytes", ("init", *words[:-1], tmp_path / "4", "--set", "model.bits=4")),
+        ("datasets", ("train", *words[:-1], tmp_path / "hub", "--set", "data.train=some/rows")),
+    ):
+        outcome = pissa(*command)
+        assert outcome.code == 2 and f"error: the package {needs} is not installed" in outcome.err
+        assert f"next:  pip install {needs}" in outcome.err
 
 
 def test_unknown_key(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, cannot_write
+from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError, cannot_write
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_MEMORY = r"(can't|[Cc]annot) allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
@@ -124,6 +124,9 @@ def _explained(error: Exception, command: str) -> PissaError:
         file = error.filename
         place = f"{file}: " if file else ""
         return PissaError(f"{place}the disk fails: {error.strerror}", "check it; what was saved before is as it was")
+    if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
+        package = "pyyaml" if error.name == "yaml" else error.name
+        return UsageError(f"the package {package} is not installed", f"pip install {package}")
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or re.search(NO_MEMORY, text):
         return PissaError("out of memory", LESS_MEMORY[command if command in LESS_MEMORY else "others"])
     if "No usable temporary directory" in text:
