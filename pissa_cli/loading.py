@@ -43,9 +43,10 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
             output_loading_info=True,
         )
     except Exception as error:  # transformers' readers raise what they like
+        unread = "check that the folder is whole and that this version of transformers knows the model"
         raise UsageError(
             f"{folder}: transformers cannot load this model ({in_one_line(error)})",
-            "check that the folder is whole and that this version of transformers knows the model",
+            "install what it asks for" if isinstance(error, ImportError) else unread,
         ) from None
     unlike = {name if isinstance(name, str) else name[0] for name in loading["mismatched_keys"]}
     head = [n for n in sorted({*loading["missing_keys"], *unlike}) if n.split(".")[0] in head_names(model)]

@@ -23,7 +23,15 @@ import pytest
 import torch
 from conftest import Outcome, make_model, save_model
 from forks import entry, exit_code, forked
-from transformers import AutoModel, BartConfig, LlamaForCausalLM, ReformerConfig, T5Config, ViTConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BartConfig,
+    LlamaForCausalLM,
+    ReformerConfig,
+    T5Config,
+    ViTConfig,
+)
 
 from pissa_cli import inputs, recipe_file
 from pissa_cli.cli import edge
@@ -143,6 +151,13 @@ def test_packages_that_are_not_installed(
         outcome = pissa(*command)
         assert outcome.code == 2 and f"error: the package {needs} is not installed" in outcome.err
         assert f"next:  pip install {needs}" in outcome.err
+
+    def load(*_: Any, **__: Any) -> None:
+        raise ImportError("4 bits need bitsandbytes: `pip install bitsandbytes`")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    asked = pissa("eval", tmp_path / "out", "--bench", "loss", "--set", f"data.eval={rows}")
+    assert asked.code == 2 and "4 bits need bitsandbytes" in asked.err and "next:  install what it" in asked.err
 
 
 def test_unknown_key(refused: Callable[..., str], tmp_path: Path) -> None:
