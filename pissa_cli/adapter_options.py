@@ -125,7 +125,10 @@ def _at_the_end(pattern: str) -> str:
 class LoraOptions(ScaledBase):
     method: Literal["lora"] = "lora"
     init: Literal["A", "B"] = Field("A", description="the factor that starts random; the other starts at zero")
-    distribution: Literal["kaiming", "gaussian"] = Field("kaiming", description="of the random factor's entries")
+    distribution: Literal["kaiming", "gaussian"] = Field(
+        "kaiming",
+        description="entries of the random factor, of n columns: uniform, variance 1/(3n), as PEFT's; or normal, 1/n",
+    )
     lr_ratio: float = Field(1.0, ge=1e-6, le=1e6, description="LoRA+: learning rate of B over that of A (train.lr)")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
 
