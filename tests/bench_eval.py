@@ -1,8 +1,9 @@
-"""Generation with a trained adapter: our engine against PEFT's model and transformers' `generate`, on the same prompts.
+"""Generation with trained adapters: our engine against PEFT's model and transformers' `generate`, on the same prompts.
 
-    python tests/bench_eval.py PAGE.md RUN QUESTIONS.jsonl [--prompts 64] [--tokens 64]
+    python tests/bench_eval.py PAGE.md QUESTIONS.jsonl RUN... [--prompts 32] [--tokens 32]
 
-QUESTIONS are GSM8K's rows. Greedy, in the precision of the run; alternating, median of three.
+QUESTIONS are GSM8K's rows; a RUN is a folder that `pissa train` has filled. Greedy, in the precision of the run;
+alternating, median of three.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -37,24 +39,18 @@ BATCH = 32
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in ("page", "run", "questions"):
-        parser.add_argument(name)
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64)
-    args = parser.parse_args()
-    recipe, device = load(args.run, {}).recipe, best_device()
+def measure(run: str, rows: list[Any], tokens: int) -> tuple[str, dict[str, dict[str, float]]]:
+    """(what was measured, by way: seconds, tokens written, answers that are as ours)."""
+    recipe, device = load(run, {}).recipe, best_device()
     adapter = run_of(recipe).adapter
     tokenizer = load_tokenizer(adapter, recipe)
-    rows = [row for _, row in read_rows(args.questions, args.prompts)]
-    prompts = [question_prompt(row["question"], recipe.data, tokenizer)[1] for row in rows if isinstance(row, dict)]
+    prompts = [question_prompt(row["question"], recipe.data, tokenizer)[1] for row in rows]
     model = load_result(recipe, device)
     peer = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=DTYPES[recipe.precision]).to(device).eval()
     pad = tokenizer.pad_token_id or tokenizer.eos_token_id
 
     def ours() -> list[str]:
-        found = dict(generate(model, tokenizer, prompts, None, args.tokens))
+        found = dict(generate(model, tokenizer, prompts, None, tokens))
         return [found[number] for number in range(len(prompts))]
 
     def in_batches(size: int) -> list[str]:
@@ -65,7 +61,7 @@ def main() -> None:
             ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in batch], device=device)
             mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
             output = peer.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=args.tokens, do_sample=False, pad_token_id=pad
+                input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=pad
             )
             texts += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return texts
@@ -82,34 +78,53 @@ def main() -> None:
             began = time.perf_counter()
             answers[name] = work()
             seconds[name].append(time.perf_counter() - began)
-    written = {
-        name: sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    what = (
+        f"{Path(recipe.model.name).name} in {recipe.model.bits} bits, {recipe.adapter.method}'s adapter, products in "
+        f"{recipe.precision}"
+    )
+    return what, {
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "tokens": sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])),
+            "same": sum(map(str.__eq__, answers["ours"], texts)),
+        }
         for name, texts in answers.items()
     }
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    same = {name: sum(map(str.__eq__, answers["ours"], texts)) for name, texts in answers.items()}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("page", type=Path)
+    parser.add_argument("questions")
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=32)
+    args = parser.parse_args()
+    rows = [row for _, row in read_rows(args.questions, args.prompts)]
+    found = dict(measure(run, rows, args.tokens) for run in args.runs)
+    gpu = torch.cuda.is_available()
+    where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     lines = [
         "# Generation",
         "",
-        f"`{Path(recipe.model.name).name}` in {recipe.model.bits} bits with {recipe.adapter.method}'s adapter, "
-        f"products in {recipe.precision}; greedy, {len(prompts)} questions, at most {args.tokens} new tokens; "
-        f"median of {REPEATS}, alternating.",
+        f"Greedy, {len(rows)} questions of GSM8K, at most {args.tokens} new tokens; median of {REPEATS}, alternating.",
         "",
-        "| | seconds | over ours | tokens/s | answers as ours |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {name} | {value:.2f} | {value / medians['ours']:.2f} | {written[name] / value:,.0f} | {same[name]} |"
-            for name, value in medians.items()
-        ),
+        "| run | by | seconds | over ours | tokens/s | answers as ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for what, ways in found.items():
+        for name, way in ways.items():
+            ratio = way["seconds"] / ways["ours"]["seconds"]
+            speed = way["tokens"] / way["seconds"]
+            lines.append(f"| {what} | {name} | {way['seconds']:.2f} | {ratio:.2f} | {speed:,.0f} | {way['same']} |")
+    lines += [
         "",
         f"pissa {pissa_cli.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, peft "
         f"{peft.__version__}; {where}, {platform.machine()}; {datetime.date.today()}; `tests/bench_eval.py`.",
         "",
     ]
-    Path(args.page).write_text("\n".join(lines))
-    figures = {"seconds": seconds, "same": same, "prompts": len(prompts), "tokens": written}
-    Path(args.page).with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+    args.page.write_text("\n".join(lines))
+    args.page.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
     print("\n".join(lines))
 
 
