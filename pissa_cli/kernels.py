@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pissa_cli.attach import lowrank_layers
@@ -60,36 +61,32 @@ def use_liger(model: PreTrainedModel, section: TrainSection, loss: Callable[[], 
     the model as it was, where they fail or change the loss by more than this share of it, and where a recipe asks for
     kernels that are not there.
     """
-    own = {module: vars(module).get("forward") for module in model.modules()}
-    files = [vars(sys.modules[name]) for name in {type(module).__module__ for module in own}]
-    kept = [dict(names) for names in files]  # functions of the model's file may be replaced, too
+    before, modules = loss(), list(model.modules())
+    files = [vars(sys.modules[name]) for name in {type(module).__module__ for module in modules}]
+    # functions of the model's file may be replaced, too, and activations
+    parts: list[Any] = [*files, ACT2FN, *(part for module in modules for part in (vars(module), module._modules))]
+    kept = [dict(part.items()) for part in parts]
     try:
-        return _use_liger(model, section, loss, tolerance, own)
+        return _use_liger(model, section, before, loss, tolerance)
     except UsageError:
-        for names, before in zip(files, kept, strict=True):
-            names.update(before)
-        for module, forward in own.items():
-            vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
+        for part, names in zip(parts, kept, strict=True):
+            for added in part.keys() - names.keys():
+                del part[added]
+            part.update(names)
         raise
 
 
 def _use_liger(
-    model: PreTrainedModel,
-    section: TrainSection,
-    loss: Callable[[], float],
-    tolerance: float,
-    own: dict[torch.nn.Module, Any],
+    model: PreTrainedModel, section: TrainSection, before: float, loss: Callable[[], float], tolerance: float
 ) -> bool:
     from transformers.integrations.liger import apply_liger_kernel
 
-    before = loss()
+    own = {module: (vars(module).get("forward"), list(module.children())) for module in model.modules()}
     try:
         apply_liger_kernel(model, LIGER)
         for name in holders_of_3d_weights(model):
             model.get_submodule(name).__dict__.pop("forward", None)
-        used = any(vars(module).get("forward") is not forward for module, forward in own.items())
+        used = any((vars(module).get("forward"), list(module.children())) != had for module, had in own.items())
         after = loss()
     except torch.OutOfMemoryError:
         raise

@@ -11,7 +11,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 from test_packing import gradients, started
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
+)
+from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
 from pissa_cli.attach import share_inputs
@@ -145,6 +153,26 @@ def test_kernels_that_fail_or_change_the_loss_leave_the_model_as_it_was(monkeypa
         assert model.lm_head.forward is own and "forward" not in vars(model.model.norm)
     patched(monkeypatch, model.model.norm)
     assert use_liger(model, AUTO, iter([2.0, 2.09]).__next__, 5e-2)
+
+
+def test_activations_and_settings_are_undone_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For Nemotron Liger replaces activations, in the model and among transformers' own; it writes to norms."""
+    shape = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = NemotronForCausalLM(NemotronConfig(**shape, num_attention_heads=1, num_key_value_heads=1, head_dim=8))
+    mlp, norm = model.model.layers[0].mlp, model.model.norm
+    activation, relu2, settings = mlp.act_fn, type(ACT2FN["relu2"]), dict(vars(norm))
+
+    def patch(*_: Any) -> None:
+        mlp.act_fn, ACT2FN["relu2"] = torch.nn.ReLU(), torch.nn.ReLU
+        norm.eps, norm.offset = None, 1.0
+
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", patch)
+    for section in (AUTO, WANTED):
+        with pytest.raises(UsageError, match=r"the loss is 3\.0000, without 2\.0000"):
+            use_liger(model, section, iter([2.0, 3.0]).__next__, 5e-2)
+        assert mlp.act_fn is activation and type(ACT2FN["relu2"]) is relu2 and vars(norm) == settings
+    monkeypatch.setitem(ACT2FN, "relu2", relu2)
+    assert use_liger(model, WANTED, lambda: 2.0, 5e-2)
 
 
 def test_unasked_kernels_that_fail_are_gone_without(
