@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,14 @@ def _round_factors(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _unpacked(model: PreTrainedModel) -> PreTrainedModel:
     """`model` with the NF4 weights of adapted layers as they read back, which every token would do anew; as they are
     where that takes more than half of a GPU's free memory, or UNPACKED_ON_CPU."""
+    torch.cuda.empty_cache()  # what a model before this one had is free, too
     layers = lowrank_layers(model).values()
     packed = {layer: found for layer in layers if (found := packed_weight(layer.base)) is not None}
     size = sum(found.state.shape.numel() * found.state.dtype.itemsize for found in packed.values())
     free = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else UNPACKED_ON_CPU
     for layer, found in packed.items() if size <= free else ():
         layer.base = unpacked_linear(found, layer.bias)
+    gc.collect()  # a layer of bitsandbytes and its weight hold one another
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import weakref
@@ -109,6 +110,22 @@ def test_what_is_scored_reads_its_4_bits_once(
         pairs = list(zip(lowrank_layers(read).values(), lowrank_layers(stored).values(), strict=True))
         assert pairs and all(not quant.is_packed(a.base) and quant.is_packed(b.base) for a, b in pairs)
         assert torch.equal(logits(read), logits(stored))
+
+
+def test_what_is_read_once_is_not_kept_in_4_bits_beside(
+    models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    """A layer of bitsandbytes and its weight hold one another, and Python may look for such pairs late."""
+    made = trained(recipe, models("llama"), rows, "model.bits=4")
+    for load in (load_plain_base, load_result):
+        gc.collect()
+        gc.disable()
+        try:
+            model = load(made, torch.device("cpu"))
+            found = [other for other in gc.get_objects() if type(other) is bitsandbytes.nn.Linear4bit]
+        finally:
+            gc.enable()
+        assert model is not None and not found
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gemma"])
