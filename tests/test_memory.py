@@ -281,3 +281,13 @@ def test_where_ligers_kernels_would_run_the_forecast_says_that_it_does_not_know_
     monkeypatch.setattr("pissa_cli.kernels.wants_liger", lambda section: True)
     outcome = pissa("train", "--model", models("llama"), "--dry-run", *(w for one in BASE for w in ("--set", one)))
     assert outcome.code == 0 and "roughly (Liger's kernels" in outcome.out + outcome.err
+
+
+@pytest.mark.parametrize(
+    ("longest", "said"), [(64, "data.max_length (64 tokens)"), (512, "the model's context (256 tokens)")]
+)
+def test_the_forecast_says_of_what_rows_it_is(
+    longest: int, said: str, models: Callable[[str], Path], pissa: Callable[..., Any]
+) -> None:
+    words = [word for one in (*BASE, f"data.max_length={longest}") for word in ("--set", one)]
+    assert f"if rows are as long as {said}: " in pissa("train", "--model", models("llama"), "--dry-run", *words).out

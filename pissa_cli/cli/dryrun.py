@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int, int] | None = None) -> None:
     """Print the plan; reads the configuration of the base, writes nothing. processes: that train; (steps, rows)."""
+    from pissa_cli.configuration import context_of, read_config
     from pissa_cli.initialize import open_run
     from pissa_cli.kernels import wants_liger
     from pissa_cli.memory import forecast
@@ -30,7 +31,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
         chosen = {layer["name"]: layer["rank"] for layer in open_run(recipe)[1]["layers"]}
         if chosen.keys() == planned.ranks.keys():
             planned, auto = replace(planned, ranks=chosen), False
-    memory = forecast(recipe, planned, processes)
+    memory, context = forecast(recipe, planned, processes), context_of(read_config(planned.folder, recipe.model))
     if memory.rough is None and wants_liger(recipe.train):
         memory = replace(memory, rough="Liger's kernels are not counted")
     counted = "all of adapter.max_parameters" if getattr(recipe.adapter, "max_parameters", None) else "rank 1"
@@ -60,7 +61,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
         *filter(None, [left_without_adapter(planned.left_out)]),
         *([f"ranks are chosen at init from the spectra; counted here: {counted}"] if auto else []),
         *([_steps_line(*steps, recipe.train.batch_size)] if steps else []),
-        _memory_line(memory, processes, recipe.data.max_length),
+        _memory_line(memory, processes, recipe.data.max_length, context),
         "dry run: nothing was written",
     ]
     print_result(result, as_json, lines)
@@ -70,7 +71,7 @@ def _steps_line(steps: int, rows: int, batch_size: int) -> str:
     return f"{steps:,} steps of {batch_size} examples, if all {rows:,} rows can be used"
 
 
-def _memory_line(memory: Forecast, processes: int, max_length: int) -> str:
+def _memory_line(memory: Forecast, processes: int, max_length: int, context: int | None) -> str:
     parts = {key: _size(value) for key, value in memory.bytes.items() if value >= 2**16}
     total = parts.pop("total")
     whose = "the GPU" if memory.device == "cuda" else "the process (no GPU here)"
@@ -78,10 +79,13 @@ def _memory_line(memory: Forecast, processes: int, max_length: int) -> str:
         whose = (
             f"each of {processes} GPUs" if memory.device == "cuda" else f"each of {processes} processes (no GPU here)"
         )
+    longest = f"data.max_length ({max_length:,} tokens)"
+    if context is not None and context < max_length:
+        longest = f"the model's context ({context:,} tokens)"
     about = f"roughly ({memory.rough}) " if memory.rough else ""
     return (
-        f"memory of training, the most that {whose} holds at once if rows are as long as data.max_length "
-        f"({max_length:,} tokens): {about}{total} ({', '.join(f'{key} {size}' for key, size in parts.items())})"
+        f"memory of training, the most that {whose} holds at once if rows are as long as {longest}: {about}{total} "
+        f"({', '.join(f'{key} {size}' for key, size in parts.items())})"
     )
 
 
