@@ -73,7 +73,8 @@ def require_columns(source: str, section: DataSection, columns: Mapping[str, Any
         hint = f"these are columns of another format: data: {other}"
     else:
         form = "" if section.glue is None else "--set data.format=classification "
-        usual = {name: next((c for c in USUAL.get(name, ()) if c in columns), "<column>") for name in missing}
+        free = columns.keys() - section.columns.values()
+        usual = {name: next((c for c in USUAL.get(name, ()) if c in free), "<column>") for name in missing}
         fields = ", ".join(f"{name}: {column}" for name, column in (section.columns | usual).items())
         hint = f"say which they are, here or so in the recipe: {form}--set 'data.columns={{{fields}}}'"
     named = [f"'{column}'" if column == name else f"'{column}' for '{name}'" for name, column in missing.items()]

@@ -322,6 +322,11 @@ def test_data(refused: Callable[..., str], models: Callable[[str], Path], tmp_pa
     half = ["--set", "data.columns={output: reply}"]
     message = refused("train", "--model", models("llama"), "--set", f"data.train={other}", *half)
     assert "--set 'data.columns={output: reply, instruction: <column>}'" in message
+    taken = write(tmp_path / "taken.jsonl", '{"question": "a", "problem": "b", "answer": "c"}\n')
+    message = refused(
+        "train", "--model", models("llama"), "--set", f"data.train={taken}", "--set", "data.columns={input: question}"
+    )
+    assert "--set 'data.columns={input: question, instruction: problem, output: answer}'" in message
     mapped = ["--set", "data.columns={instruction: query, output: answer}"]
     message = refused("train", "--model", models("llama"), "--set", f"data.train={file}", *mapped)
     assert "no column 'query'" in message and "data.columns maps 'instruction' to it; map 'instruction'" in message
