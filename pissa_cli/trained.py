@@ -81,9 +81,10 @@ def _unpacked(model: PreTrainedModel) -> PreTrainedModel:
     packed = {layer: found for layer in layers if (found := packed_weight(layer.base)) is not None}
     size = sum(found.state.shape.numel() * found.state.dtype.itemsize for found in packed.values())
     free = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else UNPACKED_ON_CPU
-    for layer, found in packed.items() if size <= free else ():
-        layer.base = unpacked_linear(found, layer.bias)
-    gc.collect()  # a layer of bitsandbytes and its weight hold one another
+    if packed and size <= free:
+        for layer, found in packed.items():
+            layer.base = unpacked_linear(found, layer.bias)
+        gc.collect()  # a layer of bitsandbytes and its weight hold one another
     return model
 
 
