@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 
 .PHONY: demo test test-lowest bench bench-gpu lint clean demo-base
 demo: $(STAMP)
-	$(BIN)/python -m pissa_cli.demo
+	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-10000} $(BIN)/python -m pissa_cli.demo
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -58,7 +59,9 @@ def initialize(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str
     """
     run = run_of(recipe)
     if run.exists():
-        return open_run(recipe)[1]
+        manifest = open_run(recipe)[1]
+        _require_start(run, manifest)
+        return manifest
     require_place(run)
     folder = resolve_base(recipe.model)
     weights = open_weights(folder)
@@ -111,8 +114,13 @@ def frozen_base(recipe: Recipe) -> str:
 
 def read_start(run: Run, manifest: dict[str, Any]) -> tuple[dict[str, Any], Adapter]:
     """The configuration and adapter of `init/`, refused if they are not those that init wrote."""
-    require_files(run.init, manifest["init_hashes"])
+    _require_start(run, manifest)
     return read_peft(run.init, manifest["widest"])
+
+
+def _require_start(run: Run, manifest: dict[str, Any]) -> None:
+    again = f"pissa init {shlex.quote(str(run.folder))} --output NEW, and copy it from NEW/init"
+    require_files(run.init, manifest.get("init_hashes", {}), f"bring the file back, or make it again: {again}")
 
 
 def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress: Progress) -> dict[str, Any]:

@@ -45,14 +45,20 @@ def hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: hash_file(folder / name) for name in names}
 
 
-def require_files(folder: Path, expected: Mapping[str, str], hint: str = DISTRUST) -> None:
-    """UsageError if a file has changed since `hashes`; it names the file, and the first tensor with NaN in it."""
+def require_files(folder: Path, expected: Mapping[str, str], hint: str) -> None:
+    """UsageError with this hint if a file is missing or has changed since `hashes`; it names the file, and the first
+    tensor with NaN in it."""
     for name, known in expected.items():
         path = folder / name
-        if hash_file(path) != known:
+        try:
+            if hash_file(path) == known:
+                continue
             tensors = load_tensors(path) if path.suffix == ".safetensors" else {}
-            spoilt = next((f"; {key} holds NaN or infinite values" for key, t in tensors.items() if not_finite(t)), "")
-            raise UsageError(f"{path}: not what was written{spoilt}", hint)
+        except UsageError as error:
+            error.hint = hint
+            raise
+        spoilt = next((f"; {key} holds NaN or infinite values" for key, t in tensors.items() if not_finite(t)), "")
+        raise UsageError(f"{path}: not what was written{spoilt}", hint)
 
 
 def model_facts(folder: Path) -> dict[str, str]:

@@ -170,7 +170,8 @@ def _json_list(path: Path) -> Iterator[Row | str]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not valid JSON ({error})", "one object a line belongs into a .jsonl file") from None
+        hint = "one object a line belongs into a .jsonl file; a file that was cut short has to be brought again"
+        raise UsageError(f"{path}: not valid JSON ({error})", hint) from None
     if not isinstance(content, list):
         raise UsageError(
             f"{path}: expected a JSON list of rows", "write [{...}, {...}], or one object a line into a .jsonl file"

@@ -131,6 +131,31 @@ def test_start_does_not_depend_on_the_global_generator_or_order(
     assert float(A.abs().max()) <= 64**-0.5 and float(A.var()) == pytest.approx(1 / (3 * 64), rel=0.2)
 
 
+@pytest.mark.parametrize("damage", ["", "longer", None])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_damaged_start_is_refused_and_can_be_made_again(
+    damage: str | None,
+    bits: int,
+    models: Callable[[str], Path],
+    recipe: Callable[..., Any],
+    pissa: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    made = recipe(models("llama"), "adapter.rank=4", f"model.bits={bits}")
+    initialize(made)
+    file = Run(Path(made.output)).init / "adapter_model.safetensors"
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes((file.read_bytes() + damage.encode()) if damage else b"")
+    outcome = pissa("init", made.output)
+    again = f"or make it again: pissa init {made.output} --output NEW, and copy it from NEW/init"
+    assert outcome.code == 2 and f"error: {file}: " in outcome.err and again in " ".join(outcome.err.split())
+    assert pissa("init", made.output, "--output", tmp_path / "new").code == 0
+    shutil.copy(tmp_path / "new" / "init" / file.name, file)
+    assert pissa("init", made.output).code == 0
+
+
 def test_a_run_of_another_format_is_refused(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
     made = recipe(models("llama"), "adapter.rank=4")
     manifest = {key: value for key, value in initialize(made).items() if key != "seal"}
