@@ -452,14 +452,20 @@ def test_adapter_on_the_wrong_base(
 
 
 def test_run_folder_of_another_recipe(
-    refused: Callable[..., str], models: Callable[[str], Path], pissa: Pissa, tmp_path: Path
+    refused: Callable[..., str],
+    models: Callable[[str], Path],
+    pissa: Pissa,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert pissa("init", "--model", models("llama"), "--rank", 4, "--output", tmp_path / "out").code == 0
     message = refused("init", "--model", models("llama"), "--rank", 8, "--output", tmp_path / "out")
     assert "this run was made with adapter.rank = 4, the recipe says 8" in message
     message = refused("init", "--model", models("gpt2"), "--rank", 4, "--output", tmp_path / "out")
     assert "not the model this run was made on" in message
-    assert "out: the run there, as none was named" in pissa("train", "--output", tmp_path / "out", "--dry-run").err
+    assert "out: the run there, which --output names" in pissa("train", "--output", tmp_path / "out", "--dry-run").err
+    monkeypatch.chdir(tmp_path)
+    assert "out: the run there, as none was named" in pissa("train", "--dry-run").err
     taken = "by the recipe there: adapter.method pissa, adapter.rank 4; for a new run name another --output"
     again = ("--output", tmp_path / "out", "--dry-run", "--set", "train.lr=1e-3")
     assert taken in pissa("init", "--model", models("llama"), *again).err

@@ -79,7 +79,8 @@ def load_recipe(
     if target is None and any(source.startswith(f"{run}:") for source in loaded.sources.values()):
         from pissa_cli.cli.show import say
 
-        say(f"{loaded.recipe.output}: the run there, as none was named")
+        why = "as none was named" if flags.get("output") is None else "which --output names"
+        say(f"{loaded.recipe.output}: the run there, {why}")
         if flags.get("model") is not None and (own := _own_values(loaded, f"{run}:")):  # given as for a new run
             say(f"by the recipe there: {', '.join(own)}; for a new run name another --output")
     return loaded
