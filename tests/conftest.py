@@ -34,6 +34,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+import pissa_cli.layer_report  # before anything is put in the place of what it takes from report
 import pissa_cli.report
 from pissa_cli.recipe_file import load
 
