@@ -12,10 +12,20 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pissa_cli import quant
+from pissa_cli.adapters.lowrank import multiply_in_fp32
 from pissa_cli.configuration import no_panic, read_config
 from pissa_cli.errors import UsageError, in_one_line
 from pissa_cli.experts import Expert, set_part, without_expert_weights
-from pissa_cli.model import AUTO_CLASSES, DTYPES, dense_dtype, head_names, linear_layers, read_stored, skeleton
+from pissa_cli.model import (
+    AUTO_CLASSES,
+    DTYPES,
+    best_device,
+    dense_dtype,
+    head_names,
+    linear_layers,
+    read_stored,
+    skeleton,
+)
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.svd import generator
 from pissa_cli.weights import open_weights
@@ -67,6 +77,8 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
             if parameter.is_floating_point() and not any(part in name for part in strict):
                 parameter.data = parameter.data.to(dtype)
     quant.set_compute_dtype(model, DTYPES[precision])
+    if best_device().type == "cpu":
+        multiply_in_fp32(model, DTYPES[precision])
     if section.task == "sequence-classification" and len(section.labels) == 1:
         _make_exact(model, folder)
     return cast(PreTrainedModel, model)

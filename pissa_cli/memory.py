@@ -16,6 +16,7 @@ from transformers import AttentionMaskInterface, PreTrainedModel
 
 from pissa_cli import quant
 from pissa_cli.adapter_options import FullOptions
+from pissa_cli.adapters.lowrank import multiply_in_fp32
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Method, Projections
 from pissa_cli.attach import attach, checkpoint_activations, join_gates, joins_gates, make_trainable, share_inputs
@@ -179,6 +180,8 @@ def _fill(model: PreTrainedModel, recipe: Recipe, plan: Plan, ledger: Ledger) ->
             if layer.packable and layer.expert is None:
                 _pack(model, layer, store)
         quant.set_compute_dtype(model, DTYPES[recipe.precision])
+    if model.device.type == "cpu":
+        multiply_in_fp32(model, DTYPES[recipe.precision])
     if isinstance(recipe.adapter, FullOptions):
         model.requires_grad_(True)
     else:
@@ -218,13 +221,12 @@ def _pack(model: PreTrainedModel, layer: Linear, store: quant.Store) -> None:
     dense = model.get_submodule(layer.name)
     packed = quant.pack(store, torch.empty(layer.num_out, layer.num_in))
     assert isinstance(packed, quant.Packed)
-    parent, _, child = layer.name.rpartition(".")
     with unset_fake_temporarily():  # bitsandbytes' parameters cannot be without content
         linear = quant.linear(quant.Packed(torch.empty(0, 1, dtype=torch.uint8, device="cpu"), packed.state))
     weight: Any = nn.Parameter(packed.data, requires_grad=False)
     weight.quant_state = packed.state
     linear.weight, linear.bias = weight, dense.bias
-    setattr(model.get_submodule(parent), child, linear)
+    model.set_submodule(layer.name, linear)
 
 
 def _adapter(plan: Plan, method: Method) -> Adapter:
@@ -279,18 +281,17 @@ def _loss(recipe: Recipe, model: PreTrainedModel, size: int, packed: bool, chunk
     lengths = [length] * size
     row = row_length(lengths)
     shape = (1, row) if packed else (size, length)
-    batch = {"input_ids": torch.empty(shape, dtype=torch.long)}
+    ids = torch.empty(shape, dtype=torch.long)
+    batch = {"input_ids": ids}
     if recipe.data.classifies:
-        return summed_loss(
-            model, {**batch, "attention_mask": torch.empty_like(batch["input_ids"]), "labels": torch.empty(size)}
-        )
+        return summed_loss(model, {**batch, "attention_mask": torch.empty_like(ids), "labels": torch.empty(size)})
     if packed:
         with unset_fake_temporarily():
             sequences = torch.tensor(lengths + [row - sum(lengths)] * (row > sum(lengths)), device="cpu")
         AttentionMaskInterface.register(BY_SEQUENCE, lambda **_: sequences)
-        batch["position_ids"] = torch.empty_like(batch["input_ids"])
+        batch["position_ids"] = torch.empty_like(ids)
     elif size > 1:
-        batch["attention_mask"] = torch.empty_like(batch["input_ids"])
+        batch["attention_mask"] = torch.empty_like(ids)
     head = model.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(lambda *_: setattr(ledger, "kind", "logits"))

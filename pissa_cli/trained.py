@@ -22,7 +22,7 @@ from pissa_cli.integrity import DISTRUST, SEAL, model_facts, not_finite, require
 from pissa_cli.loading import load_model
 from pissa_cli.model import dense_dtype, skeleton
 from pissa_cli.peft_files import read_peft
-from pissa_cli.products import FEW_ROWS, product_dtype
+from pissa_cli.products import widens
 from pissa_cli.quant import packed_weight, unpacked_linear
 from pissa_cli.reached import checkpoints, latest_checkpoint, newest_facts, result_of, step_of
 from pissa_cli.recipe import Recipe
@@ -65,7 +65,7 @@ def load_with(recipe: Recipe, folder: Path, adapter: Adapter, device: torch.devi
 
 def _round_factors(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Have the factors in `dtype`, to which the products of every token would round them again, where all do."""
-    if product_dtype(torch.empty(FEW_ROWS, 1, dtype=dtype, device=model.device)) != dtype:
+    if widens(dtype, model.device):
         return
     for layer in lowrank_layers(model).values():
         if layer.weight.dtype != torch.float32:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from pissa_cli import products
-from pissa_cli.adapters.lowrank import LowRank
+from pissa_cli import products, quant
+from pissa_cli.adapters.lowrank import LowRank, multiply_in_fp32
+from pissa_cli.loading import load_model
+from pissa_cli.recipe import ModelSection
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -33,13 +39,13 @@ def test_by_processor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     processor(monkeypatch, amx, avx512_bf16)
-    many, few = torch.zeros(1, 32, 8), torch.zeros(1, 31, 8)
+    many, few = torch.zeros(1, 8, 16), torch.zeros(1, 7, 16)
     assert {dtype: products.product_dtype(many.to(dtype)) for dtype in wanted} == wanted
     assert all(products.product_dtype(few.to(dtype)) == dtype for dtype in wanted)
     short, long = torch.zeros(1, 3, 511, 64), torch.zeros(1, 3, 512, 64)
     assert products.attention_dtype(long.bfloat16()) == long_attention
     assert products.attention_dtype(short.bfloat16()) == products.attention_dtype(long) == FP32
-    gpu = torch.empty(32, 8, dtype=BF16, device="meta")
+    gpu = torch.empty(8, 16, dtype=BF16, device="meta")
     assert products.product_dtype(gpu) == products.attention_dtype(gpu) == BF16
 
 
@@ -62,3 +68,52 @@ def test_the_layer_gives_the_same_either_way(monkeypatch: pytest.MonkeyPatch) ->
         wanted = factors["B"].double().T @ grad_A
         assert float((layer.A.grad.double() - wanted).norm() / wanted.norm()) < 2.0**-7  # type: ignore[union-attr]
     assert errors[False] < 2.0**-9 and errors[True] < 2.0**-7 and errors[False] < errors[True]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])
+def test_frozen_layers_give_the_same_either_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor(monkeypatch, False, False)
+    torch.manual_seed(0)
+    W, bias = torch.randn(128, 64), torch.randn(128).to(BF16)
+    if kind == "nf4":
+        packed = quant.pack(quant.Store(4, BF16), W)
+        assert isinstance(packed, quant.Packed)
+        layer, W = quant.linear(packed), quant.read(packed)
+        layer.register_parameter("bias", nn.Parameter(bias))
+    else:
+        layer = nn.Linear(64, 128, dtype=BF16) if kind == "linear" else Conv1D(128, 64).bfloat16()
+        W = W.to(BF16).float()
+        layer.load_state_dict({"weight": W if kind == "linear" else W.T, "bias": bias})
+    layer.requires_grad_(False)
+    quant.set_compute_dtype(layer, BF16)
+    multiply_in_fp32(layer, BF16)
+    for rows in (7, 40):  # the few are computed as they were
+        x = torch.randn(1, rows, 64).to(BF16).requires_grad_()
+        y = layer(x)
+        y.float().square().sum().backward()
+        exact = x.detach().double() @ W.double().T + bias.double()
+        grad = 2 * y.detach().double() @ W.double()
+        assert y.dtype == x.grad.dtype == BF16
+        rounding = 2.0**-9 if rows == 40 else 2.0**-7
+        for given, wanted in ((y, exact), (x.grad, grad)):
+            assert float((given.double() - wanted).norm() / wanted.norm()) < rounding
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_model_multiplies_in_fp32_where_bf16_is_the_slower(
+    slow: bool, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor(monkeypatch, not slow, False)
+    monkeypatch.setattr("pissa_cli.loading.best_device", lambda: torch.device("cpu"))
+    model = load_model(models("llama"), ModelSection(name="llama"), "bf16", 0)
+    dtypes = set()
+    linear = torch.nn.functional.linear
+
+    def see(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        dtypes.add(x.dtype)
+        return linear(x, *rest)
+
+    monkeypatch.setattr("torch.nn.functional.linear", see)
+    with torch.no_grad():
+        assert model(input_ids=torch.arange(40)[None]).logits.dtype == BF16
+    assert dtypes == {FP32 if slow else BF16}

@@ -153,6 +153,23 @@ class LowRankFunction(torch.autograd.Function):
         return grad_x, grad_dropped, None, grad_gate, None, *factor_grads
 
 
+class FrozenFunction(torch.autograd.Function):
+    """x W^T + bias of a layer that does not train, by products in `product_dtype`. W is read again for the backward
+    pass, and nothing is saved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
+        ctx.dtype, ctx.part = product_dtype(x), part
+        bias = None if part.bias is None else _cast(part.bias, ctx.dtype)
+        return functional.linear(_cast(x, ctx.dtype), part.read_weight(ctx.dtype), bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        (g,) = grads
+        return (_cast(g, ctx.dtype) @ ctx.part.read_weight(ctx.dtype)).to(g.dtype), None
+
+
 class _Factors(NamedTuple):
     A: Tensor
     B: Tensor
