@@ -41,6 +41,7 @@ from pissa_cli.kernels import compile_blocks, misses_liger, use_liger, wants_lig
 from pissa_cli.loss import autocast_inside
 from pissa_cli.model import num_parameters
 from pissa_cli.optim import Names, make_optimizer
+from pissa_cli.packing import attend_in_fp32
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import run_of
 from pissa_cli.sharding import Layout, shard
@@ -77,7 +78,9 @@ def assemble(
     if sharded:
         _require_spreadable(recipe, experts, deepspeed)
     num_base = num_parameters(model)
-    if device.type != "cpu":  # which Accelerate calls cpu:0, and to() would copy every weight
+    if device.type == "cpu":  # which Accelerate calls cpu:0, and to() would copy every weight
+        attend_in_fp32()
+    else:
         model.to(device)
     _take_kernels(recipe, model, examples, pad_id, say)
     with runs_in_bf16(model, recipe.precision):

@@ -28,7 +28,7 @@ from pissa_cli.ledger import Heap, Ledger, Operations
 from pissa_cli.loss import autocast, loss_at, summed_loss
 from pissa_cli.model import DTYPES, Linear, best_device, dense_dtype, num_parameters, skeleton
 from pissa_cli.optim import Names, make_optimizer
-from pissa_cli.packing import BY_SEQUENCE, attend_by_sequence, takes_positions, without_mask
+from pissa_cli.packing import BY_SEQUENCE, attend_by_sequence, attend_in_fp32, takes_positions, without_mask
 from pissa_cli.peft_files import TENSOR_NAMES
 from pissa_cli.plan import Plan
 from pissa_cli.process import peak_memory
@@ -166,8 +166,7 @@ def _step(recipe: Recipe, plan: Plan, processes: int, heap: Heap | None, device:
 
 def _fill(model: PreTrainedModel, recipe: Recipe, plan: Plan, ledger: Ledger) -> int:
     """Set up a model on the meta device as `train` does, without content. Returns the bytes that it takes on the CPU
-    while it is loaded: its own, and those of its files where they have another dtype.
-    """
+    while it is loaded: its own, and those of its files where they have another dtype."""
     ledger.kind = "weights"
     stored = model.config.dtype or torch.float32
     dtype = dense_dtype(recipe.model, recipe.precision)
@@ -181,6 +180,7 @@ def _fill(model: PreTrainedModel, recipe: Recipe, plan: Plan, ledger: Ledger) ->
                 _pack(model, layer, store)
         quant.set_compute_dtype(model, DTYPES[recipe.precision])
     if model.device.type == "cpu":
+        attend_in_fp32()
         multiply_in_fp32(model, DTYPES[recipe.precision])
     if isinstance(recipe.adapter, FullOptions):
         model.requires_grad_(True)

@@ -133,6 +133,24 @@ def test_memory_that_does_not_suffice_says_nothing_of_packing(
         packs(made, model, examples, 0)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU attends in bf16")
+@pytest.mark.parametrize("packed", ["true", "false"])
+def test_attention_in_training_runs_in_fp32_on_a_cpu(
+    packed: str, models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[torch.dtype] = set()
+    original = packing.sdpa_attention_forward
+
+    def see(attending: nn.Module, query: Tensor, *rest: Any, **options: Any) -> Any:
+        seen.add(query.dtype)
+        return original(attending, query, *rest, **options)
+
+    monkeypatch.setattr(packing, "sdpa_attention_forward", see)
+    sets = ["model.bits=16", f"data.train={rows}", "train.steps=1", "train.batch_size=4", f"data.packing={packed}"]
+    module.train(recipe(models("llama"), *sets))
+    assert seen == {torch.float32}
+
+
 @pytest.mark.parametrize("architecture", [*CONFIGS, *MOE_CONFIGS])
 def test_each_example_sees_itself_alone(
     architecture: str, tokenizer: PreTrainedTokenizerBase, rows: Path, monkeypatch: pytest.MonkeyPatch
