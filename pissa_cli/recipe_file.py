@@ -109,8 +109,8 @@ def find_recipe(target: str) -> Path:
     for candidate in (path, Path("recipes") / f"{short}.yaml", shipped("recipes") / f"{short}.yaml"):
         if kind_of(candidate) == "file":
             return candidate
-    known = names_in(shipped("recipes"))
-    near = difflib.get_close_matches(short, known, n=1)
+    known, runs = names_in(shipped("recipes")), [str(file.parent) for file in path.parent.glob(f"*/{RUN_RECIPE}")]
+    near = difflib.get_close_matches(short.rstrip("/"), [*known, *runs], n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"shipped recipes: {', '.join(known)}"
     if target.endswith("/") and not near:
         hint = "`pissa init` and `pissa train` make a run; --output names its folder"

@@ -98,7 +98,7 @@ def left_dense(names: list[str]) -> str | None:
     if not names:
         return None
     what, more = ("1 linear layer stays", "") if len(names) == 1 else (f"{len(names)} linear layers stay", ", ...")
-    why = "as gates, for rows that are no whole blocks, or as the model reads them otherwise"
+    why = "as gates, for rows that are no whole blocks of 64, or as the model reads them otherwise"
     return f"{what} dense, {why}: {names[0]}{more}"
 
 

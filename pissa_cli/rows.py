@@ -20,6 +20,7 @@ from pissa_cli.paths import is_lfs_pointer, kind_of
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 LONGEST_CELL = 2**31 - 1
+SHEETS, PACKED = (".xlsx", ".xls", ".ods"), (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def read_rows(source: str, limit: int | None = None) -> Iterator[tuple[int, Row | str]]:
@@ -76,8 +77,7 @@ def is_local(source: str) -> bool:
     path, kind = Path(source), kind_of(source)
     if kind == "file":
         if path.suffix not in SUFFIXES:
-            same = f"rename it to {path.stem}.jsonl, which is the same; " if path.suffix == ".ndjson" else ""
-            raise UsageError(f"{source}: unknown kind of data file", f"{same}use one of {', '.join(SUFFIXES)}")
+            raise _not_rows(path)
         return True
     if kind == "other":
         raise UsageError(f"{source}: not a file of data, but a pipe or device", "write its rows into a file first")
@@ -89,6 +89,22 @@ def is_local(source: str) -> bool:
     if len(rest) > 2:
         raise UsageError(f"{source}: expected id, id:subset or id:subset:split", "e.g. openai/gsm8k:main:train")
     return False
+
+
+def _not_rows(path: Path) -> UsageError:
+    """For a file of another kind."""
+    hint = f"use one of {', '.join(SUFFIXES)}"
+    if path.suffix == ".ndjson":
+        hint = f"rename it to {path.stem}.jsonl, which is the same"
+    elif path.suffix == ".txt":
+        hint = 'write its texts into a .jsonl file, one {"text": "..."} a line, and set data.format to text'
+    elif path.suffix in SHEETS:
+        hint = "save it as csv, in UTF-8"
+    elif path.suffix in PACKED:
+        hint = "unpack it"
+    elif path.suffix == ".arrow":
+        hint = "have datasets write it anew: load_from_disk(FOLDER).to_json(FILE.jsonl)"
+    return UsageError(f"{path}: unknown kind of data file", hint)
 
 
 def _not_there(source: str) -> UsageError:

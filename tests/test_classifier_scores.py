@@ -50,7 +50,7 @@ def test_held_out_rows_are_scored_where_no_bench_is_named(
     assert outcome.code == 0, outcome.err
     assert list(outcome.json["results"]) == ["loss"] and "accuracy" in outcome.json["results"]["loss"]
     outcome = pissa("eval", made.output, "--set", "data.eval=null")
-    assert outcome.code == 2 and "no benchmark given" in outcome.err
+    assert outcome.code == 2 and "no benchmark given, nor held-out rows" in outcome.err and "loss" not in outcome.err
 
 
 def test_metrics_by_hand() -> None:

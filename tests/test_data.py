@@ -84,19 +84,22 @@ def test_bad_rows_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) 
         {**good, "output": ["x"]},
         {**good, "output": 7},
         {**good, "output": " \n"},
+        {**good, "instruction": ""},
+        {**good, "instruction": "", "input": "x"},
     ]
     examples = load_examples(write(tmp_path / "r.jsonl", rows), DataSection(), tokenizer, None)
-    assert len(examples) == 2
+    assert len(examples) == 3
     assert examples.unusable == {
         "not JSON in UTF-8": [2],
         "'output' is missing": [3, 4],
         "not a JSON object": [5],
         "'output' is not text": [6],
         "'output' is empty": [8],
+        "'instruction' is empty": [9],
     }
-    assert examples.notes("data.train")[0].startswith("data.train: 2 examples, ")
+    assert examples.notes("data.train")[0].startswith("data.train: 3 examples, ")
     assert examples.notes("data.train")[3] == "data.train: rows not used: 2, 'output' is missing (row 3, 4)"
-    assert examples.notes("data.train")[-1] == "data.train: most rows are not used (6 of 8): is that meant?"
+    assert examples.notes("data.train")[-1] == "data.train: most rows are not used (7 of 10): is that meant?"
     even = load_examples(write(tmp_path / "even.jsonl", [good, {"instruction": "a"}]), DataSection(), tokenizer, None)
     assert "most rows" not in "".join(even.notes("data.train"))
 

@@ -222,6 +222,10 @@ def test_targets(refused: Callable[..., str], models: Callable[[str], Path]) -> 
 def test_files_that_are_not_there(refused: Callable[..., str], models: Callable[[str], Path], tmp_path: Path) -> None:
     assert "no such recipe or run folder" in refused("train", "nothing.yaml")
     assert "did you mean 'gsm8k'" in refused("train", "gsm8")
+    (tmp_path / "first").mkdir()
+    write(tmp_path / "first" / "recipe.yaml", "{}")
+    for near in ("frist", "frist/"):
+        assert f"did you mean '{tmp_path}/first'" in refused("eval", f"{tmp_path}/{near}")
     assert "no such folder" in refused("init", "--model", "./nothing")
     message = refused("train", "--model", models("llama"), "--set", "data.train=nothing.jsonl")
     assert "nothing.jsonl: no such data file" in message
@@ -248,6 +252,15 @@ def test_files_that_are_not_there(refused: Callable[..., str], models: Callable[
     train = ("train", "--model", models("llama"), "--set")
     assert f"{tmp_path}/a.jsonl:train: no such" in refused(*train, f"data.train={tmp_path}/a.jsonl:train")
     write(tmp_path / "rows.ndjson", "{}")
+    for suffix, advice in (
+        ("txt", "set data.format to text"),
+        ("xlsx", "as csv"),
+        ("gz", "unpack"),
+        ("bin", "use one of"),
+    ):
+        write(tmp_path / f"rows.{suffix}", "{}")
+        message = refused("train", "--model", models("llama"), "--set", f"data.train={tmp_path}/rows.{suffix}")
+        assert "unknown kind of data file" in message and advice in message
     message = refused("train", "--model", models("llama"), "--set", f"data.train={tmp_path}/rows.ndjson")
     assert "rename it to rows.jsonl, which is the same" in message
     assert "data.train: no training data given" in refused("train", "--model", models("llama"))

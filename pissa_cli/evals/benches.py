@@ -47,7 +47,8 @@ def check_benches(recipe: Recipe, base: bool = False, sources: Mapping[KeyPath, 
     if base and recipe.eval.engine != "transformers" and recipe.model.bits == 4:
         raise UsageError("eval.engine: vllm cannot serve a 4-bit base with its start", "score it without the engine")
     if not recipe.eval.bench:
-        raise UsageError("eval.bench: no benchmark given", f"name some with --bench: {', '.join(BENCHES)}")
+        others = ", ".join(bench for bench in BENCHES if bench != "loss")
+        raise UsageError("eval.bench: no benchmark given, nor held-out rows", f"name some with --bench: {others}")
     for bench in recipe.eval.bench:
         if bench.startswith(harness.PREFIX):
             harness.require_harness(bench)
