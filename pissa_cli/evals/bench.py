@@ -60,3 +60,8 @@ def one_by_one(grade: Callable[[Row, str], Grade]) -> Grading:
 def pass_at(k: int, n: int, right: int) -> float:
     """The chance that one of k samples is right, unbiased from n (Chen et al. 2021, equation 1)."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def published_set(sets: Mapping[int, str], n: int) -> str:
+    """Which of the published `sets`, by their numbers of rows, `n` rows are."""
+    return sets.get(n, f"not a published set ({', '.join(map(str, sets))} rows)")

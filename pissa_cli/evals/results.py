@@ -11,7 +11,7 @@ from typing import Any
 
 from pissa_cli import __version__
 from pissa_cli.errors import UsageError
-from pissa_cli.evals.bench import Count, Grade, pass_at
+from pissa_cli.evals.bench import Count, Grade, pass_at, published_set
 from pissa_cli.evals.benches import GENERATED, check_benches, read_bench, source_of
 from pissa_cli.evals.outputs import read_samples
 from pissa_cli.evals.sandbox import protection
@@ -67,7 +67,7 @@ def grade_outputs(
         "metric": bench.metric,
         "stderr": 100 * math.sqrt(spread / n),
         "n": n,
-        "rows": bench.published.get(n, f"not a published set ({', '.join(map(str, bench.published))} rows)"),
+        "rows": published_set(bench.published, n),
         "protocol": bench.protocol,
     }
     if each > 1:

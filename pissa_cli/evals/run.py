@@ -17,7 +17,7 @@ from pissa_cli.configuration import read_config, require_tokens
 from pissa_cli.data import question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import classify, harness, held_out, mt_bench
-from pissa_cli.evals.bench import Count
+from pissa_cli.evals.bench import Count, published_set
 from pissa_cli.evals.benches import GENERATED, check_benches, runs_code
 from pissa_cli.evals.generate import generate, same_in_batches, special_stops
 from pissa_cli.evals.judge import Judge
@@ -40,7 +40,7 @@ from pissa_cli.rundir import locked, require_writable
 from pissa_cli.trained import load_plain_base, load_result, merged_folder, result_hash, trained_facts
 
 UNSCORED = {"metric": "not run", "note": "--allow-code-execution scores the answers, which are kept"}
-CLASSIFIED = 32
+CLASSIFIED = 32  # texts at once, where the recipe does not say
 BATCH_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 """Of the largest score: by how much those of a prompt may differ in a batch."""
 
@@ -156,33 +156,20 @@ _Scored = tuple[dict[str, Any], list[dict[str, Any]], Kept | None]
 """A result, its samples, and what was kept on the way and is not needed any more."""
 
 
-def _score_loss(session: _Session, bench: str, examples: Examples, count: Count) -> _Scored:
-    if examples.labels is not None:
-        result, samples, kept = _classify(session, examples, None, count)
-        return result | _rows(bench, examples), samples, kept
-    with autocast(session.recipe, session.model.device):
-        result, samples = held_out.score(session.model, session.tokenizer, examples, count)
-    return result | _rows(bench, examples), samples, None
-
-
-def _rows(bench: str, examples: Examples) -> dict[str, Any]:
-    """What became of the rows: how many cannot be used, and all that there is to say."""
-    return {"rows_not_used": sum(map(len, examples.unusable.values())), "notes": examples.notes(bench)}
-
-
-def _score_glue(session: _Session, bench: str, examples: Examples, count: Count) -> _Scored:
-    result, samples, kept = _classify(session, examples, GLUE[SETS[bench].task].metric, count)
-    known, n = SETS[bench].rows, result["n"]
-    result |= {"rows": known.get(n, f"not a published set ({', '.join(map(str, known))} rows)")}
-    result |= _rows(bench, examples)
-    return result | _published(session, bench, n), samples, kept
-
-
-def _classify(session: _Session, examples: Examples, metric: str | None, count: Count) -> _Scored:
-    recipe = session.recipe
-    with autocast(recipe, session.model.device):
-        labels, size = recipe.model.labels, recipe.eval.batch_size or CLASSIFIED
-        return *classify.score(session.model, session.tokenizer, examples, labels, metric, size, count), None
+def _score_examples(session: _Session, bench: str, examples: Examples, count: Count) -> _Scored:
+    """`loss` and `glue/*`: a classifier's metrics, or a language model's loss on what is held out."""
+    recipe, model, tokenizer, known = session.recipe, session.model, session.tokenizer, SETS.get(bench)
+    with autocast(recipe, model.device):
+        if examples.labels is None:
+            result, samples = held_out.score(model, tokenizer, examples, count)
+        else:
+            metric, size = GLUE[known.task].metric if known else None, recipe.eval.batch_size or CLASSIFIED
+            result, samples = classify.score(model, tokenizer, examples, recipe.model.labels, metric, size, count)
+    n = result["n"]
+    if known is not None:
+        result["rows"] = published_set(known.rows, n)
+    result |= {"rows_not_used": sum(map(len, examples.unusable.values())), "notes": examples.notes(bench)}
+    return result | _published(session, bench, n), samples, None
 
 
 def _score_generated(session: _Session, bench: str, rows: list[Row], count: Count) -> _Scored | None:
@@ -227,10 +214,9 @@ def _score_harness(session: _Session, bench: str, manager: Any, _count: Count) -
 
 
 _SCORERS: dict[str, Callable[..., _Scored | None]] = {
-    "loss": _score_loss,
+    **dict.fromkeys(("loss", *SETS), _score_examples),
     "mt_bench": _score_mt_bench,
     "lm_eval": _score_harness,
-    **dict.fromkeys(SETS, _score_glue),
 }
 
 
