@@ -22,7 +22,11 @@ GENERATED: dict[str, Bench] = {
     "humaneval": humaneval.BENCH,
     "mbpp": mbpp.BENCH,
 }
-BENCHES = (*GENERATED, "mt_bench", *SETS, "loss", f"{harness.PREFIX}<task>")
+ANSWERED = (*GENERATED, "mt_bench")
+"""Those of which the model writes answers."""
+BENCHES = (*ANSWERED, *SETS, "loss", f"{harness.PREFIX}<task>")
+ON_HUB = {name: bench.data for name, bench in GENERATED.items()} | {name: glue.data for name, glue in SETS.items()}
+ON_HUB["mt_bench"] = mt_bench.DATA
 
 
 def runs_code(recipe: Recipe) -> bool:
@@ -69,7 +73,7 @@ def check_benches(recipe: Recipe, base: bool = False, sources: Mapping[KeyPath, 
 
 def _require_use(recipe: Recipe, written: Mapping[KeyPath, str]) -> None:
     """UsageError for what `--set` says of answers where no benchmark has the model write any."""
-    answered = set(recipe.eval.bench) & {*GENERATED, "mt_bench"}
+    answered = set(recipe.eval.bench) & set(ANSWERED)
     used = {"samples": answered - {"mt_bench"}} | dict.fromkeys(("temperature", "stop", "max_new_tokens"), answered)
     for key, benches in used.items():
         if not benches and written.get(("eval", key), "").startswith("--set "):
@@ -107,7 +111,7 @@ def _check_task(bench: str, recipe: Recipe) -> None:
 
 def _check_engine(bench: str, recipe: Recipe) -> None:
     """UsageError if the engine only writes answers, and the benchmark wants more."""
-    if recipe.eval.engine != "transformers" and bench not in (*GENERATED, "mt_bench"):
+    if recipe.eval.engine != "transformers" and bench not in ANSWERED:
         raise UsageError(
             f"eval.engine: {recipe.eval.engine} writes answers, which {bench} does not score",
             "score it on its own, without the engine",
@@ -116,16 +120,10 @@ def _check_engine(bench: str, recipe: Recipe) -> None:
 
 def source_of(bench: str, recipe: Recipe) -> str:
     """The file or data set of a benchmark; what the recipe holds out may be several, or a share."""
-    if bench in recipe.eval.data:
-        return recipe.eval.data[bench]
-    if bench in GENERATED:
-        return GENERATED[bench].data
-    if bench in SETS:
-        return SETS[bench].data
+    if (known := recipe.eval.data.get(bench, ON_HUB.get(bench))) is not None:
+        return known
     if bench.startswith(harness.PREFIX):
         return "the harness's own"
-    if bench == "mt_bench":
-        return mt_bench.DATA
     if recipe.data.eval is None:
         raise UsageError("eval loss: no held-out data", "set data.eval, or --data loss=file.jsonl")
     return held_out_name(recipe.data)
