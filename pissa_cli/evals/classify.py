@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pissa_cli.batches import collate, micro_batches, on_device, padding
 from pissa_cli.evals.bench import Count
 from pissa_cli.examples import Examples
+from pissa_cli.recipe import Recipe
 
 RESAMPLED = 1000
+TOGETHER = 32  # texts at once, where the recipe does not say how many
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -99,9 +101,8 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Examples,
-    labels: Sequence[str],
+    recipe: Recipe,
     metric: str | None,
-    batch_size: int,
     progress: Count,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(result, samples). score: 100 times `metric`, as GLUE has it; without one the loss, nats or squared error a text.
@@ -109,7 +110,8 @@ def score(
     Beside it every metric that makes sense for these labels.
     """
     assert examples.labels is not None
-    logits, wanted = logits_of(model, examples, padding(model, tokenizer), batch_size, progress), examples.labels
+    labels, wanted, size = recipe.model.labels, examples.labels, recipe.eval.batch_size or TOGETHER
+    logits = logits_of(model, examples, padding(model, tokenizer), size, progress)
     if len(labels) == 1:
         losses, predicted = functional.mse_loss(logits[:, 0], wanted, reduction="none"), logits[:, 0]
     else:

@@ -13,6 +13,8 @@ from pissa_cli.errors import PissaError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pissa_cli.recipe import Recipe
+
 PREFIX = "lm_eval:"
 MAIN = ("acc_norm", "exact_match", "acc", "f1", "em", "pass@1", "bleu", "rougeL", "word_perplexity")
 """Metrics, the first of which that a task has is its score."""
@@ -40,28 +42,28 @@ def load_task(bench: str, folder: str | None) -> Any:
 
 
 def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    manager: Any,
-    bench: str,
-    limit: int | None,
-    batch_size: int | None,
-    chat: bool,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manager: Any, bench: str, recipe: Recipe
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(result, samples) as the harness has them: its metrics, its numbers of shots, its prompts; scores are not scaled.
 
-    chat: ask in the model's chat template. Raises PissaError, with the reason, for what the harness cannot do.
+    A model trained on chats is asked in its chat template. Raises PissaError, with the reason, for what the harness
+    cannot do.
     """
     import lm_eval
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    task = bench.removeprefix(PREFIX)
+    task, section = bench.removeprefix(PREFIX), recipe.eval
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto")
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=section.batch_size or "auto")
             found: Any = lm_eval.simple_evaluate(
-                wrapped, tasks=[task], limit=limit, task_manager=manager, apply_chat_template=chat, bootstrap_iters=1000
+                wrapped,
+                tasks=[task],
+                limit=section.limit,
+                task_manager=manager,
+                apply_chat_template=recipe.data.format == "chat",
+                bootstrap_iters=1000,
             )
     except torch.OutOfMemoryError:
         raise

@@ -40,7 +40,6 @@ from pissa_cli.rundir import locked, require_writable
 from pissa_cli.trained import load_plain_base, load_result, merged_folder, result_hash, trained_facts
 
 UNSCORED = {"metric": "not run", "note": "--allow-code-execution scores the answers, which are kept"}
-CLASSIFIED = 32  # texts at once, where the recipe does not say
 BATCH_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 """Of the largest score: by how much those of a prompt may differ in a batch."""
 
@@ -163,8 +162,8 @@ def _score_examples(session: _Session, bench: str, examples: Examples, count: Co
         if examples.labels is None:
             result, samples = held_out.score(model, tokenizer, examples, count)
         else:
-            metric, size = GLUE[known.task].metric if known else None, recipe.eval.batch_size or CLASSIFIED
-            result, samples = classify.score(model, tokenizer, examples, recipe.model.labels, metric, size, count)
+            metric = None if known is None else GLUE[known.task].metric
+            result, samples = classify.score(model, tokenizer, examples, recipe, metric, count)
     n = result["n"]
     if known is not None:
         result["rows"] = published_set(known.rows, n)
@@ -205,12 +204,8 @@ def _score_mt_bench(session: _Session, bench: str, data: mt_bench.MTBench, count
 
 
 def _score_harness(session: _Session, bench: str, manager: Any, _count: Count) -> _Scored:
-    recipe = session.recipe
-    chat, section = recipe.data.format == "chat", recipe.eval
-    with autocast(recipe, session.model.device):
-        return *harness.score(
-            session.model, session.tokenizer, manager, bench, section.limit, section.batch_size, chat
-        ), None
+    with autocast(session.recipe, session.model.device):
+        return *harness.score(session.model, session.tokenizer, manager, bench, session.recipe), None
 
 
 _SCORERS: dict[str, Callable[..., _Scored | None]] = {
