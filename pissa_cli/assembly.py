@@ -82,14 +82,14 @@ def assemble(
         attend_in_fp32()
     else:
         model.to(device)
-    _take_kernels(recipe, model, examples, pad_id, say)
+    probe = partial(probe_loss, recipe, model, examples, pad_id)
+    _take_kernels(recipe, model, probe, say)
     with runs_in_bf16(model, recipe.precision):
         packed = _settle_packing(recipe, model, examples, pad_id, say)
         if isinstance(recipe.adapter, FullOptions):
             model.requires_grad_(True)
         else:
-            probe = partial(probe_loss, recipe, model, examples, pad_id, packed)
-            _add_adapter(manifest, recipe, model, probe, fresh, apart=layout == "zero-3")
+            _add_adapter(manifest, recipe, model, partial(probe, packed), fresh, apart=layout == "zero-3")
     head = model.get_output_embeddings()
     trains_head = head is not None and head.weight.requires_grad
     aside = (experts and not alone) or layout == "zero-3"  # neither finds it outside of the model
@@ -175,10 +175,9 @@ def _require_spreadable(recipe: Recipe, experts: bool, deepspeed: bool) -> None:
         raise UsageError("train.torch_compile: not under DeepSpeed", "set it to false, or share the model by FSDP2")
 
 
-def _take_kernels(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, say: Say) -> None:
-    """Liger's kernels where they are wanted and leave the loss as it is. UsageError where they were asked for and do
-    not."""
-    probe = partial(probe_loss, recipe, model, examples, pad_id)
+def _take_kernels(recipe: Recipe, model: PreTrainedModel, probe: Callable[[], float], say: Say) -> None:
+    """Liger's kernels where they are wanted and leave the loss, `probe`, as it is. UsageError where they were asked for
+    and do not."""
     if wants_liger(recipe.train):
         try:
             if use_liger(model, recipe.train, probe, LOSS_TOLERANCE[recipe.precision]):
