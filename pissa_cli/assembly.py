@@ -29,7 +29,7 @@ from pissa_cli.experts import has_experts
 from pissa_cli.guards import (
     LOSS_TOLERANCE,
     chunks_loss,
-    packs,
+    pack_if_sound,
     probe_loss,
     require_causal,
     require_padding_unseen,
@@ -192,14 +192,14 @@ def _take_kernels(recipe: Recipe, model: PreTrainedModel, probe: Callable[[], fl
 
 
 def _settle_packing(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, say: Say) -> bool:
-    """Whether examples are packed. UsageError for a model that sees what it should not: padding, or what follows."""
-    packed = packs(recipe, model.eval(), examples, pad_id)
+    """As `pack_if_sound`. UsageError for a model that sees what it should not: padding, or what follows."""
+    packed = pack_if_sound(recipe, model.eval(), examples, pad_id)
     if recipe.data.classifies:
         require_padding_unseen(recipe, model, examples, pad_id)
-        return packed
-    require_causal(recipe, model, examples)
-    if recipe.data.packing == "auto" and not packed:
-        say("examples are padded: packed ones would see each other, or cost more, in this model")
+    else:
+        require_causal(recipe, model, examples)
+        if recipe.data.packing == "auto" and not packed:
+            say("examples are padded: packed ones would see each other, or cost more, in this model")
     return packed
 
 

@@ -32,7 +32,7 @@ FEW_TOKENS = 16  # of an example, where all but the first few are changed
 FEW_LENGTHS = 4  # of texts that are padded to see whether that changes the answer
 LEAK_TOKENS = 512  # of an example at most, where it is looked for what leaks into the next
 LEAST_LOGITS = {"fp32": 1e-2, "bf16": 1e-1}
-"""Those of a new head are smaller, and in 16 bits the rounding of what they are sums of is most of them."""
+"""A change of logits is compared with their size, or with this where a new head gives hardly more than rounding."""
 CAUSAL_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 LEAK_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """By how much logits may change, relative to their size, with the tokens that follow, and with another example in the
@@ -176,12 +176,12 @@ def require_causal(recipe: Recipe, model: PreTrainedModel, examples: Examples) -
         )
 
 
-def packs(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int) -> bool:
-    """Whether examples are packed: if `data.packing` asks for it and it is sound in this model. With `auto` it must
-    cost nothing either, as a mask over the whole row would.
+def pack_if_sound(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int) -> bool:
+    """Have the model attend to packed examples one by one, where it can, and return whether examples are packed: if
+    `data.packing` asks for it and it is sound in this model. With `auto` it must cost nothing either, as a mask over
+    the whole row would.
 
-    The model attends sequence by sequence from here on, where it can and examples are packed. Raises UsageError where
-    the recipe insists on packing and it is not sound.
+    Raises UsageError where the recipe insists on packing and it is not sound.
     """
     wanted = recipe.data.packing
     if not wanted or recipe.data.classifies:

@@ -135,7 +135,7 @@ def _step(recipe: Recipe, plan: Plan, processes: int, heap: Heap | None, device:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), ledger:
         loading = _fill(model, recipe, plan, ledger)
         chunked = not recipe.data.classifies and _chunks(model)
-        packed = _packs(recipe, model)
+        packed = _pack_examples(recipe, model)
         names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         ledger.kind = "gradients"
         buckets = [torch.empty_like(parameter) for parameter in names if processes > 1 and not section.shard]
@@ -253,8 +253,8 @@ def _optimizer_step(names: Names, recipe: Recipe, device: torch.device) -> Calla
     return optimizer.step
 
 
-def _packs(recipe: Recipe, model: PreTrainedModel) -> bool:
-    """As `guards.packs`, of models that are sound."""
+def _pack_examples(recipe: Recipe, model: PreTrainedModel) -> bool:
+    """As `guards.pack_if_sound`, of models that are sound."""
     if not recipe.data.packing or recipe.data.classifies or not takes_positions(model):
         return False
     attend_by_sequence(model)

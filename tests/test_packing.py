@@ -40,7 +40,7 @@ from pissa_cli.data import load_examples
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
-from pissa_cli.guards import packs
+from pissa_cli.guards import pack_if_sound
 from pissa_cli.loss import IGNORED, summed_loss
 from pissa_cli.packing import attend_by_sequence
 
@@ -80,7 +80,7 @@ def test_a_leak_shows_whatever_the_first_example(first: int, leaking: PreTrained
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     examples = Examples(ids, torch.ones(len(ids), dtype=torch.bool), offsets)
     made = recipe(Path("none"), "train.precision=bf16")
-    assert not packs(made, leaking.bfloat16(), examples, 0)
+    assert not pack_if_sound(made, leaking.bfloat16(), examples, 0)
 
 
 def test_a_leak_is_looked_for_at_both_ends_of_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_the_longest_row_is_compared_as_well(recipe: Make) -> None:
     examples = Examples(ids, torch.ones(len(ids), dtype=torch.bool), torch.arange(0, 8 * 40 + 1, 40))
     for size, sound in (("2", True), ("8", False)):
         made = recipe(Path("none"), "model.bits=32", "train.precision=fp32", f"train.micro_batch_size={size}")
-        assert packs(made, model, examples, 0) == sound
+        assert pack_if_sound(made, model, examples, 0) == sound
 
 
 def test_memory_that_does_not_suffice_says_nothing_of_packing(
@@ -127,10 +127,10 @@ def test_memory_that_does_not_suffice_says_nothing_of_packing(
 
     monkeypatch.setattr(guards, "summed_loss", full)
     made = recipe(Path("none"), "model.bits=32", "train.precision=fp32")
-    assert packs(made, model, examples, 0) and seen[0] > 600  # on the first few already
+    assert pack_if_sound(made, model, examples, 0) and seen[0] > 600  # on the first few already
     monkeypatch.setattr(guards, "summed_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("never")))
     with pytest.raises(torch.OutOfMemoryError):
-        packs(made, model, examples, 0)
+        pack_if_sound(made, model, examples, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU attends in bf16")
