@@ -18,7 +18,7 @@ from torch import Tensor
 from pissa_cli import __version__, quant
 from pissa_cli.adapter_options import FullOptions, ScaledBase
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.adapters.start import Adapter, Factors, Layer, Method, Start
+from pissa_cli.adapters.start import Adapter, Factors, Layer, Start
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.inputs import require_place
 from pissa_cli.integrity import (
@@ -173,7 +173,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, staged: Run, progress: 
     store = ShardWriter(staged.base) if four else None
     whole, stored = Fingerprint(), Fingerprint()
     figures = {}
-    for number, item in enumerate(_work(recipe, plan, weights, method)):
+    for number, item in enumerate(_work(recipe, plan, weights)):
         whole.add(item.tensor, item.original)
         if item.factors is not None:
             start.add(item.name, item.factors)
@@ -217,45 +217,37 @@ class _Item:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-def _work(recipe: Recipe, plan: Plan, weights: Weights, method: Method) -> Iterator[_Item]:
+def _work(recipe: Recipe, plan: Plan, weights: Weights) -> Iterator[_Item]:
     """Every tensor of the base in file order."""
     keep_freed_memory()
     linears = {layer.tensor: layer for layer in plan.linears}
-    targets, device = {layer.name for layer in plan.targets}, best_device()
-    largest = max(t.num_out * t.num_in for t in plan.linears if not t.embedding or t.name in targets)
+    largest = max(t.num_out * t.num_in for t in plan.linears if not t.embedding or t.name in plan.ranks)
 
     def work(tensor: str) -> _Item:
-        linear = linears.get(tensor)
-        chosen = linear is not None and linear.name in targets
-        return _one_tensor(recipe, plan, weights, tensor, linear, method if chosen else None, device)
+        return _one_tensor(recipe, plan, weights, tensor, linears.get(tensor))
 
-    return in_order(work, weights.files, *in_flight(largest, device))
+    return in_order(work, weights.files, *in_flight(largest, best_device()))
 
 
-def _one_tensor(
-    recipe: Recipe,
-    plan: Plan,
-    weights: Weights,
-    tensor: str,
-    linear: Linear | None,
-    method: Method | None,
-    device: torch.device,
-) -> _Item:
+def _one_tensor(recipe: Recipe, plan: Plan, weights: Weights, tensor: str, linear: Linear | None) -> _Item:
+    """linear: the layer whose weight the tensor is, where it is one."""
     original = weights.read(tensor)
+    adapted = linear is not None and linear.name in plan.ranks
     four = recipe.model.bits == 4 and linear is not None and linear.packable
-    if linear is None or (method is None and not four):
+    if linear is None or not (adapted or four):
         require_finite(tensor, original, weights)
         return _Item(tensor, tensor, original, {tensor: original})
-    W = original.to(device)
+    W = original.to(best_device())
     require_finite(tensor, W, weights)
     W = converted(W, torch.float32)
     W = W.T.contiguous() if linear.transposed else W
     dtype = {4: original.dtype, 16: torch.bfloat16, 32: torch.float32}[recipe.model.bits]
     store = quant.Store(4 if four else 16, dtype, recipe.model.double_quant, recipe.model.absmax)
-    if method is None:
+    if not adapted:
         return _Item(tensor, linear.name, original, _stored(linear, quant.pack(store, W)))
     layer = Layer(linear.name, plan.ranks[linear.name], plan.scales[linear.name], recipe.seed, store, linear.embedding)
-    start = method.start(W, layer, {**recipe.adapter.model_dump(), "passes": recipe.passes if four else 1})
+    options = {**recipe.adapter.model_dump(), "passes": recipe.passes if four else 1}
+    start = METHODS[recipe.adapter.method].start(W, layer, options)
     figures = {"name": linear.name, "kind": linear.kind, "shape": [linear.num_out, linear.num_in], "rank": layer.rank}
     figures |= start.figures | _errors(W, start, layer)
     stored = _stored(linear, start.frozen) if recipe.model.bits == 4 else {}
