@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 
 from pissa_cli.block_scales import Levels, fit_scales
 from pissa_cli.panels import converted, in_parallel
-from pissa_cli.streams import in_turn
 
 Absmax = Literal["fitted", "largest"]
 BLOCK_SIZE = 64
@@ -73,7 +74,7 @@ def pack(store: Store, weight: Tensor) -> Packed | Tensor:
     from bitsandbytes import functional
 
     weight = weight.contiguous()
-    with in_turn(weight.device):
+    with _in_turn(weight.device):
         data, state = functional.quantize_4bit(
             weight, blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=False
         )
@@ -104,7 +105,7 @@ def _kept(store: Store, absmax: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]
 
     offset = absmax.mean()
     centred = absmax - offset
-    with in_turn(absmax.device):
+    with _in_turn(absmax.device):
         kept, state2 = functional.quantize_blockwise(centred, blocksize=NESTED_BLOCK_SIZE)
     return functional.dequantize_blockwise(kept, state2) + offset, kept, {"offset": offset, "state2": state2}
 
@@ -115,6 +116,19 @@ def _state(store: Store, weight: Tensor, code: Tensor, kept: Tensor, nested: dic
     return functional.QuantState(
         absmax=kept, shape=weight.shape, code=code, blocksize=BLOCK_SIZE, quant_type="nf4", dtype=store.dtype, **nested
     )
+
+
+@contextmanager
+def _in_turn(device: torch.device) -> Iterator[None]:
+    """For bitsandbytes' quantization, which runs on the GPU's default stream, whichever is the current one: before the
+    block the default stream waits for the current one, after it the other way round. Nothing on a CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    current, default = torch.cuda.current_stream(), torch.cuda.default_stream()
+    default.wait_stream(current)
+    yield
+    current.wait_stream(default)
 
 
 def lost(weight: Tensor, absmax: Absmax, B: Tensor | None = None, A: Tensor | None = None) -> Tensor:

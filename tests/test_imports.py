@@ -47,7 +47,7 @@ LAYERS = [
     "adapters.start adapters.function",
     "svd quant products",
     "krylov",
-    "panels block_scales streams orthogonal graphs",
+    "panels block_scales orthogonal graphs",
     "recipe_file",
     "columns",
     "recipe_errors",
