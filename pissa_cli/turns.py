@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, chain, islice, pairwise
 from typing import Any, Literal
 
@@ -82,58 +82,62 @@ class _Look:
 
 
 def _begin(look: _Look) -> int:
-    """Where the model begins to write the turn."""
+    """Where the model begins to write the turn: behind what it is asked with.
+
+    Where the whole text does not begin with the conversation up to there, that is looked for by its own words, between
+    what was said before and the turn; else by the words that the turn has before its content when nothing follows it.
+    """
     messages, turn, whole = look.messages, look.turn, look.whole
     asked = look.attempt(messages[:turn], True) if turn else None
     if asked is not None and whole.startswith(asked):
         return len(asked)
-    begin, alone = _parts(whole, look.marked(turn, "instead")), look.marked(turn, "instead", turn + 1)
-    called = begin is None
-    if called:
-        begin, alone = _parts(whole, look.named()), look.named(turn + 1)
-    if begin is None:
+    says, alone = _parting(whole, look.marked(turn, "instead")), look.marked(turn, "instead", turn + 1)
+    only_calls = says is None
+    if only_calls:
+        says, alone = _parting(whole, look.named()), look.named(turn + 1)
+    if says is None:
         raise ValueError(LOST)
-    prompt = "" if asked is None else asked.removeprefix(look.attempt(messages[:turn]) or asked)
-    said = _parts(whole, look.marked(turn - 1, "after")) if turn and prompt else None
-    place = -1 if said is None else whole.find(prompt, said, begin)
-    if place >= 0:  # what it is asked with, after what was said before
-        return place + len(prompt)
-    lead = "" if asked is None or alone is None else alone.removeprefix(asked).partition(look.mark)[0]
-    if alone is not None and asked is not None and alone.startswith(asked) and whole[:begin].endswith(lead):
-        return begin - len(lead)
-    if called:  # it begins somewhere before the name
+    if asked is not None:
+        prompt = asked.removeprefix(look.attempt(messages[:turn]) or asked)
+        before = _parting(whole, look.marked(turn - 1, "after")) if prompt else None
+        if before is not None and (place := whole.find(prompt, before, says)) >= 0:
+            return place + len(prompt)
+        if alone is not None and alone.startswith(asked):
+            lead = alone.removeprefix(asked).partition(look.mark)[0]
+            if whole[:says].endswith(lead):
+                return says - len(lead)
+    if only_calls:  # it begins somewhere before the name
         raise ValueError(LOST)
-    return begin
+    return says
 
 
 def _end(look: _Look, begin: int, upto: str, special: re.Pattern[str]) -> int:
-    """Where the turn ends in the whole text. upto: the conversation rendered up to it, as which the whole does not
-    begin.
+    """Where the turn ends in the whole text. upto: the conversation rendered up to it, with which the whole does not
+    begin, so that a message follows.
 
-    Behind what the turn says both texts go on alike, and where they part it has ended; no special token is cut in two
-    there, and the content of the next message is not reached.
+    Behind what the turn says, or the tool that it calls, both texts go on alike, and where they part it has ended; no
+    special token is cut in two there, and the content of the next message is not reached.
     """
-    turn, whole = look.turn, look.whole
-    said = _parts(whole, look.marked(turn, "after"))
-    alone_said = _parts(upto, look.marked(turn, "after", turn + 1))
-    if said is None or alone_said is None or said < begin:  # a call, beside which the content is not shown
-        said, alone_said = _parts(whole, look.named()), _parts(upto, look.named(turn + 1))
-    if said is None or alone_said is None or said < begin:
-        said = alone_said = begin
-    end = said + common(whole[said:], upto[alone_said:])
-    for text, after in ((whole, said), (upto, alone_said)):
-        parted = next(
-            (one for one in special.finditer(text, after) if one.start() < end - said + after < one.end()), None
-        )
-        if parted is not None:  # one token in place of another ends the turn; after a whole one it ends before that
-            whole_one = special.search(text, after, parted.start()) or text is upto
-            end = said - after + (parted.start() if whole_one else parted.end())
+    whole = look.whole
+    for marked in (partial(look.marked, look.turn, "after"), look.named):
+        said, alone_said = _parting(whole, marked()), _parting(upto, marked(upto=look.turn + 1))
+        if said is not None and alone_said is not None and said >= begin:
             break
-    limit = _parts(whole, look.marked(turn + 1, "before")) if turn + 1 < len(look.messages) else None
-    return end if limit is None else min(end, limit)
+    else:
+        said = alone_said = begin
+    length = common(whole[said:], upto[alone_said:])
+    for text, after in ((whole, said), (upto, alone_said)):
+        tokens = special.finditer(text, after)
+        cut = next((token for token in tokens if token.start() < after + length < token.end()), None)
+        if cut is not None:  # one token in place of another ends the turn; after a whole one it ends before that
+            ends_before = text is upto or special.search(text, after, cut.start()) is not None
+            length = (cut.start() if ends_before else cut.end()) - after
+            break
+    following = _parting(whole, look.marked(look.turn + 1, "before"))
+    return said + length if following is None else min(said + length, following)
 
 
-def _parts(text: str, other: str | None) -> int | None:
+def _parting(text: str, other: str | None) -> int | None:
     """Characters until the texts part; None if they do not."""
     return None if other is None or other == text else common(text, other)
 
@@ -178,11 +182,8 @@ def _parted(text: str, bounds: list[int], tokenizer: PreTrainedTokenizerBase) ->
     done: list[int] = []
     start, counts, tokens = 0, [], tokens_of
     for bound, following in pairwise([*bounds, len(text)]):
-        head, both, after = (
-            tokens(text[start:bound], tokenizer),
-            tokens(text[start:following], tokenizer),
-            tokens_of(text[bound:following], tokenizer),
-        )
+        head, both = tokens(text[start:bound], tokenizer), tokens(text[start:following], tokenizer)
+        after = tokens_of(text[bound:following], tokenizer)
         counts.append(len(done) + len(head))
         parted = both[: len(head)] != head
         if parted or both == head + after:
