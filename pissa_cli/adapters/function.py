@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -102,9 +103,12 @@ class LowRankFunction(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """Of the inputs, in their order. They are formed for the factors layer by layer, but for A; then for x and A
+        through A, of all layers on two paths together; for x through W of each layer; and for both parts of a gate."""
         inner, gate, h, *rest = ctx.saved_tensors
         given, kept = _by_layer(rest[: 4 * len(grads)]), rest[4 * len(grads) :]
-        needs_x, needs_dropped, _, needs_gate, _, *needed = ctx.needs_input_grad
+        needs_x, needs_dropped, _, needs_gate, _, *needs_factors = ctx.needs_input_grad
+        needed = _in_fours(needs_factors)
         dtype, like, activated = ctx.dtype, inner, None
         if gate is not None:
             if torch.is_grad_enabled():
@@ -116,14 +120,14 @@ class LowRankFunction(torch.autograd.Function):
         flat = _cast(inner.flatten(0, -2), dtype)
         low: list[int] = []  # layers whose gradient of x takes two paths
         grads_h: list[Tensor] = []
-        factor_grads: list[Tensor | None] = []
+        factor_grads: list[list[Tensor | None]] = []  # of A, B, d and b, by layer
         for number, (part, f, own) in enumerate(zip(ctx.parts, given, _shares(h, given, ctx), strict=True)):
-            g, wants, grad_hd = _cast(grads[number].flatten(0, -2), dtype), needed[4 * number :][:4], None
+            g, wants, grad_hd = _cast(grads[number].flatten(0, -2), dtype), needed[number], None
             if own is not None and not (needs_x and ctx.shared and _merges_back(len(flat), f, wants, ctx.parts)):
                 grad_hd = _scaled(g @ _rows_times(_cast(f.B, dtype), f.b), part.scale)
                 grads_h.append(_times(grad_hd, f.d))
                 low.append(number)
-            factor_grads += _factor_gradients(flat, g, own, grad_hd, f, part.scale, wants)
+            factor_grads.append(_factor_gradients(flat, g, own, grad_hd, f, part.scale, wants))
         grad_x: Tensor | None = None
         grad_dropped = None
         if low:
@@ -134,10 +138,10 @@ class LowRankFunction(torch.autograd.Function):
                 grad_x = grad_h @ stack
             if needs_dropped:
                 grad_dropped = _cast((grad_h @ stack).view_as(like), like.dtype)
-            if any(needed[4 * number] for number in low):
+            if any(needed[number][0] for number in low):
                 grads_A = _split(grad_h.T @ flat, [given[number].A.shape[0] for number in low], 0)
                 for number, grad_A in zip(low, grads_A, strict=True):
-                    factor_grads[4 * number] = _cast(grad_A, given[number].A.dtype) if needed[4 * number] else None
+                    factor_grads[number][0] = _cast(grad_A, given[number].A.dtype) if needed[number][0] else None
         for number, (part, f, W) in enumerate(zip(ctx.parts, given, kept, strict=True)) if needs_x else ():
             g, is_merged = _cast(grads[number].flatten(0, -2), dtype), W is not None and ctx.merged[number]
             W = part.read_weight(dtype) if W is None else W
@@ -150,7 +154,7 @@ class LowRankFunction(torch.autograd.Function):
         if activated is not None and grad_x is not None:
             (grad_gate,) = torch.autograd.grad(activated, values, grad_x * like)
             grad_x = grad_x * activated.detach()
-        return grad_x, grad_dropped, None, grad_gate, None, *factor_grads
+        return grad_x, grad_dropped, None, grad_gate, None, *chain(*factor_grads)
 
 
 class FrozenFunction(torch.autograd.Function):
@@ -178,7 +182,12 @@ class _Factors(NamedTuple):
 
 
 def _by_layer(factors: Sequence[Any]) -> list[_Factors]:
-    return [_Factors(*factors[begin : begin + 4]) for begin in range(0, len(factors), 4)]
+    return [_Factors(*four) for four in _in_fours(factors)]
+
+
+def _in_fours(flat: Sequence[Any]) -> list[Sequence[Any]]:
+    """What there is for A, B, d and b of each layer, out of one sequence for all."""
+    return [flat[begin : begin + 4] for begin in range(0, len(flat), 4)]
 
 
 def _stacked(As: list[Tensor], shared: bool) -> Tensor:
