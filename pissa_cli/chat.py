@@ -101,7 +101,12 @@ class _Conversation(NamedTuple):
 
 def encode_chats(rows: Sequence[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[Encoded | str]:
     """Tokens of each conversation, or why it cannot be used; they are tokenized together."""
-    found = [_conversation(row, section, tokenizer) for row in rows]
+    found: list[_Conversation | str] = []
+    for row in rows:
+        try:
+            found.append(_conversation(row, section, tokenizer))
+        except ValueError as error:
+            found.append(str(error))
     texts = [(one.text, list(chain(*one.spans))) for one in found if not isinstance(one, str)]
     tokens = tokens_apart(texts, tokenizer)
     return [one if isinstance(one, str) else _masked(one, *next(tokens), tokenizer) for one in found]
@@ -117,50 +122,48 @@ def _masked(found: _Conversation, ids: list[int], counts: list[int], tokenizer: 
     return Encoded(ids, targets)
 
 
-def _conversation(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> _Conversation | str:
+def _conversation(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> _Conversation:
+    """Raises ValueError, with the reason, for a row that cannot be used."""
     column, completion = section.columns.get("messages", "messages"), section.optional_column("completion")
-    try:
-        calls, tools = "tool_calls" in str(tokenizer.chat_template), tools_of(row, section)
-        messages = messages_of(row, column, calls)
-        learned = [is_learned(message) for message in messages]
-        if completion in row:
-            answer = messages_of(row, completion, calls)
-            learned = [False] * len(messages) + [is_learned(message) for message in answer]
-            messages += answer
-    except ValueError as error:
-        return str(error)
+    calls, tools = "tool_calls" in str(tokenizer.chat_template), tools_of(row, section)
+    messages = messages_of(row, column, calls)
+    learned = [is_learned(message) for message in messages]
+    if completion in row:
+        answer = messages_of(row, completion, calls)
+        learned = [False] * len(messages) + [is_learned(message) for message in answer]
+        messages += answer
     if not any(message["role"] == "assistant" for message in messages):
-        return "no assistant message"
+        raise ValueError("no assistant message")
     said = [message for message, one in zip(messages, learned, strict=True) if one]
     if not all((message.get("content") or "").strip() or message.get("tool_calls") for message in said):
-        return "the assistant says nothing"
+        raise ValueError("the assistant says nothing")
     system = value_of(row, section.optional_column("system") or "")
     if isinstance(system, str) and system:
         if messages[0]["role"] == "system":
-            return "a system message beside the column for it"
+            raise ValueError("a system message beside the column for it")
         messages.insert(0, {"role": "system", "content": system})
         learned.insert(0, False)
     render = _render(tokenizer, tools)
-    found: tuple[list[Message], str] | str = ""
-    for form in forms_of(messages):
-        try:
-            found = form, render(form, False)
-            break
-        except Exception as error:  # templates raise what they like
-            found = found or f"the chat template refuses it ({in_one_line(error)})"
-    if isinstance(found, str):
-        return found
-    messages, whole = found
+    messages, whole = _rendered(messages, render)
     if not all(str(tool.get("function", tool).get("name", "")) in whole for tool in tools or ()):
-        return "the chat template leaves out the tools"
+        raise ValueError("the chat template leaves out the tools")
     if has_surrogate(whole):
-        return f"'{column}' holds a broken character (a lone surrogate)"
+        raise ValueError(f"'{column}' holds a broken character (a lone surrogate)")
     turns = [one for one, message in zip(learned, messages, strict=True) if message["role"] == "assistant"]
     spans = None if tools else _spans_by_roles(messages, whole, tokenizer)
-    try:
-        return _Conversation(whole, spans or _spans(messages, whole, render, tokenizer), turns)
-    except ValueError as error:
-        return str(error)
+    return _Conversation(whole, spans or _spans(messages, whole, render, tokenizer), turns)
+
+
+def _rendered(messages: list[Message], render: Render) -> tuple[list[Message], str]:
+    """(the messages in the first form that the template takes, their text). Raises ValueError, with the reason, if it
+    takes none."""
+    reason = ""
+    for form in forms_of(messages):
+        try:
+            return form, render(form, False)
+        except Exception as error:  # templates raise what they like
+            reason = reason or in_one_line(error)
+    raise ValueError(f"the chat template refuses it ({reason})")
 
 
 def _spans(

@@ -28,7 +28,6 @@ IN_MESSAGE = ("recipe", "adapter_options", "data_options")
 IN_ROWS = ("data", "rows", "chat", "messages", "turns", "classification")
 RETURNED = {
     "recipe_errors": ("messages", "_unknown_key"),
-    "chat": ("_conversation",),
     "classification": ("encode_classified",),
     "rows": ("_file_rows", "_json_lines", "_json_list"),
 }
