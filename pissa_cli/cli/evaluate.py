@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from pissa_cli.cli.options import Checkpoint, Debug, DryRun, Json, Output, Set, Target, load_recipe
+from pissa_cli.cli import options
 from pissa_cli.errors import UsageError
 
 
 def evaluate_command(
-    target: Target = None,
+    target: options.Target = None,
     bench: Annotated[
         list[str] | None,
         typer.Option(
@@ -31,7 +31,7 @@ def evaluate_command(
         str | None,
         typer.Option("--samples", metavar="FILE", help="Score these outputs (jsonl: id or task_id, output), no model."),
     ] = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: options.Checkpoint = None,
     allow_code_execution: Annotated[
         bool,
         typer.Option("--allow-code-execution", help="Run the programs that the model writes, apart from all else."),
@@ -40,15 +40,15 @@ def evaluate_command(
         str | None, typer.Option("--judge-url", help="mt_bench: a server of OpenAI's chat completions, up to /v1.")
     ] = None,
     judge_model: Annotated[str | None, typer.Option("--judge-model", help="mt_bench: the model that judges.")] = None,
-    output: Output = None,
-    set_: Set = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    output: options.Output = None,
+    set_: options.Set = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Score what a run exported."""
     names = [name.strip() for text in bench for name in text.split(",") if name.strip()] if bench else None
-    loaded = load_recipe(
+    loaded = options.load_recipe(
         target,
         set_,
         _files(data or [], names),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pissa_cli.cli.options import Absmax, Checkpoint, Debug, DoubleQuant, DryRun, Json, Set, Target, load_recipe
+from pissa_cli.cli import options
 from pissa_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def export_command(
-    target: Target = None,
+    target: options.Target = None,
     form: Annotated[
         Literal["lora", "merged", "nf4", "compressed-tensors"],
         typer.Option(
@@ -30,20 +30,20 @@ def export_command(
     server: Annotated[
         str | None, typer.Option("--for", help="Check the LoRA by the rules of vllm, sglang, tgi or llama.cpp.")
     ] = None,
-    checkpoint: Checkpoint = None,
-    double_quant: DoubleQuant = None,
-    absmax: Absmax = None,
+    checkpoint: options.Checkpoint = None,
+    double_quant: options.DoubleQuant = None,
+    absmax: options.Absmax = None,
     check: Annotated[bool, typer.Option("--check", help="Compare the logits before and after.")] = False,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="The folder to write; default: inside the run.")
     ] = None,
-    set_: Set = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    set_: options.Set = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Write a run, or one of its checkpoints, in a form that other programs load."""
-    loaded = load_recipe(target, set_)
+    loaded = options.load_recipe(target, set_)
     from pissa_cli import inputs
     from pissa_cli.cli import dryrun, show
 

@@ -5,43 +5,29 @@ from typing import Annotated, Any
 
 import typer
 
-from pissa_cli.cli.options import (
-    Bits,
-    Debug,
-    DryRun,
-    Json,
-    Method,
-    Model,
-    Output,
-    Rank,
-    Seed,
-    Set,
-    Svd,
-    Target,
-    load_recipe,
-)
+from pissa_cli.cli import options
 from pissa_cli.errors import UsageError
 
 
 def init_command(
-    target: Target = None,
-    model: Model = None,
-    method: Method = None,
-    rank: Rank = None,
-    svd: Svd = None,
-    bits: Bits = None,
-    seed: Seed = None,
-    output: Output = None,
+    target: options.Target = None,
+    model: options.Model = None,
+    method: options.Method = None,
+    rank: options.Rank = None,
+    svd: options.Svd = None,
+    bits: options.Bits = None,
+    seed: options.Seed = None,
+    output: options.Output = None,
     report: Annotated[
         bool, typer.Option("--report", help="Spectra and 4-bit errors layer by layer: report.json, report.png.")
     ] = False,
-    set_: Set = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    set_: options.Set = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Split the weights of a model into a frozen and a trained part; seconds, tensor by tensor."""
-    loaded = load_recipe(
+    loaded = options.load_recipe(
         target, set_, model=model, method=method, rank=rank, svd=svd, bits=bits, seed=seed, output=output
     )
     from pissa_cli.cli import dryrun, show

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from pissa_cli.cli.options import Debug, DryRun, Json, Output, Set, Target, load_recipe
+from pissa_cli.cli import options
 from pissa_cli.errors import UsageError
 
 
 def merge_command(
-    target: Target = None,
+    target: options.Target = None,
     push: Annotated[bool, typer.Option("--push", help="Upload the merged model to the Hub.")] = False,
     repo: Annotated[
         str | None, typer.Option("--repo", help="user/name; default <user>/<base>-<method>-r<rank>.")
@@ -18,14 +18,14 @@ def merge_command(
     force: Annotated[
         bool, typer.Option("--force", help="With --push: replace what another base or tool has put there.")
     ] = False,
-    output: Output = None,
-    set_: Set = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    output: options.Output = None,
+    set_: options.Set = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Write one dense model, checked against the adapter; with --push, upload it in one commit, retried for 15 min."""
-    loaded = load_recipe(target, set_, output=output, repo=repo)
+    loaded = options.load_recipe(target, set_, output=output, repo=repo)
     from pissa_cli import inputs
     from pissa_cli.cli import dryrun, show
 

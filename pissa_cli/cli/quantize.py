@@ -5,19 +5,19 @@ from typing import Annotated
 
 import typer
 
-from pissa_cli.cli.options import Absmax, Debug, DoubleQuant, DryRun, Json, Set, Target, load_recipe
+from pissa_cli.cli import options
 from pissa_cli.errors import UsageError
 
 
 def quantize_command(
-    target: Target = None,
+    target: options.Target = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the 4-bit model.")] = None,
-    double_quant: DoubleQuant = None,
-    absmax: Absmax = None,
-    set_: Set = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    double_quant: options.DoubleQuant = None,
+    absmax: options.Absmax = None,
+    set_: options.Set = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Write a 4-bit (NF4) model from a run, or from a dense model folder (then --output names the result)."""
     folder = Path(target) if target else None
@@ -25,9 +25,9 @@ def quantize_command(
     if is_model:
         if not output:
             raise UsageError(f"{target} is a model, not a run", "say where its 4-bit form goes: --output FOLDER")
-        loaded = load_recipe(None, set_, model=target, output=output)
+        loaded = options.load_recipe(None, set_, model=target, output=output)
     else:
-        loaded = load_recipe(target, set_)
+        loaded = options.load_recipe(target, set_)
     from pissa_cli import inputs
     from pissa_cli.cli import dryrun, show
 

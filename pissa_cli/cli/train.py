@@ -7,21 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pissa_cli.cli.options import (
-    Bits,
-    Debug,
-    DryRun,
-    Json,
-    Method,
-    Model,
-    Output,
-    Rank,
-    Seed,
-    Set,
-    Svd,
-    Target,
-    load_recipe,
-)
+from pissa_cli.cli import options
 from pissa_cli.errors import LAUNCHED
 
 if TYPE_CHECKING:
@@ -29,25 +15,25 @@ if TYPE_CHECKING:
 
 
 def train_command(
-    target: Target = None,
-    model: Model = None,
-    method: Method = None,
-    rank: Rank = None,
-    svd: Svd = None,
-    bits: Bits = None,
-    seed: Seed = None,
-    output: Output = None,
+    target: options.Target = None,
+    model: options.Model = None,
+    method: options.Method = None,
+    rank: options.Rank = None,
+    svd: options.Svd = None,
+    bits: options.Bits = None,
+    seed: options.Seed = None,
+    output: options.Output = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     processes: Annotated[
         int | None, typer.Option("--processes", min=1, help="Train in N processes on this machine, one to a GPU.")
     ] = None,
-    set_: Set = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    set_: options.Set = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Train by a recipe (init included, if it was not done). Ctrl-C saves a checkpoint; --resume goes on."""
-    loaded = load_recipe(
+    loaded = options.load_recipe(
         target, set_, model=model, method=method, rank=rank, svd=svd, bits=bits, seed=seed, output=output
     )
     from pissa_cli import inputs, reached
