@@ -204,8 +204,8 @@ def _require_one_matrix(targets: list[Linear], adapter: AdapterBase, ranks: dict
 
     Ranks that differ it cannot hold either, but refuses them itself.
     """
-    experts = [layer for layer in targets if layer.expert is not None]
-    parts = {layer.expert.part: layer.kind for layer in experts if layer.expert is not None}
+    experts = [(layer, layer.expert.part) for layer in targets if layer.expert is not None]
+    parts = {part: layer.kind for layer, part in experts}
     for part, other in (("gate", "up"), ("up", "gate")):
         if part in parts and other not in parts:
             raise UsageError(
@@ -213,7 +213,7 @@ def _require_one_matrix(targets: list[Linear], adapter: AdapterBase, ranks: dict
                 "name both of gate and up, or neither",
             )
     for down in (False, True):
-        names = [layer.name for layer in experts if layer.expert and (layer.expert.part == "down") == down]
+        names = [layer.name for layer, part in experts if (part == "down") == down]
         scales = {adapter.layer_scale(name, ranks[name]) for name in names}
         if len(scales) > 1 and len({ranks[name] for name in names}) == 1:
             raise UsageError(
