@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -42,6 +43,7 @@ from pissa_cli.loss import autocast_inside
 from pissa_cli.model import num_parameters
 from pissa_cli.optim import Names, make_optimizer
 from pissa_cli.packing import attend_in_fp32
+from pissa_cli.reached import facts_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import run_of
 from pissa_cli.sharding import Layout, shard
@@ -56,14 +58,13 @@ def assemble(
     model: PreTrainedModel,
     examples: Examples,
     pad_id: int,
-    fresh: bool,
-    missed: int,
+    checkpoint: Path | None,
     layout: Layout,
     say: Say,
 ) -> Trainer:
     """Put the model on its device, make it train what the method trains, and give that an optimizer.
 
-    fresh: no step is taken yet. missed: as in `step_examples`. layout: what each of several processes has of it.
+    checkpoint: where the run goes on from; None for one that begins. layout: what each of several processes has of it.
     """
     experts = has_experts(model)
     ddp = DistributedDataParallelKwargs(find_unused_parameters=experts)
@@ -89,7 +90,8 @@ def assemble(
         if isinstance(recipe.adapter, FullOptions):
             model.requires_grad_(True)
         else:
-            _add_adapter(manifest, recipe, model, partial(probe, packed), fresh, apart=layout == "zero-3")
+            fresh, apart = checkpoint is None, layout == "zero-3"
+            _add_adapter(manifest, recipe, model, partial(probe, packed), fresh, apart)
     head = model.get_output_embeddings()
     trains_head = head is not None and head.weight.requires_grad
     aside = (experts and not alone) or layout == "zero-3"  # neither finds it outside of the model
@@ -101,6 +103,7 @@ def assemble(
     if layout == "fsdp2":
         shard(model, device, accelerator.num_processes)
     names = _trained(model)
+    missed = 0 if checkpoint is None else facts_of(checkpoint)["missed"]
     total_steps = count_steps(len(examples), recipe, missed)
     trainable = sum(parameter.numel() for parameter in names)
     steps = f"{total_steps} steps of {recipe.train.batch_size} examples"

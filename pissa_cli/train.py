@@ -34,7 +34,7 @@ from pissa_cli.loading import load_model
 from pissa_cli.optim import learning_rate
 from pissa_cli.prepare import prepare
 from pissa_cli.process import keep_freed_memory, peak_memory, process_state, stop_signals
-from pissa_cli.reached import facts_of, resume_hint, sections_of
+from pissa_cli.reached import resume_hint, sections_of
 from pissa_cli.recipe import Recipe, TrainSection
 from pissa_cli.recipe_file import dump
 from pissa_cli.report import draw_losses
@@ -80,11 +80,9 @@ def train(
                 say(line)
             if first:
                 remove_old(run, recipe.train.keep, not full)  # as a training killed just before it would have done
-        missed = facts_of(checkpoint)["missed"] if checkpoint else 0
         model = load_model(require_base(manifest, recipe), recipe.model, recipe.precision, recipe.seed)
-        trainer = assemble(
-            manifest, recipe, model, examples, padding(model, tokenizer), checkpoint is None, missed, layout, say
-        )
+        pad_id = padding(model, tokenizer)
+        trainer = assemble(manifest, recipe, model, examples, pad_id, checkpoint, layout, say)
         first_step = _restore(trainer, checkpoint) if checkpoint else 0
         with state.main_process_first():
             seen = _trim_metrics(run, first_step, first)
