@@ -94,8 +94,8 @@ def assemble(
             _add_adapter(manifest, recipe, model, partial(probe, packed), fresh, apart)
     head = model.get_output_embeddings()
     trains_head = head is not None and head.weight.requires_grad
-    aside = (experts and not alone) or layout == "zero-3"  # neither finds it outside of the model
-    chunked = chunks_loss(model, examples) and not (aside and trains_head)
+    inside = (experts and not alone) or layout == "zero-3"  # what trains has to be used within the model there
+    chunked = chunks_loss(model, examples) and not (inside and trains_head)
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
     if recipe.train.torch_compile:

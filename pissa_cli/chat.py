@@ -21,8 +21,8 @@ from pissa_cli.rows import Row, has_surrogate, value_of
 from pissa_cli.turns import MARKS, Message, Render, common, span_of, tokens_apart
 
 DAY = datetime(2024, 7, 26)
-"""For templates that write the date, as Llama 3's does, which has this one where it is not told another: what is
-trained on, held out and asked must not change from day to day."""
+"""What templates write that ask for the date, the default of Llama 3's: examples and questions must not change from day
+to day."""
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 

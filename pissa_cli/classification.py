@@ -19,7 +19,7 @@ from pissa_cli.rows import Row, text_of, value_of
 SHOWN = 40
 MOST_NAMES, FEW_NAMES = 10, 5
 TRUTH = ("true", "false")
-"""Written in more than one way: JSON's, Python's, a spreadsheet's."""
+"""Labels that are written in more than one way: true in JSON, True in Python, TRUE in a spreadsheet."""
 LARGEST = 1e18
 """Of quantities: their errors are squared and summed in fp32."""
 

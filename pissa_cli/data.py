@@ -34,7 +34,7 @@ TEMPLATE_INPUT = INTRO_INPUT + "### Instruction:\n{instruction}\n\n### Input:\n{
 Say = Callable[[str], None]
 SAY_SECONDS = 10
 BATCH, CHARACTERS = 1000, 2**22
-"""Rows that are tokenized at once; characters from which on they are fewer: their tokens take a hundred times that."""
+"""Most rows that are tokenized at once, and most characters: their tokens take a hundred times the memory."""
 
 
 def load_examples(

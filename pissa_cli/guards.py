@@ -28,9 +28,9 @@ LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 PACKING_TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
 """The same of packing."""
 EDGE = 64  # tokens
-FEW_TOKENS = 16  # of an example, where all but the first few are changed
-FEW_LENGTHS = 4  # of texts that are padded to see whether that changes the answer
-LEAK_TOKENS = 512  # of an example at most, where it is looked for what leaks into the next
+FEW_TOKENS = 16  # of an example of which all but the first are changed, to see whether those notice
+FEW_LENGTHS = 4  # of texts that are padded, to see whether that changes the answer
+LEAK_TOKENS = 512  # of an example at most, to see whether it leaks into the next
 LEAST_LOGITS = {"fp32": 1e-2, "bf16": 1e-1}
 """A change of logits is compared with their size, or with this where a new head gives hardly more than rounding."""
 CAUSAL_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}

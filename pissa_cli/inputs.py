@@ -15,7 +15,7 @@ from pissa_cli.rows import is_local, read_rows
 from pissa_cli.rundir import Run, is_vacant, run_of
 
 FIRST_ROWS = 1000
-"""Training, too, wants every column among so many."""
+"""Of a file, in which every column has to come; training asks the same of so many."""
 
 
 def require_start(recipe: Recipe, resume: bool = False) -> None:

@@ -33,7 +33,7 @@ AUTO_CLASSES: dict[str, Any] = {
 LINEAR_SUBCLASSES = ("FalconLinear",)
 """They compute what torch's Linear does, but for the rounding; transformers stores none of them in NF4."""
 UNREAD = "weight"
-"""In a layer's name: its scales in NF4 transformers 5.17 does not find (newer: at its end, as block_inject_weight)."""
+"""Of a layer with this in its name transformers 5.17 does not find the NF4 scales (newer versions: at its end)."""
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files that go where a model goes."""

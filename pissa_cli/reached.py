@@ -14,7 +14,7 @@ from pissa_cli.recipe_file import load
 from pissa_cli.rundir import Run, read_json, run_of
 
 FACTS: dict[str, Any] = {"data": "", "sections": {}, "missed": 0}
-"""What a checkpoint says of the training (`checkpoint.save_checkpoint`), and what stands for it where it does not."""
+"""What `checkpoint.save_checkpoint` writes of the training; these values stand for what a checkpoint does not say."""
 LENGTH = ("steps", "epochs")
 MAY_CHANGE = {"data.train", "data.eval", "data.packing"} | {
     f"train.{key}"

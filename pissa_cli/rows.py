@@ -211,8 +211,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _pruned(row: Row) -> Row:
-    """A row of a table whose objects all have the same keys, without the keys that are filled up with None: within what
-    its objects hold. The objects themselves (messages) keep theirs."""
+    """A row of a table, which gives all objects of a column the same keys, and None for what one of them lacks. Within
+    an object (a call's arguments) such keys are removed; the object itself (a message) keeps its own."""
     return {
         column: [_kept(inner) for inner in value] if isinstance(value, list) else _kept(value)
         for column, value in row.items()

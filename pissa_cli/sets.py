@@ -45,8 +45,8 @@ def load_held_out(
 ) -> Examples:
     """The first `limit` held-out examples, as training has them. Needs `data.eval`; raises as `load_sets`.
 
-    trained_on: the hash of the examples that a run was trained on, if there was one. UsageError for a share that leaves
-    others: of what it holds out now that run may have seen some.
+    trained_on: the hash of the examples that a run was trained on, if there was one. UsageError where a share leaves
+    other examples to train on than those: the run may have seen some of what is held out now.
     """
     section, share = recipe.data, recipe.data.held_out_share
     if share is None:

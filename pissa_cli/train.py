@@ -47,8 +47,8 @@ from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, update
 Watch = Callable[[dict[str, Any]], None]
 """Called with what goes to metrics.jsonl, and with {"note": text} for what the person watching should know."""
 SAVE_SECONDS, SAVE_SHARE = 600, 20
-"""Where the recipe does not say when: so long after a checkpoint comes the next, and so many times what it took. Twice
-as long where it waits for a held-out loss, with which it may be the one to keep."""
+"""Where the recipe does not say when, the next checkpoint comes so long after the last, or so many times what that took
+to write. Twice as long if a held-out loss is to come before: the checkpoint with the lowest is kept."""
 
 
 def train(

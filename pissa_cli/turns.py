@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 MARKS = "\u00a7", *map(chr, range(0xE000, 0xF900))
-"""Of these, one that the text has not is put beside or into a message to see where the template writes it."""
+"""The first of these that the text does not have is put into a message, to see where the template writes it."""
 LOST = "the chat template writes a turn of the assistant where it cannot be found, or not at all"
 PARTED = "the chat template refuses the conversation up to a turn of the assistant"
 

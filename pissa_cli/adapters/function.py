@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from pissa_cli.products import product_dtype
 
-KEPT_FROM = 2  # rows of x for each of a merged weight, from which on it is kept: it takes half of what x does at most
+KEPT_FROM = 2  # times as many rows in x as in a merged weight, and it is kept: it takes at most half of what x does
 
 
 class Part(NamedTuple):

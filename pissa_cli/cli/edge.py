@@ -26,7 +26,7 @@ LESS_MEMORY = {
     "others": "free memory that other programs hold",
 }
 LOST = ("gloo", "NCCL", "Connection closed by peer")
-"""Of what torch says where another process is gone."""
+"""Words of torch's when another process is gone."""
 ClickException = typer.BadParameter.__mro__[2]
 """The root of the parser's errors, wherever typer keeps its click."""
 document: int | None = None

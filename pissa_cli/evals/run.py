@@ -41,7 +41,7 @@ from pissa_cli.trained import load_plain_base, load_result, merged_folder, resul
 
 UNSCORED = {"metric": "not run", "note": "--allow-code-execution scores the answers, which are kept"}
 BATCH_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
-"""Of the largest score: by how much those of a prompt may differ in a batch."""
+"""By how much the scores of a prompt in a batch may differ from those alone, as a share of the largest."""
 
 
 @dataclass(frozen=True)
