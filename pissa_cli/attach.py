@@ -113,16 +113,10 @@ def join_gates(model: nn.Module) -> None:
     whose `forward` says what GATED does and no more, and whose `down` is a low-rank layer without dropout.
     """
     for module in model.modules():
-        down = getattr(module, "down_proj", None)
-        activation = getattr(module, "act_fn", None)
-        if (
-            type(down) is not LowRank
-            or down.dropout
-            or "forward" in vars(module)
-            or not _is_gated(type(module).forward)
-        ):
-            continue
-        if isinstance(activation, nn.Module) and not list(activation.parameters()):
+        down, activation = getattr(module, "down_proj", None), getattr(module, "act_fn", None)
+        fitting = type(down) is LowRank and not down.dropout and "forward" not in vars(module)
+        plain = isinstance(activation, nn.Module) and not list(activation.parameters())
+        if fitting and plain and _is_gated(type(module).forward):
             module.forward = partial(_gated, module)
 
 
