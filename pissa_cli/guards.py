@@ -242,10 +242,9 @@ def _logits_from(model: PreTrainedModel, begin: int, ids: torch.Tensor, position
     """
     places = torch.arange(begin, ids.shape[1], device=ids.device)
     places = torch.cat([places[:EDGE], places[EDGE:][-EDGE:]])
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        output = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=places)
-        return output.logits.float()  # type: ignore[no-any-return]
-    return model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, places].float()  # type: ignore[no-any-return]
+    keep = {"logits_to_keep": places} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False, **keep).logits
+    return (logits if keep else logits[:, places]).float()
 
 
 def require_same_loss(before: float, after: float, precision: str) -> None:

@@ -24,7 +24,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
     from pissa_cli.reached import is_started
     from pissa_cli.report import left_without_adapter
 
-    recipe, rows = loaded.recipe, listing(loaded)
+    recipe, rows, size = loaded.recipe, listing(loaded), loaded.recipe.train.batch_size
     planned = make_plan(recipe, resolve_base(recipe.model, SMALL_FILES))
     auto = getattr(recipe.adapter, "rank", None) == "auto"
     if auto and is_started(recipe):
@@ -60,15 +60,11 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
         f"{result['layers']} layers of {planned.folder}",
         *filter(None, [left_without_adapter(planned.left_out)]),
         *([f"ranks are chosen at init from the spectra; counted here: {counted}"] if auto else []),
-        *([_steps_line(*steps, recipe.train.batch_size)] if steps else []),
+        *([f"{steps[0]:,} steps of {size} examples, if all {steps[1]:,} rows can be used"] if steps else []),
         _memory_line(memory, processes, recipe.data.max_length, context),
         "dry run: nothing was written",
     ]
     print_result(result, as_json, lines)
-
-
-def _steps_line(steps: int, rows: int, batch_size: int) -> str:
-    return f"{steps:,} steps of {batch_size} examples, if all {rows:,} rows can be used"
 
 
 def _memory_line(memory: Forecast, processes: int, max_length: int, context: int | None) -> str:

@@ -22,10 +22,8 @@ def _problem(row: Row) -> str | None:
     if not isinstance(row.get("text", row.get("prompt")), str):
         return "it has neither text nor prompt"
     lines = [row.get("test_list"), row.get("test_imports") or [], [row.get("test_setup_code") or ""]]
-    if (
-        not all(isinstance(part, list) and all(isinstance(line, str) for line in part) for part in lines)
-        or not lines[0]
-    ):
+    known = all(isinstance(part, list) and all(isinstance(line, str) for line in part) for part in lines)
+    if not known or not lines[0]:
         return "its test_list or test_imports is no list of lines, or its test_setup_code no text"
     return None
 
