@@ -71,7 +71,7 @@ def cholesky_qr(block: Tensor, exact: bool = False, doubts: Doubts = None) -> tu
     return torch.linalg.solve_triangular(R, block, upper=True, left=False), R
 
 
-def small(factorize: Callable[[Tensor], Sequence[Tensor]], T: Tensor) -> list[Tensor]:
+def factored(factorize: Callable[[Tensor], Sequence[Tensor]], T: Tensor) -> list[Tensor]:
     """factorize(T), on the CPU if T is small: a GPU takes ten milliseconds and more for the steps one by one.
 
     In fp64 where LAPACK fails in fp32, as it does for eigenvectors where most of T is zero.
@@ -86,7 +86,7 @@ def small(factorize: Callable[[Tensor], Sequence[Tensor]], T: Tensor) -> list[Te
 
 def eigenvalues(T: Tensor) -> Tensor:
     """Of a symmetric matrix, ascending."""
-    return small(lambda T: (torch.linalg.eigvalsh(T),), T)[0]
+    return factored(lambda T: (torch.linalg.eigvalsh(T),), T)[0]
 
 
 def identity_of(block: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pissa_cli.graphs import as_graph
 from pissa_cli.krylov import Krylov, doubted, first_blocks, grown, sketch, sketched_blocks, steps_at_once
-from pissa_cli.orthogonal import beside, eigenvalues, qr, small
+from pissa_cli.orthogonal import beside, eigenvalues, factored, qr
 from pissa_cli.panels import row_norms, times, transposed_times
 from pissa_cli.products import has_fast_bf16
 
@@ -109,7 +109,7 @@ def project_svd(weight: Tensor, A: Tensor) -> SVD:
     with _one_thread():
         Q = qr(times(weight, A.T))[0]
         P, R = qr(transposed_times(weight, Q))
-        V, S, Uh = small(torch.linalg.svd, R)
+        V, S, Uh = factored(torch.linalg.svd, R)
         return SVD(Q @ Uh.T, S, (P @ V).T)
 
 
@@ -154,7 +154,7 @@ def _fast(
     if width <= share * n:
         found = _block_krylov(weight, energy, rank, allowed, near, source)
     if found is None:
-        vectors = small(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -width:]
+        vectors = factored(torch.linalg.eigh, transposed_times(weight, weight))[1][:, -width:]
         found = times(weight, vectors[:, -rank:]), vectors
     U, V = found
     S, order = U.norm(dim=0).sort(descending=True)
@@ -178,7 +178,7 @@ def _block_krylov(
     space = _begin(weight, width, allowed, near, 1 if near is not None or unchecked else KRYLOV_BLOCKS, source)
     said = 0.0
     while True:
-        values, vectors = (part[..., -width:] for part in small(torch.linalg.eigh, space.T))
+        values, vectors = (part[..., -width:] for part in factored(torch.linalg.eigh, space.T))
         U, V, beyond, values = space.images @ vectors[:, -rank:], space.basis @ vectors, values[0], values[-rank:]
         if unchecked:
             return U, V
@@ -277,7 +277,7 @@ def _lanczos_nuclear_norm(weight: Tensor, source: torch.Generator) -> float:
     T = torch.diag_embed(torch.stack(alphas, 1).double())
     off = torch.stack(betas[:-1], 1).double()
     T = T + torch.diag_embed(off, offset=1) + torch.diag_embed(off, offset=-1)
-    values, vectors = small(torch.linalg.eigh, T)
+    values, vectors = factored(torch.linalg.eigh, T)
     return float(n * (vectors[:, 0].square() * values.clamp_min(0).sqrt()).sum(1).mean())
 
 
