@@ -52,7 +52,7 @@ class Bench:
     runs_code: bool = False
 
 
-def one_by_one(grade: Callable[[Row, str], Grade]) -> Grading:
+def row_by_row(grade: Callable[[Row, str], Grade]) -> Grading:
     """Grades that need but a row and its output."""
     return lambda rows, outputs, _: [grade(row, output) for row, output in zip(rows, outputs, strict=True)]
 

@@ -10,7 +10,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 
-from pissa_cli.evals.bench import Bench, Grade, one_by_one
+from pissa_cli.evals.bench import Bench, Grade, row_by_row
 from pissa_cli.evals.gsm8k import MARKER
 from pissa_cli.rows import Row
 
@@ -135,7 +135,7 @@ BENCH = Bench(
     question=lambda row: str(row["problem"]),
     reference=lambda row: str(gold(row)),
     problem=lambda row: None if gold(row) is not None else "its solution has no \\boxed{}",
-    grade=one_by_one(_grade),
+    grade=row_by_row(_grade),
     beside=_symbolic,
     metric="exact match, %",
     protocol="PiSSA repository: after the last 'The answer is: ', normalized as in MATH's own code, no algebra",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from pissa_cli.evals.bench import Bench, Grade, one_by_one
+from pissa_cli.evals.bench import Bench, Grade, row_by_row
 from pissa_cli.rows import Row
 
 MARKER = "The answer is: "
@@ -73,7 +73,7 @@ BENCH = Bench(
     question=lambda row: str(row["question"]),
     reference=gold,
     problem=lambda row: None if is_number(gold(row)) else "its answer does not end in '#### number'",
-    grade=one_by_one(lambda row, output: Grade(extract(output), score(output, gold(row)))),
+    grade=row_by_row(lambda row, output: Grade(extract(output), score(output, gold(row)))),
     metric="exact match, %",
     note=other_form,
     protocol="PiSSA repository: first number after the last 'The answer is: ', rounded to an integer",
