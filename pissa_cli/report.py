@@ -50,8 +50,7 @@ def draw_losses(runs: dict[str, Path], picture: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per target token)")
     axes.grid(alpha=0.3)
-    if runs:
-        axes.legend()
+    axes.legend()
     save_picture(figure, picture)
 
 
