@@ -67,7 +67,14 @@ def use_liger(model: PreTrainedModel, section: TrainSection, loss: Callable[[], 
     parts: list[Any] = [*files, ACT2FN, *(part for module in modules for part in (vars(module), module._modules))]
     kept = [dict(part.items()) for part in parts]
     try:
-        return _use_liger(model, section, before, loss, tolerance)
+        used, after = _with_liger(model, loss)
+        if not used and section.use_liger_kernel is True:
+            raise UsageError(f"train.use_liger_kernel: Liger has no kernels for {model.config.model_type}", NO_LIGER)
+        if math.isfinite(before) and not abs(after - before) <= tolerance * max(1.0, abs(before)):
+            raise UsageError(
+                f"train.use_liger_kernel: with Liger's kernels the loss is {after:.4f}, without {before:.4f}", NO_LIGER
+            )
+        return used
     except UsageError:
         for part, names in zip(parts, kept, strict=True):
             for added in part.keys() - names.keys():
@@ -76,9 +83,8 @@ def use_liger(model: PreTrainedModel, section: TrainSection, loss: Callable[[], 
         raise
 
 
-def _use_liger(
-    model: PreTrainedModel, section: TrainSection, before: float, loss: Callable[[], float], tolerance: float
-) -> bool:
+def _with_liger(model: PreTrainedModel, loss: Callable[[], float]) -> tuple[bool, float]:
+    """(whether Liger has kernels for this model, the loss with them). UsageError where they fail."""
     from transformers.integrations.liger import apply_liger_kernel
 
     own = {module: (vars(module).get("forward"), list(module.children())) for module in model.modules()}
@@ -87,18 +93,11 @@ def _use_liger(
         for name in holders_of_3d_weights(model):
             model.get_submodule(name).__dict__.pop("forward", None)
         used = any((vars(module).get("forward"), list(module.children())) != had for module, had in own.items())
-        after = loss()
+        return used, loss()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of other versions, or of Triton without a compiler
         raise UsageError(f"train.use_liger_kernel: Liger's kernels fail: {in_one_line(error)}", OTHER_LIGER) from None
-    if not used and section.use_liger_kernel is True:
-        raise UsageError(f"train.use_liger_kernel: Liger has no kernels for {model.config.model_type}", NO_LIGER)
-    if math.isfinite(before) and not abs(after - before) <= tolerance * max(1.0, abs(before)):
-        raise UsageError(
-            f"train.use_liger_kernel: with Liger's kernels the loss is {after:.4f}, without {before:.4f}", NO_LIGER
-        )
-    return used
 
 
 def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
