@@ -140,7 +140,7 @@ def _score_all(session: _Session, data: dict[str, Any], progress: Progress) -> d
 
         folder = session.folder / bench.replace(":", "/")
         with locked(session.folder / f"outputs of {bench.replace('/', ' ')}"):
-            scored = _SCORERS.get(bench.partition(":")[0], _score_generated)(session, bench, loaded, count)
+            scored = _SCORERS[bench.partition(":")[0]](session, bench, loaded, count)
             if scored is None:
                 results[bench] = {"score": None, "stderr": None, "n": len(loaded)} | UNSCORED | session.facts
                 continue
@@ -209,6 +209,7 @@ def _score_harness(session: _Session, bench: str, manager: Any, _count: Count) -
 
 
 _SCORERS: dict[str, Callable[..., _Scored | None]] = {
+    **dict.fromkeys(GENERATED, _score_generated),
     **dict.fromkeys(("loss", *SETS), _score_examples),
     "mt_bench": _score_mt_bench,
     "lm_eval": _score_harness,
