@@ -25,7 +25,7 @@ from pissa_cli.probes import logit_difference, probe_logits, typical_difference
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, require_free, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, task_settings
-from pissa_cli.trained import full_model, load_with, read_result, trained_facts
+from pissa_cli.trained import full_folder, load_with, read_result, trained_facts
 from pissa_cli.weights import ShardWriter, open_weights
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -85,7 +85,7 @@ def merge(
 
 
 def _finish_full(recipe: Recipe) -> dict[str, Any]:
-    folder = full_model(recipe)
+    folder = full_folder(recipe)
     write_text(folder / "README.md", model_card(recipe, "merged into one model"))
     size = open_weights(folder).num_bytes()
     return {"path": str(folder), "bytes": size, "max_logit_difference": None, "relative_logit_difference": None}

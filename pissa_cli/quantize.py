@@ -33,7 +33,7 @@ from pissa_cli.rows import is_local
 from pissa_cli.rundir import require_free, run_of, whole_folder, write_text
 from pissa_cli.side_files import keep_problem_type, task_of, write_4bit_config, write_nf4_config
 from pissa_cli.svd import frobenius_norm
-from pissa_cli.trained import full_model, load_with, read_result
+from pissa_cli.trained import full_folder, load_with, read_result
 from pissa_cli.weights import ShardWriter, Weights, open_weights
 
 DENSE = "leave it in 16 bits: pissa merge"
@@ -106,7 +106,7 @@ def _source(recipe: Recipe, model_folder: Path | None, step: int | None) -> tupl
     task and without one."""
     if model_folder is None and not isinstance(recipe.adapter, FullOptions):
         return recipe, *read_result(recipe, step)
-    folder = model_folder or full_model(recipe, step)
+    folder = model_folder or full_folder(recipe, step)
     settings = read_settings(folder)
     if "quantization_config" in settings:
         raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")

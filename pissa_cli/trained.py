@@ -39,11 +39,11 @@ def load_result(recipe: Recipe, device: torch.device, step: int | None = None) -
     Raises UsageError if training has not finished, and if the base is not the one the adapter was made on.
     """
     if isinstance(recipe.adapter, FullOptions):
-        return load_model(full_model(recipe, step), recipe.model, recipe.precision, recipe.seed).to(device).eval()
+        return load_model(full_folder(recipe, step), recipe.model, recipe.precision, recipe.seed).to(device).eval()
     return _unpacked(load_with(recipe, *read_result(recipe, step), device))
 
 
-def full_model(recipe: Recipe, step: int | None = None) -> Path:
+def full_folder(recipe: Recipe, step: int | None = None) -> Path:
     """`merged/` of a full fine-tuning. Raises UsageError if it is not there yet, or not as training wrote it, and for a
     checkpoint, of which there is no such folder."""
     if step is not None:
@@ -91,7 +91,7 @@ def _unpacked(model: PreTrainedModel) -> PreTrainedModel:
 def trained_facts(recipe: Recipe) -> dict[str, Any]:
     """What a training that reached its end says of its result: `step`, `data`, and a seal over these and its files."""
     run = run_of(recipe)
-    folder = full_model(recipe) if isinstance(recipe.adapter, FullOptions) else _trained_adapter(run)
+    folder = full_folder(recipe) if isinstance(recipe.adapter, FullOptions) else _trained_adapter(run)
     return _provenance(folder, _remedy(run))
 
 
