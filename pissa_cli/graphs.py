@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 AT_ONCE = 2  # graphs that run side by side: what one does on a few multiprocessors leaves the others free
-MOST = 16  # graphs of each of them: with a rank for every layer there would be hundreds, used once
+MOST = 16  # graphs that each of them keeps: with a rank for every layer there would be hundreds, used once
 Function = Callable[..., tuple[Tensor, ...]]
 _here = threading.local()
 

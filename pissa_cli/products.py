@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FEW_ROWS = 8  # measured with AVX2 and AVX512 without BF16, widths of 288 to 2048
+FEW_ROWS = 8  # from which on it pays to convert a weight: AVX2 and AVX512 without BF16, widths of 288 to 2048
 LARGE_HEAD = 2**15  # numbers of a query's head: 256 tokens by 128, 512 by 64
 
 

@@ -24,7 +24,7 @@ MOST = 256  # prompts of a batch
 ON_CPU = 32  # prompts of a batch there
 FREE_SHARE = 0.6  # of a GPU's free memory, for keys and values
 FEW = 4  # a batch ends when one in so many of its answers is left
-BESIDE = 32  # tokens that a prompt beside another has more at most, where both are compared
+BESIDE = 32  # tokens by which the longer of two prompts is longer at most, where it is tried what batches change
 
 
 @torch.no_grad()
