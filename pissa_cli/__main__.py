@@ -1,6 +1,7 @@
 """Entry point of the `pissa` command and of `python -m pissa_cli`."""
 
 import gc
+import os
 import sys
 
 from pissa_cli.heap import restart_with_lean_heap
@@ -11,7 +12,7 @@ def main() -> None:
     try:
         _main()
     except KeyboardInterrupt:  # while modules are imported; a command has its own word for it
-        sys.exit(130)
+        os._exit(130)  # after `sys.exit` Python may end by SIGINT
 
 
 def _main() -> None:

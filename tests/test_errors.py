@@ -80,8 +80,10 @@ def test_one_of_several_processes_says_a_failure_as_json(
     words = ("train", "--model", "./none", "--set", "data.train=x.jsonl", "--json")
     alone = pissa(*words)
     assert alone.code == 2 and alone.json["exit_code"] == 2
+    monkeypatch.setenv("RANK", "1")
+    assert pissa(*words).json == alone.json  # it is no launcher's, where there is no WORLD_SIZE
     file = tmp_path / "failure.json"
-    monkeypatch.setenv(*(LAUNCHED, str(file)) if launched else ("RANK", "1"))
+    monkeypatch.setenv(*(LAUNCHED, str(file)) if launched else ("WORLD_SIZE", "2"))
     silent = pissa(*words)
     assert silent.code == 2 and silent.out == "" and silent.err == alone.err
     assert not launched or json.loads(file.read_text())["error"] == alone.json["error"]

@@ -80,11 +80,21 @@ def test_what_was_made_before_more_steps_is_named(models: Callable[[str], Path],
     assert "train.batch_size: a step of 100 has each example more than once" in said
 
 
-def test_an_interrupt_before_any_command_shows_no_traceback() -> None:
-    code = "import sys, pissa_cli.__main__ as m\ndef interrupted():\n    raise KeyboardInterrupt\n"
-    code += "m.restart_with_lean_heap = interrupted; sys.argv = ['pissa', 'train']; m.main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (130, "")
+@pytest.mark.parametrize(
+    ("replaced", "call", "said"),
+    [("m.restart_with_lean_heap", "m.main", ""), ("m.cli.app", "m.cli.run", "error: interrupted\n")],
+)
+def test_an_interrupt_while_modules_are_imported_ends_with_its_code(
+    replaced: str, call: str, said: str, tmp_path: Path
+) -> None:
+    """Without a traceback; and `python -m`, where it met text that a library executes, does not end by SIGINT."""
+    code = "import sys, pissa_cli.__main__ as m, pissa_cli.cli; m.cli = pissa_cli.cli\n"
+    code += "def interrupted(**_):\n    exec('raise KeyboardInterrupt')\n"
+    code += f"{replaced} = interrupted; sys.argv = ['pissa', 'train']; {call}()"
+    (tmp_path / "stopped.py").write_text(code)
+    command = [sys.executable, "-m", "stopped"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, said)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pissa_cli import __version__
-from pissa_cli.cli.edge import keep_stdout_for_document, leave_at_once, run_guarded, settle_streams
+from pissa_cli.cli.edge import keep_stdout_for_document, leave_at_once, of_several, run_guarded, settle_streams
 from pissa_cli.cli.evaluate import evaluate_command
 from pissa_cli.cli.export import export_command
 from pissa_cli.cli.init import init_command
@@ -57,6 +57,8 @@ def run() -> None:
     if "--json" in sys.argv and "--help" not in sys.argv:
         keep_stdout_for_document()
     code = run_guarded(lambda: app(standalone_mode=False), sys.argv[1:])
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # threads of gloo or DeepSpeed may abort an interpreter that ends
+    if of_several():  # threads of gloo or DeepSpeed may abort an interpreter that ends
+        leave_at_once(code)
+    if code == 130:  # `python -m` may end by SIGINT where text that a library executed was interrupted
         leave_at_once(code)
     sys.exit(code)

@@ -40,6 +40,11 @@ def keep_stdout_for_document() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 
+def of_several() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
 def leave_at_once(code: int) -> NoReturn:
     """End the process without what the interpreter does at its end."""
     for stream in (sys.stdout, sys.stderr):
@@ -94,7 +99,7 @@ def print_document(content: dict[str, Any]) -> None:
 def run_guarded(run: Callable[[], Any], arguments: Sequence[str]) -> int:
     """Run a command and return its exit code. With --debug among the arguments, exceptions show their traceback."""
     debug = any(argument in ("-v", "--debug") for argument in arguments)
-    later = "train" in arguments[:1] and os.environ.get("RANK", "0") != "0"
+    later = "train" in arguments[:1] and of_several() and os.environ.get("RANK", "0") != "0"
     as_json = "--json" in arguments and not later
     try:
         code = run()
@@ -131,7 +136,7 @@ def _explained(error: Exception, command: str) -> PissaError:
         return PissaError("out of memory", LESS_MEMORY[command if command in LESS_MEMORY else "others"])
     if "No usable temporary directory" in text:
         return PissaError("there is no folder for temporary files", "set TMPDIR to one that can be written")
-    if os.environ.get("WORLD_SIZE", "1") != "1" and any(word in text for word in LOST):
+    if of_several() and any(word in text for word in LOST):
         return PissaError(
             "another process is gone: killed, or out of memory (the launcher says which)",
             "pissa train RUN --resume goes on; where memory ran out, with a lower train.micro_batch_size",
