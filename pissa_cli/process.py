@@ -8,7 +8,9 @@ import ctypes
 import os
 import resource
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -17,15 +19,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from pissa_cli.errors import LAUNCHED, Interrupted
+from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError, first_line
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 """Loaded here: between fork and exec it might wait for a lock for ever."""
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES = 2**30
-WAIT_SECONDS = 6 * 3600
+MEET_SECONDS, WAIT_SECONDS = 1800, 6 * 3600
 NOHUP = (signal.SIGHUP, signal.SIG_IGN)
 
 
@@ -37,10 +40,58 @@ def process_state() -> PartialState:
     deepspeed = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # which would start the processes' group itself
     try:
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+        _place = None if torch.distributed.is_initialized() else _meet()  # kept until torch has its own
         return PartialState(cpu=cpu, timeout=timedelta(seconds=WAIT_SECONDS))
+    except ValueError as error:
+        raise UsageError(
+            f"what the environment says of several processes cannot be: {first_line(error)}",
+            "start them by --processes, torchrun or accelerate launch; alone: unset WORLD_SIZE, RANK and LOCAL_RANK",
+        ) from None
+    except torch.distributed.DistNetworkError as error:
+        raise PissaError(
+            f"the processes cannot meet: {first_line(error)}",
+            "MASTER_ADDR and MASTER_PORT say where: a port of the first one's machine that nobody else has",
+        ) from None
     finally:
         if deepspeed is not None:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = deepspeed
+
+
+def _meet() -> TCPStore | None:
+    """Wait until all processes are there, where none but the environment brings them together (torchrun has them by
+    then). torch itself would wait as long as for a step, without a word, and hear no signal meanwhile.
+
+    Returns what the first process holds open for the others, if anything.
+    """
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    host, port, rank, size = (os.environ.get(name, "") for name in names)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not (host and port and rank and int(size or 1) > 1):
+        return None
+    began, told, store = time.monotonic(), False, None
+    while True:
+        if store is None and (rank == "0" or _answers(host, int(port))):
+            store = TCPStore(host, int(port), is_master=rank == "0", wait_for_workers=False, multi_tenant=True)
+            store.set(rank, "")
+        others = [str(other) for other in range(int(size)) if str(other) != rank]
+        missing = [other for other in others if store is None or not store.check([other])]
+        if not missing:
+            return store
+        waited = time.monotonic() - began
+        if waited > MEET_SECONDS:
+            raise PissaError(
+                f"{host}:{port}: of {size} processes these have not come: {', '.join(missing)}",
+                "WORLD_SIZE, RANK and MASTER_ADDR say so; one process alone: unset them",
+            )
+        if waited > 10 and not told:
+            print(f"waiting at {host}:{port} for {size} processes (WORLD_SIZE)", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.2)
+
+
+def _answers(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=2):
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BigBirdConfig, ViTConfig, ViTModel
 
-from pissa_cli import launch
+from pissa_cli import launch, process
 from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError
 from pissa_cli.experts import has_experts, holders_of_3d_weights
 from pissa_cli.launch import _wait
@@ -314,6 +315,56 @@ def test_a_second_interrupt_does_not_wait_for_the_step(
         for process in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_of_two_that_is_alone_says_so_and_can_be_stopped(
+    rank: str, models: Callable[[str], Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+    command = entry("train", "--model", models("llama"), "--set", f"data.train={rows}", "-o", tmp_path / "out")
+    log = tmp_path / "log"
+    alone = forked(command, log, environment)
+    try:
+        await_that(lambda: f"waiting at 127.0.0.1:{port} for 2 processes" in log.read_text(), 60)
+        os.kill(alone, signal.SIGTERM)
+        await_that(lambda: "error: interrupted" in log.read_text(), 10)
+    except AssertionError:
+        os.kill(alone, signal.SIGKILL)
+        raise
+    finally:
+        code = exit_code(alone)
+    assert code == 130
+    monkeypatch.setattr(process, "MEET_SECONDS", 0)
+    assert exit_code(forked(command, log, environment)) == 1
+    assert f"of 2 processes these have not come: {1 - int(rank)}\n" in log.read_text()
+
+
+def test_a_port_that_somebody_else_has_is_named(models: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
+    command = entry("train", "--model", models("llama"), "--set", f"data.train={rows}", "-o", tmp_path / "out")
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        started = forked(command, tmp_path / "log", place | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"})
+        assert exit_code(started) == 1
+    assert "the processes cannot meet: " in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+    ],
+)
+def test_an_environment_of_half_a_launcher_is_refused(
+    environment: dict[str, str], models: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    command = entry("train", "--model", models("llama"), "--set", f"data.train={rows}", "-o", tmp_path / "out")
+    assert exit_code(forked(command, tmp_path / "log", environment)) == 2
+    assert "unset WORLD_SIZE, RANK and LOCAL_RANK" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes are found by Linux's /proc")
