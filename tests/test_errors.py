@@ -622,6 +622,24 @@ def test_output_for_readers_that_know_ascii_alone_or_are_gone(
     assert done.returncode == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a folder that is in use may not be removable")
+def test_a_working_directory_that_is_gone(
+    pissa: Pissa, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    outcome = pissa("init", "--model", models("llama"), "--rank", 2, "--json")
+    assert outcome.code == 2 and "the working directory is gone" in outcome.json["error"]
+
+
+def test_python_without_docstrings(models: Callable[[str], Path], tmp_path: Path) -> None:
+    words = ["init", "--model", str(models("llama")), "--rank", "2", "--json", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "pissa_cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONOPTIMIZE": "2"})
+    assert done.returncode == 2 and "python -OO" in json.loads(done.stdout)["error"]
+
+
 def test_a_model_with_an_adapter_beside_it(refused: Callable[..., str], tmp_path: Path) -> None:
     """transformers adds such an adapter to the model, whatever is asked for."""
     model = save_model(make_model("llama"), tmp_path / "base")

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ from pissa_cli.cli.init import init_command
 from pissa_cli.cli.merge import merge_command
 from pissa_cli.cli.quantize import quantize_command
 from pissa_cli.cli.train import train_command
+from pissa_cli.errors import UsageError
 
 app = typer.Typer(
     name="pissa",
@@ -43,7 +45,12 @@ def _root(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # libraries fail there, or end the process
+        raise UsageError("the working directory is gone", "start in a folder that is there") from None
+    if sys.flags.optimize > 1:
+        raise UsageError("python -OO takes away texts that transformers needs", "set PYTHONOPTIMIZE to 1")
 
 
 def run() -> None:
