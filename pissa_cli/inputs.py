@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def local_base(section: ModelSection) -> Path | None:
 
 
 def require_model_folder(path: Path) -> Path:
-    """The folder; UsageError for one without config.json, and for one that has more in it than a model."""
+    """The folder; UsageError for one without config.json, for one that has more in it than a model, and for files that
+    may not be read."""
     if not (path / "config.json").is_file():
         run = path if holds_run(path) else run_around(path)
         if run is not None:
@@ -119,4 +121,8 @@ def require_model_folder(path: Path) -> Path:
     odd = next((inside for inside in sorted(path.iterdir()) if kind_of(inside) == "other"), None)
     if odd is not None:
         raise UsageError(f"{odd}: neither a file nor a folder, and would be waited for", "remove it")
+    files = (inside for end in ("json", "safetensors") for inside in sorted(path.glob(f"*.{end}")) if inside.is_file())
+    closed = next((file for file in files if not os.access(file, os.R_OK)), None)
+    if closed is not None:  # safetensors says that it is not there
+        raise UsageError(f"{closed}: cannot be read", "check the rights to read it")
     return path

@@ -650,6 +650,24 @@ def test_a_model_with_an_adapter_beside_it(refused: Callable[..., str], tmp_path
     assert "a model and an adapter in one folder" in refused("init", "--model", model)
 
 
+def test_what_may_not_be_looked_up(capsys: pytest.CaptureFixture[str]) -> None:
+    def look() -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a/model/config.json")
+
+    assert edge.run_guarded(look, ["init"]) == 2
+    assert "error: a/model/config.json: no access (Permission denied)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_file_of_a_model_that_may_not_be_read(
+    name: str, refused: Callable[..., str], models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which safetensors takes for one that is not there, and so for damage."""
+    granted = os.access  # what chmod takes away is still granted to root
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != name and granted(path, mode))
+    assert f"{name}: cannot be read" in refused("init", "--model", models("llama"), "--rank", 2)
+
+
 @pytest.mark.parametrize("text", ["### Q {instruction}", "Q {instruction} # x", "#1.jsonl"])
 def test_a_comment_in_set_is_no_value(text: str, refused: Callable[..., str]) -> None:
     assert "what follows # is a comment" in refused("init", "--model", "x", "--set", f"data.template={text}")

@@ -125,10 +125,12 @@ def _explained(error: Exception, command: str) -> PissaError:
         return error
     if isinstance(error, OSError) and error.errno in DISK:
         return cannot_write(error.filename or "the disk", error)
+    file = getattr(error, "filename", None)
     if isinstance(error, OSError) and error.errno == errno.EIO:  # of reading as of writing
-        file = error.filename
         place = f"{file}: " if file else ""
         return PissaError(f"{place}the disk fails: {error.strerror}", "check it; what was saved before is as it was")
+    if isinstance(error, PermissionError) and file:
+        return UsageError(f"{file}: no access ({error.strerror})", "check the rights to it and to the folders above")
     if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
         package = "pyyaml" if error.name == "yaml" else error.name
         return UsageError(f"the package {package} is not installed", f"pip install {package}")
