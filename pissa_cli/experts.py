@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from pissa_cli.products import LinearFunction, product_dtype
+
 IMPLEMENTATION = "pissa"
 DISK_NAMES = {"mixtral": ("w1", "w3", "w2"), "qwen2_moe": ("gate_proj", "up_proj", "down_proj")}
 """Names of gate, up and down on disk, by transformers' conversion pattern."""
@@ -126,6 +128,12 @@ def set_part(model: PreTrainedModel, expert: Expert, module: nn.Module) -> None:
     model.config._experts_implementation = IMPLEMENTATION
 
 
+def one_by_one(model: PreTrainedModel) -> None:
+    """Have the experts compute one after the other, as adapted ones do, where they can."""
+    if any(True for _ in expert_layers(model)):
+        model.config._experts_implementation = IMPLEMENTATION
+
+
 def part_of(model: PreTrainedModel, expert: Expert) -> nn.Module:
     """What computes the product with this expert's matrix."""
     experts = model.get_submodule(expert.module)
@@ -169,7 +177,14 @@ def adapted_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_we
 def _linear(experts: nn.Module, number: int, part: str, x: Tensor) -> Tensor:
     parts: Any = getattr(experts, "parts", {})
     key = _key(number, part)
-    return parts[key](x) if key in parts else nn.functional.linear(x, expert_weight(experts, number, part))
+    y: Tensor
+    if key in parts:
+        y = parts[key](x)
+    else:
+        W = expert_weight(experts, number, part)
+        widens = product_dtype(x) != x.dtype
+        y = LinearFunction.apply(x, lambda _: W, W, None) if widens else nn.functional.linear(x, W)
+    return y
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, adapted_forward)

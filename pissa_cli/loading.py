@@ -15,7 +15,7 @@ from pissa_cli import quant
 from pissa_cli.adapters.lowrank import multiply_in_fp32
 from pissa_cli.configuration import no_panic, read_config
 from pissa_cli.errors import UsageError, in_one_line
-from pissa_cli.experts import Expert, set_part, without_expert_weights
+from pissa_cli.experts import Expert, one_by_one, set_part, without_expert_weights
 from pissa_cli.model import (
     AUTO_CLASSES,
     DTYPES,
@@ -26,6 +26,7 @@ from pissa_cli.model import (
     read_stored,
     skeleton,
 )
+from pissa_cli.products import widens
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.svd import generator
 from pissa_cli.weights import open_weights
@@ -79,6 +80,8 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
     quant.set_compute_dtype(model, DTYPES[precision])
     if best_device().type == "cpu":
         multiply_in_fp32(model, DTYPES[precision])
+        if widens(dtype, model.device):
+            one_by_one(model)
     if section.task == "sequence-classification" and len(section.labels) == 1:
         _make_exact(model, folder)
     return cast(PreTrainedModel, model)

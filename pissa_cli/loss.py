@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pissa_cli.products import product_dtype
+from pissa_cli.products import CAST, linear, product_dtype, times
 from pissa_cli.recipe import Recipe
 from pissa_cli.zero import gathered
 
 IGNORED = -100
 LOGITS = {"cpu": 2**22, "cuda": 2**27}  # numbers of a chunk of logits
-HEAD_COPY = 2**26  # numbers of a head that may be copied to the dtype of the products
+ROWS = 16, 64  # of a chunk at least; where a part of the head is cast to the dtype of the products for each
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Tensor], chunked: bool = False) -> Tensor:
@@ -77,18 +77,18 @@ class HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         dtype = product_dtype(x)
-        dtype = dtype if weight.numel() <= HEAD_COPY else x.dtype
-        W, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+        in_parts = dtype != x.dtype and weight.numel() > CAST
+        W, b = weight if in_parts else weight.to(dtype), None if bias is None else bias.to(dtype)
         needs_x, needs_W, needs_b, _ = ctx.needs_input_grad
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if needs_x else None
         grad_W = torch.zeros_like(weight, dtype=torch.float32) if needs_W else None
         grad_b = torch.zeros_like(bias, dtype=torch.float32) if needs_b and bias is not None else None
-        rows = max(16, LOGITS[x.device.type] // len(weight))
+        rows = max(ROWS[in_parts], LOGITS[x.device.type] // len(weight))
         with torch.autocast(x.device.type, enabled=False):
             for begin in range(0, len(x), rows):
                 part, wanted = x[begin : begin + rows].to(dtype), targets[begin : begin + rows, None]
-                logits = functional.linear(part, W, b).float()
+                logits = linear(part, W, b).float()
                 total += (logits.logsumexp(1, keepdim=True) - logits.gather(1, wanted)).sum()
                 if not (needs_x or needs_W or needs_b):
                     continue
@@ -97,7 +97,7 @@ class HeadCrossEntropy(torch.autograd.Function):
                     grad_b += grad.sum(0)
                 grad = grad.to(dtype)
                 if grad_x is not None:
-                    grad_x[begin : begin + rows] = grad @ W
+                    grad_x[begin : begin + rows] = times(grad, W)
                 if grad_W is not None:
                     grad_W += grad.T @ part
         ctx.save_for_backward(grad_x, grad_W, grad_b)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import quant
+from pissa_cli.adapters.lowrank import LINEAR_SUBCLASSES
 from pissa_cli.bypassed import casts_to, is_bypassed
 from pissa_cli.configuration import context_of, read_config
 from pissa_cli.errors import UsageError, first_line, in_one_line
@@ -30,8 +31,6 @@ AUTO_CLASSES: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
 }
 """By `model.task`."""
-LINEAR_SUBCLASSES = ("FalconLinear",)
-"""They compute what torch's Linear does, but for the rounding; transformers stores none of them in NF4."""
 UNREAD = "weight"
 """Of a layer with this in its name transformers 5.17 does not find the NF4 scales (newer versions: at its end)."""
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.pytorch_utils import Conv1D
 
-from pissa_cli import products, quant
+from pissa_cli import loss, products, quant
 from pissa_cli.adapters.lowrank import LowRank, multiply_in_fp32
 from pissa_cli.loading import load_model
 from pissa_cli.recipe import ModelSection
@@ -70,9 +76,23 @@ def test_the_layer_gives_the_same_either_way(monkeypatch: pytest.MonkeyPatch) ->
     assert errors[False] < 2.0**-9 and errors[True] < 2.0**-7 and errors[False] < errors[True]
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])
+class Products(TorchDispatchMode):
+    """What dtypes matrices are multiplied in, meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in func.name():
+            self.dtypes |= {x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "falcon", "nf4"])
 def test_frozen_layers_give_the_same_either_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     processor(monkeypatch, False, False)
+    monkeypatch.setattr(products, "CAST", 1000)  # numbers, of 8192
     torch.manual_seed(0)
     W, bias = torch.randn(128, 64), torch.randn(128).to(BF16)
     if kind == "nf4":
@@ -81,39 +101,75 @@ def test_frozen_layers_give_the_same_either_way(kind: str, monkeypatch: pytest.M
         layer, W = quant.linear(packed), quant.read(packed)
         layer.register_parameter("bias", nn.Parameter(bias))
     else:
-        layer = nn.Linear(64, 128, dtype=BF16) if kind == "linear" else Conv1D(128, 64).bfloat16()
+        layer = Conv1D(128, 64) if kind == "conv1d" else {"linear": nn.Linear, "falcon": FalconLinear}[kind](64, 128)
         W = W.to(BF16).float()
-        layer.load_state_dict({"weight": W if kind == "linear" else W.T, "bias": bias})
+        layer.bfloat16().load_state_dict({"weight": W.T if kind == "conv1d" else W, "bias": bias})
     layer.requires_grad_(False)
     quant.set_compute_dtype(layer, BF16)
     multiply_in_fp32(layer, BF16)
     for rows in (7, 40):  # the few are computed as they were
         x = torch.randn(1, rows, 64).to(BF16).requires_grad_()
-        y = layer(x)
-        y.float().square().sum().backward()
+        with Products() as seen:
+            y = layer(x)
+            y.float().square().sum().backward()
         exact = x.detach().double() @ W.double().T + bias.double()
         grad = 2 * y.detach().double() @ W.double()
-        assert y.dtype == x.grad.dtype == BF16
+        assert y.dtype == x.grad.dtype == BF16  # type: ignore[union-attr]
+        assert rows < 8 or seen.dtypes == {FP32}
         rounding = 2.0**-9 if rows == 40 else 2.0**-7
         for given, wanted in ((y, exact), (x.grad, grad)):
-            assert float((given.double() - wanted).norm() / wanted.norm()) < rounding
+            assert float((given.double() - wanted).norm() / wanted.norm()) < rounding  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_layers_that_train_multiply_in_fp32_too(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    processor(monkeypatch, False, False)
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 128) if kind is nn.Linear else Conv1D(128, 64)
+    plain = copy.deepcopy(layer)
+    multiply_in_fp32(layer, BF16)
+    x, g = torch.randn(2, 20, 64).to(BF16), torch.randn(2, 20, 128).to(BF16)
+    given, exact = x.clone().requires_grad_(), x.float().requires_grad_()
+    with Products() as seen:
+        with torch.autocast("cpu", BF16):
+            y = layer(given)
+        y.backward(g)
+    plain(exact).backward(g.float())
+    assert y.dtype == given.grad.dtype == BF16 and seen.dtypes == {FP32}  # type: ignore[union-attr]
+    assert torch.equal(given.grad, exact.grad.to(BF16))  # type: ignore[arg-type, union-attr]
+    for ours, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
 @pytest.mark.parametrize("slow", [True, False])
 def test_a_model_multiplies_in_fp32_where_bf16_is_the_slower(
-    slow: bool, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    slow: bool, architecture: str, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor(monkeypatch, not slow, False)
     monkeypatch.setattr("pissa_cli.loading.best_device", lambda: torch.device("cpu"))
-    model = load_model(models("llama"), ModelSection(name="llama"), "bf16", 0)
-    dtypes = set()
-    linear = torch.nn.functional.linear
+    model = load_model(models(architecture), ModelSection(name=architecture), "bf16", 0)
+    if architecture == "mixtral":
+        for module in model.modules():  # a router's product is small
+            if isinstance(module, MixtralTopKRouter):
+                module.register_forward_pre_hook(lambda module, given: (module.float(), (given[0].float(),))[1])
+    with torch.no_grad(), Products() as seen:
+        assert model(input_ids=torch.arange(80)[None]).logits.dtype == BF16
+    assert seen.dtypes == ({FP32} if slow else {BF16, FP32} if architecture == "mixtral" else {BF16})
 
-    def see(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        dtypes.add(x.dtype)
-        return linear(x, *rest)
 
-    monkeypatch.setattr("torch.nn.functional.linear", see)
-    with torch.no_grad():
-        assert model(input_ids=torch.arange(40)[None]).logits.dtype == BF16
-    assert dtypes == {FP32 if slow else BF16}
+def test_the_loss_of_a_large_head_casts_it_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor(monkeypatch, False, False)
+    for module in (products, loss):
+        monkeypatch.setattr(module, "CAST", 1000)  # numbers, of 1600
+    torch.manual_seed(0)
+    x, targets = torch.randn(171, 32).to(BF16), torch.randint(0, 50, (171,))
+    W, bias = torch.randn(50, 32).to(BF16), torch.randn(50).to(BF16)
+    given, exact = x.clone().requires_grad_(), x.float().requires_grad_()
+    with Products() as seen:
+        found = loss.HeadCrossEntropy.apply(given, W, bias, targets)
+        found.backward()
+    wanted = functional.cross_entropy(functional.linear(exact, W.float(), bias.float()), targets, reduction="sum")
+    wanted.backward()
+    assert seen.dtypes == {FP32} and abs(float(found - wanted)) < 1e-5 * float(wanted)
+    assert float((given.grad - exact.grad).norm() / exact.grad.norm()) < 2.0**-9  # type: ignore[operator, union-attr]

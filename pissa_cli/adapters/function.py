@@ -7,7 +7,6 @@ b (out,); x' is x, or x after dropout. x may be the product of a gate and what i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pissa_cli.products import product_dtype
+from pissa_cli.products import product_dtype, without_autocast
 
 KEPT_FROM = 2  # times as many rows in x as in a merged weight, and it is kept: it takes at most half of what x does
 
@@ -97,8 +96,7 @@ class LowRankFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        device = grads[0].device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with without_autocast(grads[0]):
             return LowRankFunction._gradients(ctx, grads)
 
     @staticmethod
@@ -155,23 +153,6 @@ class LowRankFunction(torch.autograd.Function):
             (grad_gate,) = torch.autograd.grad(activated, values, grad_x * like)
             grad_x = grad_x * activated.detach()
         return grad_x, grad_dropped, None, grad_gate, None, *chain(*factor_grads)
-
-
-class FrozenFunction(torch.autograd.Function):
-    """x W^T + bias of a layer that does not train, by products in `product_dtype`. W is read again for the backward
-    pass, and nothing is saved.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
-        ctx.dtype, ctx.part = product_dtype(x), part
-        bias = None if part.bias is None else _cast(part.bias, ctx.dtype)
-        return functional.linear(_cast(x, ctx.dtype), part.read_weight(ctx.dtype), bias).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        (g,) = grads
-        return (_cast(g, ctx.dtype) @ ctx.part.read_weight(ctx.dtype)).to(g.dtype), None
 
 
 class _Factors(NamedTuple):

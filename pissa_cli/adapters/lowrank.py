@@ -6,7 +6,6 @@ Shapes: x (tokens, in), W (out, in), A (r, in), B (out, r), d (r,), b (out,). W 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from pissa_cli.adapters.function import FrozenFunction, Gate, LowRankFunction, Part
+from pissa_cli.adapters.function import Gate, LowRankFunction, Part
 from pissa_cli.adapters.start import Factors, Projections
-from pissa_cli.products import product_dtype, widens
+from pissa_cli.products import LinearFunction, in_autocast_dtype, product_dtype, widens, without_autocast
 from pissa_cli.quant import packed_weight, read
 
 FACTOR_NAMES = ("A", "B", "d", "b")
+LINEAR_SUBCLASSES = ("FalconLinear",)
+"""They compute what torch's Linear does, but for the rounding; transformers stores none of them in NF4."""
 
 
 class LowRank(nn.Module):
@@ -83,7 +84,7 @@ class LowRank(nn.Module):
 
     def base_weight(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) in `dtype`, read back from its store."""
-        return _weight(self.base, dtype)
+        return _stored(self.base, dtype).to(dtype)
 
     def forward(self, x: Tensor, gate: Gate | None = None) -> Tensor:
         """The output for x, or for x under a gate."""
@@ -130,42 +131,41 @@ class Siblings:
 
 
 def multiply_in_fp32(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have the frozen linear layers of a model of `dtype` compute as low-rank layers do, on a CPU that multiplies such
-    numbers more slowly than fp32: to a seventh of the rate."""
+    """Have the linear layers of a model whose products are in `dtype` compute as low-rank layers do, on a CPU that
+    multiplies such numbers more slowly than fp32: at a seventh of the rate."""
     if widens(dtype, torch.device("cpu")):
         for module in model.modules():
-            if type(module) in (nn.Linear, Conv1D) or packed_weight(module) is not None:
+            known = type(module) in (nn.Linear, Conv1D) or type(module).__name__ in LINEAR_SUBCLASSES
+            if known or packed_weight(module) is not None:
                 module.forward = partial(_multiply, module)
 
 
 def _multiply(module: nn.Module, x: Tensor) -> Tensor:
-    trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
-    if trains or product_dtype(x) == x.dtype or torch.is_autocast_enabled(x.device.type):
+    x = in_autocast_dtype(x)
+    if product_dtype(x) == x.dtype:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
-    return FrozenFunction.apply(x, Part(partial(_weight, module), module.bias))  # type: ignore[no-any-return, arg-type]
+    weight = _stored(module, x.dtype) if packed_weight(module) is None else None
+    return LinearFunction.apply(x, partial(_stored, module), weight, module.bias)  # type: ignore[no-any-return]
 
 
-def _weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """W (out, in) of a linear layer in `dtype`, read back from its store."""
+def _stored(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """W (out, in) of a linear layer: as it is, or in `dtype` where it has to be read back from its store."""
     packed = packed_weight(layer)
     if packed is not None:
         return read(packed, dtype)
-    weight: Tensor = layer.weight.to(dtype)  # type: ignore[assignment]
+    weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def compute(layers: Sequence[LowRank], x: Tensor, gate: Gate | None = None) -> tuple[Tensor, ...]:
     """The outputs of layers for one x; several have no dropout, nor has one whose x has a gate."""
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    if autocast:
-        x = x.to(torch.get_autocast_dtype(device))
+    x = in_autocast_dtype(x)
     first, parts, factors = layers[0], [], []
     dropped = functional.dropout(x, first.dropout, first.training) if first.dropout else None
     for layer in layers:
         bias: Tensor | None = layer.base.bias  # type: ignore[assignment]
         parts.append(Part(layer.base_weight, bias, layer.scale, layer.keeps_weight, layer.projections is not None))
         factors += [*layer.pair(x), layer.d, layer.b]
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with without_autocast(x):
         outputs: tuple[Tensor, ...] = LowRankFunction.apply(x, dropped, *(gate or (None, None)), parts, *factors)
     return outputs
