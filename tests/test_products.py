@@ -121,6 +121,15 @@ def test_frozen_layers_give_the_same_either_way(kind: str, monkeypatch: pytest.M
             assert float((given.double() - wanted).norm() / wanted.norm()) < rounding  # type: ignore[union-attr]
 
 
+def test_layers_can_be_offloaded_and_keep_a_way_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both is what compressed-tensors does to those that it reads."""
+    processor(monkeypatch, False, False)
+    plain, own = nn.Linear(4, 4), nn.Linear(4, 4)
+    own.forward = way = own.forward  # type: ignore[method-assign]
+    multiply_in_fp32(nn.ModuleList([plain, own]), BF16)
+    assert plain.forward.__func__ is not nn.Linear.forward and own.forward is way
+
+
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_layers_that_train_multiply_in_fp32_too(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     processor(monkeypatch, False, False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -136,8 +137,8 @@ def multiply_in_fp32(model: nn.Module, dtype: torch.dtype) -> None:
     if widens(dtype, torch.device("cpu")):
         for module in model.modules():
             known = type(module) in (nn.Linear, Conv1D) or type(module).__name__ in LINEAR_SUBCLASSES
-            if known or packed_weight(module) is not None:
-                module.forward = partial(_multiply, module)
+            if (known or packed_weight(module) is not None) and "forward" not in vars(module):
+                module.forward = MethodType(_multiply, module)  # compressed-tensors asks for its function
 
 
 def _multiply(module: nn.Module, x: Tensor) -> Tensor:
