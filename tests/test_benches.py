@@ -15,16 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from pissa_cli.errors import UsageError
+from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals import code, competition_math, held_out, humaneval, mbpp, results
 from pissa_cli.evals import run as module
 from pissa_cli.evals.bench import Grade, pass_at
 from pissa_cli.evals.code import written
-from pissa_cli.evals.outputs import Kept
+from pissa_cli.evals.outputs import Kept, read_samples
 from pissa_cli.evals.published import published
 from pissa_cli.evals.results import score_samples
 from pissa_cli.evals.run import evaluate
 from pissa_cli.examples import Examples
+from pissa_cli.glue import SETS
 from pissa_cli.train import train
 
 EQUAL = [
@@ -57,6 +58,10 @@ EQUAL = [
     ("k=\\frac{1}{2}", "\\frac{1}{2}"),
     ("-3", "-3"),
     ("", ""),
+    ("", "\\!"),
+    ("\\frac{1}{2}", "\\frac 12"),
+    ("x\\frac1", "x \\frac1"),
+    ("1,0.5", "1, .5"),
 ]
 UNEQUAL = [
     ("0.5", "0.50"),
@@ -77,6 +82,9 @@ UNEQUAL = [
     ("a\\text{ b}\\text{ c}", "a"),
     ("\\frac", "\\frac{}"),
     ("\\sqrt", "\\sqrt{}"),
+    ("\\sqrt{3}", "\\sqrt 3"),
+    ("\\frac{03}{4}", "03/4"),
+    ("b", "a=b=c"),
 ]
 EXTRACTED = [
     ("The answer is: 5", "5"),
@@ -105,6 +113,10 @@ GOLD = [
     ("$\\boxed{\\text{(A) }{x}}$", "\\text{(A) }{x}"),
     ("none", None),
     ("$\\boxed{1", None),
+    ("$\\boxed5$", None),
+    ("\\boxed{5}", "5"),
+    ("$\\fbox{3}$ or $\\fbox{4}$", "4"),
+    ("$\\boxed 1$ or $\\boxed 2$", "2"),
 ]
 ADD = {
     "task_id": "Own/0",
@@ -117,7 +129,7 @@ LARGEST = {
     "task_id": 7,
     "text": "Write a function to find the largest number.",
     "code": "def largest(xs):\n  return max(xs)",
-    "test_setup_code": "limit = 3",
+    "test_setup_code": "limit = largest([3])",
     "test_list": ["assert largest([1, 3, 2]) == limit", "assert largest([-1]) == -1"],
 }
 
@@ -147,6 +159,7 @@ def test_code_is_cut_as_the_reference_does() -> None:
     assert written("a\n```python\nx = 1\n```\nb\n```python\ny\n```") == "x = 1"
     for tail in ('if __name__ == "__main__":\n    f()', "# Example usage:\nf()", "assert f() == 1"):
         assert written(f"```python\ndef f(): return 1\n{tail}\n```") == "def f(): return 1"
+    assert written("```python\nx = '```'\ny = 2\n```\nz") == "x = '```'\ny = 2"
     assert written("```python\nx = 1") == "\nx = 1"  # an output that was cut off
     assert written("```python\nx = 1\n```python\ny = 2\n```") == "x = 1\n\ny = 2"  # the first fence is not closed
 
@@ -172,6 +185,9 @@ def test_humaneval_runs_what_was_written() -> None:
         f"{whole}\nimport sys; sys.exit(0)": False,
     }
     assert grades(humaneval.BENCH, ADD, list(outputs)) == list(outputs.values())
+    wrong = humaneval.BENCH.grade([ADD], ["    return 0"], lambda *_: None)
+    assert (wrong[0].answer, wrong[0].detail) == ("    return 0", "raised AssertionError: ")
+    assert humaneval.BENCH.question(ADD).endswith(f"block:\n```python\n{ADD['prompt'].strip()}\n```")
 
 
 def test_mbpp_runs_what_was_written() -> None:
@@ -181,6 +197,7 @@ def test_mbpp_runs_what_was_written() -> None:
             str(LARGEST["code"]): True,
             f"```python\n{LARGEST['code']}\n```": True,
             str(LARGEST["code"]).replace("max", "min"): False,
+            "def largest(xs): return 3": False,  # which the first test is content with
             "def other(xs): return 3": False,
             " ": False,
         }
@@ -188,6 +205,8 @@ def test_mbpp_runs_what_was_written() -> None:
         asked = f'"""\n{LARGEST["text"]}\n{LARGEST["test_list"][0]}\n"""'
         assert mbpp.BENCH.question(row).endswith(f"\n```python\n{asked}\n```")
     assert (mbpp.BENCH.identity(LARGEST), mbpp.BENCH.identity(sanitized)) == ("7", None)
+    assert (humaneval.BENCH.identity(ADD), humaneval.BENCH.identity(LARGEST | {"task_id": 0})) == ("Own/0", "0")
+    assert humaneval.BENCH.identity(sanitized) is None
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -205,10 +224,10 @@ def made(recipe: Callable[..., Any], models: Callable[[str], Path], tmp_path: Pa
 
 
 def test_outputs_made_elsewhere_are_scored_without_a_model(made: Callable[..., Any], tmp_path: Path) -> None:
-    rows = [{"task_id": "Own/1", "output": ""}, {"task_id": "Own/0", "output": "    return sum(xs)"}]
+    rows = [{"task_id": "Own/1", "output": " \n"}, {"task_id": "Own/0", "output": "    return sum(xs)"}]
     result = score_samples(made(), write(tmp_path / "samples.jsonl", rows), allow_code=True)["humaneval"]
     assert (result["score"], result["n"], result["model"]) == (50, 2, "samples")
-    assert "not a published set" in result["rows"] and "10 s" in result["protection"]
+    assert "not a published set" in result["rows"] and "10 s" in result["protection"] and 0 < result["seconds"] < 100
     folder = tmp_path / "out" / "eval" / "samples" / "humaneval"
     kept = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [(s["id"], s["correct"]) for s in kept] == [(0, True), (1, False)] and kept[1]["detail"] == "empty output"
@@ -221,7 +240,12 @@ def test_outputs_made_elsewhere_are_scored_without_a_model(made: Callable[..., A
         ([{"task_id": "Own/0", "output": "x"}], "no output for questions 1"),
         ([{"task_id": "Own/9", "output": "x"}], "no question of this data"),
         ([{"id": 0, "output": "x"}, {"task_id": "Own/0", "output": "x"}], "has an output already"),
-        ([{"id": 5, "output": "x"}], "no question of this data"),
+        ([{"id": 2, "output": "x"}], "no question of this data"),
+        ([{"id": -1, "output": "x"}], "no question of this data"),
+        ([{"id": "0", "output": "x"}], "no question of this data"),
+        ([{"task_id": "Own/0", "output": "x"}, {"task_id": "Own/0", "output": "x"}], "has an output already"),
+        ([{"output": "x"}], "no question of this data"),
+        (["x"], "no text 'output'"),
         ([{"task_id": "Own/0", "completion": "x"}], "no text 'output'"),
     ],
 )
@@ -230,6 +254,12 @@ def test_outputs_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         score_samples(made(), write(tmp_path / "samples.jsonl", rows), allow_code=True)
+
+
+def test_outputs_are_found_by_number_or_the_rows_own_name(tmp_path: Path) -> None:
+    rows = [LARGEST, LARGEST | {"task_id": 8}, {"text": "x"}]
+    samples = [{"id": 2, "output": "c"}, {"task_id": 8, "output": "b"}, {"task_id": "7", "output": "a"}]
+    assert read_samples(write(tmp_path / "samples.jsonl", samples), mbpp.BENCH, rows) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -309,6 +339,12 @@ def test_no_code_runs_unasked_and_the_answers_are_kept(
     assert (scored["score"], scored["n"]) == (0, 2)
 
 
+@pytest.mark.parametrize("benches", ["humaneval, math", "loss"])
+def test_outputs_are_of_one_benchmark_with_questions(benches: str, made: Callable[..., Any], rows: Path) -> None:
+    with pytest.raises(UsageError, match="exactly one benchmark with questions"):
+        score_samples(made(f"eval.bench=[{benches}]", f"data.eval={rows}"), "nowhere.jsonl", allow_code=True)
+
+
 def test_rows_without_a_field_are_refused(made: Callable[..., Any], tmp_path: Path) -> None:
     data = write(tmp_path / "bad.jsonl", [ADD, {"task_id": "Own/1", "prompt": "x"}])
     with pytest.raises(UsageError, match="row 2 is no row of humaneval: it has no test, entry_point"):
@@ -316,6 +352,19 @@ def test_rows_without_a_field_are_refused(made: Callable[..., Any], tmp_path: Pa
     data = write(tmp_path / "math.jsonl", [{"problem": "x", "solution": "none"}])
     with pytest.raises(UsageError, match="row 1 is no row of math: its solution has no"):
         score_samples(made("eval.bench=[math]", f"eval.data={{math: {data}}}"), "nowhere.jsonl")
+    data = write(tmp_path / "gsm8k.jsonl", [{"question": "x", "answer": "#### 12 apples"}])
+    with pytest.raises(UsageError, match="row 1 is no row of gsm8k: its answer does not end in '#### number'"):
+        score_samples(made("eval.bench=[gsm8k]", f"eval.data={{gsm8k: {data}}}"), "nowhere.jsonl")
+    for bad, said in (
+        ({"text": None}, "neither text nor prompt"),
+        ({"test_list": []}, "no list of lines"),
+        ({"test_list": "assert f"}, "no list of lines"),
+        ({"test_imports": "import f"}, "no list of lines"),
+        ({"test_setup_code": 1}, "or its test_setup_code no text"),
+    ):
+        data = write(tmp_path / "mbpp.jsonl", [LARGEST, LARGEST | bad])
+        with pytest.raises(UsageError, match=f"row 2 is no row of mbpp: it.*{said}"):
+            score_samples(made("eval.bench=[mbpp]", f"eval.data={{mbpp: {data}}}"), "nowhere.jsonl", allow_code=True)
 
 
 @pytest.mark.parametrize("gone", [5, 1])
@@ -333,6 +382,26 @@ def test_kept_outputs_survive_a_cut_line_and_belong_to_one_model(gone: int, tmp_
         assert kept.outputs == {3: "three\n", 2: "two", 1: "again"}
     with Kept(path, ("model", 2), asked) as kept:
         assert kept.outputs == {}
+
+
+def test_kept_outputs_end_before_a_line_that_is_damaged(tmp_path: Path) -> None:
+    path, asked = tmp_path / "outputs.jsonl", ["a", "b", "c"]
+    with Kept(path, "model", asked) as kept:
+        for number in range(3):
+            kept.add(number, f"of {number}")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], '{"key": "?"}', lines[3], ""]))
+    with Kept(path, "model", asked) as kept:
+        assert kept.outputs == {0: "of 0"}
+        kept.add(2, "anew")
+    with Kept(path, "model", asked) as kept:
+        assert kept.outputs == {0: "of 0", 2: "anew"} and len(path.read_text().splitlines()) == 3
+
+
+def test_outputs_that_cannot_be_kept_are_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PissaError, match=r"outputs\.jsonl: cannot write"), Kept(tmp_path / "file/outputs.jsonl", 1, []):
+        pass
 
 
 def test_a_smaller_evaluation_leaves_the_outputs_of_a_greater_one(tmp_path: Path) -> None:
@@ -354,13 +423,18 @@ def test_published_figures_stand_beside_the_same_model_method_and_rows() -> None
     assert published("mistralai/Mistral-7B-v0.1", "pissa", 16, "gsm8k", 1319) == (73.31, "arXiv 2404.02948 v4, table 2")
     assert (published("meta-llama/Llama-2-7b-hf", "lora", 16, "mt_bench", 160) or [0])[0] == 4.56
     assert (published("google/gemma-7b", "full", 32, "math", 5000) or [0])[0] == 22.71
-    assert (published("microsoft/deberta-v3-base", "pissa", 32, "glue/cola", 1043) or [0])[0] == 73.12
+    cola = published("microsoft/deberta-v3-base", "pissa", 32, "glue/cola", 1043)
+    assert cola == (73.12, "arXiv 2404.02948 v4, table 3")
     assert published("FacebookAI/roberta-base", "vera", 32, "glue/rte", 277) == (78.7, "arXiv 2310.11454 v2, table 2")
     assert published("FacebookAI/roberta-base", "vera", 32, "glue/qqp", 40430) is None
     assert published("google/gemma-7b", "pissa", 4, "math", 5000) is None
     assert published("google/gemma-7b", "pissa", 16, "mbpp", 500) is None
     assert published("mistralai/Mistral-7B-v0.1", "vera", 16, "gsm8k", 1319) is None
     assert published("mistralai/Mistral-7B-v0.3", "pissa", 16, "gsm8k", 1319) is None
+    for name, bench in results.GENERATED.items():
+        assert any(published("google/gemma-7b", "pissa", 16, name, n) for n in bench.published), name
+    for name in SETS.keys() - {"glue/mnli", "glue/mnli_mismatched"}:
+        assert any(published("microsoft/deberta-v3-base", "pissa", 32, name, n) for n in SETS[name].rows), name
 
 
 def test_outputs_that_no_file_can_hold_are_still_written(made: Callable[..., Any], tmp_path: Path) -> None:
@@ -377,10 +451,9 @@ def test_the_command_says_that_nothing_was_run(made: Callable[..., Any], rows: P
 
 
 def test_algebra_stands_beside_the_score_and_never_instead() -> None:
-    rows = [
-        {"problem": "p", "solution": f"so \\boxed{{{answer}}}"} for answer in ("\\frac{1}{2}", "2x+1", "(1,2)", "5")
-    ]
-    outputs = [f"The answer is: {answer}" for answer in ("0.50", "1+2x", "(1,2)", "6")]
-    grades = competition_math.BENCH.grade(rows, outputs, lambda *_: None)
-    assert [grade.correct for grade in grades] == [False, False, True, False]
-    assert competition_math.BENCH.beside(rows, outputs) == {"symbolic": 75}
+    answers = {"\\frac{1}{2}": "0.50", "2x+1": "1+2x", "(1,2)": "(1,2)", "5": "6", "": "\\!"}
+    rows = [{"problem": "p", "solution": f"so \\boxed{{{answer}}}"} for answer in (*answers, "7")]
+    outputs = [*(f"The answer is: {answer}" for answer in answers.values()), "7"]
+    found, samples = results.grade_outputs("math", rows, outputs, lambda *_: None)
+    assert [sample["correct"] for sample in samples] == [False, False, True, False, True, False]
+    assert (found["score"], found["symbolic"]) == (pytest.approx(100 * 2 / 6), pytest.approx(100 * 4 / 6))

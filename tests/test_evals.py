@@ -84,12 +84,18 @@ def test_gold_and_score() -> None:
     assert gsm8k.score("The answer is: 1250", gsm8k.gold(row)) and gsm8k.score("The answer is: 1,250", "1,250")
     assert gsm8k.is_number("-1,250.5") and not gsm8k.is_number("12 apples") and not gsm8k.is_number("nan")
     assert not gsm8k.score("The answer is: 125", "1,250") and not gsm8k.score("no marker 1250", "1,250")
+    assert gsm8k.score("The answer is: 0", "0") and not gsm8k.score("The answer is: 2", "2.5")
+    outputs = ["The answer is: 1,250 #### 0", "The answer is: 0", "#### 1,250"]
+    marks = {"question": "q", "answer": "#### is no 0.\n#### 1,250"}
+    found = [(g.answer, g.correct) for g in gsm8k.BENCH.grade([row, row, marks], outputs, lambda *_: None)]
+    assert found == [(1250, True), (0, False), (None, False)] and gsm8k.gold(marks) == "1,250"
 
 
 def test_answers_in_the_form_of_gsm8ks_own_rows_are_noted(pissa: Any, tmp_path: Path) -> None:
     assert not gsm8k.other_form(["#" * 40] * 9)
     assert gsm8k.other_form(["The answer is 24."] * 9) and gsm8k.other_form(["So\n**Answer:** $24"] * 9)
-    assert gsm8k.other_form(["#### 4"] * 5 + ["4"] * 5) and gsm8k.other_form(["#### 4"] * 9 + ["The answer is: 4"])
+    assert gsm8k.other_form(["#### 4"] * 5 + ["4"] * 5)
+    assert str(gsm8k.other_form(["#### 4"] * 9 + ["The answer is: 4"])).startswith("9 of 10 answers")
     for outputs in (["#### 4\nThe answer is: 4"] * 9, ["The answer is: 4"] * 2 + ["#### 4"] * 8, ["4"] * 9):
         assert gsm8k.other_form(outputs) is None
     (tmp_path / "rows.jsonl").write_text('{"question": "2 + 2?", "answer": "4\\n#### 4"}\n')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from pissa_cli.errors import UsageError
@@ -95,9 +97,12 @@ def data(tmp_path: Path) -> Path:
     [
         ("Rating: [[5]]", 5),
         ("[[10]]", 10),
+        ("[[1]]", 1),
+        ("[[11]], or [5]", None),
         ("[[7.5]] because", 7.5),
         ("Rating: [6]", 6),
         ("[3] first, then [[8]]", 8),
+        ("[3] first, then [[8.5]]", 8.5),
         ("[[8]] then [[2]]", 8),
         ("Rating: 5", None),
         ("[[0]]", None),
@@ -119,6 +124,9 @@ def test_prompts_are_those_of_the_data(data: Path) -> None:
     assert (system, prompt) == ("SM", "Q1 Write a line. A1 a Q2 Shorten {question} it. A2 b")
     assert mt_bench.judge_prompt(loaded, math, ["a", "b"], 0) == ("M", "R two Q 1 + 1? A a")
     assert mt_bench.judge_prompt(loaded, math, ["a", "b"], 1)[1].startswith("R2 four Q1 1 + 1?")
+    for category in ("reasoning", "coding"):
+        assert mt_bench.judge_prompt(loaded, math | {"category": category}, ["a", "b"], 0)[0] == "M"
+    assert [row["question_id"] for row in mt_bench.load(str(data), 1).questions] == [81]
 
 
 def test_a_judge_that_is_busy_is_asked_again(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +235,30 @@ def test_both_turns_are_judged_and_an_interruption_costs_nothing(
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [(s["id"], s["turn"]) for s in samples] == [(81, 1), (81, 2), (111, 1), (111, 2)]
     asked = stand_in.asked[-3]["messages"][1]["content"]
-    assert samples[0]["output"] in asked and samples[1]["output"] in asked
+    assert f"A1 {samples[0]['output']} Q2" in asked and asked.endswith(f"A2 {samples[1]['output']}")
+    assert samples[0]["output"] != samples[1]["output"]
+
+
+def test_ratings_are_added_up(data: Path) -> None:
+    """Of judgments that are all kept, for which no judge is asked."""
+    told: list[Any] = []
+
+    def grade(limit: int | None, *judgments: str) -> dict[str, Any]:
+        loaded, answers = mt_bench.load(str(data), limit), [("a", "b"), ("c", "d")][:limit]
+        kept, judge = dict(enumerate(judgments)), Judge("nowhere", "m")
+        result, samples = mt_bench.grade(loaded, answers, judge, kept, pytest.fail, lambda *given: told.append(given))
+        assert [s["output"] for s in samples] == [answer for pair in answers for answer in pair]
+        return result
+
+    found = grade(None, "[[4]]", "no", "[[9]]", "[5]")
+    assert (found["score"], found["n"], found["unrated"]) == (6, 3, 1) and found["turns"] == [6.5, 5]
+    assert found["stderr"] == pytest.approx(statistics.stdev([4, 9, 5]) / 3**0.5)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    found = grade(1, "[[7]]", "no")
+    assert (found["score"], found["stderr"], found["turns"]) == (7, 0, [7, None])
+    assert found["categories"] == {"writing": 7}
+    with pytest.raises(UsageError, match="not one of 2 judgments has a rating"):
+        grade(1, "no", "no")
 
 
 def test_what_is_missing_is_named(data: Path, recipe: Callable[..., Any], models: Callable[[str], Path]) -> None:
@@ -239,3 +270,63 @@ def test_what_is_missing_is_named(data: Path, recipe: Callable[..., Any], models
     (data / "question.jsonl").write_text('{"question_id": 1, "category": "x"}\n')
     with pytest.raises(UsageError, match="line 1 has not question_id"):
         mt_bench.load(str(data), None)
+
+
+QUESTION = {"question_id": 111, "category": "math", "turns": ["1 + 1?", "And 2 + 2?"]}
+PROMPT = {"system_prompt": "", "prompt_template": ""}
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "message"),
+    [
+        (0, QUESTION | {"turns": ["1 + 1?"]}, "question 111 has not two turns"),
+        (0, QUESTION | {"turns": ["1 + 1?", "2 + 2?", "3 + 3?"]}, "question 111 has not two turns"),
+        (0, QUESTION | {"turns": ["1 + 1?", 2]}, "question 111 has not two turns"),
+        (0, QUESTION | {"category": None}, "line 3: 'category' is missing"),
+        (0, QUESTION | {"question_id": 112}, "no reference answer for question 112"),
+        (0, QUESTION | {"question_id": 112, "category": "coding"}, "no reference answer for question 112"),
+        (1, PROMPT | {"name": "single-v1-multi-turn", "prompt_template": None}, "'prompt_template' is missing"),
+        (2, {"question_id": 112, "choices": [{"turns": ["two"]}]}, "question 112 has not two answers"),
+    ],
+)
+def test_a_file_with_a_bad_line_is_refused(file: int, row: dict[str, Any], message: str, data: Path) -> None:
+    with (data / mt_bench.FILES[file]).open("a") as lines:
+        lines.write(json.dumps(row) + "\n")
+    with pytest.raises(UsageError, match=message):
+        mt_bench.load(str(data), None)
+
+
+@pytest.mark.parametrize(
+    "lacking", ["single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn"]
+)
+def test_each_of_the_four_prompts_is_needed(lacking: str, data: Path) -> None:
+    prompts = data / mt_bench.FILES[1]
+    prompts.write_text(
+        "".join(f"{line}\n" for line in prompts.read_text().splitlines() if json.loads(line)["name"] != lacking)
+    )
+    with pytest.raises(UsageError, match=f"no prompt {lacking}$"):
+        mt_bench.load(str(data), None)
+
+
+def test_the_files_come_from_fastchats_space(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which has them in data/mt_bench/."""
+
+    def download(name: str, repo_type: str, allow_patterns: list[str]) -> str:
+        assert (name, repo_type) == ("lmsys/mt-bench", "space")
+        space = data.parent / "space"
+        for pattern in allow_patterns:
+            (space / pattern).parent.mkdir(parents=True, exist_ok=True)
+            (space / pattern).write_text((data / Path(pattern).relative_to("data/mt_bench")).read_text())
+        return str(space)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert mt_bench.load("lmsys/mt-bench", None) == mt_bench.load(str(data), None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(UsageError, match=r"lmsys/mt-bench: cannot get MT-Bench from the Hub \(TypeError\)"):
+        mt_bench.load("lmsys/mt-bench", None)
+
+
+def test_the_first_reference_answer_counts(data: Path) -> None:
+    two = {"question_id": 111, "choices": [{"turns": ["two", "four"]}, {"turns": ["2", "4"]}]}
+    (data / mt_bench.FILES[2]).write_text(json.dumps(two) + "\n")
+    assert mt_bench.load(str(data), None).references == {111: ["two", "four"]}
