@@ -300,16 +300,20 @@ def test_the_error_of_a_held_out_loss_is_that_of_leaving_one_out(monkeypatch: py
     targets = [source.randint(20, 30) for _ in range(12)]
     losses = [count * source.uniform(1, 3) for count in targets]
 
-    def found(targets: list[int]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        order = source.sample(range(12), 12)
+    told: list[tuple[int, int]] = []
+
+    def found(targets: list[int], losses: list[float] = losses) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        told.clear()
+        order = source.sample(range(len(losses)), len(losses))
         monkeypatch.setattr(held_out, "batch_losses", lambda *_: (([i], losses[i]) for i in order))
         monkeypatch.setattr(held_out, "padding", lambda *_: 0)
-        examples: Any = Examples(torch.zeros(0), torch.zeros(0), torch.zeros(13))
+        examples: Any = Examples(torch.zeros(0), torch.zeros(0), torch.zeros(len(losses) + 1))
         monkeypatch.setattr(examples, "num_targets", targets.__getitem__)
         model: Any = None
-        return held_out.score(model, model, examples, lambda *_: None)
+        return held_out.score(model, model, examples, lambda *given: told.append(given))
 
     result, samples = found(targets)
+    assert told == [(done, 12) for done in range(1, 13)]
     assert [sample["loss"] for sample in samples] == losses and [sample["id"] for sample in samples] == list(range(12))
     assert result["score"] == pytest.approx(sum(losses) / sum(targets)) and result["n"] == 12
     assert result["perplexity"] == pytest.approx(math.exp(result["score"]))
@@ -317,6 +321,8 @@ def test_the_error_of_a_held_out_loss_is_that_of_leaving_one_out(monkeypatch: py
     assert result["stderr"] == pytest.approx((11 * statistics.pvariance(without)) ** 0.5, rel=0.03)
     result, _ = found([25] * 12)
     assert result["stderr"] == pytest.approx(statistics.stdev(losses) / 25 / 12**0.5)
+    result, _ = found([2], [5000.0])
+    assert (result["score"], result["stderr"], result["perplexity"]) == (2500, 0, math.exp(700))
 
 
 def test_no_code_runs_unasked_and_the_answers_are_kept(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pissa_cli.evals import classify
+from pissa_cli.examples import Examples
 from pissa_cli.train import train
 
 
@@ -68,6 +72,57 @@ def test_metrics_by_hand() -> None:
     assert classify.ranks(x).tolist() == [0, 1.5, 1.5, 3]
     assert classify.METRICS["spearman"](x, y) == pytest.approx(np.corrcoef([0, 1.5, 1.5, 3], [1, 0, 2, 3])[0, 1])
     assert classify.METRICS["matthews"](np.ones(4), wanted[:4]) == 0
+    assert classify.METRICS["pearson"](np.full(3, 0.1), np.arange(3.0)) == 0, "whose mean is not 0.1 in fp64"
+
+
+class Sums:
+    """A classifier that holds two texts at most and says the sum of a text's tokens, less 4; of classes the second."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError
+        sums = (input_ids * attention_mask).sum(1, keepdim=True) - 4.0
+        return SimpleNamespace(logits=torch.cat([torch.zeros_like(sums)] * (self.classes - 1) + [sums], 1))
+
+
+def scored(classes: list[str], labels: list[float], metric: str | None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Texts of 1, 2, ... tokens 1, in batches of 5."""
+    monkeypatch.setattr(classify, "padding", lambda *_: 9)
+    lengths = torch.arange(len(labels) + 1)
+    ids, offsets = torch.ones(int(lengths.sum()), dtype=torch.int32), lengths.cumsum(0)
+    examples = Examples(ids, torch.zeros_like(ids, dtype=torch.bool), offsets, labels=torch.tensor(labels))
+    told: list[int] = []
+    model: Any = Sums(len(classes))
+    found = classify.score(model, None, examples, classes, metric, 5, lambda done, _: told.append(done))
+    assert told[-1] == len(labels) and told == sorted(set(told))
+    return found
+
+
+def test_quantities_are_scored_text_by_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [-3.0, 0.0, -1.0, 1.0, 1.0]
+    losses = [0.0, 4.0, 0.0, 1.0, 0.0]
+    result, samples = scored(["score"], wanted, None, monkeypatch)
+    assert [(s["id"], s["answer"], s["reference"], s["loss"]) for s in samples] == [
+        *zip(range(5), [-3.0, -2.0, -1.0, 0.0, 1.0], wanted, losses, strict=True)
+    ]
+    assert (result["score"], result["loss"], result["n"], result["metric"]) == (1, 1, 5, "loss, squared error a text")
+    assert result["stderr"] == pytest.approx(statistics.stdev(losses) / math.sqrt(5))
+    assert scored(["score"], [0.0], None, monkeypatch)[0]["stderr"] == 0
+
+
+def test_classes_are_scored_text_by_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, samples = scored(["no", "yes"], [0.0, 1.0, 0.0, 1.0, 1.0], "accuracy", monkeypatch)
+    assert [s["answer"] for s in samples] == ["no", "no", "no", "no", "yes"]
+    assert [s["reference"] for s in samples] == ["no", "yes", "no", "yes", "yes"]
+    assert samples[4]["loss"] == pytest.approx(math.log(1 + math.exp(-1)))
+    assert (result["score"], result["metric"]) == (pytest.approx(60), "accuracy, %")
+    assert result["stderr"] == pytest.approx(100 * math.sqrt(0.6 * 0.4 / 5))
+    assert scored(["no", "yes"], [0.0], None, monkeypatch)[0]["metric"] == "loss, nats a text"
 
 
 def test_bootstrap_agrees_with_theory() -> None:

@@ -35,7 +35,7 @@ from pissa_cli.data_options import DataSection
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals import run as module
-from pissa_cli.evals.generate import ON_CPU, cut, fitting, generate, same_in_batches
+from pissa_cli.evals.generate import ON_CPU, _Ends, cut, fitting, generate, same_in_batches
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.run import evaluate
 from pissa_cli.recipe_file import load
@@ -169,6 +169,30 @@ def test_an_answer_that_goes_on_is_put_aside(
     assert rows[:3] == [8, 8, 8] and len(rows) == 4 and rows[3] <= 6
 
 
+def test_a_batch_that_does_not_fit_is_halved(demo_base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = demo_base
+    prompts = [tokenizer(f"Anna has {number} apples.")["input_ids"] for number in range(7)]
+    alone = dict(generate(model, tokenizer, prompts, 1, 8))
+    original, tried = model.generate, list[int]()
+
+    def small(ids: torch.Tensor, **rest: Any) -> torch.Tensor:
+        tried.append(len(ids))
+        if len(ids) > fits:
+            raise torch.OutOfMemoryError
+        return original(ids, **rest)
+
+    monkeypatch.setattr(model, "generate", small)
+    fits = 3
+    for batch_size, wanted in ((None, [7, 3, 3, 1]), (4, [4, 2, 2, 2, 1])):
+        assert dict(generate(model, tokenizer, prompts, batch_size, 8)) == alone
+        assert tried == wanted
+        tried.clear()
+    fits = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        list(generate(model, tokenizer, prompts, 4, 8))
+    assert tried == [4, 2, 1]
+
+
 def test_what_is_asked_beside_a_prompt_may_change_its_answer(demo_base: tuple[Any, Any]) -> None:
     model, tokenizer = demo_base
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
@@ -179,6 +203,44 @@ def test_what_is_asked_beside_a_prompt_may_change_its_answer(demo_base: tuple[An
     assert not same_in_batches(
         RwkvForCausalLM(RwkvConfig(vocab_size=len(tokenizer), **shape)).eval(), tokenizer, prompts, 0.05
     )
+
+
+@pytest.mark.parametrize(
+    ("alone", "beside", "same"),
+    [
+        ([(5, 4), (9, 0)], [(5, 4), (0, 9)], False),
+        ([(5, 4.99), (9, 0)], [(4.99, 5), (0, 9)], True),  # another token follows, and what comes after is another text
+        ([(500, 4), (9, 0)], [(501, 4), (9, 0)], True),
+        ([(5, 4), (9, 0)], [(5.1, 4), (9, 0)], False),
+    ],
+)
+def test_scores_are_compared_where_the_texts_are_one(
+    alone: list[Any], beside: list[Any], same: bool, demo_base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = demo_base
+    replies = iter(SimpleNamespace(logits=[torch.tensor([step]) for step in steps]) for steps in (alone, beside))
+    monkeypatch.setattr(model, "generate", lambda *_, **__: next(replies))
+    assert same_in_batches(model, tokenizer, [[5], [6, 7]], 0.01) is same
+
+
+def test_a_stop_string_is_seen_over_all_its_tokens_and_few_answers_end_a_batch(demo_base: tuple[Any, Any]) -> None:
+    tokenizer = demo_base[1]
+    long = tokenizer("\u2713\u2713")["input_ids"]
+    assert len(long) == 6
+    ends = _Ends(tokenizer, 1, ["\u2713\u2713"], torch.tensor([1]), 0)
+    assert ends(torch.tensor([[5, *long], [5, *long[:3], 5, 5, 5]]), None).tolist() == [True, False]
+    ends = _Ends(tokenizer, 1, [], torch.tensor([1]), 1)
+    assert ends(torch.tensor([[5, 1], [5, 6], [5, 6]]), None).tolist() == [True, False, False]
+    assert ends(torch.tensor([[5, 1, 0], [5, 6, 1], [5, 6, 6]]), None).tolist() == [True, True, True]
+
+
+def test_an_answer_shows_no_special_token(demo_base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = demo_base
+    said, pad, end = tokenizer("12 apples")["input_ids"], tokenizer.pad_token_id, tokenizer.eos_token_id
+    assert pad != end
+    written = torch.tensor([[*said, pad, *said, end, *said]])
+    monkeypatch.setattr(model, "generate", lambda ids, **_: torch.cat([ids, written], 1))
+    assert dict(generate(model, tokenizer, [[5]], 1, 99)) == {0: tokenizer.decode(said + said)}
 
 
 def test_a_context_without_end(demo_base: tuple[Any, Any]) -> None:
@@ -221,15 +283,19 @@ def test_an_answer_ends_where_the_model_itself_says(
     prompt = tokenizer(PROMPTS[0])["input_ids"]
     tokens = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
     end = max(tokens, key=tokens.index)  # the one that comes up last
-    monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=[tokenizer.eos_token_id, end]))
     wanted = tokenizer.decode(tokens[: tokens.index(end)])
-    assert wanted and dict(generate(model, tokenizer, [prompt], 1, 20)) == {0: wanted}
+    assert wanted and dict(generate(model, tokenizer, [prompt], 1, 20, stop_ids=[end])) == {0: wanted}
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=[tokenizer.eos_token_id, end]))
+    assert dict(generate(model, tokenizer, [prompt], 1, 20)) == {0: wanted}
 
 
 def test_generation_stays_inside_the_context(demo_base: tuple[Any, Any]) -> None:
     model, tokenizer = demo_base
     assert dict(generate(model, tokenizer, [[5] * 250], 1, 100))
-    answers = dict(generate(model, tokenizer, [[5] * 256, [5] * 9, [5] * 300], 1, 4))
+    told: list[tuple[int, int]] = []
+    prompts = [[5] * 256, [5] * 9, [5] * 300]
+    answers = dict(generate(model, tokenizer, prompts, 1, 4, progress=lambda *given: told.append(given)))
+    assert told == [(3, 3)]
     assert answers[0] == answers[2] == "" and answers[1] == dict(generate(model, tokenizer, [[5] * 9], 1, 4))[0] != ""
 
 
