@@ -36,6 +36,7 @@ from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals import run as module
 from pissa_cli.evals.generate import ON_CPU, _Ends, cut, fitting, generate, same_in_batches
+from pissa_cli.evals.load import load_bench
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.run import evaluate
 from pissa_cli.recipe_file import load
@@ -526,6 +527,24 @@ def test_held_out_loss_is_the_plain_average(finished: Any) -> None:
     with torch.no_grad():
         wanted = torch.nn.functional.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert result["score"] == pytest.approx(float(wanted), rel=1e-5) and result["n"] == 6 and result["stderr"] > 0
+
+
+def test_what_is_scored_is_as_much_as_asked_and_fits(
+    recipe: Callable[..., Any], tokenizer: Any, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(bench: str, *sets: str, context: int = 256) -> Any:
+        made = recipe(tmp_path, f"eval.bench=[{bench}]", "eval.limit=1", f"data.eval={rows}", *sets)
+        return load_bench(bench, made, tokenizer, context)
+
+    assert len(load("loss")) == len(load("loss", f"eval.data={{loss: {rows}}}")) == 1
+    monkeypatch.setattr("pissa_cli.evals.mt_bench.load", lambda *given: given)
+    assert load("mt_bench", "eval.judge_url=http://x", "eval.judge_model=x") == ("lmsys/mt-bench", 1)
+    with pytest.raises(UsageError, match=r"the longest example has .* the model sees 4"):
+        load("loss", context=4)
+    monkeypatch.setattr("datasets.load_dataset", None)
+    with pytest.raises(UsageError, match="openai/gsm8k: cannot get") as refused:
+        load("gsm8k")
+    assert refused.value.hint == "check the network, or give a local file: --data gsm8k=FILE"
 
 
 def test_a_share_is_known_without_checkpoints(

@@ -139,7 +139,7 @@ def test_a_judge_that_is_busy_is_asked_again(stand_in: StandIn, monkeypatch: pyt
     assert (last["path"], last["model"], last["temperature"]) == ("/v1/chat/completions", "gpt-4", 0)
     assert [(m["role"], m["content"]) for m in last["messages"]] == [("system", "system"), ("user", "prompt")]
     assert stand_in.headers[-1]["Authorization"] == "Bearer secret"
-    monkeypatch.delenv("PISSA_JUDGE_KEY")
+    monkeypatch.setenv("PISSA_JUDGE_KEY", " ")
     stand_in.script = [(200, "")]
     assert Judge(stand_in.url, "gpt-4").ask("system", "prompt") == ""
     assert stand_in.headers[-1]["Authorization"] == "Bearer other"
@@ -191,8 +191,9 @@ def test_a_judge_that_refuses_or_is_away(stand_in: StandIn, monkeypatch: pytest.
     with pytest.raises(UsageError, match="cannot be reached"):
         Judge(stand_in.url, "m").ask("s", "p")
     assert len(stand_in.asked) == 1 + judge.TRIES
-    with pytest.raises(UsageError, match="no http address"):
-        Judge("file:///etc/passwd", "m").require()
+    for url in ("file:///etc/passwd", "ftp://judge.test/v1", "http:///v1", "http://judge.test:0/v1", "http://x:99999"):
+        with pytest.raises(UsageError, match="no http address"):
+            Judge(url, "m").require()
     with pytest.raises(UsageError, match="cannot be reached"):
         Judge("http://127.0.0.1:9/v1", "m").require()
     Judge(stand_in.url, "m").require()

@@ -137,6 +137,31 @@ def test_what_a_server_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (bodies[4]["temperature"], bodies[4]["top_p"]) == (0.0, 1.0)
 
 
+def test_how_a_server_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], dict[str, Any], Any]] = []
+    start = served.subprocess.Popen
+
+    def popen(command: list[str], **rest: Any) -> Any:
+        started.append((command, rest, start(["sleep", "60"], **rest)))
+        return started[-1][2]
+
+    monkeypatch.setattr(served.subprocess, "Popen", popen)
+    monkeypatch.setattr(served.shutil, "which", lambda name: f"/opt/{name}")
+    monkeypatch.setattr(served, "_wait", lambda *_: None)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    with serve(tmp_path, "bf16", 2**20, trust_remote_code=True) as server:
+        command, rest, process = started[0]
+        assert command[:3] == ["/opt/vllm", "serve", str(tmp_path)] and command[-1] == "--trust-remote-code"
+        options = dict(zip(command[3:-1:2], command[4:-1:2], strict=True))
+        assert (options["--dtype"], options["--max-model-len"]) == ("bfloat16", "16384")
+        assert (server.context, server.stop_ids, server.key) == (2**14, [7, 9], rest["env"]["VLLM_API_KEY"])
+        assert server.url == f"http://127.0.0.1:{options['--port']}" and process.poll() is None
+    assert process.poll() is not None
+    (tmp_path / "generation_config.json").write_text("no JSON")
+    with serve(tmp_path, "fp32", 256) as server:
+        assert (server.context, server.stop_ids) == (256, []) and "--trust-remote-code" not in started[1][0]
+
+
 def test_a_server_that_does_not_come_up_or_breaks(
     run: str, log: Path, pissa: Callable[..., Any], models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
