@@ -32,9 +32,7 @@ def make_optimizer(names: Names, recipe: Recipe) -> torch.optim.Optimizer:
     members: dict[float, list[nn.Parameter]] = {}
     for parameter, name in names.items():
         members.setdefault(ratios.get(name.rpartition(".")[2], others), []).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, "ratio": group, "lr": recipe.lr * group} for group, parameters in members.items()
-    ]
+    groups: list[dict[str, Any]] = [{"params": parameters, "ratio": ratio} for ratio, parameters in members.items()]
     section = recipe.train
     if section.optimizer == "paged-adamw-8bit":
         from bitsandbytes.optim import PagedAdamW8bit
@@ -52,10 +50,10 @@ def learning_rate(step: int, total: int, section: TrainSection, peak: float) -> 
     warmup = math.ceil(section.warmup * total) if section.warmup < 1 else int(section.warmup)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, total - warmup)
+    progress = (step - warmup) / (total - warmup)
     if section.schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return peak * max(0.0, 1 - progress) if section.schedule == "linear" else peak
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (1 - progress) if section.schedule == "linear" else peak
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Names, first: bool) -> dict[str, Tensor]:

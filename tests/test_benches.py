@@ -217,7 +217,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 @pytest.fixture
 def made(recipe: Callable[..., Any], models: Callable[[str], Path], tmp_path: Path) -> Callable[..., Any]:
     """A recipe for HumanEval on two rows of our own."""
-    data = write(tmp_path / "data.jsonl", [ADD, {**ADD, "task_id": "Own/1"}])
+    other = {"task_id": "Own/1", "prompt": ADD["prompt"].replace("The sum", "Its sum")}
+    data = write(tmp_path / "data.jsonl", [ADD, ADD | other])
     short = 'data.template="{instruction} {output}"'
     sets = ("eval.bench=[humaneval]", f"eval.data={{humaneval: {data}}}", short)
     return lambda *more: recipe(models("llama"), *sets, *more)
@@ -280,6 +281,7 @@ def test_samples_of_one_question_count_together(made: Callable[..., Any], rows: 
     folder = Path(recipe.output) / "eval" / "humaneval"
     kept = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [s["id"] for s in kept] == [0, 0, 0, 1, 1, 1] and len({s["output"] for s in kept}) > 1
+    assert ["The sum" in s["prompt"] for s in kept] == [True] * 3 + [False] * 3
     assert (result["n"], result["score"], result["pass_at"]) == (2, 0, {"1": 0})
     grade = [Grade(None, right) for right in (True, False, True, True)]
     bench = dataclasses.replace(humaneval.BENCH, grade=lambda *_: grade)
@@ -335,7 +337,7 @@ def test_no_code_runs_unasked_and_the_answers_are_kept(
         with pytest.raises(UsageError, match="programs that a model wrote"):
             score_samples(recipe, "nowhere.jsonl")
         result = evaluate(recipe)["humaneval"]
-    assert result["score"] is None and "--allow-code-execution" in result["note"]
+    assert (result["score"], result["n"]) == (None, 2) and "--allow-code-execution" in result["note"]
     shown = pissa("eval", recipe.output)
     assert "humaneval: --allow-code-execution scores the answers" in shown.err and "not run" in shown.out
     assert max(map(len, shown.out.splitlines())) <= 80 and "…" not in shown.out

@@ -35,7 +35,7 @@ from pissa_cli import batches, guards, packing
 from pissa_cli import train as module
 from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.attach import checkpoint_activations, join_gates, share_inputs
-from pissa_cli.batches import collate, micro_batches
+from pissa_cli.batches import collate, micro_batches, row_length
 from pissa_cli.data import load_examples
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
@@ -187,6 +187,11 @@ def test_a_window_shorter_than_an_example_keeps_its_mask(tokenizer: PreTrainedTo
     alone = sum(float(summed_loss(model, collate(examples, [i], 0, packing=False))) for i in INDICES)
     attend_by_sequence(model)
     assert float(summed_loss(model, collate(examples, INDICES, 0, packing=True))) == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_row_of_several_is_filled_up_to_32_from_1024_on() -> None:
+    lengths = {(1030,): 1030, (1000, 30): 1056, (500, 523): 1023, (512, 512): 1024, (512, 513): 1056, (): 0}
+    assert {one: row_length(one) for one in lengths} == lengths
 
 
 def test_only_long_rows_are_filled_up_and_micro_batches_are_even(

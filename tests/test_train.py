@@ -32,7 +32,7 @@ from pissa_cli.reached import result_of
 from pissa_cli.recipe import TrainSection
 from pissa_cli.report import mean_losses
 from pissa_cli.rundir import Run
-from pissa_cli.steps import count_steps, step_examples
+from pissa_cli.steps import count_steps, seed_step, step_examples
 from pissa_cli.train import train
 from pissa_cli.trained import load_result
 from pissa_cli.weights import load_tensors, save_tensors
@@ -142,6 +142,8 @@ def test_every_epoch_takes_every_example_once(recipe: Make) -> None:
     assert taken[:7] != taken[7:14]
     half = recipe(Path("x"), "train.batch_size=3", "train.epochs=0.5")
     assert [len(step_examples(step, 8, half)) for step in range(count_steps(8, half))] == [3, 1]
+    least = recipe(Path("x"), "train.batch_size=3", "train.epochs=0.01")
+    assert count_steps(8, least) == 1 == len(step_examples(0, 8, least))
     counted = recipe(Path("x"), "train.batch_size=5", "train.steps=4")
     assert [len(step_examples(step, 2, counted)) for step in range(4)] == [5] * 4
 
@@ -178,7 +180,7 @@ def test_a_held_out_loss_that_is_no_number_is_said(
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize(("warmup", "steps"), [(0.1, 20), (4, 20), (0.0, 7)])
+@pytest.mark.parametrize(("warmup", "steps"), [(0.1, 20), (0.03, 50), (4, 20), (0.0, 7), (5, 5), (9, 5)])
 def test_schedules_are_those_of_transformers_after_the_warmup(schedule: str, warmup: float, steps: int) -> None:
     section = TrainSection(schedule=schedule, warmup=warmup)  # type: ignore[arg-type]
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -251,6 +253,19 @@ def test_padding_is_a_token_that_the_model_knows(models: Callable[[str], Path], 
     assert tokenizer.pad_token_id >= model.config.vocab_size and padding(model, tokenizer) == 0
     prompts = [[5] * 9, [7] * 4]
     assert dict(generate(model, tokenizer, prompts, 2, 4)) == dict(generate(model, tokenizer, prompts, 1, 4))
+    for own, wanted in ((7, 7), (511, 511), (512, 0), (-1, 0), (None, 0)):
+        model.config.pad_token_id = own
+        classifier: Any = SimpleNamespace(config=model.config, get_output_embeddings=lambda: None)
+        assert padding(classifier, tokenizer) == wanted
+
+
+def test_random_numbers_are_those_of_seed_step_and_process() -> None:
+    def drawn(*of: int) -> tuple[float, ...]:
+        seed_step(*of)
+        return tuple(torch.rand(3).tolist())
+
+    assert drawn(1, 2, 0) == drawn(1, 2, 0)
+    assert len({drawn(*of) for of in ((1, 2, 0), (1, 2, 1), (1, 3, 0), (2, 2, 0))}) == 4
 
 
 def test_apples_gpu_is_no_gpu_here() -> None:
