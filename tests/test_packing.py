@@ -189,6 +189,27 @@ def test_a_window_shorter_than_an_example_keeps_its_mask(tokenizer: PreTrainedTo
     assert float(summed_loss(model, collate(examples, INDICES, 0, packing=True))) == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_no_example_is_begun_by_the_one_before(packing: bool) -> None:
+    """Its first token is no target, though all of its tokens are learned."""
+    examples = Examples(torch.arange(5, 10), torch.ones(5, dtype=torch.bool), torch.tensor([0, 3, 5]))
+    labels = collate(examples, [0, 1], 0, packing)["labels"]
+    assert labels[labels != IGNORED].tolist() == [6, 7, 9] and examples.num_targets(0) + examples.num_targets(1) == 3
+
+
+def test_a_text_has_types_where_a_second_one_follows() -> None:
+    ids, offsets, labels = torch.arange(5, 10), torch.tensor([0, 3, 5]), torch.tensor([1.0, 0.0])
+    one = collate(Examples(ids, torch.zeros(5, dtype=torch.bool), offsets, labels=labels), [1, 0], 9, False)
+    assert one.keys() == {"input_ids", "attention_mask", "labels"} and one["labels"].tolist() == [0, 1]
+    assert one["input_ids"].tolist() == [[8, 9, 9], [5, 6, 7]] and one["attention_mask"].tolist() == [
+        [1, 1, 0],
+        [1] * 3,
+    ]
+    two = torch.tensor([False, False, True, False, True])
+    types = collate(Examples(ids, two, offsets, labels=labels), [1, 0], 9, False)["token_type_ids"]
+    assert types.tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
 def test_a_row_of_several_is_filled_up_to_32_from_1024_on() -> None:
     lengths = {(1030,): 1030, (1000, 30): 1056, (500, 523): 1023, (512, 512): 1024, (512, 513): 1056, (): 0}
     assert {one: row_length(one) for one in lengths} == lengths
