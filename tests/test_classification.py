@@ -38,6 +38,7 @@ from pissa_cli.data import load_examples
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
 from pissa_cli.guards import require_padding_unseen, runs_in_bf16
+from pissa_cli.heads import require_order
 from pissa_cli.initialize import initialize
 from pissa_cli.loading import load_model
 from pissa_cli.loss import summed_loss
@@ -86,7 +87,22 @@ def test_where_the_head_comes_from_is_said(
         notes = [note for note in notes if note.startswith("the head is")]
     except UsageError as error:
         notes = [str(error.hint)]
-    assert len(notes) == 1 and notes[0].startswith(said)
+    assert len(notes) == 1 and notes[0].startswith(said) and ("whose" in notes[0]) == ("whose" in said)
+
+
+def test_the_numbers_of_glues_rows_have_its_order_and_others_that_of_the_base(tmp_path: Path) -> None:
+    names = {"0": "Neutral", "1": "negative", "2": "positive"}
+    config = {"architectures": ["BertForSequenceClassification"], "id2label": names}
+    write_json(tmp_path / "config.json", config)
+    labels = ["negative", "positive", "neutral"]
+    made: Any = SimpleNamespace(data=SimpleNamespace(glue="mnli"), model=SimpleNamespace(labels=labels))
+    require_order(tmp_path, made)
+    made.data.glue = None
+    with pytest.raises(UsageError, match="in another order") as refused:
+        require_order(tmp_path, made)
+    assert str(refused.value.hint).startswith("write its order: model.labels: [neutral, negative, positive];")
+    made.model.labels = labels[:2]
+    require_order(tmp_path, made)
 
 
 @pytest.fixture(scope="module")

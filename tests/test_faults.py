@@ -125,6 +125,12 @@ def test_what_counts_as_a_fault(models: Callable[[str], Path], recipe: Make) -> 
         assert faults.judge(step, math.nan, 0.5, 0)
     with pytest.raises(PissaError, match="10 times in a row"):
         faults.judge(10, math.nan, 0.5, 0)
+    known = Faults(made, [(1.0, 0.5)] * 10)
+    assert known.judge(11, 3.1, 0.5, 0) and known.judge(12, 1.0, math.inf, 0) == "loss 1.0, gradient norm inf"
+    assert known.judge(13, 3.0, 1.5, 0) is None and known.judge(14, 1.0, 0.0, 0) is None
+    newest = Faults(made, [(1.0, 0.5)] * 40 + [(100.0, 0.5)] * 25)  # of which the last 50 count
+    assert newest.judge(66, 160.0, 0.5, 0) == "loss 160 is 3.17 times the usual 50.5"
+    assert Faults(recipe(models("llama"), "train.spike=null"), [(1.0, 0.5)] * 10).judge(11, 99.0, 9.0, 0) is None
 
 
 def damage_byte(file: Path) -> None:

@@ -509,6 +509,35 @@ def test_loss_in_chunks_against_the_whole(dtype: torch.dtype, bias: bool, monkey
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+def test_a_held_out_loss_forms_no_gradients_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[bool] = []
+    original = loss.HeadCrossEntropy.apply
+
+    def apply(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        wanted.append(weight.requires_grad)
+        return original(x, weight, *rest)
+
+    monkeypatch.setattr(loss.HeadCrossEntropy, "apply", apply)
+    model, ids = make_model("llama"), torch.arange(5, 25)[None]
+    found = loss.summed_loss(model, {"input_ids": ids, "labels": ids.clone()}, chunked=True)
+    with torch.no_grad():
+        again = loss.summed_loss(model, {"input_ids": ids, "labels": ids.clone()}, chunked=True)
+    assert wanted == [True, False] and torch.equal(found, again)
+
+
+def test_the_head_is_as_before_also_where_a_step_fails() -> None:
+    model, ids = make_model("llama"), torch.arange(5, 25)[None]
+    head = model.get_output_embeddings()
+    for own in (None, lambda x: torch.nn.Linear.forward(head, x)):
+        if own is not None:
+            head.forward = own
+        assert float(loss.summed_loss(model, {"input_ids": ids, "labels": ids.clone()}, chunked=True).detach()) > 0
+        assert head.__dict__.get("forward") is own
+        with pytest.raises(IndexError):
+            loss.summed_loss(model, {"input_ids": ids + 9999, "labels": ids.clone()}, chunked=True)
+        assert head.__dict__.get("forward") is own
+
+
 def test_gradients_of_the_loss_are_scaled_before_they_are_rounded() -> None:
     """1 / 171 in bf16 is 0.2 % more."""
     torch.manual_seed(0)
