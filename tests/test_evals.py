@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -28,6 +29,7 @@ from transformers import (
     RwkvForCausalLM,
 )
 
+from pissa_cli import trained
 from pissa_cli.card import model_card
 from pissa_cli.configuration import context_of
 from pissa_cli.data import question_prompt
@@ -40,6 +42,7 @@ from pissa_cli.evals.load import load_bench
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.run import evaluate
 from pissa_cli.recipe_file import load
+from pissa_cli.result import write_result
 from pissa_cli.rundir import Run, locked
 from pissa_cli.train import train
 
@@ -343,6 +346,32 @@ def test_eval_reads_the_files_and_writes_what_it_found(finished: Any) -> None:
     (run.folder / "away").rename(run.adapter / "adapter_model.safetensors")
 
 
+def test_what_a_run_has_left_is_read_if_it_is_whole(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(Path(finished.output))
+    weights = run.adapter / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UsageError, match=r"adapter_model\.safetensors"):
+        trained.read_adapter(finished)
+    weights.write_bytes(content)
+    assert trained.read_adapter(finished)[1].factors
+    whole = trained.checkpoint_tensors(run.checkpoints / "step-2")
+    name = next(key for key in whole if key.endswith(".A"))
+    spoilt = torch.full_like(whole[name], math.nan)
+    for found, said in (
+        (None, "missing or of another shape"),
+        (whole[name][1:], "another shape"),
+        (spoilt, "holds NaN"),
+    ):
+        changed = {key: found if key == name else tensor for key, tensor in whole.items()}
+        monkeypatch.setattr(trained, "checkpoint_tensors", lambda _, changed=changed: changed)
+        with pytest.raises(UsageError, match=f"{name} .*{said}"):
+            trained.read_checkpoint(finished, 2)
+    with pytest.raises(PissaError, match=rf"diverged at its end: {name} holds NaN"):
+        write_result(finished, None, {}, {name: spoilt}, 2, {})  # type: ignore[arg-type]
+    assert weights.read_bytes() == content
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate(finished)["gsm8k"]
     folder = Path(finished.output) / "eval"
@@ -547,16 +576,26 @@ def test_what_is_scored_is_as_much_as_asked_and_fits(
     assert refused.value.hint == "check the network, or give a local file: --data gsm8k=FILE"
 
 
-def test_a_share_is_known_without_checkpoints(
-    models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, pissa: Callable[..., Outcome]
+def test_a_share_is_known_by_what_there_is(
+    models: Callable[[str], Path],
+    recipe: Callable[..., Any],
+    rows: Path,
+    pissa: Callable[..., Outcome],
+    tmp_path: Path,
 ) -> None:
+    """The result or a checkpoint."""
     sets = [f"data.train={rows}", "data.eval=10%", "train.steps=1", "adapter.rank=4"]
     made = recipe(models("llama"), *sets)
     train(made)
-    shutil.rmtree(Run(Path(made.output)).checkpoints)
+    run = Run(Path(made.output))
+    run.checkpoints.rename(tmp_path / "checkpoints")
     assert pissa("eval", made.output).code == 0  # of what is held out, as nothing else is asked for
     rows.write_text(rows.read_text() + '{"instruction": "one", "output": "more"}\n')
     outcome = pissa("eval", made.output, "--bench", "loss")
+    assert outcome.code == 2 and "is not what this run held out" in outcome.err
+    (tmp_path / "checkpoints").rename(run.checkpoints)
+    shutil.rmtree(run.adapter)
+    outcome = pissa("eval", made.output, "--bench", "loss", "--checkpoint", 1)
     assert outcome.code == 2 and "is not what this run held out" in outcome.err
 
 

@@ -51,6 +51,7 @@ def test_by_processor(
     short, long = torch.zeros(1, 3, 511, 64), torch.zeros(1, 3, 512, 64)
     assert products.attention_dtype(long.bfloat16()) == long_attention
     assert products.attention_dtype(short.bfloat16()) == products.attention_dtype(long) == FP32
+    assert products.attention_dtype(long.double()) == products.product_dtype(many.double()) == torch.float64
     gpu = torch.empty(8, 16, dtype=BF16, device="meta")
     assert products.product_dtype(gpu) == products.attention_dtype(gpu) == BF16
 
