@@ -340,6 +340,35 @@ def test_where_answers_end_and_the_base_goes_on_is_said(
         assert (f"answers end with {words} this base goes on" in lines) if words else "answers end" not in lines
 
 
+@pytest.mark.parametrize(
+    ("sets", "folder"),
+    [
+        (("model.bits=4", "adapter.rank=2"), "base"),
+        (("model.bits=32", "adapter={method: full}"), "merged"),
+        (("model.bits=32", "adapter.rank=2"), "merged"),
+    ],
+)
+def test_every_model_that_is_written_ends_its_answers(
+    sets: tuple[str, ...],
+    folder: str,
+    models: Callable[[str], Path],
+    recipe: Make,
+    tmp_path: Path,
+    pissa: Callable[..., Outcome],
+) -> None:
+    """Other programs ask generation_config.json; 0 is <pad>, 1 the base's own end."""
+    said = [{"role": "user", "content": "2"}, {"role": "assistant", "content": "four"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}<pad>{% endfor %}"
+    chat = ("data.format=chat", f"data.template='{template}'", f"data.train={tmp_path / 'chat.jsonl'}")
+    made = recipe(models("llama"), *sets, *chat, "train.steps=1")
+    train(made)
+    if not (Path(made.output) / folder).exists():
+        assert pissa("merge", made.output).code == 0
+    ends = json.loads((Path(made.output) / folder / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [1, 0]
+
+
 def test_any_checkpoint_can_be_exported(
     models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome]
 ) -> None:
