@@ -35,7 +35,7 @@ from pissa_cli.adapters.start import Adapter
 from pissa_cli.attach import lowrank_layers
 from pissa_cli.card import _prompt, _without_folders, model_card
 from pissa_cli.data_options import DataSection
-from pissa_cli.dense import dense_tensors
+from pissa_cli.dense import dense_tensors, rounded
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.run import evaluate
 from pissa_cli.loading import load_model
@@ -250,6 +250,28 @@ def test_tied_weights_stay_tied(recipe: Make, rows: Path, tmp_path: Path) -> Non
     made = trained(recipe, folder, rows, "model.bits=16", "adapter.modules_to_save=[embed_tokens]")
     found = load_file(Path(merge(made)["path"]) / "model.safetensors")
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+
+
+def test_a_weight_is_rounded_by_its_name_and_the_seed(recipe: Callable[..., Any], tmp_path: Path) -> None:
+    W = torch.full((64, 64), 1.001)
+
+    def by(name: str, seed: int) -> torch.Tensor:
+        return rounded(recipe(tmp_path, f"seed={seed}"), name, W, torch.bfloat16)
+
+    assert torch.equal(by("a", 0), by("a", 0)) and set(by("a", 0).unique().tolist()) == {1.0, 1.0078125}
+    assert not torch.equal(by("a", 0), by("b", 0)) and not torch.equal(by("a", 0), by("a", 1))
+    assert torch.equal(rounded(recipe(tmp_path), "a", W, torch.float32), W)
+
+
+def test_an_adapter_of_another_base_is_no_change_of_this_one(
+    models: Callable[[str], Path], recipe: Callable[..., Any]
+) -> None:
+    folder, name = models("llama"), "model.layers.9.mlp.up_proj"
+    made = recipe(folder, "model.bits=32")
+    adapter = Adapter({name: {"A": torch.zeros(2, 64), "B": torch.zeros(128, 2)}}, {name: 1.0})
+    tensors = dense_tensors(made, skeleton(folder, made.model), open_weights(folder), adapter, lambda *_: None)
+    with pytest.raises(UsageError, match=f"the adapter has a layer {name} that {folder} lacks"):
+        next(tensors)
 
 
 def test_a_wrong_merge_is_refused(
