@@ -476,6 +476,9 @@ def test_other_programs_know_where_an_answer_ends(models: Callable[[str], Path],
         (folder / "generation_config.json").write_text('{"eos_token_id": null}')
         write_answer_ends(folder, recipe)
         assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == alone
+    bare = DataSection(format="chat", template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert unknown_ends(folder, recipe.model_copy(update={"data": bare})) == {"<eos>": 1}
     recipe = recipe.model_copy(update={"data": DataSection(format="chat", template=PLAIN)})
     for said, known in (('{"top_k": 3}', {"top_k": 3}), ("", {"pad_token_id": 0})):  # as in config.json, then
         (folder / "config.json").write_text((base / "config.json").read_text().replace('_id": 1', '_id": 7'))

@@ -550,6 +550,14 @@ def test_the_adapter_has_its_tokenizer_and_a_card(models: Callable[[str], Path],
     assert "library_name: peft" in card and "held-out loss" in card and str(folder.parent) not in card
 
 
+def test_of_paths_that_are_here_a_card_has_the_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "mine.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    values = {"data": ["rows/mine.jsonl", "user/name"], "output": "/a/b", "name": "rows"}
+    assert _without_folders(values) == {"data": ["mine.jsonl", "user/name"], "output": "b", "name": "rows"}
+
+
 def test_the_model_card_shows_scores_of_its_own_step_alone(
     models: Callable[[str], Path], recipe: Make, rows: Path
 ) -> None:

@@ -35,6 +35,8 @@ def test_differences_are_those_of_all_probes() -> None:
     assert found["relative_logit_difference"] == pytest.approx(wanted, rel=1e-5)
     by_token = sorted(np.linalg.norm(apart, axis=1) / np.linalg.norm(all_before, axis=1))
     assert typical_difference(*pair) == pytest.approx(by_token[len(by_token) // 2], rel=1e-5)
+    zero = [torch.zeros(1, 2, 3)]
+    assert typical_difference(zero, zero) == logit_difference(zero, zero)["relative_logit_difference"] == 0
 
 
 @pytest.mark.parametrize("num_rows", [0, 9, 202])
