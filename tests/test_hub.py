@@ -64,6 +64,8 @@ def folder(made: Any, tmp_path: Path) -> Path:
     (path / "model.safetensors.index.json").write_text("{}")
     (path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     (path / "README.md").write_text("# a model\n")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     write_provenance(path, made)
     return path
 
@@ -78,7 +80,7 @@ def into(recipe: Any, repo: str) -> Any:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def arrived(hub: Hub, name: str = NAME) -> dict[str, bytes]:
