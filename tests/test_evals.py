@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -335,6 +336,7 @@ def test_eval_reads_the_files_and_writes_what_it_found(finished: Any) -> None:
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     questions = [json.loads(line) for line in (DEMO / "test.jsonl").read_text().splitlines()][:6]
     assert json.loads((folder / "result.json").read_text()) == results["gsm8k"]
+    assert (results["gsm8k"]["model"], results["gsm8k"]["precision"]) == ("trained", finished.precision)
     assert results["gsm8k"]["n"] == 6 and [s["id"] for s in samples] == list(range(6))
     for sample, row in zip(samples, questions, strict=True):
         assert sample["prompt"] == f"Question: {row['question']}\nAnswer:"
@@ -490,6 +492,15 @@ def test_answers_of_another_training_are_not_kept(
     train(made.model_copy(update={"train": made.train.model_copy(update={"lr": 0.01})}))
     evaluate(made)
     assert asked == [1, 0, 1]
+
+
+def test_a_base_is_served_from_its_own_folder(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = finished.model_copy(update={"eval": finished.eval.model_copy(update={"engine": "vllm"})})
+    monkeypatch.setattr(module, "serve", lambda *given: nullcontext(given))
+    with module._writer(made, True, None, Path("base"), 256) as given:
+        assert given == (Path("base"), made.precision, 256, False)
+    with pytest.raises(UsageError, match="merged: not there"), module._writer(made, False, None, Path("base"), 256):
+        pass
 
 
 def test_prompts_without_room_are_counted(finished: Any, tmp_path: Path) -> None:
