@@ -432,6 +432,10 @@ def test_published_figures_stand_beside_greedy_answers_of_the_trained_model(reci
 
     assert beside("trained")["published"] == 73.31
     assert beside("base") == {} == beside("trained", "eval.temperature=0.5")
+    for one_by_one in (True, False):
+        made = recipe(Path("x"), "eval.bench=[gsm8k]")
+        session: Any = SimpleNamespace(recipe=made, facts={"model": "base"}, one_by_one=one_by_one)
+        assert ("batch_size" in module._settings(session, "gsm8k", 1)) is one_by_one
 
 
 def test_kill_9_loses_no_answer_and_asks_for_none_twice(

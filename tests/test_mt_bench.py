@@ -228,9 +228,10 @@ def test_both_turns_are_judged_and_an_interruption_costs_nothing(
     assert result["turns"] == [6.5, 5] and result["categories"] == {"writing": 4, "math": 7}
     assert evaluate(made)["mt_bench"]["score"] == (4 + 7 + 9 + 5) / 4 and len(stand_in.asked) == 7, "what has no rating"
     assert evaluate(made)["mt_bench"]["unrated"] == 0 and len(stand_in.asked) == 7
-    sets += ["eval.judge_model=another", "eval.samples=2", "eval.temperature=1"]
-    again = evaluate(recipe(models("llama"), *sets))["mt_bench"]
-    assert again["score"] == 7 and len(stand_in.asked) == 11
+    another = evaluate(recipe(models("llama"), *sets, "eval.judge_model=another"))["mt_bench"]
+    assert (another["score"], another["judge"], len(stand_in.asked)) == (7, "another", 11), "the same answers"
+    again = evaluate(recipe(models("llama"), *sets, "eval.samples=2", "eval.temperature=1"))["mt_bench"]
+    assert again["score"] == 7 and len(stand_in.asked) == 15
     assert (again["samples"], again["temperature"]) == (1, 1), "one answer to each question, whatever eval.samples"
     folder = tmp_path / "out" / "eval" / "mt_bench"
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
