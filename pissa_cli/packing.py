@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pissa_cli.products import attention_dtype
+from pissa_cli.products import attention_dtype, in_autocast_dtype, without_autocast
 
 BY_SEQUENCE = "sdpa_by_sequence"
 FLASH = torch.ops.aten._flash_attention_forward
@@ -78,11 +78,20 @@ def _attention(
 def _sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Tensor:
-    """transformers' SDPA, in `attention_dtype`."""
-    wide = attention_dtype(query)
-    inputs = query.to(wide), key.to(wide), value.to(wide)
-    output: Tensor = sdpa_attention_forward(module, *inputs, attention_mask, **options)[0]
-    return output.to(query.dtype)
+    """transformers' SDPA, in `attention_dtype`, masks and biases that are added as well."""
+    given = in_autocast_dtype(query)
+    wide = attention_dtype(given)
+    if wide == given.dtype:
+        plain: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+        return plain
+
+    def cast(x: Any) -> Any:
+        return x.to(wide) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    inputs, named = map(cast, (given, key, value, attention_mask)), {name: cast(x) for name, x in options.items()}
+    with without_autocast(query):
+        output: Tensor = sdpa_attention_forward(module, *inputs, **named)[0]
+    return output.to(given.dtype)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -134,21 +135,38 @@ def test_memory_that_does_not_suffice_says_nothing_of_packing(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU attends in bf16")
+@pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("packed", ["true", "false"])
 def test_attention_in_training_runs_in_fp32_on_a_cpu(
-    packed: str, models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+    packed: str, bits: int, models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: set[torch.dtype] = set()
+    seen: set[tuple[torch.dtype, bool]] = set()
     original = packing.sdpa_attention_forward
 
     def see(attending: nn.Module, query: Tensor, *rest: Any, **options: Any) -> Any:
-        seen.add(query.dtype)
+        seen.add((query.dtype, torch.is_autocast_enabled("cpu")))
         return original(attending, query, *rest, **options)
 
     monkeypatch.setattr(packing, "sdpa_attention_forward", see)
-    sets = ["model.bits=16", f"data.train={rows}", "train.steps=1", "train.batch_size=4", f"data.packing={packed}"]
-    module.train(recipe(models("llama"), *sets))
-    assert seen == {torch.float32}
+    sets = [f"model.bits={bits}", "train.precision=bf16", f"data.train={rows}", "train.steps=1", "train.batch_size=4"]
+    module.train(recipe(models("llama"), *sets, f"data.packing={packed}"))
+    assert seen == {(torch.float32, False)}
+
+
+def test_what_is_added_to_scores_has_their_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "attention_dtype", lambda _: torch.float32)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 9, 16, dtype=torch.bfloat16) for _ in range(3))
+    mask, bias = torch.randn(2, 1, 9, 9, dtype=torch.bfloat16), torch.randn(1, 4, 9, 9, dtype=torch.bfloat16)
+    known = "position_bias" in inspect.signature(packing.sdpa_attention_forward).parameters  # not in older transformers
+    named = {"position_bias": bias} if known else {}
+    scores = q.double() @ k.double().mT / 4 + mask + (bias if known else 0)
+    wanted = (scores.softmax(-1) @ v.double()).transpose(1, 2)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found, _ = packing._attention(nn.Module(), q, k, v, mask, is_causal=False, **named)
+        assert found.dtype == torch.bfloat16
+        assert float((found - wanted).norm() / wanted.norm()) < 2**-8
 
 
 @pytest.mark.parametrize("architecture", [*CONFIGS, *MOE_CONFIGS])
