@@ -72,7 +72,6 @@ def test_metrics_by_hand() -> None:
     assert classify.ranks(x).tolist() == [0, 1.5, 1.5, 3]
     assert classify.METRICS["spearman"](x, y) == pytest.approx(np.corrcoef([0, 1.5, 1.5, 3], [1, 0, 2, 3])[0, 1])
     assert classify.METRICS["matthews"](np.ones(4), wanted[:4]) == 0
-    assert classify.METRICS["pearson"](np.full(3, 0.1), np.arange(3.0)) == 0, "whose mean is not 0.1 in fp64"
 
 
 class Sums:
