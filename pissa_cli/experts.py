@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from pissa_cli.products import LinearFunction, product_dtype
+from pissa_cli.products import LinearFunction, in_autocast_dtype, product_dtype
 
 IMPLEMENTATION = "pissa"
 DISK_NAMES = {"mixtral": ("w1", "w3", "w2"), "qwen2_moe": ("gate_proj", "up_proj", "down_proj")}
@@ -176,7 +176,7 @@ def adapted_forward(experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_we
 
 def _linear(experts: nn.Module, number: int, part: str, x: Tensor) -> Tensor:
     parts: Any = getattr(experts, "parts", {})
-    key = _key(number, part)
+    key, x = _key(number, part), in_autocast_dtype(x)
     y: Tensor
     if key in parts:
         y = parts[key](x)

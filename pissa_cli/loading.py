@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
     What NF4 leaves dense (embeddings, norms, head) gets the dtype of the products. The head of a classifier that is not
     in the files starts from `seed`; that of a regression is in fp32.
     """
+    gc.collect()  # of a model before this one layers hold themselves (`multiply_in_fp32`)
     dtype = dense_dtype(section, precision)
     experts = _packed_experts(folder, section) if section.bits == 4 else {}
     kind = AUTO_CLASSES[section.task]

@@ -67,6 +67,8 @@ def _meet() -> TCPStore | None:
     host, port, rank, size = (os.environ.get(name, "") for name in names)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not (host and port and rank and int(size or 1) > 1):
         return None
+    if not (0 < int(port) < 2**16 and 0 <= int(rank) < int(size)):
+        raise ValueError(f"MASTER_PORT={port}, RANK={rank}, WORLD_SIZE={size}")
     began, told, store = time.monotonic(), False, None
     while True:
         if store is None and (rank == "0" or _answers(host, int(port))):

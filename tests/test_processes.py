@@ -357,6 +357,8 @@ def test_a_port_that_somebody_else_has_is_named(models: Callable[[str], Path], r
         {"LOCAL_RANK": "0"},
         {"WORLD_SIZE": "two"},
         {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"},
+        {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
     ],
 )
 def test_an_environment_of_half_a_launcher_is_refused(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa_cli import loss, products, quant
 from pissa_cli.adapters.lowrank import LowRank, multiply_in_fp32
+from pissa_cli.experts import adapted_forward
 from pissa_cli.loading import load_model
 from pissa_cli.recipe import ModelSection
 
@@ -166,6 +168,19 @@ def test_a_model_multiplies_in_fp32_where_bf16_is_the_slower(
     with torch.no_grad(), Products() as seen:
         assert model(input_ids=torch.arange(80)[None]).logits.dtype == BF16
     assert seen.dtypes == ({FP32} if slow else {BF16, FP32} if architecture == "mixtral" else {BF16})
+
+
+def test_experts_multiply_in_fp32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor(monkeypatch, False, False)
+    torch.manual_seed(0)
+    experts = make_model("mixtral").model.layers[0].mlp.experts
+    x, chosen, weights = torch.randn(60, 64), torch.randint(0, 4, (60, 2)), torch.rand(60, 2)
+    with torch.no_grad():
+        wanted = adapted_forward(experts, x, chosen, weights)
+        with torch.autocast("cpu", BF16), Products() as seen:
+            found = adapted_forward(experts, x, chosen, weights)
+    assert seen.dtypes == {FP32}
+    assert float((found - wanted).norm() / wanted.norm()) < 2**-6
 
 
 def test_the_loss_of_a_large_head_casts_it_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def _root(
     except FileNotFoundError:  # libraries fail there, or end the process
         raise UsageError("the working directory is gone", "start in a folder that is there") from None
     if sys.flags.optimize > 1:
-        raise UsageError("python -OO takes away texts that transformers needs", "set PYTHONOPTIMIZE to 1")
+        raise UsageError("python -OO takes away texts that transformers needs", "use -O at most, or PYTHONOPTIMIZE=1")
 
 
 def run() -> None:
