@@ -97,7 +97,9 @@ def scored(classes: list[str], labels: list[float], metric: str | None, monkeypa
     examples = Examples(ids, torch.zeros_like(ids, dtype=torch.bool), offsets, labels=torch.tensor(labels))
     told: list[int] = []
     model: Any = Sums(len(classes))
-    found = classify.score(model, None, examples, classes, metric, 5, lambda done, _: told.append(done))
+    recipe: Any = SimpleNamespace(model=SimpleNamespace(labels=classes), eval=SimpleNamespace(batch_size=5))
+    tokenizer: Any = None
+    found = classify.score(model, tokenizer, examples, recipe, metric, lambda done, _: told.append(done))
     assert told[-1] == len(labels) and told == sorted(set(told))
     return found
 
