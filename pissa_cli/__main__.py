@@ -1,10 +1,9 @@
 """Entry point of the `pissa` command and of `python -m pissa_cli`."""
 
-import gc
 import os
 import sys
 
-from pissa_cli.heap import restart_with_lean_heap
+from pissa_cli.heap import for_good, restart_with_lean_heap
 
 
 def main() -> None:
@@ -18,11 +17,8 @@ def main() -> None:
 def _main() -> None:
     if sys.argv[1:2] == ["train"] or "--dry-run" in sys.argv:
         restart_with_lean_heap()
-    gc.disable()
-    from pissa_cli.cli import run
-
-    gc.freeze()  # what is imported stays; to look it over costs a tenth of `--help`
-    gc.enable()
+    with for_good():
+        from pissa_cli.cli import run
     run()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -195,7 +194,6 @@ def _before_and_after(
     logits = probe_logits(model, tokenizer, recipe)
     before, data = perplexity(model, tokenizer, recipe)
     del model
-    gc.collect()
     four = recipe.model.model_copy(update={"bits": 4})
     model = load_model(quantized, four, recipe.precision, recipe.seed).to(device).eval()
     after, _ = perplexity(model, tokenizer, recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -127,6 +128,12 @@ def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str = "50GB
     for name in TOKENIZER_FILES:
         (folder / name).write_bytes((DEMO / "base" / name).read_bytes())
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: each of the many `gc.collect()` of the tests would take a quarter of a second over it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

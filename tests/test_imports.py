@@ -159,6 +159,33 @@ def test_what_a_run_has_done_needs_no_torch(
     refused_without_torch(["train", made.output, *changed], tmp_path)
 
 
+def test_options_that_do_not_go_together_need_no_torch(
+    models: Callable[[str], Path], recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = recipe(models("llama"), "adapter.rank=4")
+    initialize(made)
+    refused_without_torch(["merge", made.output, "--force"], tmp_path)
+    refused_without_torch(["export", made.output, "--as", "nf4", "--rank", "2"], tmp_path)
+
+
+def test_what_is_imported_is_not_looked_over_again() -> None:
+    code = """
+import gc
+from pissa_cli.cli import show
+from pissa_cli.heap import for_good
+show.load_libraries(debug=False)
+frozen = gc.get_freeze_count()
+show.load_libraries(debug=False)
+assert gc.isenabled() and gc.get_freeze_count() == frozen > 100_000
+try:
+    with for_good():
+        import nothing_of_this_name
+except ImportError:
+    assert gc.isenabled()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def refused_without_torch(words: list[str], folder: Path) -> None:
     code = (
         "import sys; from pissa_cli.cli import app; from pissa_cli.cli.edge import run_guarded; words = sys.argv[1:];"

@@ -69,7 +69,7 @@ def evaluate_command(
     check_files(recipe)
     if not dry_run and samples is None:
         inputs.require_scored(recipe)
-    show.quiet_libraries(debug)
+    show.load_libraries(debug)
     from pissa_cli.evals.classify import METRICS
     from pissa_cli.evals.results import score_samples
     from pissa_cli.evals.run import evaluate

@@ -49,11 +49,11 @@ def export_command(
 
     if not dry_run:
         inputs.require_run(loaded.recipe)
-    show.quiet_libraries(debug)
     if form != "lora" and (rank is not None or uniform or server is not None):
         raise UsageError(f"--rank, --uniform and --for are about LoRA files, not --as {form}", "leave them out")
     if form != "nf4" and (double_quant is not None or absmax is not None):
         raise UsageError(f"--double-quant and --absmax are about NF4, not --as {form}", "leave them out")
+    show.load_libraries(debug)
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return

@@ -34,7 +34,7 @@ def init_command(
     from pissa_cli.inputs import require_start
 
     require_start(loaded.recipe)
-    show.quiet_libraries(debug)
+    show.load_libraries(debug)
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return

@@ -31,9 +31,9 @@ def merge_command(
 
     if not dry_run:
         inputs.require_run(loaded.recipe)
-    show.quiet_libraries(debug)
     if not push and (force or repo is not None):
         raise UsageError("--repo and --force are about an upload, and there is none", "add --push, or leave them out")
+    show.load_libraries(debug)
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return

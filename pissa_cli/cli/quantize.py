@@ -33,7 +33,7 @@ def quantize_command(
 
     if not is_model and not dry_run:
         inputs.require_run(loaded.recipe)
-    show.quiet_libraries(debug)
+    show.load_libraries(debug)
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return

@@ -25,15 +25,20 @@ from rich.progress import (
 from rich.table import Table
 
 from pissa_cli.cli.edge import print_document
+from pissa_cli.heap import for_good
 
 stderr = Console(stderr=True, highlight=False, emoji=False)  # a name may hold ":train:"
 
 
-def quiet_libraries(debug: bool) -> None:
-    """Keep the libraries' chatter off the terminal, unless asked for."""
+def load_libraries(debug: bool) -> None:
+    """Import torch, transformers and what of ours stands on them, and keep their chatter off the terminal unless asked
+    for."""
+    with for_good():
+        import transformers
+
+        import pissa_cli.trained  # noqa: F401
     if debug:
         return
-    import transformers
 
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()

@@ -45,7 +45,7 @@ def train_command(
         inputs.require_data(loaded.recipe)
     if LAUNCHED not in os.environ:  # by a process that has looked
         inputs.require_rows(loaded.recipe)
-    show.quiet_libraries(debug)
+    show.load_libraries(debug)
     if dry_run:
         from pissa_cli.prepare import check_inputs
 

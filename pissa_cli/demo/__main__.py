@@ -18,7 +18,7 @@ RATES = {"pissa": (1.5e-3, 3e-3, 5e-3), "lora": (2.5e-3, 5e-3, 1e-2)}
 
 def main() -> None:
     """Train, score, merge and quantize; end with a table and a picture in demo-out/."""
-    show.quiet_libraries(debug=False)
+    show.load_libraries(debug=False)
     from rich.table import Table
 
     from pissa_cli.report import draw_losses
