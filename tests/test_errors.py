@@ -551,6 +551,12 @@ def test_benchmarks(refused: Callable[..., str]) -> None:
     message = refused("eval", "gsm8k", "--data", "glue/col=rows.tsv")
     assert "--data: eval.data: unknown benchmark 'glue/col' next: did you mean 'glue/cola'?" in message
     assert "glue/mrpc scores texts with labels" in refused("eval", "gsm8k", "--bench", "gsm8k,glue/mrpc")
+    for command in ("init", "train"):  # not after hours of training
+        message = refused(command, "gsm8k", "--set", "eval.bench=[gsm8kk]")
+        assert "--set eval.bench: eval.bench: unknown benchmark 'gsm8kk' next: did you mean 'gsm8k'?" in message
+        message = refused(command, "gsm8k", "--dry-run", "--set", "eval.data={gsm9k: rows.jsonl}")
+        assert "eval.data: unknown benchmark 'gsm9k' next: did you mean 'gsm8k'?" in message
+        assert "glue/mrpc scores texts with labels" in refused(command, "gsm8k", "--set", "eval.bench=[glue/mrpc]")
     message = refused("eval", "--set", "model.name=demo", "--compare-base", "--bench", "gsm8k")
     assert "out: not a run folder" in message
     assert "`pissa init` with the same recipe or --set, then eval --compare-base" in message

@@ -31,8 +31,10 @@ def init_command(
         target, set_, model=model, method=method, rank=rank, svd=svd, bits=bits, seed=seed, output=output
     )
     from pissa_cli.cli import dryrun, show
+    from pissa_cli.evals.benches import check_names
     from pissa_cli.inputs import require_start
 
+    check_names(loaded.recipe, loaded.sources)
     require_start(loaded.recipe)
     show.load_libraries(debug)
     if dry_run:

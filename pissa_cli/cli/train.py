@@ -38,7 +38,9 @@ def train_command(
     )
     from pissa_cli import inputs, reached
     from pissa_cli.cli import dryrun, edge, show
+    from pissa_cli.evals.benches import check_names
 
+    check_names(loaded.recipe, loaded.sources)
     inputs.require_start(loaded.recipe, resume)
     reached.require_step(loaded.recipe, resume)
     if not dry_run:

@@ -53,22 +53,28 @@ def check_benches(recipe: Recipe, base: bool = False, sources: Mapping[KeyPath, 
     if not recipe.eval.bench:
         others = ", ".join(bench for bench in BENCHES if bench != "loss")
         raise UsageError("eval.bench: no benchmark given, nor held-out rows", f"name some with --bench: {others}")
+    check_names(recipe, written)
     for bench in recipe.eval.bench:
         if bench.startswith(harness.PREFIX):
             harness.require_harness(bench)
-        elif bench not in BENCHES:
-            raise _unknown(bench, written.get(("eval", "bench")), "eval.bench")
-        _check_task(bench, recipe)
         _check_engine(bench, recipe)
     _require_use(recipe, written)
-    unknown = {bench for bench in recipe.eval.data if not bench.startswith(harness.PREFIX)} - set(BENCHES)
-    if unknown:
-        raise _unknown(min(unknown), written.get(("eval", "data", min(unknown))), "eval.data")
     if "mt_bench" in recipe.eval.bench and not (recipe.eval.judge_url and recipe.eval.judge_model):
         raise UsageError(
             "mt_bench: a judge has to grade the answers",
             "name one: --judge-url https://api.openai.com/v1 --judge-model gpt-4, its key in PISSA_JUDGE_KEY",
         )
+
+
+def check_names(recipe: Recipe, sources: Mapping[KeyPath, str]) -> None:
+    """Refuse benchmarks that there are not, or that the model's task excludes: before it is trained, too."""
+    for bench in recipe.eval.bench:
+        if bench not in BENCHES and not bench.startswith(harness.PREFIX):
+            raise _unknown(bench, sources.get(("eval", "bench")), "eval.bench")
+        _check_task(bench, recipe)
+    unknown = {bench for bench in recipe.eval.data if not bench.startswith(harness.PREFIX)} - set(BENCHES)
+    if unknown:
+        raise _unknown(min(unknown), sources.get(("eval", "data", min(unknown))), "eval.data")
 
 
 def _require_use(recipe: Recipe, written: Mapping[KeyPath, str]) -> None:
