@@ -83,6 +83,10 @@ def prepare(
         say(change)
     if len(step_examples(0, len(examples), recipe)) > len(examples):
         say(f"train.batch_size: a step of {recipe.train.batch_size} has each example more than once")
+    if recipe.train.warmup >= (steps := count_steps(len(examples), recipe, newest_facts(run)["missed"])):
+        say(
+            f"train.warmup: of {recipe.train.warmup:g} steps, and training has {steps}: the rate never reaches train.lr"
+        )
     for name, loaded in (("data.train", examples), ("data.eval", held_out)):
         if loaded is not None:
             require_context(name, loaded, context_length(folder, recipe.model))

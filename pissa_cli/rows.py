@@ -172,6 +172,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
     with path.open("rb") as file:
         if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise UsageError(f"{path}: UTF-16 text", "save it as UTF-8")
+        if file.peek(256).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+            raise UsageError(f"{path}: a JSON list, where each line is to be an object", "name it .json")
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:

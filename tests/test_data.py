@@ -116,6 +116,15 @@ def test_utf16_is_refused_as_such(tmp_path: Path, tokenizer: PreTrainedTokenizer
         load_examples(str(path), DataSection(), tokenizer, None)
 
 
+@pytest.mark.parametrize("text", ['\ufeff[{"instruction": "a", "output": "b"}]', '\n  [\n{"instruction": "a"},\n'])
+def test_a_list_is_no_lines(text: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="a JSON list") as refused:
+        load_examples(str(path), DataSection(), tokenizer, None)
+    assert refused.value.hint == "name it .json"
+
+
 def test_a_folder_and_other_separators_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UsageError, match="a folder"):
         load_examples(str(tmp_path), DataSection(), tokenizer, None)

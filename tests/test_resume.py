@@ -63,6 +63,14 @@ def test_resume_says_where_there_is_no_checkpoint(models: Callable[[str], Path],
     initialize(made)
     train(made, resume=True, watch=notes.append)
     assert any("begins with the first step" in event.get("note", "") for event in notes)
+    assert not any("train.warmup" in event.get("note", "") for event in notes)
+
+
+def test_a_warm_up_longer_than_the_training_is_named(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
+    notes: list[Any] = []
+    train(recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=1", "train.warmup=3"), watch=notes.append)
+    said = "train.warmup: of 3 steps, and training has 1: the rate never reaches train.lr"
+    assert said in [event.get("note") for event in notes]
 
 
 def test_what_was_made_before_more_steps_is_named(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
