@@ -66,6 +66,8 @@ def _attention(
     if attention_mask is None or attention_mask.ndim != 1:
         return _sdpa(module, query, key, value, attention_mask, **options), None
     lengths: list[int] = attention_mask.tolist()
+    if query.is_cuda:  # what autocast would do within: the flash attention itself takes no fp32
+        query, key, value = map(in_autocast_dtype, (query, key, value))
     plain = not options.get("dropout") and options.get("softcap") is None and options.get("position_bias") is None
     alike = len({(x.dtype, x.shape[3]) for x in (query, key, value)}) == 1
     if query.is_cuda and plain and alike and _flash_agrees(query.dtype, query.shape[1], key.shape[1], query.shape[3]):

@@ -17,6 +17,7 @@ from packaging.version import Version
 from runs import BASE
 from test_start import started
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -402,6 +403,19 @@ def test_flash_attention_is_used_where_it_agrees(monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     meta = [x.to("meta", torch.bfloat16) for x in (query, key, value)]
     assert packing._flash(*meta, [7, 23], None).shape == wanted.shape
+
+
+def test_flash_attention_gets_what_autocast_makes_of_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys are in fp32 there, once they were rotated, and values are not."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+    seen: list[set[torch.dtype]] = []
+    monkeypatch.setattr(packing, "_flash_agrees", lambda dtype, *_: dtype == torch.bfloat16)
+    monkeypatch.setattr(packing, "_flash", lambda *given: seen.append({x.dtype for x in given[:3]}))
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, heads, 30, 8, device="cuda") for heads in (4, 2, 2))
+    packing._attention(nn.Module(), q, k, v.bfloat16(), torch.tensor([7, 23]))
+    assert seen == [{torch.bfloat16}]
 
 
 def test_flash_attention_is_tried_within_a_block_that_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
