@@ -31,7 +31,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor], chunked: bool = Fals
     """
     labels, device = batch.pop("labels"), batch["input_ids"].device
     if labels.ndim == 1:
-        logits, labels = model(**batch).logits.float(), labels.to(device)
+        logits, labels = model(**batch).logits.float(), labels.to(device, non_blocking=True)
         if logits.shape[1] == 1:
             return functional.mse_loss(logits[:, 0], labels, reduction="sum")
         return functional.cross_entropy(logits, labels.long(), reduction="sum")

@@ -17,6 +17,8 @@ from classifiers import CONFIGS, SHAPE, close, logits
 from conftest import Outcome, save_model
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -385,3 +387,20 @@ def test_a_model_of_characters_has_no_vocabulary(classifier: Callable[..., Any],
         sets = ("model.labels=[a, b]", "data.format=classification", f"data.train={data}", f"output={data}.out")
         with said:
             assert train(classifier(tmp_path / "canine", "model.bits=32", *sets))["steps_taken"] == 4
+
+
+def test_labels_reach_a_gpu_without_waiting_for_it() -> None:
+    """They are asked for when the forward pass is under way: a plain copy would wait until that is over."""
+    waits: list[bool] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and "device" in kwargs:
+                waits.append(not kwargs.get("non_blocking"))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Copies():
+        model: Any = lambda **_: SimpleNamespace(logits=torch.empty(2, 3, device="cuda"))  # noqa: E731
+        ids = torch.empty(2, 5, dtype=torch.long, device="cuda")
+        summed_loss(model, {"input_ids": ids, "labels": torch.empty(2)})
+    assert waits == [False]
