@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import exact_scales, make_model, save_model
+from runs import events
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from pissa_cli.batches import collate
+from pissa_cli.data import load_examples
 from pissa_cli.initialize import initialize
 from pissa_cli.peft_files import peft_config, read_peft
 from pissa_cli.rundir import Run, read_json, write_json
@@ -156,6 +159,37 @@ def test_exact_start_is_pefts_up_to_sign(models: Callable[[str], Path], recipe: 
         sign = (A * factors["A"]).sum(1).sign()
         torch.testing.assert_close(factors["A"], sign[:, None] * A, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(factors["B"], sign * B, atol=1e-4, rtol=1e-3)
+
+
+def test_training_is_that_of_pefts_pissa(
+    models: Callable[[str], Path],
+    recipe: Callable[..., Any],
+    rows: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Step by step, each over all rows: its start and its layers, torch's AdamW, the loss that transformers forms."""
+    count = len(rows.read_text().splitlines())
+    sets = ("adapter.rank=4", "adapter.alpha=8", "adapter.svd=exact", f"data.train={rows}", f"train.batch_size={count}")
+    steps = ("train.steps=6", "train.lr=0.01", "train.schedule=constant", "train.warmup=0", "train.max_grad_norm=1")
+    made = recipe(models("llama"), "model.bits=32", *sets, *steps)
+    train(made)
+    ours = [event["loss"] for event in events(made) if "loss" in event]
+
+    batch = collate(load_examples(str(rows), made.data, tokenizer, None), range(count), 0, packing=False)
+    base = AutoModelForCausalLM.from_pretrained(models("llama"), dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, init_lora_weights="pissa", target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model, theirs = peft.get_peft_model(base, config), []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0)
+    for _ in ours:
+        loss = model(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.append(float(loss))
+    assert ours == pytest.approx(theirs, rel=1e-4) and min(ours) < 0.95 * ours[0]
 
 
 def test_peft_never_decomposes_again(
