@@ -39,7 +39,7 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
     What NF4 leaves dense (embeddings, norms, head) gets the dtype of the products. The head of a classifier that is not
     in the files starts from `seed`; that of a regression is in fp32.
     """
-    gc.collect()  # of a model before this one layers hold themselves (`multiply_in_fp32`)
+    gc.collect()  # a model before this one: its layers may hold themselves (`multiply_in_fp32`, bitsandbytes')
     dtype = dense_dtype(section, precision)
     experts = _packed_experts(folder, section) if section.bits == 4 else {}
     kind = AUTO_CLASSES[section.task]
