@@ -163,6 +163,5 @@ def _compare(recipe: Recipe, stored: Path, adapter: Adapter, plain: Path, folder
     """Logits of the run against those of the exported files on the plain base."""
     device, tokenizer = best_device(), load_tokenizer(plain, recipe)
     before = probe_logits(load_with(recipe, stored, adapter, device), tokenizer, recipe)
-    dense = recipe.model_copy(update={"model": recipe.dense_model})
-    after = load_with(dense, plain, read_peft(folder)[1], device)
+    after = load_with(recipe.dense, plain, read_peft(folder)[1], device)
     return logit_difference(before, probe_logits(after, tokenizer, recipe))

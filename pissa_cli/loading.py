@@ -33,14 +33,14 @@ from pissa_cli.svd import generator
 from pissa_cli.weights import open_weights
 
 
-def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -> PreTrainedModel:
+def load_model(folder: Path, recipe: Recipe) -> PreTrainedModel:
     """The base with its weights on the CPU: dense in the dtype of `model.bits`, or NF4 from a run's `base/`.
 
     What NF4 leaves dense (embeddings, norms, head) gets the dtype of the products. The head of a classifier that is not
-    in the files starts from `seed`; that of a regression is in fp32.
+    in the files starts from the recipe's seed; that of a regression is in fp32.
     """
     gc.collect()  # a model before this one: its layers may hold themselves (`multiply_in_fp32`, bitsandbytes')
-    dtype = dense_dtype(section, precision)
+    section, dtype, products = recipe.model, dense_dtype(recipe), DTYPES[recipe.precision]
     experts = _packed_experts(folder, section) if section.bits == 4 else {}
     kind = AUTO_CLASSES[section.task]
     if experts:
@@ -63,7 +63,7 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
         ) from None
     unlike = {name if isinstance(name, str) else name[0] for name in loading["mismatched_keys"]}
     head = [n for n in sorted({*loading["missing_keys"], *unlike}) if n.split(".")[0] in head_names(model)]
-    _new_head(model, head, seed)  # of a classifier with other classes as well
+    _new_head(model, head, recipe.seed)  # of a classifier with other classes as well
     missing = sorted({*loading["missing_keys"], *unlike} - set(head))
     if missing:
         shown = [f"{name}, of another shape" if name in unlike else name for name in missing[:3]]
@@ -79,9 +79,9 @@ def load_model(folder: Path, section: ModelSection, precision: str, seed: int) -
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and not any(part in name for part in strict):
                 parameter.data = parameter.data.to(dtype)
-    quant.set_compute_dtype(model, DTYPES[precision])
+    quant.set_compute_dtype(model, products)
     if best_device().type == "cpu":
-        multiply_in_fp32(model, DTYPES[precision])
+        multiply_in_fp32(model, products)
         if widens(dtype, model.device):
             one_by_one(model)
     if section.task == "sequence-classification" and len(section.labels) == 1:

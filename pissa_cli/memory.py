@@ -100,7 +100,7 @@ def _spread(recipe: Recipe, plan: Plan, found: dict[str, int], processes: int) -
 
 def _rough(recipe: Recipe, plan: Plan) -> dict[str, int]:
     """Bytes that training takes, by what takes them; activations are a rough figure for full-length examples."""
-    compute, dense = DTYPES[recipe.precision].itemsize, dense_dtype(recipe.model, recipe.precision).itemsize
+    compute, dense = DTYPES[recipe.precision].itemsize, dense_dtype(recipe).itemsize
     linears = [layer for layer in plan.linears if not layer.embedding]
     in_linears = sum(layer.num_in * layer.num_out for layer in linears)
     packed = 0.5 + (0.127 if recipe.model.double_quant else 0.5) / 8 if recipe.model.bits == 4 else dense
@@ -169,7 +169,7 @@ def _fill(model: PreTrainedModel, recipe: Recipe, plan: Plan, ledger: Ledger) ->
     while it is loaded: its own, and those of its files where they have another dtype."""
     ledger.kind = "weights"
     stored = model.config.dtype or torch.float32
-    dtype = dense_dtype(recipe.model, recipe.precision)
+    dtype = dense_dtype(recipe)
     _give_storage(model, dtype)
     files = plan.num_total * stored.itemsize if recipe.model.bits != 4 and stored != dtype else 0
     loading = files + ledger.now["weights"]

@@ -102,7 +102,7 @@ def _compare(
     recipe: Recipe, apart: list[Tensor], tokenizer: PreTrainedTokenizerBase, merged: Path, tolerance: float
 ) -> dict[str, float]:
     """Logits of the adapter on its base, `apart`, against those of the merged model."""
-    together = load_model(merged, recipe.dense_model, recipe.precision, recipe.seed).to(best_device()).eval()
+    together = load_model(merged, recipe.dense).to(best_device()).eval()
     merged_logits = probe_logits(together, tokenizer, recipe)
     difference = logit_difference(apart, merged_logits)
     relative = difference["relative_logit_difference"]

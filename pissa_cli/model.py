@@ -20,7 +20,7 @@ from pissa_cli.configuration import context_of, read_config
 from pissa_cli.errors import UsageError, first_line, in_one_line
 from pissa_cli.experts import EXPERT_PARAMETERS, Expert, expert_layers, peft_remaps
 from pissa_cli.inputs import local_base, require_model_folder
-from pissa_cli.recipe import ModelSection
+from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.recipe_file import names_in, shipped
 from pissa_cli.tensor_names import DiskName, names_on_disk
 from pissa_cli.weights import Weights
@@ -95,9 +95,9 @@ def resolve_base(section: ModelSection, files: list[str] = HUB_FILES) -> Path:
     return require_model_folder(Path(found))
 
 
-def dense_dtype(section: ModelSection, precision: str) -> torch.dtype:
+def dense_dtype(recipe: Recipe) -> torch.dtype:
     """Of the weights of a loaded model; of what is dense beside NF4 that of the products."""
-    return {16: torch.bfloat16, 32: torch.float32, 4: DTYPES[precision]}[section.bits]
+    return {16: torch.bfloat16, 32: torch.float32, 4: DTYPES[recipe.precision]}[recipe.model.bits]
 
 
 def skeleton(folder: Path, section: ModelSection) -> PreTrainedModel:

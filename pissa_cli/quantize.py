@@ -190,12 +190,11 @@ def _before_and_after(
     if adapter.factors:
         model = load_with(recipe, folder, adapter, device)
     else:
-        model = load_model(folder, recipe.dense_model, recipe.precision, recipe.seed).to(device).eval()
+        model = load_model(folder, recipe.dense).to(device).eval()
     logits = probe_logits(model, tokenizer, recipe)
     before, data = perplexity(model, tokenizer, recipe)
     del model
-    four = recipe.model.model_copy(update={"bits": 4})
-    model = load_model(quantized, four, recipe.precision, recipe.seed).to(device).eval()
+    model = load_model(quantized, recipe.with_bits(4)).to(device).eval()
     after, _ = perplexity(model, tokenizer, recipe)
     figures = {"perplexity_before": before, "perplexity_after": after, "perplexity_data": data}
     return figures | logit_difference(logits, probe_logits(model, tokenizer, recipe))

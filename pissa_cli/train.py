@@ -80,7 +80,7 @@ def train(
                 say(line)
             if first:
                 remove_old(run, recipe.train.keep, not full)  # as a training killed just before it would have done
-        model = load_model(require_base(manifest, recipe), recipe.model, recipe.precision, recipe.seed)
+        model = load_model(require_base(manifest, recipe), recipe)
         pad_id = padding(model, tokenizer)
         trainer = assemble(manifest, recipe, model, examples, pad_id, checkpoint, layout, say)
         first_step = _restore(trainer, checkpoint) if checkpoint else 0

@@ -39,7 +39,7 @@ def load_result(recipe: Recipe, device: torch.device, step: int | None = None) -
     Raises UsageError if training has not finished, and if the base is not the one the adapter was made on.
     """
     if isinstance(recipe.adapter, FullOptions):
-        return load_model(full_folder(recipe, step), recipe.model, recipe.precision, recipe.seed).to(device).eval()
+        return load_model(full_folder(recipe, step), recipe).to(device).eval()
     return _unpacked(load_with(recipe, *read_result(recipe, step), device))
 
 
@@ -56,10 +56,10 @@ def full_folder(recipe: Recipe, step: int | None = None) -> Path:
 
 def load_with(recipe: Recipe, folder: Path, adapter: Adapter, device: torch.device) -> PreTrainedModel:
     """The model in `folder` with a finished adapter that is valid on it, in eval mode."""
-    model = load_model(folder, recipe.model, recipe.precision, recipe.seed).to(device)
+    model = load_model(folder, recipe).to(device)
     attach(model, adapter, METHODS["vera" if adapter.projections else "lora"], plain=False)
     restore_whole(model, adapter.saved)
-    _round_factors(model, dense_dtype(recipe.model, recipe.precision))
+    _round_factors(model, dense_dtype(recipe))
     return model.eval()
 
 
@@ -234,7 +234,7 @@ def exported_adapter(recipe: Recipe, start: Adapter, now: dict[str, Factors], sa
 def load_plain_base(recipe: Recipe, device: torch.device) -> PreTrainedModel:
     """The model before training, in eval mode: the dense base, or what 4-bit storage and the start make of it."""
     run, manifest = open_run(recipe)
-    model = load_model(require_base(manifest, recipe), recipe.model, recipe.precision, recipe.seed).to(device)
+    model = load_model(require_base(manifest, recipe), recipe).to(device)
     if recipe.model.bits == 4:
         attach(model, read_start(run, manifest)[1], METHODS[recipe.adapter.method], plain=False)
     return _unpacked(model.eval())

@@ -272,9 +272,9 @@ def test_full_fine_tuning(encoders: Callable[[str], Path], classifier: Callable[
 def test_the_head_starts_from_seed_and_name(encoders: Callable[[str], Path], classifier: Callable[..., Any]) -> None:
     made = classifier(encoders("deberta"), "model.bits=32")
     torch.manual_seed(1)
-    one = load_model(encoders("deberta"), made.model, "fp32", 7)
+    one = load_model(encoders("deberta"), made)
     torch.manual_seed(2)
-    two, other = (load_model(encoders("deberta"), made.model, "fp32", seed) for seed in (7, 8))
+    two, other = (load_model(encoders("deberta"), made.model_copy(update={"seed": seed})) for seed in (made.seed, 7))
     for name in ("classifier.weight", "pooler.dense.weight"):
         assert torch.equal(one.get_parameter(name), two.get_parameter(name))
         assert not torch.equal(one.get_parameter(name), other.get_parameter(name))
@@ -287,7 +287,7 @@ def test_loss_is_transformers_own(labels: int, encoders: Callable[[str], Path], 
     sets = ["model.labels=[score]", "data.format=glue/stsb"] if labels == 1 else []
     made = classifier(encoders("bert"), "model.bits=32", *sets)
     tokenizer = AutoTokenizer.from_pretrained(encoders("bert"))
-    model = load_model(encoders("bert"), made.model, "fp32", 0).eval()
+    model = load_model(encoders("bert"), made).eval()
     examples = load_examples(made.data.train, made.data, tokenizer, None, made.model.labels)
     batch = collate(examples, [3, 1, 5], 0, packing=False)
     given = dict(batch)
@@ -330,7 +330,7 @@ def test_quantities_are_not_rounded_to_16_bits(
     found = torch.tensor([json.loads(line)["answer"] for line in lines])
     assert any(float(number) != float(number.bfloat16()) for number in found)
     trained = load_result(made, torch.device("cpu"))
-    merged = load_model(Path(made.output) / "merged", made.dense_model, "bf16", 0)
+    merged = load_model(Path(made.output) / "merged", made.dense)
     for name in part.state_dict():
         name = f"{'score' if architecture == 'llama' else 'classifier.out_proj'}.{name}"
         assert torch.equal(merged.get_parameter(name), trained.get_parameter(name)), name
@@ -351,7 +351,7 @@ def test_resume_is_bit_for_bit(encoders: Callable[[str], Path], classifier: Call
 
 def test_head_rate_is_the_heads(encoders: Callable[[str], Path], classifier: Callable[..., Any]) -> None:
     made = classifier(encoders("bert"), "model.bits=32", "train.lr=1e-9", "train.head_lr=0.05")
-    before = load_model(encoders("bert"), made.model, "fp32", made.seed)
+    before = load_model(encoders("bert"), made)
     train(made)
     after = load_result(made, torch.device("cpu"))
     moved = after.get_parameter("classifier.weight") - before.get_parameter("classifier.weight")

@@ -35,7 +35,7 @@ def test_adapter_and_head_load_in_peft(
     made = classifier(folder, "model.bits=32", f"adapter.method={method}")
     if method == "vera" and architecture == "gpt2":
         pytest.skip("PEFT's VeRA takes no Conv1D with fan_in_fan_out here")
-    before = load_model(folder, made.model, "fp32", made.seed)
+    before = load_model(folder, made)
     train(made)
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
     base.config.pad_token_id = before.config.pad_token_id
@@ -144,7 +144,7 @@ def test_a_classifier_with_other_classes_gets_a_new_head(
     encoders: Callable[[str], Path], classifier: Callable[..., Any], pissa: Callable[..., Any], tmp_path: Path
 ) -> None:
     three = classifier(encoders("roberta"), "model.bits=32", "model.labels=[a, b, c]", "data.format=glue/mnli")
-    model = load_model(encoders("roberta"), three.model, "fp32", 0)
+    model = load_model(encoders("roberta"), three)
     folder = save_model(model, tmp_path / "three")
     made = classifier(folder, "model.bits=32")
     train(made)
@@ -152,7 +152,7 @@ def test_a_classifier_with_other_classes_gets_a_new_head(
     merged = AutoModelForSequenceClassification.from_pretrained(Path(made.output) / "merged")
     assert merged.config.num_labels == 2
     close(logits(merged, folder), logits(load_result(made, torch.device("cpu")), folder))
-    again = load_model(folder, three.model, "fp32", 1)
+    again = load_model(folder, three.model_copy(update={"seed": 1}))
     assert torch.equal(
         again.get_parameter("classifier.out_proj.weight"), model.get_parameter("classifier.out_proj.weight")
     )

@@ -21,7 +21,7 @@ from pissa_cli import loss, products, quant
 from pissa_cli.adapters.lowrank import LowRank, multiply_in_fp32
 from pissa_cli.experts import adapted_forward
 from pissa_cli.loading import load_model
-from pissa_cli.recipe import ModelSection
+from pissa_cli.recipe import ModelSection, Recipe
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -160,7 +160,7 @@ def test_a_model_multiplies_in_fp32_where_bf16_is_the_slower(
 ) -> None:
     processor(monkeypatch, not slow, False)
     monkeypatch.setattr("pissa_cli.loading.best_device", lambda: torch.device("cpu"))
-    model = load_model(models(architecture), ModelSection(name=architecture), "bf16", 0)
+    model = load_model(models(architecture), Recipe(model=ModelSection(name=architecture)))
     if architecture == "mixtral":
         for module in model.modules():  # a router's product is small
             if isinstance(module, MixtralTopKRouter):

@@ -45,7 +45,7 @@ def started(recipe: Any) -> PreTrainedModel:
     run = Run(Path(recipe.output))
     manifest = initialize(recipe)
     folder = run.base if run.base.is_dir() else Path(manifest["base"]["folder"])
-    model = load_model(folder, recipe.model, recipe.precision, recipe.seed).cpu()
+    model = load_model(folder, recipe).cpu()
     attach(model, read_start(run, manifest)[1], METHODS[recipe.adapter.method], recipe.model.bits != 4)
     return model
 
