@@ -129,9 +129,7 @@ def assemble(
         autocast_inside(model, recipe, device)
         engine = zero.initialize(model, trainer.optimizer, int(layout[-1]), recipe.train.max_grad_norm, device)
         trainer.model, trainer.optimizer = engine, engine.optimizer
-        return trainer
-    trainer.optimizer = accelerator.prepare(trainer.optimizer)
-    if not sharded:
+    elif not sharded:
         _copy_to_all(trainer, ddp)
     return trainer
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.assembly import assemble
@@ -195,7 +194,7 @@ def _save(run: Run, trainer: Trainer, step: int) -> None:
         "sections": sections_of(recipe),
         "missed": trainer.missed + recipe.train.batch_size - len(taken),
     }
-    save_checkpoint(run, step, trainer.names, _plain(trainer.optimizer), facts, first)
+    save_checkpoint(run, step, trainer.names, trainer.optimizer, facts, first)
     if first:
         remove_old(run, recipe.train.keep, not isinstance(recipe.adapter, FullOptions))
     trainer.accelerator.wait_for_everyone()
@@ -220,7 +219,7 @@ def _leave_out(run: Run, trainer: Trainer, step: int, fault: str, saved: int) ->
 
 
 def _restore(trainer: Trainer, checkpoint: Path) -> int:
-    return restore_checkpoint(checkpoint, trainer.names, _plain(trainer.optimizer), trainer.examples.digest())
+    return restore_checkpoint(checkpoint, trainer.names, trainer.optimizer, trainer.examples.digest())
 
 
 def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
@@ -229,12 +228,6 @@ def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
         return list(flags)
     count = accelerator.reduce(torch.tensor(flags, dtype=torch.float, device=accelerator.device), "sum")
     return [bool(number) for number in count]
-
-
-def _plain(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside Accelerate's wrapper."""
-    inner: torch.optim.Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    return inner
 
 
 def _trim_metrics(run: Run, first_step: int, first: bool) -> list[tuple[float, float]]:
