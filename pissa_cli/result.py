@@ -10,13 +10,11 @@ from transformers import PreTrainedModel
 
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.answer_ends import write_answer_ends
-from pissa_cli.attach import lowrank_layers, whole_modules
 from pissa_cli.card import model_card
 from pissa_cli.errors import PissaError
 from pissa_cli.initialize import frozen_base, open_run, read_start, require_base
 from pissa_cli.integrity import hashes, model_facts, not_finite, read_settings, sealed
 from pissa_cli.model import head_names
-from pissa_cli.optim import Names
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_config, rank_of, reader_of, write_peft
 from pissa_cli.reached import result_of
 from pissa_cli.recipe import Recipe
@@ -27,12 +25,12 @@ from pissa_cli.weights import let_read
 
 
 def write_result(
-    recipe: Recipe, model: PreTrainedModel, names: Names, trained: dict[str, Tensor], step: int, data: dict[str, Any]
+    recipe: Recipe, model: PreTrainedModel, trained: dict[str, Tensor], step: int, data: dict[str, Any]
 ) -> Path:
     """Write `adapter/` in PEFT files (or, for full fine-tuning, the model in `merged/`) and return its path.
 
-    names, trained: the parameters of `model` that train, and their values in whole. What it came from (method, step,
-    `data`, base) goes into pissa.json beside it.
+    trained: the values in whole of what trains in `model`, by the names that checkpoints give it. What it came from
+    (method, step, `data`, base) goes into pissa.json beside it.
     """
     spoilt = next((name for name, tensor in trained.items() if not_finite(tensor)), None)
     if spoilt is not None:
@@ -42,18 +40,17 @@ def write_result(
         )
     facts = {"method": recipe.adapter.method, "step": step, "data": data}
     write = _write_full if isinstance(recipe.adapter, FullOptions) else _write_adapter
-    write(recipe, model, names, trained, facts)
+    write(recipe, model, trained, facts)
     return result_of(recipe)
 
 
-def _write_full(
-    recipe: Recipe, model: PreTrainedModel, names: Names, trained: dict[str, Tensor], facts: dict[str, Any]
-) -> None:
+def _write_full(recipe: Recipe, model: PreTrainedModel, trained: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """The model in `merged/`, with the settings of its base."""
     run, manifest = open_run(recipe)
     with whole_folder(run.merged) as folder:
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        state = {n: trained[names[parameters[n]]] if n in parameters else t for n, t in model.state_dict().items()}
+        first = {parameter: name for name, parameter in model.named_parameters()}  # of tied ones
+        state = {n: trained[first[parameters[n]]] if n in parameters else t for n, t in model.state_dict().items()}
         model.save_pretrained(folder, state_dict=state)
         base, written = require_base(manifest, recipe), read_settings(folder)
         copy_side_files(base, folder, recipe)  # over those that transformers wrote in the form of its own version
@@ -70,21 +67,13 @@ def _write_full(
         write_json(folder / PROVENANCE, sealed(facts))
 
 
-def _write_adapter(
-    recipe: Recipe, model: PreTrainedModel, names: Names, trained: dict[str, Tensor], facts: dict[str, Any]
-) -> None:
+def _write_adapter(recipe: Recipe, model: PreTrainedModel, trained: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """The adapter in `adapter/`: over a dense base made valid on the plain base, for PiSSA at rank 2r; over NF4 on
     `base/`."""
     (run, manifest), adapter = open_run(recipe), recipe.adapter
     assert not isinstance(adapter, FullOptions)
     config, start = read_start(run, manifest)
-    now = {
-        name: {key: trained.get(f"{name}.{key}", factor).cpu() for key, factor in layer.factors().items()}
-        for name, layer in lowrank_layers(model).items()
-    }
-    whole = whole_modules(model, adapter.modules_to_save)
-    saved = {f"{n}.{key}": trained[names[p]] for n, m in whole.items() for key, p in m.named_parameters(recurse=False)}
-    result = exported_adapter(recipe, start, now, saved)
+    result = exported_adapter(recipe, model, start, trained)
     config = peft_config(
         peft_type="VERA" if result.projections else "LORA",
         base=frozen_base(recipe),

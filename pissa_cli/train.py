@@ -94,7 +94,7 @@ def train(
         trained = trained_values(trainer.names, first)
         with state.main_process_first():
             if first:
-                result = write_result(recipe, model, trainer.names, trained, trainer.total_steps, facts)
+                result = write_result(recipe, model, trained, trainer.total_steps, facts)
                 figures["result"] = str(result)
                 lowest = lowest_held_out(run)
                 if lowest is not None and lowest[0] != trainer.total_steps:

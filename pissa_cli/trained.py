@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.adapters.start import Adapter, Factors, as_lora
+from pissa_cli.adapters.start import Adapter, as_lora
 from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_modules
 from pissa_cli.checkpoint import checkpoint_tensors
 from pissa_cli.errors import UsageError
@@ -203,31 +203,25 @@ def read_checkpoint(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
                 )
             if not_finite(found):
                 raise UsageError(f"{folder}: {name}.{key} holds NaN or infinite values", "use another checkpoint")
-    now = {
-        name: {key: trained[f"{name}.{key}"] if key in trains else factor for key, factor in factors.items()}
-        for name, factors in start.factors.items()
-    }
-    base, saved = require_base(manifest, recipe), {}
-    assert not isinstance(recipe.adapter, FullOptions)
-    model = skeleton(base, recipe.model)
-    for name, module in whole_modules(model, recipe.adapter.modules_to_save).items():
-        for key, parameter in module.named_parameters(recurse=False):
-            tied = next(n for n, p in model.named_parameters() if p is parameter)
-            saved[f"{name}.{key}"] = trained[tied]
-    return base, exported_adapter(recipe, start, now, saved)
+    base = require_base(manifest, recipe)
+    return base, exported_adapter(recipe, skeleton(base, recipe.model), start, trained)
 
 
-def exported_adapter(recipe: Recipe, start: Adapter, now: dict[str, Factors], saved: dict[str, Tensor]) -> Adapter:
+def exported_adapter(recipe: Recipe, model: PreTrainedModel, start: Adapter, trained: dict[str, Tensor]) -> Adapter:
     """The adapter as files hold it: over dense weights valid on the plain base (PiSSA's at rank 2r), over NF4 on
     `base/`.
 
-    start, now: the factors at step 0 and as they trained; saved: what trained whole.
+    model: the one that trained, or a skeleton of it. start: the adapter at step 0. trained: what trained, by the names
+    that checkpoints give it.
     """
-    method = METHODS[recipe.adapter.method]
-    factors = {
-        name: method.on_plain_base(layer, start.factors[name]) if recipe.model.bits != 4 else as_lora(layer)
-        for name, layer in now.items()
-    }
+    assert not isinstance(recipe.adapter, FullOptions)
+    method, factors = METHODS[recipe.adapter.method], {}
+    for name, before in start.factors.items():
+        now = {key: trained.get(f"{name}.{key}", factor) for key, factor in before.items()}
+        factors[name] = as_lora(now) if recipe.model.bits == 4 else method.on_plain_base(now, before)
+    whole = whole_modules(model, recipe.adapter.modules_to_save)
+    first = {parameter: name for name, parameter in model.named_parameters()}  # of tied ones
+    saved = {f"{n}.{key}": trained[first[p]] for n, m in whole.items() for key, p in m.named_parameters(recurse=False)}
     return Adapter(factors, start.scales, start.projections, saved, start.embeddings)
 
 

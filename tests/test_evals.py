@@ -370,7 +370,7 @@ def test_what_a_run_has_left_is_read_if_it_is_whole(finished: Any, monkeypatch: 
         with pytest.raises(UsageError, match=f"{name} .*{said}"):
             trained.read_checkpoint(finished, 2)
     with pytest.raises(PissaError, match=rf"diverged at its end: {name} holds NaN"):
-        write_result(finished, None, {}, {name: spoilt}, 2, {})  # type: ignore[arg-type]
+        write_result(finished, None, {name: spoilt}, 2, {})  # type: ignore[arg-type]
     assert weights.read_bytes() == content
 
 
