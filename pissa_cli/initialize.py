@@ -188,7 +188,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, staged: Run, progress: 
     if store is not None:
         store.close()
         facts |= {"stored_fingerprint": stored.digest(), "stored_bytes": store.total_bytes}
-        write_nf4_config(plan.folder, staged.base, recipe, plan.linears, recipe.model.double_quant)
+        write_nf4_config(plan.folder, staged.base, recipe, plan.linears)
         facts["stored_settings"] = settings_hash(staged.base)
     return {
         "init_hashes": hashes(staged.init, (PEFT_CONFIG, PEFT_WEIGHTS)),

@@ -59,7 +59,10 @@ def quantize(
     built-in prompts, which says little; None for a classifier.
     """
     recipe, folder, adapter = _source(recipe, model_folder, step)
-    own = run_of(recipe).quantized if form == "nf4" else run_of(recipe).int4
+    asked = {"double_quant": double_quant, "absmax": absmax}
+    recipe = recipe.with_model(**{key: value for key, value in asked.items() if value is not None})
+    nf4 = form == "nf4"
+    own = run_of(recipe).quantized if nf4 else run_of(recipe).int4
     output = output or own
     require_free(output, own)
     for source in held_out_sources(recipe.data):
@@ -68,11 +71,7 @@ def quantize(
     model = skeleton(folder, recipe.model)
     linears = linear_layers(model, weights)
     require_same_layout(model, DENSE)
-    if form == "nf4":
-        double_quant = recipe.model.double_quant if double_quant is None else double_quant
-        four = _nf4(recipe, model, weights, linears, double_quant, absmax or recipe.model.absmax)
-    else:
-        four = _compressed_tensors(recipe, weights, linears)
+    four = _nf4(recipe, model, weights, linears) if nf4 else _compressed_tensors(recipe, weights, linears)
     dense_bytes, error, norm = 0, 0.0, 0.0
     with whole_folder(output) as target:
         writer, written = ShardWriter(target), written_name(model, weights)
@@ -95,7 +94,7 @@ def quantize(
         "dense_bytes": dense_bytes,
         "kept_dense": [layer.name for layer in linears if not (four.takes(layer) or layer.embedding)],
         "relative_error": math.sqrt(error / max(norm, 1e-300)),
-        "packed_experts": form == "nf4" and any(layer.expert and layer.packable for layer in linears),
+        "packed_experts": nf4 and any(layer.expert and layer.packable for layer in linears),
         **compared,
     }
 
@@ -109,8 +108,7 @@ def _source(recipe: Recipe, model_folder: Path | None, step: int | None) -> tupl
     settings = read_settings(folder)
     if "quantization_config" in settings:
         raise UsageError(f"{folder}: this model is quantized already", "give the dense model, or a run folder")
-    model = recipe.model.model_copy(update=task_of(settings))
-    return recipe.model_copy(update={"model": model}), folder, Adapter({}, {})
+    return recipe.with_model(**task_of(settings)), folder, Adapter({}, {})
 
 
 class _Part(NamedTuple):
@@ -151,22 +149,15 @@ class _Form:
     recast: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
-def _nf4(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    weights: Weights,
-    linears: list[Linear],
-    double_quant: bool,
-    absmax: quant.Absmax,
-) -> _Form:
+def _nf4(recipe: Recipe, model: PreTrainedModel, weights: Weights, linears: list[Linear]) -> _Form:
     require_packable(linears, DENSE)
-    heads = head_names(model)
+    heads, section = head_names(model), recipe.model
     # transformers leaves beside NF4 what is not packed as it is on disk, and multiplies no fp32 with 16 bits
     recast = dict.fromkeys(heads, read_weight(weights, linears[0], torch.device("cpu"))[1]) if heads else {}
     return _Form(
         lambda linear: linear.packable,
-        lambda name, W, dtype: quant.pack_tensors(name, quant.Store(4, dtype, double_quant, absmax), W),
-        lambda target: write_nf4_config(weights.folder, target, recipe, linears, double_quant),
+        lambda name, W, dtype: quant.pack_tensors(name, quant.Store(4, dtype, section.double_quant, section.absmax), W),
+        lambda target: write_nf4_config(weights.folder, target, recipe, linears),
         recast,
     )
 
@@ -194,7 +185,7 @@ def _before_and_after(
     logits = probe_logits(model, tokenizer, recipe)
     before, data = perplexity(model, tokenizer, recipe)
     del model
-    model = load_model(quantized, recipe.with_bits(4)).to(device).eval()
+    model = load_model(quantized, recipe.with_model(bits=4)).to(device).eval()
     after, _ = perplexity(model, tokenizer, recipe)
     figures = {"perplexity_before": before, "perplexity_after": after, "perplexity_data": data}
     return figures | logit_difference(logits, probe_logits(model, tokenizer, recipe))

@@ -242,15 +242,15 @@ class Recipe(Section):
         """Whether products are in bf16 over weights in fp32."""
         return self.model.bits == 32 and self.precision == "bf16"
 
-    def with_bits(self, bits: Literal[4, 16, 32]) -> Recipe:
-        """The same over weights that are stored otherwise; the dtype of the products stays."""
-        model, train = self.model.model_copy(update={"bits": bits}), {"precision": self.precision}
-        return self.model_copy(update={"model": model, "train": self.train.model_copy(update=train)})
+    def with_model(self, **values: Any) -> Recipe:
+        """The same with other values in the section `model`, unchecked; the dtype of the products stays."""
+        train = self.train.model_copy(update={"precision": self.precision})
+        return self.model_copy(update={"model": self.model.model_copy(update=values), "train": train})
 
     @property
     def dense(self) -> Recipe:
         """The same over dense weights in the dtype of the products: how exported models are compared."""
-        return self.with_bits(32 if self.precision == "fp32" else 16)
+        return self.with_model(bits=32 if self.precision == "fp32" else 16)
 
     @property
     def lr(self) -> float:

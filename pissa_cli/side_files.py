@@ -30,11 +30,12 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 MORE_TEMPLATES = "additional_chat_templates"
 
 
-def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[Linear], double_quant: bool) -> None:
+def write_nf4_config(source: Path, target: Path, recipe: Recipe, linears: list[Linear]) -> None:
     """As `write_4bit_config`, for NF4."""
     packed = {layer.name for layer in linears if layer.packable}
     compute_dtype = str(DTYPES[recipe.precision]).removeprefix("torch.")
-    write_4bit_config(source, target, recipe, packed, partial(quant.config, double_quant, compute_dtype))
+    config = partial(quant.config, recipe.model.double_quant, compute_dtype)
+    write_4bit_config(source, target, recipe, packed, config)
 
 
 def write_4bit_config(
