@@ -124,7 +124,7 @@ def _masked(found: _Conversation, ids: list[int], counts: list[int], tokenizer: 
 
 def _conversation(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> _Conversation:
     """Raises ValueError, with the reason, for a row that cannot be used."""
-    column, completion = section.columns.get("messages", "messages"), section.optional_column("completion")
+    column, completion = section.column("messages"), section.optional_column("completion")
     calls, tools = "tool_calls" in str(tokenizer.chat_template), tools_of(row, section)
     messages = messages_of(row, column, calls)
     learned = [is_learned(message) for message in messages]

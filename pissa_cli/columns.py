@@ -22,14 +22,14 @@ def label_columns(section: DataSection, columns: Sequence[str]) -> dict[str, str
     pair = section.optional_column("text_pair")
     has_pair = pair in columns or "text_pair" in section.columns
     fields = ("text", "text_pair", "label") if has_pair else ("text", "label")
-    return {name: section.columns.get(name, name) for name in fields}
+    return {name: section.column(name) for name in fields}
 
 
 def unused_columns(section: DataSection, columns: Iterable[str]) -> list[str]:
     """The columns that a format does not read; those of GLUE's own files are known."""
     if section.glue is not None:
         return []
-    needed = {section.columns.get(name, name) for name in FIELDS[section.format]}
+    needed = {section.column(name) for name in FIELDS[section.format]}
     read = needed | {section.optional_column(name) for name in OPTIONAL_FIELDS.get(section.format, ())}
     return [column for column in columns if column not in read]
 
@@ -40,7 +40,7 @@ def require_columns(source: str, section: DataSection, columns: Mapping[str, Any
 
     whole: they are those of all rows. If not, the column of an optional field may still come in a later row.
     """
-    wanted = {name: section.columns.get(name, name) for name in FIELDS.get(section.format, ())}
+    wanted = {name: section.column(name) for name in FIELDS.get(section.format, ())}
     if section.classifies:
         wanted = label_columns(section, list(columns))
     if whole:

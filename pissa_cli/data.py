@@ -67,11 +67,10 @@ def load_examples(
 
 def render(row: Row, section: DataSection) -> tuple[str, str]:
     """(prompt, answer) of a row that is not a chat. Raises ValueError, with the reason, for an unusable row."""
-    fields = {name: text_of(row, section.columns.get(name, name)) for name in FIELDS[section.format]}
+    fields = {name: text_of(row, section.column(name)) for name in FIELDS[section.format]}
     learned = FIELDS[section.format][-1]
-    column = section.columns.get(learned, learned)
     if not fields[learned].strip():
-        raise ValueError(f"'{column}' is empty")
+        raise ValueError(f"'{section.column(learned)}' is empty")
     if section.format == "text":
         return "", fields["text"]
     if section.format == "prompt":
@@ -80,9 +79,8 @@ def render(row: Row, section: DataSection) -> tuple[str, str]:
     extra = "" if further is None or value_of(row, further) is None else text_of(row, further)
     if extra and section.template is not None and "{input}" not in section.template:
         raise ValueError(f"'{further}' has text, data.template no {{input}}")
-    column = section.columns.get("instruction", "instruction")
     if not (fields["instruction"] + extra).strip():
-        raise ValueError(f"'{column}' is empty")
+        raise ValueError(f"'{section.column('instruction')}' is empty")
     return _fill(section, fields["instruction"], extra, fields["output"])
 
 

@@ -100,6 +100,10 @@ class DataSection(Section):
         found = _SHARE.fullmatch(self.eval) if isinstance(self.eval, str) else None
         return float(found[1]) / 100 if found else None
 
+    def column(self, field: str) -> str:
+        """The column of a field that a row needs."""
+        return self.columns.get(field, field)
+
     def optional_column(self, field: str) -> str | None:
         """The column of an optional field; None if that of its name is mapped to another field. A `completion` that is
         not mapped is one beside TRL's `prompt` alone: beside other messages it may be a text, or their last."""

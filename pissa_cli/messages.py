@@ -97,7 +97,7 @@ def is_learned(message: Message) -> bool:
 
 def unused_keys(row: Row, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Keys of the messages that neither the template nor this module asks for."""
-    columns = section.columns.get("messages", "messages"), section.optional_column("completion")
+    columns = section.column("messages"), section.optional_column("completion")
     lists = [(column, value_of(row, column)) for column in columns if column]
     objects = [(column, one) for column, found in lists if isinstance(found, list) for one in found]
     keys = [(column, k) for column, one in objects if isinstance(one, dict) for k, v in one.items() if v is not None]
