@@ -14,15 +14,7 @@ from transformers import PreTrainedModel
 from pissa_cli import zero
 from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.attach import (
-    attach,
-    checkpoint_activations,
-    join_gates,
-    joins_gates,
-    lowrank_layers,
-    share_inputs,
-    train_whole,
-)
+from pissa_cli.attach import attach, checkpoint_activations, compute_together, lowrank_layers, train_whole
 from pissa_cli.data import Say
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples
@@ -154,9 +146,7 @@ def _add_adapter(
     attach(model, start, METHODS[recipe.adapter.method], plain, getattr(recipe.adapter, "dropout", 0.0))
     train_whole(model, recipe.adapter.modules_to_save, open_weights(require_base(manifest, recipe)))
     if not apart:
-        share_inputs(model, probe)
-        if joins_gates(recipe):
-            join_gates(model)
+        compute_together(model, recipe, probe)
     if before is not None:
         require_same_loss(before, probe(), recipe.precision)
 

@@ -64,6 +64,14 @@ def attach(model: PreTrainedModel, adapter: Adapter, method: Method, plain: bool
             set_part(model, expert, layer)
 
 
+def compute_together(model: nn.Module, recipe: Recipe, forward: Callable[[], Any]) -> None:
+    """`share_inputs`, and `join_gates`: not under checkpointing and the compiler, which have ways of their own, nor
+    under autocast, where the dtype of an activation depends on its operations."""
+    share_inputs(model, forward)
+    if not (recipe.train.gradient_checkpointing or recipe.train.torch_compile or recipe.autocasts):
+        join_gates(model)
+
+
 @torch.no_grad()
 def share_inputs(model: nn.Module, forward: Callable[[], Any]) -> None:
     """Have low-rank layers that get one and the same x computed together, as q, k and v are (`Siblings`).
@@ -118,12 +126,6 @@ def join_gates(model: nn.Module) -> None:
         plain = isinstance(activation, nn.Module) and not list(activation.parameters())
         if fitting and plain and _is_gated(type(module).forward):
             module.forward = partial(_gated, module)
-
-
-def joins_gates(recipe: Recipe) -> bool:
-    """Whether `join_gates` is for a training: not under checkpointing and the compiler, which have ways of their own,
-    nor under autocast, where the dtype of an activation depends on its operations."""
-    return not (recipe.train.gradient_checkpointing or recipe.train.torch_compile or recipe.autocasts)
 
 
 def _gated(mlp: nn.Module, *given: Tensor, **named: Tensor) -> Tensor:

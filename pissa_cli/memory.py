@@ -19,7 +19,7 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.lowrank import multiply_in_fp32
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Method, Projections
-from pissa_cli.attach import attach, checkpoint_activations, join_gates, joins_gates, make_trainable, share_inputs
+from pissa_cli.attach import attach, checkpoint_activations, compute_together, make_trainable
 from pissa_cli.batches import row_length
 from pissa_cli.configuration import context_of
 from pissa_cli.errors import in_one_line
@@ -193,9 +193,7 @@ def _fill(model: PreTrainedModel, recipe: Recipe, plan: Plan, ledger: Ledger) ->
         ledger.kind = "activations"
         ids = torch.zeros(1, 2, dtype=torch.long)
         options = {} if recipe.data.classifies else {"use_cache": False}
-        share_inputs(model, partial(model.eval(), input_ids=ids, **options))
-        if joins_gates(recipe):
-            join_gates(model)
+        compute_together(model, recipe, partial(model.eval(), input_ids=ids, **options))
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
     return loading

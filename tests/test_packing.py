@@ -364,7 +364,7 @@ def test_two_hundred_steps_packed_and_fused_are_those_unpacked_and_plain(
 
     fast = losses("fast")
     monkeypatch.setattr(LowRank, "forward", plain_layer)
-    monkeypatch.setattr("pissa_cli.assembly.join_gates", lambda _: None)
+    monkeypatch.setattr("pissa_cli.attach.join_gates", lambda _: None)
     monkeypatch.setattr("pissa_cli.assembly.chunks_loss", lambda *_: False)
     plain = losses("plain", "data.packing=false", "train.micro_batch_size=1")
     assert len(plain) == 200 and plain[-1] < plain[0] - 0.2
