@@ -18,10 +18,9 @@ from pissa_cli.adapters.start import Adapter, Factors, as_lora, balanced
 from pissa_cli.answer_ends import unknown_ends
 from pissa_cli.card import model_card
 from pissa_cli.errors import UsageError
-from pissa_cli.initialize import open_run, read_start
-from pissa_cli.integrity import require_model
+from pissa_cli.initialize import open_run, read_start, require_plain_base
 from pissa_cli.loading import load_tokenizer
-from pissa_cli.model import Linear, best_device, head_names, linear_layers, peft_targets, resolve_base, skeleton
+from pissa_cli.model import Linear, best_device, head_names, linear_layers, peft_targets, skeleton
 from pissa_cli.peft_files import PeftWriter, peft_config, rank_of, read_peft, reader_of
 from pissa_cli.probes import logit_difference, probe_logits
 from pissa_cli.recipe import Recipe
@@ -62,7 +61,7 @@ def export_lora(
     require_free(output, run.exported)
     stored, result = read_result(recipe, step)
     adapter = result if recipe.model.bits != 4 else _learned(recipe, result)
-    plain = require_model(resolve_base(recipe.model), manifest["base"])
+    plain = require_plain_base(manifest, recipe)
     model = skeleton(plain, recipe.model)
     every = linear_layers(model, open_weights(plain))
     layers = [layer for layer in every if layer.name in adapter.factors]

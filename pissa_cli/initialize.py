@@ -96,15 +96,20 @@ def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
                 "name another folder with --output, or remove this one",
             )
     if [recipe.model.name, recipe.model.revision] != [manifest["base"]["name"], manifest["base"]["revision"]]:
-        require_model(resolve_base(recipe.model), manifest["base"])
+        require_plain_base(manifest, recipe)
     return run, manifest
 
 
+def require_plain_base(manifest: dict[str, Any], recipe: Recipe) -> Path:
+    """The folder of the dense base that a run was made on, checked by fingerprint."""
+    return require_model(resolve_base(recipe.model), manifest["base"])
+
+
 def require_base(manifest: dict[str, Any], recipe: Recipe) -> Path:
-    """The folder of the weights that a run computes with (`base/`, or the dense base), checked by fingerprint."""
+    """The folder of the weights that a run computes with: `base/`, checked likewise, or the dense base."""
     if "stored_fingerprint" in manifest["base"]:
         return require_model(run_of(recipe).base, manifest["base"], "stored_")
-    return require_model(resolve_base(recipe.model), manifest["base"])
+    return require_plain_base(manifest, recipe)
 
 
 def frozen_base(recipe: Recipe) -> str:

@@ -10,9 +10,8 @@ import torch
 from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
-from pissa_cli.initialize import Progress, open_run
-from pissa_cli.integrity import require_model
-from pissa_cli.model import Linear, best_device, linear_layers, read_weight, resolve_base, skeleton
+from pissa_cli.initialize import Progress, open_run, require_plain_base
+from pissa_cli.model import Linear, best_device, linear_layers, read_weight, skeleton
 from pissa_cli.recipe import Recipe
 from pissa_cli.report import drawing, save_picture
 from pissa_cli.rundir import write_json
@@ -36,7 +35,7 @@ def layer_report(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[s
     the nuclear norms of the errors of plain NF4 and of STARTS at that rank with T = 5, whatever the run's own method.
     """
     run, manifest = open_run(recipe)
-    folder = require_model(resolve_base(recipe.model), manifest["base"])
+    folder = require_plain_base(manifest, recipe)
     weights = open_weights(folder)
     layers = {layer.name: layer for layer in linear_layers(skeleton(folder, recipe.model), weights)}
     rows = []
