@@ -52,7 +52,7 @@ def dense_tensors(
             tied = min(other for other, tensor in whole.items() if torch.equal(tensor, whole[name]))
             dtype = torch.float32 if name.split(".")[0] in head else weights.dtypes[name]
             return then(name, linear, rounded(recipe, tied, whole[name].float(), dtype))
-        if linear is None or (f"{name}.absmax" not in weights.files and linear.name not in adapter.factors):
+        if linear is None or (not weights.is_packed(name) and linear.name not in adapter.factors):
             return then(name, linear, weights.read(name))
         W, dtype = read_weight(weights, linear, device)
         if linear.name in adapter.factors:

@@ -163,8 +163,7 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
                 if embedding and tensor in model.all_tied_weights_keys and not disk_name(tensor, required=False):
                     continue  # T5's encoder.embed_tokens: `shared` by another name
                 tensor = disk_name(tensor)
-                packed = f"{tensor}.absmax" in weights.files
-                if not packed and weights.shapes[tensor] != tuple(shape):
+                if not weights.is_packed(tensor) and weights.shapes[tensor] != tuple(shape):
                     raise UsageError(
                         f"{weights.files[tensor]}: {tensor} is {weights.shapes[tensor]}, config.json makes it "
                         f"{tuple(shape)}",
@@ -176,9 +175,9 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
             dense = UNREAD in name or name.endswith(tuple(model._keep_in_fp32_modules or ())) or casts_to(holder, kind)
             layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding, bypassed, subclass or dense))
     for name, expert, shape in expert_layers(model):
-        packed = weights is not None and f"{name}.weight.absmax" in weights.files
-        if weights is None or packed or weights.shapes.get(f"{name}.weight") == tuple(shape):
-            layers.append(Linear(name, f"{name}.weight", shape[0], shape[1], False, expert=expert))
+        tensor = f"{name}.weight"
+        if weights is None or weights.is_packed(tensor) or weights.shapes.get(tensor) == tuple(shape):
+            layers.append(Linear(name, tensor, shape[0], shape[1], False, expert=expert))
     return layers
 
 
@@ -187,7 +186,7 @@ def _require_numbers(model: PreTrainedModel, weights: Weights, disk_name: DiskNa
     for parameter, _ in model.named_parameters():
         name = disk_name(parameter, required=False)
         dtype = weights.dtypes.get(name)
-        if dtype not in (None, *WEIGHT_DTYPES) and f"{name}.absmax" not in weights.files:
+        if dtype not in (None, *WEIGHT_DTYPES) and not weights.is_packed(name):
             raise UsageError(
                 f"{weights.files[name]}: {name} is {str(dtype).removeprefix('torch.')}",
                 "weights have to be floating-point numbers of 16 or 32 bits: load it in transformers and save it so",

@@ -59,7 +59,7 @@ def _dense_modules(model: PreTrainedModel, folder: Path, packed: set[str]) -> li
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     weights = open_weights(folder)
     matrices = [name for name, shape in weights.shapes.items() if name.endswith(".weight") and len(shape) == 2]
-    dense = [name.removesuffix(".weight") for name in matrices if f"{name}.absmax" not in weights.files]
+    dense = [name.removesuffix(".weight") for name in matrices if not weights.is_packed(name)]
     return list(dict.fromkeys([name for name in linear if name not in packed] + dense))
 
 

@@ -55,14 +55,10 @@ class Weights:
         begin, end = self.places[name]
         content = bytearray(end - begin)
         try:
-            with self.files[name].open("rb", buffering=0) as file:
+            with self.files[name].open("rb") as file:
                 file.seek(begin)
-                view, done = memoryview(content), 0
-                while done < len(view):
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise OSError("the file ends before the tensor does")
-                    done += count
+                if file.readinto(content) < len(content):
+                    raise OSError("the file ends before the tensor does")
         except OSError as error:
             raise UsageError(
                 f"{self.files[name]}: cannot read {name}: {error}",
@@ -71,6 +67,10 @@ class Weights:
         if not content:
             return torch.empty(self.shapes[name], dtype=self.dtypes[name])
         return torch.frombuffer(content, dtype=self.dtypes[name]).view(self.shapes[name])
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a weight is in NF4: its scales are beside it."""
+        return f"{name}.absmax" in self.files
 
     def num_bytes(self) -> int:
         """The size of the files together."""
