@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import EXPERT_PARAMETERS
 from pissa_cli.integrity import read_settings
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from pissa_cli.rundir import read_json
 from pissa_cli.side_files import TOKENIZER_CONFIG
-from pissa_cli.weights import load_tensors
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_WITHOUT = {
@@ -126,7 +127,9 @@ def check_served(folder: Path, server: str, output: Path, plain: Path, own_templ
         raise UsageError(
             f"{rules.name} cannot read the path {output}: '{separator}' has a meaning there", "name another one by -o"
         )
-    rules.require(_adapted(list(load_tensors(folder / PEFT_WEIGHTS)), rules.name), read_settings(plain))
+    with safe_open(folder / PEFT_WEIGHTS, framework="pt") as file:
+        layers = _adapted(file.offset_keys(), rules.name)
+    rules.require(layers, read_settings(plain))
     allowed = min((r for r in rules.ranks if r >= rank), default=rank)
     if server == "llama.cpp":
         return f"python convert_lora_to_gguf.py {shlex.quote(str(output))} --base {shlex.quote(str(plain))}"
