@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -103,9 +103,9 @@ class _Bar:
             self._drawn.start()
         self._drawn.update(TaskID(0), completed=done, total=total, status=status)
         if done == total:
-            self.end()
+            self.close()
 
-    def end(self) -> None:
+    def close(self) -> None:
         if self._drawn is not None:
             self._drawn.stop()
             self._drawn = None
@@ -130,10 +130,8 @@ def counting(title: str) -> Iterator[Callable[[int, int, str], None]]:
     def update(done: int, total: int, _name: str = "") -> None:
         bar.update(done, total)
 
-    try:
+    with closing(bar):
         yield update
-    finally:
-        bar.end()
 
 
 @contextmanager
@@ -153,10 +151,8 @@ def training() -> Iterator[Callable[[dict[str, Any]], None]]:
             say(f"step {event['step']}: held-out loss {event['eval_loss']:.4f}")
         bar.update(event["step"], event["steps"], _status(event))
 
-    try:
+    with closing(bar):
         yield update
-    finally:
-        bar.end()
 
 
 def _training_lines() -> Callable[[dict[str, Any]], None]:
