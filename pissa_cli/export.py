@@ -20,8 +20,8 @@ from pissa_cli.card import model_card
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import open_run, read_start, require_plain_base
 from pissa_cli.loading import load_tokenizer
-from pissa_cli.model import Linear, best_device, head_names, linear_layers, peft_targets, skeleton
-from pissa_cli.peft_files import PeftWriter, peft_config, rank_of, read_peft, reader_of
+from pissa_cli.model import Linear, best_device, head_names, linear_layers, skeleton
+from pissa_cli.peft_files import PeftWriter, peft_config, peft_targets, rank_of, read_peft, reader_of
 from pissa_cli.probes import logit_difference, probe_logits
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import require_free, whole_folder, write_text

@@ -1,9 +1,8 @@
-"""Find a base model, its linear layers, their tensors on disk and their names in PEFT; `loading` loads it."""
+"""Find a base model, its linear layers and their tensors on disk; `loading` loads it."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from pissa_cli.adapters.lowrank import LINEAR_SUBCLASSES
 from pissa_cli.bypassed import casts_to, is_bypassed
 from pissa_cli.configuration import context_of, read_config
 from pissa_cli.errors import UsageError, first_line, in_one_line
-from pissa_cli.experts import EXPERT_PARAMETERS, Expert, expert_layers, peft_remaps
+from pissa_cli.experts import Expert, expert_layers
 from pissa_cli.inputs import local_base, require_model_folder
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.recipe_file import names_in, shipped
@@ -242,37 +241,6 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
             "leave it out",
         )
     return [layer for layer in layers if layer.name in chosen]
-
-
-def peft_targets(
-    targets: Iterable[str], layers: list[Linear], model: PreTrainedModel, peft_type: str
-) -> dict[str, list[str]]:
-    """How adapter_config.json names the layers `targets`: `target_modules`, and `target_parameters` where they are
-    needed. targets: full names of some of the `layers` of the model.
-
-    `target_modules` are kinds of layer (q_proj) if these name exactly those layers, else the full names. For LoRA, PEFT
-    takes some kinds for those of 3-D experts (`peft_remaps`). Other layers of such a kind (shared experts, layers
-    without experts, a router) are named in `target_parameters`, which PEFT leaves as they are. So are 3-D parameters
-    themselves where it would not come upon them.
-    """
-    names = set(targets)
-    remapped = peft_remaps(model) if peft_type != "VERA" else set()
-    experts = {layer.name: layer.expert.part for layer in layers if layer.expert is not None and layer.name in names}
-    apart = {layer.name for layer in layers if layer.name in names - set(experts) and layer.kind in remapped}
-    rest = names - apart - (set() if remapped else set(experts))
-    kinds = {name.rsplit(".", 1)[-1] for name in rest}
-    seen = {
-        layer.name for layer in layers if layer.kind in kinds and (layer.kind in remapped) == (layer.expert is not None)
-    }
-    known = {layer.name for layer in layers}
-    seen |= {name for name, _ in model.named_modules() if name.rpartition(".")[2] in kinds and name not in known}
-    parameters = {f"{name}.weight" for name in apart}
-    if experts and not remapped:
-        parameters |= set(EXPERT_PARAMETERS)
-    elif experts and "down" not in experts.values():
-        parameters.add(EXPERT_PARAMETERS[1])  # PEFT puts the adapter of gate and up inside that of down
-    found = {"target_modules": sorted(kinds if seen == rest else rest)}
-    return found | ({"target_parameters": sorted(parameters)} if parameters else {})
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pissa_cli.adapters.start import Adapter, Factors, Projections
 from pissa_cli.adapters.vera import projections
-from pissa_cli.experts import EXPERT_PARAMETERS
+from pissa_cli.experts import EXPERT_PARAMETERS, peft_remaps
+from pissa_cli.model import Linear
 from pissa_cli.rundir import read_json, write_json
 from pissa_cli.weights import StreamWriter, load_tensors
 
@@ -167,6 +169,37 @@ def peft_config(
         "rank_pattern": rank_pattern,
         "alpha_pattern": {name: _tidy(value) for name, value in alpha_pattern.items()},
     }
+
+
+def peft_targets(
+    targets: Iterable[str], layers: list[Linear], model: PreTrainedModel, peft_type: str
+) -> dict[str, list[str]]:
+    """How adapter_config.json names the layers `targets`: `target_modules`, and `target_parameters` where they are
+    needed. targets: full names of some of the `layers` of the model.
+
+    `target_modules` are kinds of layer (q_proj) if these name exactly those layers, else the full names. For LoRA, PEFT
+    takes some kinds for those of 3-D experts (`peft_remaps`). Other layers of such a kind (shared experts, layers
+    without experts, a router) are named in `target_parameters`, which PEFT leaves as they are. So are 3-D parameters
+    themselves where it would not come upon them.
+    """
+    names = set(targets)
+    remapped = peft_remaps(model) if peft_type != "VERA" else set()
+    experts = {layer.name: layer.expert.part for layer in layers if layer.expert is not None and layer.name in names}
+    apart = {layer.name for layer in layers if layer.name in names - set(experts) and layer.kind in remapped}
+    rest = names - apart - (set() if remapped else set(experts))
+    kinds = {name.rsplit(".", 1)[-1] for name in rest}
+    seen = {
+        layer.name for layer in layers if layer.kind in kinds and (layer.kind in remapped) == (layer.expert is not None)
+    }
+    known = {layer.name for layer in layers}
+    seen |= {name for name, _ in model.named_modules() if name.rpartition(".")[2] in kinds and name not in known}
+    parameters = {f"{name}.weight" for name in apart}
+    if experts and not remapped:
+        parameters |= set(EXPERT_PARAMETERS)
+    elif experts and "down" not in experts.values():
+        parameters.add(EXPERT_PARAMETERS[1])  # PEFT puts the adapter of gate and up inside that of down
+    found = {"target_modules": sorted(kinds if seen == rest else rest)}
+    return found | ({"target_parameters": sorted(parameters)} if parameters else {})
 
 
 def reader_of(config: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ from pissa_cli.attach import whole_modules
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.heads import require_order, require_pooler
-from pissa_cli.model import Linear, head_names, linear_layers, match_targets, peft_targets, shared_layers, skeleton
+from pissa_cli.model import Linear, head_names, linear_layers, match_targets, shared_layers, skeleton
+from pissa_cli.peft_files import peft_targets
 from pissa_cli.recipe import Recipe
 from pissa_cli.tensor_names import lost_in_peft
 from pissa_cli.weights import Weights
@@ -34,7 +35,7 @@ class Plan:
 
     folder: the base on disk. linears: its linear layers. num_total: its parameters. vocabulary: rows of its output
     head, 0 without one. targets: the layers that get an adapter; ranks, scales: r and s of each, by name. left_out:
-    what can get none (`_without_adapter`). peft_targets: see `model.peft_targets`. heads: the parts of a
+    what can get none (`_without_adapter`). peft_targets: see `peft_files.peft_targets`. heads: the parts of a
     classifier's head. num_whole: numbers that train beside the adapter. lost_in_peft: targets that stock PEFT does not
     find in the adapter's files.
     """

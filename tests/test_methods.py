@@ -42,8 +42,8 @@ from pissa_cli.attach import attach, lowrank_layers
 from pissa_cli.bypassed import casts_to, is_bypassed
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.merge import merge
-from pissa_cli.model import Linear, linear_layers, match_targets, peft_targets
-from pissa_cli.peft_files import read_peft
+from pissa_cli.model import Linear, linear_layers, match_targets
+from pissa_cli.peft_files import peft_targets, read_peft
 from pissa_cli.plan import make_plan
 from pissa_cli.quantize import quantize
 from pissa_cli.recipe_file import load
