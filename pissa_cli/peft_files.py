@@ -148,14 +148,11 @@ def peft_config(
     }
     if peft_type == "VERA":
         return config | {"projection_prng_key": seed, "save_projection": save_projection, "vera_dropout": 0.0}
-    rank_pattern = {name: value for name, value in ranks.items() if value != rank}
-    alpha_pattern = {name: value for name, value in alphas.items() if value != alpha}
-    for name in targets.get("target_parameters", []):  # PEFT looks these up by their own names
-        layer = name.removesuffix(".weight")
-        if layer in ranks:
-            rank_pattern |= {name: ranks[layer]} if ranks[layer] != rank else {}
-            alpha_pattern |= {name: alphas[layer]} if alphas[layer] != alpha else {}
-    remapped = EXPERT_PARAMETERS[0] not in targets.get("target_parameters", [])
+    parameters = targets.get("target_parameters", [])  # which PEFT looks up by their own names
+    layers = {name: name for name in ranks} | {name: name.removesuffix(".weight") for name in parameters}
+    rank_pattern = {n: ranks[layer] for n, layer in layers.items() if ranks.get(layer, rank) != rank}
+    alpha_pattern = {n: alphas[layer] for n, layer in layers.items() if alphas.get(layer, alpha) != alpha}
+    remapped = EXPERT_PARAMETERS[0] not in parameters
     for parameter, times, layer in _expert_parameters(ranks):
         known = times if remapped else 1  # what PEFT takes r and alpha times by itself
         if times * ranks[layer] != known * rank or times * alphas[layer] != known * alpha:
