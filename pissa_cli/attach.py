@@ -20,7 +20,7 @@ from pissa_cli.adapters.lowrank import LowRank, LowRankEmbedding, Siblings
 from pissa_cli.adapters.start import Adapter, Method
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import expert_layers, part_of, set_part
-from pissa_cli.model import head_names
+from pissa_cli.model import in_head
 from pissa_cli.recipe import Recipe
 from pissa_cli.tensor_names import names_on_disk
 from pissa_cli.weights import Weights
@@ -180,8 +180,7 @@ def whole_modules(model: PreTrainedModel, names: list[str]) -> dict[str, nn.Modu
     Raises UsageError, listing what there is, for a name that matches none.
     """
     own = {name: m for name, m in model.named_modules() if name and any(True for _ in m.parameters(recurse=False))}
-    head = head_names(model)
-    chosen = {name: module for name, module in own.items() if name.split(".")[0] in head}
+    chosen = {name: module for name, module in own.items() if in_head(name, model)}
     for wanted in names:
         found = {name: m for name, m in own.items() if name == wanted or name.endswith(f".{wanted}")}
         if not found:
@@ -201,7 +200,7 @@ def train_whole(model: PreTrainedModel, names: list[str], weights: Weights) -> N
     own = {f"{name}.{key}" for name, module in chosen.items() for key, _ in module.named_parameters(recurse=False)}
     for name in own & {name for name, _ in model.named_parameters()}:  # of tied ones, the first
         parameter = model.get_parameter(name)
-        if weights.shapes.get(name) == tuple(parameter.shape) or name.split(".")[0] not in head_names(model):
+        if weights.shapes.get(name) == tuple(parameter.shape) or not in_head(name, model):
             parameter.data.copy_(weights.read(disk_name(name)))
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.errors import UsageError
-from pissa_cli.model import Linear, best_device, head_names, linear_layers, read_weight
+from pissa_cli.model import Linear, best_device, head_names, in_head, linear_layers, read_weight
 from pissa_cli.panels import DROPPED, minus_product, rounded_at_random
 from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.recipe import Recipe
@@ -37,7 +37,7 @@ def dense_tensors(
     if the base has none. Several threads call `then`. Raises UsageError for the adapter of another base.
     """
     layers = linear_layers(model, weights)
-    linears, head, device = {layer.tensor: layer for layer in layers}, head_names(model), best_device()
+    linears, device = {layer.tensor: layer for layer in layers}, best_device()
     missing = set(adapter.factors) - {layer.name for layer in layers}
     if missing:
         raise UsageError(
@@ -50,7 +50,7 @@ def dense_tensors(
         linear = linears.get(name)
         if name in whole:
             tied = min(other for other, tensor in whole.items() if torch.equal(tensor, whole[name]))
-            dtype = torch.float32 if name.split(".")[0] in head else weights.dtypes[name]
+            dtype = torch.float32 if in_head(name, model) else weights.dtypes[name]
             return then(name, linear, rounded(recipe, tied, whole[name].float(), dtype))
         if linear is None or (not weights.is_packed(name) and linear.name not in adapter.factors):
             return then(name, linear, weights.read(name))
@@ -75,10 +75,10 @@ def rounded(recipe: Recipe, name: str, W: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _on_disk(model: PreTrainedModel, weights: Weights, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """(name on disk, tensor) of what trained whole. Of a tied parameter some files hold one name, some both."""
-    first, head = {name for name, _ in model.named_parameters()}, head_names(model)
+    first = {name for name, _ in model.named_parameters()}
     disk_name = names_on_disk(model, weights)
     for name, tensor in adapter.saved.items():
-        if name.split(".")[0] in head:
+        if in_head(name, model):
             yield name, tensor
         elif on_disk := disk_name(name, required=False):
             yield on_disk, tensor
@@ -98,7 +98,7 @@ def _owners(name: str) -> Iterator[str]:
 def written_name(model: PreTrainedModel, weights: Weights) -> Callable[[str], str]:
     """Under which name a tensor of `weights` is written. The files of a backbone alone (BERT's) may lack its prefix;
     beside a head they get it, as transformers 4 takes no mixture."""
-    prefix, heads = f"{model.base_model_prefix}.", head_names(model)
-    if not heads or any(name.startswith(prefix) for name in weights.files):
+    prefix = f"{model.base_model_prefix}."
+    if not head_names(model) or any(name.startswith(prefix) for name in weights.files):
         return lambda name: name
-    return lambda name: name if name.split(".")[0] in heads else f"{prefix}{name}"
+    return lambda name: name if in_head(name, model) else f"{prefix}{name}"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from pissa_cli.classification import listed
 from pissa_cli.errors import UsageError
 from pissa_cli.integrity import read_settings
-from pissa_cli.model import head_names, skeleton
+from pissa_cli.model import in_head, skeleton
 from pissa_cli.recipe import Recipe
 from pissa_cli.side_files import task_of
 from pissa_cli.tensor_names import names_on_disk
@@ -45,7 +45,7 @@ def require_pooler(folder: Path, model: PreTrainedModel, weights: Weights) -> No
 def head_note(folder: Path, recipe: Recipe) -> str:
     """Where the head comes from, for the person watching."""
     model, shapes = skeleton(folder, recipe.model), open_weights(folder).shapes
-    head = {name: tuple(p.shape) for name, p in model.named_parameters() if name.split(".")[0] in head_names(model)}
+    head = {name: tuple(p.shape) for name, p in model.named_parameters() if in_head(name, model)}
     if any(shapes.get(name) != shape for name, shape in head.items()):
         return "the head is new, from the seed"
     theirs, ours = _named(folder), recipe.model.labels

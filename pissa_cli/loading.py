@@ -23,6 +23,7 @@ from pissa_cli.model import (
     best_device,
     dense_dtype,
     head_names,
+    in_head,
     linear_layers,
     read_stored,
     skeleton,
@@ -62,7 +63,7 @@ def load_model(folder: Path, recipe: Recipe) -> PreTrainedModel:
             "install what it asks for" if isinstance(error, ImportError) else unread,
         ) from None
     unlike = {name if isinstance(name, str) else name[0] for name in loading["mismatched_keys"]}
-    head = [n for n in sorted({*loading["missing_keys"], *unlike}) if n.split(".")[0] in head_names(model)]
+    head = [n for n in sorted({*loading["missing_keys"], *unlike}) if in_head(n, model)]
     _new_head(model, head, recipe.seed)  # of a classifier with other classes as well
     missing = sorted({*loading["missing_keys"], *unlike} - set(head))
     if missing:

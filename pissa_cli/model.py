@@ -129,6 +129,11 @@ def head_names(model: PreTrainedModel) -> list[str]:
     return [name for name in parts if name != model.base_model_prefix]
 
 
+def in_head(name: str, model: PreTrainedModel) -> bool:
+    """Whether a module or parameter of this name is in one of `head_names`."""
+    return name.split(".")[0] in head_names(model)
+
+
 def shared_layers(model: PreTrainedModel) -> set[str]:
     """The names of linear layers that have one weight together, as in Zamba's blocks; the head has that of no layer."""
     linear = {f"{n}.weight" for n, m in model.named_modules() if type(m) is nn.Linear}
@@ -144,7 +149,7 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
     (`shared_layers`), which every adapter would move. Raises UsageError for a tensor that is missing, has another
     shape, or is no floating-point weight.
     """
-    output, head, shared = model.get_output_embeddings(), head_names(model), shared_layers(model)
+    output, shared = model.get_output_embeddings(), shared_layers(model)
     layers = []
     if weights is not None:
         disk_name = names_on_disk(model, weights)
@@ -154,7 +159,7 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
         transposed = embedding or isinstance(module, Conv1D)
         subclass = type(module).__name__ in LINEAR_SUBCLASSES
         linear = type(module) is nn.Linear or subclass or transposed
-        if linear and module is not output and name.split(".")[0] not in head and name not in shared:
+        if linear and module is not output and name not in shared and not in_head(name, model):
             shape: torch.Size = module.weight.shape
             num_in, num_out = shape if transposed else reversed(shape)
             tensor = f"{name}.weight"

@@ -19,7 +19,7 @@ from pissa_cli.attach import whole_modules
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.heads import require_order, require_pooler
-from pissa_cli.model import Linear, head_names, linear_layers, match_targets, shared_layers, skeleton
+from pissa_cli.model import Linear, head_names, in_head, linear_layers, match_targets, shared_layers, skeleton
 from pissa_cli.peft_files import peft_targets
 from pissa_cli.recipe import Recipe
 from pissa_cli.tensor_names import lost_in_peft
@@ -136,11 +136,11 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
 def _without_adapter(model: PreTrainedModel, linears: list[Linear]) -> set[str]:
     """The names of what holds matrices and gets no adapter, or one for each expert: stacked and shared weights, layers
     that are bypassed, and linear layers that compute otherwise. Routers and heads do not count."""
-    known, output, heads = {layer.name for layer in linears}, model.get_output_embeddings(), head_names(model)
+    known, output = {layer.name for layer in linears}, model.get_output_embeddings()
     others = {layer.name for layer in linears if layer.bypassed}
     for name, module in model.named_modules():
         otherwise = isinstance(module, nn.Linear) and module is not output  # torch's own are known, or share a weight
-        if (otherwise or type(module).__name__ in STACKED) and name not in known and name.split(".")[0] not in heads:
+        if (otherwise or type(module).__name__ in STACKED) and name not in known and not in_head(name, model):
             others.add(name)
     others = {name for name in others if "router" not in name.split(".")}  # Llama 4's, PhiMoE's and LongCat's
     return holders_of_3d_weights(model) | shared_layers(model) | others
