@@ -88,13 +88,12 @@ def _accumulate(trainer: Trainer, step: int, indices: list[int]) -> Tensor:
     chunks = _own_chunks(trainer, examples, indices)
     seed_step(trainer.recipe.seed, step, accelerator.process_index)
     trainer.model.train()
-    total = torch.zeros((), device=accelerator.device)
+    total, spread = torch.zeros((), device=accelerator.device), zero.spreads(trainer.model)
     for number, (chunk, counts) in enumerate(chunks):
         last = number + 1 == len(chunks)
-        alone = zero.spreads(trainer.model) or last
-        with contextlib.nullcontext() if alone else accelerator.no_sync(trainer.model):
+        with contextlib.nullcontext() if spread or last else accelerator.no_sync(trainer.model):
             loss = micro_batch_loss(trainer, examples, chunk) * float(counts) / num_targets
-            if zero.spreads(trainer.model):
+            if spread:
                 zero.backward(trainer.model, loss * accelerator.num_processes, last)
             else:
                 accelerator.backward(loss * accelerator.num_processes)
