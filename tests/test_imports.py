@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.utils import str_to_bool
 
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.initialize import initialize
@@ -124,6 +125,20 @@ def test_fp32_products_keep_their_bits_in_containers_that_ask_for_fewer() -> Non
     )
     environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+
+
+@pytest.mark.parametrize("value", ["true", "Yes", "1", "on", "false", "0", None])
+def test_where_accelerate_is_to_use_the_cpu_no_library_sees_a_gpu(value: str | None) -> None:
+    """transformers put a 4-bit base on the GPU that it saw, and the rows stayed on the CPU."""
+    code = (
+        "import sys; from pissa_cli.cli import run; sys.argv = ['pissa', '--version']\n"
+        "try:\n    run()\nexcept SystemExit:\n    import torch; print(torch.cuda._parse_visible_devices())"
+    )
+    environment = {name: own for name, own in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "0"} | ({} if value is None else {"ACCELERATE_USE_CPU": value})
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    on_cpu = value is not None and bool(str_to_bool(value))
+    assert done.stdout.splitlines()[-1] == ("[]" if on_cpu else "[0]")
 
 
 @pytest.mark.parametrize(

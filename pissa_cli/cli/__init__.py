@@ -18,6 +18,8 @@ from pissa_cli.cli.quantize import quantize_command
 from pissa_cli.cli.train import train_command
 from pissa_cli.errors import UsageError
 
+YES = ("y", "yes", "t", "true", "on", "1")
+"""What Accelerate takes for a yes in the environment."""
 app = typer.Typer(
     name="pissa",
     help="Fine-tune language models by the part of each weight that matters most.",
@@ -57,6 +59,8 @@ def run() -> None:
     """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # of NVIDIA's containers: fp32 products of 10 bits
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in YES:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one rule for Accelerate, transformers and torch
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not by nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)
