@@ -144,6 +144,7 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
         "start": start_of(recipe),
         "base": base,
         "method": adapter.method,
+        "unused": plan.unused,
     }
     with whole_folder(run.folder) as folder:
         staged = Run(folder)

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from pissa_cli.model import (
 from pissa_cli.products import widens
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.svd import generator
-from pissa_cli.weights import open_weights
+from pissa_cli.weights import Weights, open_weights
 
 
 def load_model(folder: Path, recipe: Recipe) -> PreTrainedModel:
@@ -62,17 +62,7 @@ def load_model(folder: Path, recipe: Recipe) -> PreTrainedModel:
             f"{folder}: transformers cannot load this model ({in_one_line(error)})",
             "install what it asks for" if isinstance(error, ImportError) else unread,
         ) from None
-    unlike = {name if isinstance(name, str) else name[0] for name in loading["mismatched_keys"]}
-    head = [n for n in sorted({*loading["missing_keys"], *unlike}) if in_head(n, model)]
-    _new_head(model, head, recipe.seed)  # of a classifier with other classes as well
-    missing = sorted({*loading["missing_keys"], *unlike} - set(head))
-    if missing:
-        shown = [f"{name}, of another shape" if name in unlike else name for name in missing[:3]]
-        names = ", ".join(shown) + (", ..." if len(missing) > 3 else "")
-        raise UsageError(
-            f"{folder}: {len(missing)} tensors of the model are not in its files ({names})",
-            "the checkpoint is incomplete, or config.json is another model's: download it again",
-        )
+    _new_head(model, _to_make_anew(folder, model, loading), recipe.seed)  # of a classifier with other classes as well
     for expert, module in experts.items():
         set_part(model, expert, module)
     if section.bits == 4:  # transformers leaves the dense weights of a bitsandbytes checkpoint in the dtype on disk
@@ -88,6 +78,44 @@ def load_model(folder: Path, recipe: Recipe) -> PreTrainedModel:
     if section.task == "sequence-classification" and len(section.labels) == 1:
         _make_exact(model, folder)
     return cast(PreTrainedModel, model)
+
+
+def require_tensors(model: PreTrainedModel, weights: Weights) -> list[str]:
+    """UsageError for tensors that a dense model lacks, which transformers finds as it loads it without content. Returns
+    those that it leaves unread, but for the heads of other tasks. model: its skeleton."""
+    empty = {
+        name: torch.empty(shape, dtype=weights.dtypes[name], device="meta") for name, shape in weights.shapes.items()
+    }
+    try:
+        _, loading = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=empty,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception:  # `load_model` says what is wrong where it comes from the files
+        return []
+    _to_make_anew(weights.folder, model, loading)
+    own = f"{model.base_model_prefix}." if head_names(model) else ""
+    return sorted(name for name in loading["unexpected_keys"] if name.startswith(own))
+
+
+def _to_make_anew(folder: Path, model: PreTrainedModel, loading: dict[str, Any]) -> list[str]:
+    """The parameters of a classifier's head that are to be made anew, by what transformers says of its loading.
+    UsageError for others that the files lack."""
+    unlike = {name if isinstance(name, str) else name[0] for name in loading["mismatched_keys"]}
+    absent = sorted({*loading["missing_keys"], *unlike})
+    missing = [name for name in absent if not in_head(name, model)]
+    if missing:
+        shown = [f"{name}, of another shape" if name in unlike else name for name in missing[:3]]
+        names = ", ".join(shown) + (", ..." if len(missing) > 3 else "")
+        raise UsageError(
+            f"{folder}: {len(missing)} tensors of the model are not in its files ({names})",
+            "the checkpoint is incomplete, or config.json is another model's: download it again",
+        )
+    return [name for name in absent if name not in missing]
 
 
 @torch.no_grad()

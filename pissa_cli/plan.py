@@ -19,6 +19,7 @@ from pissa_cli.attach import whole_modules
 from pissa_cli.errors import UsageError
 from pissa_cli.experts import holders_of_3d_weights
 from pissa_cli.heads import require_order, require_pooler
+from pissa_cli.loading import require_tensors
 from pissa_cli.model import Linear, head_names, in_head, linear_layers, match_targets, shared_layers, skeleton
 from pissa_cli.peft_files import peft_targets
 from pissa_cli.recipe import Recipe
@@ -31,19 +32,20 @@ STACKED = ("DbrxExpertGLU",)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of the base, and which of its layers get an adapter. Full fine-tuning has the first four alone.
+    """What is known of the base, and which of its layers get an adapter. Full fine-tuning has the first five alone.
 
     folder: the base on disk. linears: its linear layers. num_total: its parameters. vocabulary: rows of its output
-    head, 0 without one. targets: the layers that get an adapter; ranks, scales: r and s of each, by name. left_out:
-    what can get none (`_without_adapter`). peft_targets: see `peft_files.peft_targets`. heads: the parts of a
-    classifier's head. num_whole: numbers that train beside the adapter. lost_in_peft: targets that stock PEFT does not
-    find in the adapter's files.
+    head, 0 without one. unused: tensors left unread. targets: the layers that get an adapter; ranks, scales: r and s
+    of each, by name. left_out: what can get none (`_without_adapter`). peft_targets: see `peft_files.peft_targets`.
+    heads: the parts of a classifier's head. num_whole: numbers that train beside the adapter. lost_in_peft: targets
+    that stock PEFT does not find in the adapter's files.
     """
 
     folder: Path
     linears: list[Linear]
     num_total: int
     vocabulary: int
+    unused: list[str]
     targets: list[Linear] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
@@ -95,6 +97,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         if weights is not None:
             require_pooler(folder, model, weights)
     linears = linear_layers(model, weights)
+    unused = [] if weights is None else require_tensors(model, weights)
     if recipe.model.bits == 4:
         require_same_layout(model, "set model.bits to 16")
         require_packable(linears, "set model.bits to 16")
@@ -103,7 +106,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
     num_total = sum(parameter.numel() for parameter in model.parameters())
     vocabulary = head.weight.shape[0] if head is not None else 0
     if isinstance(adapter, FullOptions):
-        return Plan(folder, linears, num_total, vocabulary)
+        return Plan(folder, linears, num_total, vocabulary, unused)
     method = METHODS[adapter.method]
     targets = match_targets([layer for layer in linears if method.experts or layer.expert is None], adapter.targets)
     _require_embeddings(model, adapter, [layer for layer in targets if layer.embedding])
@@ -122,6 +125,7 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
         linears,
         num_total,
         vocabulary,
+        unused,
         targets=targets,
         ranks=ranks,
         scales=scales,

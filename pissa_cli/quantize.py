@@ -23,7 +23,7 @@ from pissa_cli.dense import dense_tensors, rounded, written_name
 from pissa_cli.errors import UsageError
 from pissa_cli.initialize import Progress
 from pissa_cli.integrity import read_settings, require_finite
-from pissa_cli.loading import load_model, load_tokenizer
+from pissa_cli.loading import load_model, load_tokenizer, require_tensors
 from pissa_cli.model import Linear, best_device, head_names, linear_layers, read_weight, skeleton
 from pissa_cli.plan import require_packable, require_same_layout
 from pissa_cli.probes import logit_difference, perplexity, probe_logits
@@ -70,6 +70,8 @@ def quantize(
     weights, tokenizer = open_weights(folder), load_tokenizer(folder, recipe)
     model = skeleton(folder, recipe.model)
     linears = linear_layers(model, weights)
+    if model_folder is not None:  # a run's base has been looked at
+        require_tensors(model, weights)
     require_same_layout(model, DENSE)
     four = _nf4(recipe, model, weights, linears) if nf4 else _compressed_tensors(recipe, weights, linears)
     dense_bytes, error, norm = 0, 0.0, 0.0

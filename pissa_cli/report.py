@@ -74,14 +74,23 @@ def save_picture(figure: Any, picture: Path) -> None:
 
 
 def notes_of(manifest: dict[str, Any]) -> list[str]:
-    """Of a start, for the person watching: what gets no adapter, the layers that stay dense, and those that stock PEFT
-    does not find."""
+    """Of a start, for the person watching: tensors of the base that are not used, what gets no adapter, the layers that
+    stay dense, and those that stock PEFT does not find."""
     notes = (
+        _not_used(manifest.get("unused", [])),
         left_without_adapter(manifest.get("left_out", [])),
         left_dense(manifest.get("kept_dense", [])),
         left_by_peft(manifest.get("lost_in_peft", [])),
     )
     return [note for note in notes if note is not None]
+
+
+def _not_used(names: list[str]) -> str | None:
+    """A line about tensors of the base that the model has no place for; None if there are none."""
+    if not names:
+        return None
+    what = names[0] if len(names) == 1 else f"{names[0]}, ... ({len(names)} in all)"
+    return f"the model that config.json describes has no place for some of the base's tensors: {what}"
 
 
 def left_without_adapter(names: list[str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from pissa_cli.integrity import sealed
 from pissa_cli.loading import load_model
 from pissa_cli.peft_files import read_peft
 from pissa_cli.quant import packed_weight, read
+from pissa_cli.quantize import quantize
+from pissa_cli.report import notes_of
 from pissa_cli.rundir import Run, write_json
 
 STARTS = [("lora", "fast"), ("pissa", "fast"), ("pissa", "exact")]
@@ -203,3 +206,45 @@ def test_weights_of_64_and_8_bits_are_refused(
     save_file(tensors | {name: tensors[name].to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match=f"{name} is {str(dtype).removeprefix('torch.')}"):
         initialize(recipe(folder, "adapter.rank=4"))
+
+
+def edited(base: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of a base with other tensors in its file."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("sets", [["model.bits=4"], ["model.bits=16"], ["model.bits=32", "adapter.method=full"]])
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_tensors_that_a_base_lacks_are_named_before_it_is_split(
+    name: str, sets: list[str], models: Callable[[str], Path], recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    base = edited(models("llama"), tmp_path / "base", lambda tensors: tensors.__delitem__(name))
+    made, text = recipe(base, *sets), rf"^{base}: 1 tensors of the model are not in its files \({name}\)$"
+    with pytest.raises(UsageError, match=text):
+        initialize(made)
+    with pytest.raises(UsageError, match=text):
+        quantize(made, base, tmp_path / "nf4")
+    assert not Path(made.output).exists()
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_tensors_of_a_base_that_have_no_place_are_named(
+    bits: int, models: Callable[[str], Path], recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A config.json of fewer layers: transformers leaves the last ones out."""
+    base = edited(models("llama"), tmp_path / "base", lambda _: None)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    last = sorted(name for name in load_file(base / "model.safetensors") if name.startswith("model.layers.1."))
+    manifest = initialize(recipe(base, "adapter.rank=4", f"model.bits={bits}"))
+    assert manifest["unused"] == last and len(last) == 9
+    note = next(note for note in notes_of(manifest) if "config.json" in note)
+    assert note.endswith(f": {last[0]}, ... (9 in all)")
+    labels = ["model.task=sequence-classification", "data.format=classification", "model.labels=[a, b]"]
+    for number, sets in enumerate(([], labels)):  # a classifier has no use for the head that writes
+        whole = recipe(models("llama"), "adapter.rank=4", *sets, f"output={tmp_path / str(number)}")
+        assert initialize(whole)["unused"] == [] == notes_of(open_run(whole)[1])
