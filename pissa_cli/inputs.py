@@ -30,13 +30,8 @@ def require_start(recipe: Recipe, resume: bool = False) -> None:
         local_base(recipe.model)
 
 
-def require_run(recipe: Recipe) -> None:
-    """UsageError where no run was made yet."""
-    run_of(recipe).read_manifest()
-
-
 def require_scored(recipe: Recipe) -> None:
-    """As `require_run`, for a command that a model without training can be scored by, once it has a run."""
+    """UsageError where no run was made yet, by which a model without training can be scored, too."""
     run = run_of(recipe)
     if not run.exists():
         raise UsageError(
@@ -44,7 +39,7 @@ def require_scored(recipe: Recipe) -> None:
             "run `pissa train` first; to score a model as it is: `pissa init` with the same recipe or --set, "
             "then eval --compare-base",
         )
-    require_run(recipe)
+    run.read_manifest()
 
 
 def require_place(run: Run) -> None:

@@ -90,6 +90,31 @@ def result_of(recipe: Recipe) -> Path:
     return run.merged if isinstance(recipe.adapter, FullOptions) else run.adapter
 
 
+def require_trained(recipe: Recipe, step: int | None = None) -> None:
+    """UsageError where no run was made yet, or without what `trained_folder` gives."""
+    run_of(recipe).read_manifest()
+    trained_folder(recipe, step)
+
+
+def trained_folder(recipe: Recipe, step: int | None = None) -> Path:
+    """`result_of`, or the folder of checkpoint `step`. UsageError where it is not there."""
+    run, full = run_of(recipe), isinstance(recipe.adapter, FullOptions)
+    if step is not None:
+        if full:
+            raise UsageError("full fine-tuning keeps one model, no checkpoints to load", "leave out --checkpoint")
+        folder = run.checkpoints / f"step-{step}"
+        if not folder.is_dir():
+            known = ", ".join(path.name for path in checkpoints(run))
+            raise UsageError(f"{folder}: no such checkpoint", f"there are: {known or 'none'}")
+        return folder
+    folder, hint = result_of(recipe), "run `pissa train` to its end first"
+    if not folder.is_dir():
+        if (last := latest_checkpoint(run)) and not full:
+            hint += f"; `pissa eval` and `pissa export` take a checkpoint: --checkpoint {step_of(last)}"
+        raise UsageError(f"{run.folder}: no trained {'model' if full else 'adapter'} yet", hint)
+    return folder
+
+
 def sections_before(run: Run) -> dict[str, dict[str, Any]]:
     """What the run was trained by, from its newest checkpoint; by its recipe where that does not say."""
     return newest_facts(run)["sections"] or sections_of(load(str(run.folder), {}).recipe)

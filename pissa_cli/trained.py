@@ -24,7 +24,7 @@ from pissa_cli.model import dense_dtype, skeleton
 from pissa_cli.peft_files import read_peft
 from pissa_cli.products import widens
 from pissa_cli.quant import packed_weight, unpacked_linear
-from pissa_cli.reached import checkpoints, latest_checkpoint, newest_facts, result_of, step_of
+from pissa_cli.reached import latest_checkpoint, newest_facts, result_of, step_of, trained_folder
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, run_of
 from pissa_cli.weights import hash_file
@@ -46,12 +46,8 @@ def load_result(recipe: Recipe, device: torch.device, step: int | None = None) -
 def full_folder(recipe: Recipe, step: int | None = None) -> Path:
     """`merged/` of a full fine-tuning. Raises UsageError if it is not there yet, or not as training wrote it, and for a
     checkpoint, of which there is no such folder."""
-    if step is not None:
-        raise UsageError("full fine-tuning keeps one model, no checkpoints to load", "leave out --checkpoint")
     run, _ = open_run(recipe)
-    if not run.merged.is_dir():
-        raise UsageError(f"{run.folder}: no trained model yet", "run `pissa train` to its end first")
-    return _require_whole(run.merged, _remedy(run))
+    return _require_whole(trained_folder(recipe, step), _remedy(run))
 
 
 def load_with(recipe: Recipe, folder: Path, adapter: Adapter, device: torch.device) -> PreTrainedModel:
@@ -90,9 +86,8 @@ def _unpacked(model: PreTrainedModel) -> PreTrainedModel:
 
 def trained_facts(recipe: Recipe) -> dict[str, Any]:
     """What a training that reached its end says of its result: `step`, `data`, and a seal over these and its files."""
-    run = run_of(recipe)
-    folder = full_folder(recipe) if isinstance(recipe.adapter, FullOptions) else _trained_adapter(run)
-    return _provenance(folder, _remedy(run))
+    folder = full_folder(recipe) if isinstance(recipe.adapter, FullOptions) else trained_folder(recipe)
+    return _provenance(folder, _remedy(run_of(recipe)))
 
 
 def result_hash(recipe: Recipe, step: int | None = None) -> str:
@@ -105,15 +100,6 @@ def result_hash(recipe: Recipe, step: int | None = None) -> str:
 def is_trained(recipe: Recipe) -> bool:
     """Whether a training has reached its end in the run of a recipe."""
     return result_of(recipe).is_dir()
-
-
-def _trained_adapter(run: Run) -> Path:
-    if not run.adapter.is_dir():
-        hint = "run `pissa train` to its end first"
-        if last := latest_checkpoint(run):
-            hint += f"; `pissa eval` and `pissa export` take a checkpoint: --checkpoint {step_of(last)}"
-        raise UsageError(f"{run.folder}: no trained adapter yet", hint)
-    return run.adapter
 
 
 def _require_whole(folder: Path, hint: str) -> Path:
@@ -164,7 +150,7 @@ def read_result(recipe: Recipe, step: int | None = None) -> tuple[Path, Adapter]
 def read_adapter(recipe: Recipe) -> tuple[Path, Adapter]:
     """(folder of the base, adapter) of `adapter/`, after checking that they belong together."""
     run, manifest = open_run(recipe)
-    provenance = _provenance(_trained_adapter(run), _remedy(run))
+    provenance = _provenance(trained_folder(recipe), _remedy(run))
     require_files(run.adapter, provenance["hashes"], _remedy(run))
     _, adapter = read_peft(run.adapter, manifest["widest"])
     folder = require_base(manifest, recipe)
@@ -186,10 +172,7 @@ def read_adapter(recipe: Recipe) -> tuple[Path, Adapter]:
 def read_checkpoint(recipe: Recipe, step: int) -> tuple[Path, Adapter]:
     """What `read_adapter` would give, had training ended at checkpoint `step`."""
     run, manifest = open_run(recipe)
-    folder = run.checkpoints / f"step-{step}"
-    if not folder.is_dir():
-        known = ", ".join(path.name for path in checkpoints(run))
-        raise UsageError(f"{folder}: no such checkpoint", f"there are: {known or 'none'}")
+    folder = trained_folder(recipe, step)
     _, start = read_start(run, manifest)
     trained = checkpoint_tensors(folder)
     trains = METHODS[recipe.adapter.method].trains

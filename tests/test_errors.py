@@ -533,7 +533,7 @@ def test_unreachable_hub(
     assert "some/data: cannot get this data set from the Hub" in message and "local" in message
     made = recipe(models("llama"), "adapter.rank=4")
     initialize(made)
-    message = refused("eval", made.output, "--bench", "gsm8k")
+    message = refused("eval", made.output, "--bench", "gsm8k", "--compare-base")
     assert "openai/gsm8k: cannot get this data set" in message and "local file: --data gsm8k=FILE" in message
 
 
@@ -577,6 +577,7 @@ def test_what_no_benchmark_uses_is_refused(refused: Callable[..., str]) -> None:
 def test_push_without_token(refused: Callable[..., str], pissa: Pissa, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert pissa("init", "demo/pissa").code == 0
+    Path("demo-out/pissa/adapter").mkdir()  # as if it were trained
     assert "no token for the Hub" in refused("merge", "demo/pissa", "--push")
 
 

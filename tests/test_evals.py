@@ -625,7 +625,11 @@ def test_the_base_is_scored_where_nothing_is_trained(finished: Any, pissa: Any, 
     start = tmp_path / "start"
     sets = ["--set", "eval.limit=6", "--set", "eval.bench=[loss]"]
     assert pissa("init", "demo/pissa", "--output", start, *sets).code == 0
-    assert "no trained adapter yet" in pissa("eval", start).err
+    for command in ("eval", "merge", "quantize", "export"):
+        for flags in ([], ["--dry-run"]):
+            outcome = pissa(command, start, *flags)
+            assert outcome.code == 2 and "no trained adapter yet" in outcome.err
+    assert pissa("eval", start, "--compare-base", "--dry-run").code == 0
     outcome = pissa("eval", start, "--compare-base", "--json")
     assert outcome.json["results"] == {} and "the base alone is scored" in outcome.err
     assert outcome.json["base"]["loss"]["score"] == evaluate(finished, base=True)["loss"]["score"]

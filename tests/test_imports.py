@@ -183,6 +183,19 @@ def test_options_that_do_not_go_together_need_no_torch(
     refused_without_torch(["export", made.output, "--as", "nf4", "--rank", "2"], tmp_path)
 
 
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+@pytest.mark.parametrize("method", ["pissa", "full"])
+def test_a_run_that_is_not_trained_needs_no_torch(
+    method: str, flags: list[str], models: Callable[[str], Path], recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = recipe(models("llama"), f"adapter.method={method}", "model.bits=32", "eval.bench=[loss]")
+    initialize(made)
+    for command in ("merge", "quantize", "export", "eval"):
+        refused_without_torch([command, made.output, *flags], tmp_path)
+    for command in ("export", "eval"):
+        refused_without_torch([command, made.output, "--checkpoint", "2", *flags], tmp_path)
+
+
 def test_what_is_imported_is_not_looked_over_again() -> None:
     code = """
 import gc

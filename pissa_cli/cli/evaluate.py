@@ -58,17 +58,20 @@ def evaluate_command(
         judge_model=judge_model,
         output=output,
     )
-    from pissa_cli import inputs
+    from pissa_cli import inputs, reached
     from pissa_cli.cli import dryrun, show
     from pissa_cli.evals.benches import check_benches, check_files, runs_code, with_bench
+    from pissa_cli.rundir import run_of
 
     if samples is not None and (compare_base or checkpoint is not None):
         raise UsageError("--samples: there is no model", "leave --compare-base and --checkpoint out")
     recipe = with_bench(loaded.recipe)
     check_benches(recipe, compare_base, loaded.sources)
     check_files(recipe)
-    if not dry_run and samples is None:
+    if samples is None and (not dry_run or run_of(recipe).exists()):
         inputs.require_scored(recipe)
+        if checkpoint is not None or not compare_base:
+            reached.require_trained(recipe, checkpoint)
     show.load_libraries(debug)
     from pissa_cli.evals.classify import METRICS
     from pissa_cli.evals.results import score_samples

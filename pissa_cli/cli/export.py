@@ -44,15 +44,16 @@ def export_command(
 ) -> None:
     """Write a run, or one of its checkpoints, in a form that other programs load."""
     loaded = options.load_recipe(target, set_)
-    from pissa_cli import inputs
+    from pissa_cli import reached
     from pissa_cli.cli import dryrun, show
+    from pissa_cli.rundir import run_of
 
-    if not dry_run:
-        inputs.require_run(loaded.recipe)
     if form != "lora" and (rank is not None or uniform or server is not None):
         raise UsageError(f"--rank, --uniform and --for are about LoRA files, not --as {form}", "leave them out")
     if form != "nf4" and (double_quant is not None or absmax is not None):
         raise UsageError(f"--double-quant and --absmax are about NF4, not --as {form}", "leave them out")
+    if not dry_run or run_of(loaded.recipe).exists():
+        reached.require_trained(loaded.recipe, checkpoint)
     show.load_libraries(debug)
     if dry_run:
         dryrun.dry_run(loaded, as_json)

@@ -26,13 +26,14 @@ def merge_command(
 ) -> None:
     """Write one dense model, checked against the adapter; with --push, upload it in one commit, retried for 15 min."""
     loaded = options.load_recipe(target, set_, output=output, repo=repo)
-    from pissa_cli import inputs
+    from pissa_cli import reached
     from pissa_cli.cli import dryrun, show
+    from pissa_cli.rundir import run_of
 
-    if not dry_run:
-        inputs.require_run(loaded.recipe)
     if not push and (force or repo is not None):
         raise UsageError("--repo and --force are about an upload, and there is none", "add --push, or leave them out")
+    if not dry_run or run_of(loaded.recipe).exists():
+        reached.require_trained(loaded.recipe)
     show.load_libraries(debug)
     if dry_run:
         dryrun.dry_run(loaded, as_json)

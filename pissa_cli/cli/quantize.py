@@ -28,11 +28,12 @@ def quantize_command(
         loaded = options.load_recipe(None, set_, model=target, output=output)
     else:
         loaded = options.load_recipe(target, set_)
-    from pissa_cli import inputs
+    from pissa_cli import reached
     from pissa_cli.cli import dryrun, show
+    from pissa_cli.rundir import run_of
 
-    if not is_model and not dry_run:
-        inputs.require_run(loaded.recipe)
+    if not is_model and (not dry_run or run_of(loaded.recipe).exists()):
+        reached.require_trained(loaded.recipe)
     show.load_libraries(debug)
     if dry_run:
         dryrun.dry_run(loaded, as_json)
