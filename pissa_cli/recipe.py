@@ -152,6 +152,15 @@ class HubSection(Section):
     repo: str | None = Field(None, description="user/name to push to; default <user>/<base>-<method>-r<rank>")
     private: bool = Field(False, description="make a new repository private, and refuse a public one")
 
+    @field_validator("repo")
+    @classmethod
+    def _a_name_on_the_hub(cls, repo: str | None) -> str | None:
+        if repo is not None:
+            from huggingface_hub.utils._validators import validate_repo_id
+
+            validate_repo_id(repo)
+        return repo
+
 
 class Recipe(Section):
     """Everything a run needs. `pissa_cli.recipe_file.load` makes one from files and flags."""

@@ -199,6 +199,8 @@ def test_wrong_types_and_combinations(refused: Callable[..., str], tmp_path: Pat
         (["train=3"], "train"),
         (["nothing"], "expected key=value"),
         (["adapter.targets=[]"], "name at least one layer"),
+        (["hub.repo=a b"], "--set hub.repo: hub.repo: repo id must use alphanumeric chars"),
+        (["hub.repo=a/b/c"], "must be in the form 'repo_name' or 'namespace/repo_name'"),
     ]:
         message = refused("init", "--model", "x", *(part for text in sets for part in ("--set", text)))
         assert wanted in message
