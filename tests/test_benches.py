@@ -192,7 +192,9 @@ def test_humaneval_runs_what_was_written() -> None:
 
 def test_mbpp_runs_what_was_written() -> None:
     sanitized = {"prompt": LARGEST["text"], "test_imports": ["limit = 3"], "test_list": LARGEST["test_list"]}
-    for row in (LARGEST, sanitized):
+    joined = sanitized | {"text": None, "task_id": None}  # as in a table of both sets
+    for row in (LARGEST, sanitized, joined):
+        assert mbpp.BENCH.problem(row) is None
         outputs = {
             str(LARGEST["code"]): True,
             f"```python\n{LARGEST['code']}\n```": True,
@@ -204,7 +206,7 @@ def test_mbpp_runs_what_was_written() -> None:
         assert grades(mbpp.BENCH, row, list(outputs)) == list(outputs.values())
         asked = f'"""\n{LARGEST["text"]}\n{LARGEST["test_list"][0]}\n"""'
         assert mbpp.BENCH.question(row).endswith(f"\n```python\n{asked}\n```")
-    assert (mbpp.BENCH.identity(LARGEST), mbpp.BENCH.identity(sanitized)) == ("7", None)
+    assert [mbpp.BENCH.identity(row) for row in (LARGEST, sanitized, joined)] == ["7", None, None]
     assert (humaneval.BENCH.identity(ADD), humaneval.BENCH.identity(LARGEST | {"task_id": 0})) == ("Own/0", "0")
     assert humaneval.BENCH.identity(sanitized) is None
 

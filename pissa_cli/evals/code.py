@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from pissa_cli.evals.bench import Count, Grade, Grading
 from pissa_cli.evals.sandbox import run_programs
-from pissa_cli.rows import Row
+from pissa_cli.rows import Row, value_of
 
 INSTRUCTION = (
     "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
@@ -30,6 +30,12 @@ def written(output: str) -> str:
     for cut in CUTS:
         code = code.partition(cut)[0].strip() if cut in code else code
     return code
+
+
+def task_id(row: Row) -> str | None:
+    """A row's own id, where it has one."""
+    found = value_of(row, "task_id")
+    return None if found is None else str(found)
 
 
 def graded(program: Callable[[Row, str], str]) -> Grading:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pissa_cli.evals.bench import Bench
-from pissa_cli.evals.code import PROTOCOL, ask, graded, written
+from pissa_cli.evals.code import PROTOCOL, ask, graded, task_id, written
 from pissa_cli.rows import Row
 
 
@@ -18,7 +18,7 @@ BENCH = Bench(
     fields=("prompt", "test", "entry_point"),
     question=lambda row: ask(str(row["prompt"])),
     reference=lambda row: str(row.get("canonical_solution", "")),
-    identity=lambda row: str(row["task_id"]) if "task_id" in row else None,
+    identity=task_id,
     grade=graded(program),
     metric="pass@1, %",
     protocol=PROTOCOL,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pissa_cli.evals.bench import Bench
-from pissa_cli.evals.code import PROTOCOL, ask, graded, written
-from pissa_cli.rows import Row
+from pissa_cli.evals.code import PROTOCOL, ask, graded, task_id, written
+from pissa_cli.rows import Row, value_of
 
 
-def text(row: Row) -> str:
+def text(row: Row) -> Any:
     """What is asked: `text` in the whole set, `prompt` in the sanitized one."""
-    return str(row.get("text", row.get("prompt")))
+    found = value_of(row, "text")
+    return value_of(row, "prompt") if found is None else found
 
 
 def program(row: Row, output: str) -> str:
@@ -19,7 +22,7 @@ def program(row: Row, output: str) -> str:
 
 
 def _problem(row: Row) -> str | None:
-    if not isinstance(row.get("text", row.get("prompt")), str):
+    if not isinstance(text(row), str):
         return "it has neither text nor prompt"
     lines = [row.get("test_list"), row.get("test_imports") or [], [row.get("test_setup_code") or ""]]
     known = all(isinstance(part, list) and all(isinstance(line, str) for line in part) for part in lines)
@@ -40,7 +43,7 @@ BENCH = Bench(
     fields=(),
     question=lambda row: ask(f'"""\n{text(row)}\n{row["test_list"][0]}\n"""'),
     reference=lambda row: str(row.get("code", "")),
-    identity=lambda row: str(row["task_id"]) if "task_id" in row else None,
+    identity=task_id,
     problem=_problem,
     grade=graded(program),
     metric="pass@1, %",
