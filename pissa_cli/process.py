@@ -71,7 +71,7 @@ def _meet() -> TCPStore | None:
         raise ValueError(f"MASTER_PORT={port}, RANK={rank}, WORLD_SIZE={size}")
     began, told, store = time.monotonic(), False, None
     while True:
-        if store is None and (rank == "0" or _answers(host, int(port))):
+        if store is None and (_is_known(host) if rank == "0" else _answers(host, int(port))):
             store = TCPStore(host, int(port), is_master=rank == "0", wait_for_workers=False, multi_tenant=True)
             store.set(rank, "")
         others = [str(other) for other in range(int(size)) if str(other) != rank]
@@ -85,9 +85,16 @@ def _meet() -> TCPStore | None:
                 "WORLD_SIZE, RANK and MASTER_ADDR say so; one process alone: unset them",
             )
         if waited > 10 and not told:
-            print(f"waiting at {host}:{port} for {size} processes (WORLD_SIZE)", file=sys.stderr, flush=True)
+            unknown = "" if _is_known(host) else "; no machine is known by that name (MASTER_ADDR)"
+            print(f"waiting at {host}:{port} for {size} processes (WORLD_SIZE){unknown}", file=sys.stderr, flush=True)
             told = True
         time.sleep(0.2)
+
+
+def _is_known(host: str) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(socket.getaddrinfo(host, None))
+    return False
 
 
 def _answers(host: str, port: int) -> bool:

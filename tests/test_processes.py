@@ -317,18 +317,19 @@ def test_a_second_interrupt_does_not_wait_for_the_step(
                 os.kill(process, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(("rank", "host"), [("0", "127.0.0.1"), ("1", "127.0.0.1"), ("0", "nowhere.invalid")])
 def test_one_of_two_that_is_alone_says_so_and_can_be_stopped(
-    rank: str, models: Callable[[str], Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rank: str, host: str, models: Callable[[str], Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+    environment = {"MASTER_ADDR": host, "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
     command = entry("train", "--model", models("llama"), "--set", f"data.train={rows}", "-o", tmp_path / "out")
-    log = tmp_path / "log"
+    log, said = tmp_path / "log", f"waiting at {host}:{port} for 2 processes (WORLD_SIZE)"
+    said += "; no machine is known by that name" if host == "nowhere.invalid" else "\n"
     alone = forked(command, log, environment)
     try:
-        await_that(lambda: f"waiting at 127.0.0.1:{port} for 2 processes" in log.read_text(), 60)
+        await_that(lambda: said in log.read_text(), 60)
         os.kill(alone, signal.SIGTERM)
         await_that(lambda: "error: interrupted" in log.read_text(), 10)
     except AssertionError:
