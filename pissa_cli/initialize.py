@@ -20,7 +20,7 @@ from pissa_cli.adapter_options import FullOptions, ScaledBase
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, Layer, Start
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.inputs import require_place
+from pissa_cli.inputs import local_base, require_place
 from pissa_cli.integrity import (
     hashes,
     require_closed,
@@ -31,7 +31,7 @@ from pissa_cli.integrity import (
     sealed,
     settings_hash,
 )
-from pissa_cli.model import Linear, best_device, resolve_base
+from pissa_cli.model import SMALL_FILES, Linear, best_device, resolve_base
 from pissa_cli.panels import converted, minus, minus_product
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
 from pissa_cli.pipeline import in_flight, in_order
@@ -63,14 +63,21 @@ def initialize(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str
         _require_start(run, manifest)
         return manifest
     require_place(run)
-    folder = resolve_base(recipe.model)
-    weights = open_weights(folder)
-    plan = make_plan(recipe, folder, weights)
+    plan, weights = plan_start(recipe)
     if isinstance(recipe.adapter, ScaledBase) and recipe.adapter.rank == "auto":
         plan = with_auto_ranks(recipe.adapter, plan, weights, progress)
     manifest = _write_run(recipe, plan, weights, run, progress)
     release_freed_memory()
     return manifest
+
+
+def plan_start(recipe: Recipe) -> tuple[Plan, Weights]:
+    """The plan of a new run, and the weights of its base. What is wrong by the configuration of a base on the Hub costs
+    no download of its weights."""
+    if local_base(recipe.model) is None:
+        make_plan(recipe, resolve_base(recipe.model, SMALL_FILES))
+    weights = open_weights(resolve_base(recipe.model))
+    return make_plan(recipe, weights.folder, weights), weights
 
 
 def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:

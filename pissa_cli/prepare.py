@@ -14,12 +14,11 @@ from pissa_cli.data_options import sources_of
 from pissa_cli.examples import Examples, first_example
 from pissa_cli.guards import require_context, require_reach, resumes, schedule_change
 from pissa_cli.heads import head_note
-from pissa_cli.initialize import Progress, initialize, open_run, require_base
+from pissa_cli.initialize import Progress, initialize, open_run, plan_start, require_base
 from pissa_cli.inputs import local_base, require_data
 from pissa_cli.kernels import require_kernels
 from pissa_cli.loading import load_tokenizer
-from pissa_cli.model import context_length, resolve_base
-from pissa_cli.plan import make_plan
+from pissa_cli.model import context_length
 from pissa_cli.reached import newest_facts
 from pissa_cli.recipe import Recipe
 from pissa_cli.report import notes_of
@@ -27,7 +26,6 @@ from pissa_cli.rows import is_local, read_rows
 from pissa_cli.rundir import require_writable, run_of
 from pissa_cli.sets import load_sets, num_held_out
 from pissa_cli.steps import count_steps, step_examples
-from pissa_cli.weights import open_weights
 
 Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | None]
 """The manifest, the tokenizer, examples to train and to hold out."""
@@ -73,9 +71,8 @@ def prepare(
     if recipe.train.eval_every is not None and recipe.data.eval is None:
         say("train.eval_every: without data.eval there is nothing to take losses on")
     require_kernels(recipe.train)
-    folder = require_base(open_run(recipe)[1], recipe) if run.exists() else resolve_base(recipe.model)
-    if not run.exists():
-        make_plan(recipe, folder, open_weights(folder))  # a wrong rank or target must not cost the tokenization
+    # a wrong rank or target must not cost the tokenization
+    folder = require_base(open_run(recipe)[1], recipe) if run.exists() else plan_start(recipe)[0].folder
     tokenizer = load_tokenizer(folder, recipe)
     examples, held_out = load_sets(recipe, tokenizer, say)
     require_reach(len(examples), recipe)

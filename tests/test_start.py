@@ -29,6 +29,7 @@ from pissa_cli.quant import packed_weight, read
 from pissa_cli.quantize import quantize
 from pissa_cli.report import notes_of
 from pissa_cli.rundir import Run, write_json
+from pissa_cli.train import train
 
 STARTS = [("lora", "fast"), ("pissa", "fast"), ("pissa", "exact")]
 
@@ -248,3 +249,22 @@ def test_tensors_of_a_base_that_have_no_place_are_named(
     for number, sets in enumerate(([], labels)):  # a classifier has no use for the head that writes
         whole = recipe(models("llama"), "adapter.rank=4", *sets, f"output={tmp_path / str(number)}")
         assert initialize(whole)["unused"] == [] == notes_of(open_run(whole)[1])
+
+
+def test_what_is_wrong_with_the_adapter_costs_no_download_of_weights(
+    models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot(_name: str, allow_patterns: list[str], **_: Any) -> str:
+        asked.append(allow_patterns)
+        return str(models("llama"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    wrong = recipe(Path("some/base"), "adapter.rank=65", f"data.train={rows}")
+    for begin in (initialize, train):
+        with pytest.raises(UsageError, match=r"adapter\.rank: 65 is above"):
+            begin(wrong)
+    assert len(asked) == 2 and not any("safetensors" in part for parts in asked for part in parts)
+    initialize(recipe(Path("some/base"), "adapter.rank=4"))
+    assert any("safetensors" in pattern for pattern in asked[-1])
