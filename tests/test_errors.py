@@ -31,6 +31,8 @@ from transformers import (
     ReformerConfig,
     T5Config,
     ViTConfig,
+    XmodConfig,
+    XmodForCausalLM,
 )
 
 from pissa_cli import inputs, recipe_file
@@ -743,6 +745,17 @@ def test_models_that_do_not_go_on_with_a_text(refused: Callable[..., str], tmp_p
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
         message = refused("init", "--model", folder)
         assert "transformers.CLASS.from_pretrained(FOLDER).save_pretrained(NEW), CLASS as config.json has it" in message
+
+
+def test_a_model_whose_code_wants_more_than_a_text(pissa: Pissa, rows: Path, tmp_path: Path) -> None:
+    """XMOD a language, which its config.json may name."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = XmodForCausalLM(XmodConfig(vocab_size=512, is_decoder=True, languages=["en_XX", "de_DE"], **sizes))
+    sets = ("--set", f"data.train={rows}", "--set", "model.bits=32", "--rank", "4")
+    arguments = ("train", "--model", save_model(model, tmp_path / "model"), "--output", tmp_path / "out", *sets)
+    outcome = pissa(*arguments)
+    said = "error: the model's own code fails (modeling_xmod.py, ValueError: Input language unknown"
+    assert outcome.code == 1 and said in outcome.err and "Traceback" not in outcome.err
 
 
 def test_a_result_whose_checkpoints_are_gone_is_not_replaced(

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
@@ -16,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError, cannot_write
+from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError, cannot_write, in_one_line
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 NO_MEMORY = r"(can't|[Cc]annot) allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
@@ -27,6 +28,8 @@ LESS_MEMORY = {
 }
 LOST = ("gloo", "NCCL", "Connection closed by peer")
 """Words of torch's when another process is gone."""
+MODELS_CODE = re.compile(r"[/\\](transformers[/\\]models|transformers_modules)[/\\]")
+"""In the paths of files that define models."""
 ClickException = typer.BadParameter.__mro__[2]
 """The root of the parser's errors, wherever typer keeps its click."""
 document: int | None = None
@@ -142,6 +145,14 @@ def _explained(error: Exception, command: str) -> PissaError:
         return PissaError(
             "another process is gone: killed, or out of memory (the launcher says which)",
             "pissa train RUN --resume goes on; where memory ran out, with a lower train.micro_batch_size",
+        )
+    raised = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    raised = [file for file in raised if not re.search(r"[/\\]torch[/\\]", file)]
+    if raised and MODELS_CODE.search(raised[-1]):
+        return PissaError(
+            f"the model's own code fails ({Path(raised[-1]).name}, {type(error).__name__}: {in_one_line(error)})",
+            "it may need more than a text, or another config.json; where transformers alone runs it over a text, "
+            "please report this with what --debug shows",
         )
     return PissaError(
         f"unexpected {type(error).__name__}: {error}", "run again with --debug for the traceback, and please report it"
