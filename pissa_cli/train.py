@@ -41,7 +41,7 @@ from pissa_cli.result import write_result
 from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, run_of, write_text
 from pissa_cli.sharding import asked_by_accelerate
 from pissa_cli.steps import step_examples
-from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, update
+from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, tell_idle, update
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with what goes to metrics.jsonl, and with {"note": text} for what the person watching should know."""
@@ -127,6 +127,8 @@ def _loop(
             step_began = time.monotonic()
             lr = learning_rate(step, trainer.total_steps, section, trainer.recipe.lr)
             loss, grad_norm, step_tokens = form_gradients(trainer, step)
+            if step == first_step:
+                tell_idle(trainer)
             event: dict[str, Any] = {
                 "step": step + 1,
                 "steps": trainer.total_steps,

@@ -74,6 +74,18 @@ def form_gradients(trainer: Trainer, step: int) -> tuple[float, float, int]:
     return float(accelerator.reduce(total, "sum")), grad_norm, sum(examples.length(i) for i in indices)
 
 
+def tell_idle(trainer: Trainer) -> None:
+    """Say to which layers no gradient has come: towers for pictures, attention to an encoder. An expert may get the
+    next tokens."""
+    if zero.spreads(trainer.model):  # which keeps gradients elsewhere
+        return
+    idle = {name.rpartition(".")[0] for parameter, name in trainer.names.items() if parameter.grad is None}
+    names = sorted(name for name in idle if ".experts." not in name)
+    if names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        trainer.say(f"no text changes {len(names)} of the layers that train: {shown}")
+
+
 def update(trainer: Trainer, lr: float) -> None:
     """Move the parameters by the gradients that were formed."""
     for group in trainer.optimizer.param_groups:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import DEMO, Outcome, make_model
+from conftest import DEMO, Outcome, make_model, save_model
 from runs import BASE, events
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BartForCausalLM, get_scheduler
 
 from pissa_cli import assembly, loss
 from pissa_cli import train as loop
@@ -54,6 +54,23 @@ def test_the_loss_falls_and_everything_is_recorded(models: Callable[[str], Path]
     assert [e["step"] for e in lines if "eval_loss" in e] == [6, 12] and lines[-1]["eval_loss"] == figures["eval_loss"]
     assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert figures["result"] == str(run.adapter) and not list(run.folder.rglob("*.tmp*"))
+
+
+@pytest.mark.parametrize("method", ["pissa", "full"])
+def test_layers_that_no_text_reaches_are_said(method: str, recipe: Make, rows: Path, tmp_path: Path) -> None:
+    """Of BART's decoder alone those that attend to what it writes from: transformers' own gradients pass them by."""
+    sizes = {"d_model": 16, "decoder_ffn_dim": 32, "decoder_layers": 2, "decoder_attention_heads": 2}
+    model = BartForCausalLM(BartConfig(vocab_size=512, **sizes))
+    model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    idle = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.grad is None}
+    chosen = "norm" if method == "pissa" else " "  # none but linear layers get an adapter
+    idle = sorted(name for name in idle if chosen not in name)
+    sets = [] if method == "full" else BASE[1:2]
+    folder, notes = save_model(model, tmp_path / "model"), list[dict[str, Any]]()
+    made = recipe(folder, "model.bits=32", *sets, f"adapter.method={method}", f"data.train={rows}", "train.steps=1")
+    train(made, watch=notes.append)
+    assert {"note": f"no text changes {len(idle)} of the layers that train: {', '.join(idle[:3])}, ..."} in notes
+    assert len(idle) == (8 if method == "pissa" else 10)
 
 
 @pytest.mark.parametrize("sets", [[], ["adapter.method=vera"], ["model.bits=4"], ["adapter.method=full"]])
