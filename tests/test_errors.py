@@ -758,6 +758,29 @@ def test_a_model_whose_code_wants_more_than_a_text(pissa: Pissa, rows: Path, tmp
     assert outcome.code == 1 and said in outcome.err and "Traceback" not in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("called", "said"),
+    [
+        (
+            ["transformers/models/a/modeling_a.py", "transformers/cache_utils.py"],
+            "the model's own code fails (modeling_a",
+        ),
+        (["transformers_modules/a/modeling_a.py", "torch/nn/linear.py"], "the model's own code fails (modeling_a"),
+        (["transformers/models/a/modeling_a.py", "torch/nn/module.py", "pissa_cli/adapters/lowrank.py"], "unexpected"),
+        (["transformers/generic.py", "torch/nn/module.py"], "unexpected"),
+    ],
+)
+def test_whose_code_fails(called: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the last file that is neither torch's nor transformers' own; `called` is each by the one before."""
+    run: Callable[[], Any] | None = None
+    for file in reversed(called):
+        names: dict[str, Any] = {"then": run}
+        exec(compile("def run(): then() if then else int('x')", f"/lib/{file}", "exec"), names)
+        run = names["run"]
+    assert edge.run_guarded(run, ["train"]) == 1
+    assert f"error: {said}" in capsys.readouterr().err
+
+
 def test_a_result_whose_checkpoints_are_gone_is_not_replaced(
     refused: Callable[..., str], models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, tmp_path: Path
 ) -> None:

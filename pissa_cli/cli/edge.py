@@ -30,6 +30,7 @@ LOST = ("gloo", "NCCL", "Connection closed by peer")
 """Words of torch's when another process is gone."""
 MODELS_CODE = re.compile(r"[/\\](transformers[/\\]models|transformers_modules)[/\\]")
 """In the paths of files that define models."""
+CALLED_BY_MODELS = re.compile(r"[/\\](torch|transformers(?![/\\]models))[/\\]")
 ClickException = typer.BadParameter.__mro__[2]
 """The root of the parser's errors, wherever typer keeps its click."""
 document: int | None = None
@@ -147,7 +148,7 @@ def _explained(error: Exception, command: str) -> PissaError:
             "pissa train RUN --resume goes on; where memory ran out, with a lower train.micro_batch_size",
         )
     raised = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    raised = [file for file in raised if not re.search(r"[/\\]torch[/\\]", file)]
+    raised = [file for file in raised if not CALLED_BY_MODELS.search(file)]
     if raised and MODELS_CODE.search(raised[-1]):
         return PissaError(
             f"the model's own code fails ({Path(raised[-1]).name}, {type(error).__name__}: {in_one_line(error)})",
