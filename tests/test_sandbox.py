@@ -39,6 +39,8 @@ HOSTILE = {
     "a verdict of its own": "import os; os.write(3, b'passed'); os._exit(0)",
     "a large file": "f = open('x', 'wb')\nwhile True: f.write(b'x' * 10**6); f.flush()",
     "many files": "i = 0\nwhile True:\n    i += 1\n    open(f'x{i}', 'wb').write(b'x' * 10**6)",
+    "a deep tree": "import os\nfor _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')\nassert False",
+    "a shut folder": "import os; os.makedirs('a/b'); os.chmod('a', 0); assert False",
     "open files": "x = [open(f'f{i}', 'w') for i in range(10**5)]",
     "exit": "import sys; sys.exit(0)",
     "exit at once": "import os; os._exit(0)",
