@@ -26,6 +26,7 @@ HOSTILE = {
     "sleep": "import time; time.sleep(1000)",
     "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
     "forks that sleep": "import os, time\nfor _ in range(8):\n    if os.fork() == 0: time.sleep(1000)\nassert False",
+    "too many forks": "import os, time\nfor _ in range(16):\n    if os.fork() == 0: time.sleep(1000)",
     "daemon": (
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(1000)\n"
         "    os._exit(0)\nos._exit(0)"
@@ -82,7 +83,6 @@ NEEDS_NAMESPACES = {
     "kill everything",
     "kill the parent",
     "kill the group",
-    "fork bomb",
 }
 
 

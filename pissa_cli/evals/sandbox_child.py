@@ -25,7 +25,7 @@ CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV = 0x4000, 0x40000, 2, 4
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 8, 24, 36, 38
-CAPABILITY_VERSION, CAP_DAC_READ_SEARCH, CAPABILITIES = 0x20080522, 2, 64
+CAPABILITY_VERSION, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAPABILITIES = 0x20080522, 1, 2, 64
 NOBODY = 65534
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER, IO_URING_SETUP = 22, 2, 425
 VERDICT_BYTES = 2**16
@@ -176,8 +176,7 @@ def run(job: dict[str, Any], writing: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
-    if job["namespaces"]:
-        drop_privileges(job["number"])
+    drop_privileges(job["number"], job["namespaces"])
     resource.setrlimit(resource.RLIMIT_NPROC, (16, 16))
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # changing the user has cleared it
     call(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
@@ -223,20 +222,24 @@ def forbid_sockets() -> None:
     call(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.create_string_buffer(header, len(header)), 0, 0))
 
 
-def drop_privileges(number: int) -> None:
-    """Root becomes a user of no name, who may read what root may; in a user namespace every capability goes."""
-    kept = 0
-    if is_real_root():
+def drop_privileges(number: int, namespaces: bool) -> None:
+    """Root becomes a user of no name, who may read what root may; of anyone else every capability goes.
+
+    Without namespaces it may write what root may, too, where root can do no less.
+    """
+    root, kept, version = is_real_root(), 0, (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    if root:
         libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
-        kept = 1 << CAP_DAC_READ_SEARCH
+        has = (ctypes.c_uint32 * 6)()
+        call(libc.capget(version, has))
+        kept = has[1] & 1 << CAP_DAC_READ_SEARCH or (0 if namespaces else has[1] & 1 << CAP_DAC_OVERRIDE)
     for capability in range(CAPABILITIES):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
-    if kept:
+    if root:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(number, number, number)  # one for each program: the kernel counts processes by user
-    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
-    call(libc.capset(header, (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0)))
+    call(libc.capset(version, (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0)))
 
 
 def is_real_root() -> bool:
