@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import tempfile
 import time
@@ -21,6 +22,8 @@ HARMLESS = [
     "import pickle\nclass A: pass\npickle.loads(pickle.dumps(A()))",
     "assert open('/proc/self/oom_score_adj').read() == '1000\\n'",
 ]
+LIBC = "import ctypes; libc = ctypes.CDLL(None)\n"
+KEYCTL = {"x86_64": 250}.get(os.uname().machine, 219)
 HOSTILE = {
     "endless loop": "while True: pass",
     "sleep": "import time; time.sleep(1000)",
@@ -67,6 +70,17 @@ HOSTILE = {
     "remove a file": "import os; os.remove(KEEP)",
     "change the program": "open('/proc/1/mem', 'wb').write(b'x')",
     "mount": "import ctypes; assert ctypes.CDLL(None).mount(b'tmpfs', b'/tmp', b'tmpfs', 0, None) == 0",
+    "shared memory": f"{LIBC}assert libc.shmget(0, 1 << 20, 0o1600) >= 0",
+    "semaphores": f"{LIBC}assert libc.semget(0, 32000, 0o1600) >= 0",
+    "message queues": f"{LIBC}assert libc.msgget(0, 0o1600) >= 0",
+    "memory of a namespace of its own": (
+        f"{LIBC}import os\nuser, group = os.getuid(), os.getgid()\nassert libc.unshare(0x10020000) == 0\n"
+        "libc.prctl(4, 1)\n"  # may write the following
+        "for name, text in (('setgroups', 'deny'), ('uid_map', f'0 {user} 1'), ('gid_map', f'0 {group} 1')):\n"
+        "    open(f'/proc/self/{name}', 'w').write(text)\n"
+        "assert libc.mount(b'tmpfs', b'/run', b'tmpfs', 0, b'size=8g') == 0; open('/run/x', 'w').write('x')"
+    ),
+    "the user's keys": f"{LIBC}assert libc.syscall({KEYCTL}, 0, -3, 1) > 0",
     "become root": "import os; os.setuid(0); os.setgroups([0]); open(MARK, 'w').write('x')",
     "more limits": (
         "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (10**5, 10**5)); resource.setrlimit("
@@ -83,6 +97,11 @@ NEEDS_NAMESPACES = {
     "kill everything",
     "kill the parent",
     "kill the group",
+    "shared memory",
+    "semaphores",
+    "message queues",
+    "memory of a namespace of its own",
+    "the user's keys",
 }
 
 

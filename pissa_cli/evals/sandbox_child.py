@@ -27,7 +27,12 @@ SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000
 PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 8, 24, 36, 38
 CAPABILITY_VERSION, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAPABILITIES = 0x20080522, 1, 2, 64
 NOBODY = 65534
-PR_SET_SECCOMP, SECCOMP_MODE_FILTER, IO_URING_SETUP = 22, 2, 425
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER, IO_URING_SETUP, FSOPEN = 22, 2, 425, 430
+FORBIDDEN = {
+    "x86_64": (0xC000003E, (41, 165, 29, 64, 68, 248, 249, 250)),
+    "aarch64": (0xC00000B7, (198, 40, 194, 190, 186, 217, 218, 219)),
+}
+"""socket, mount, shmget, semget, msgget (memory beyond the limits), add_key, request_key, keyctl (keys of the user)."""
 VERDICT_BYTES = 2**16
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -181,7 +186,7 @@ def run(job: dict[str, Any], writing: int) -> None:
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # changing the user has cleared it
     call(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     if job["namespaces"]:
-        forbid_sockets()
+        forbid_calls()
     program, token = job["program"], job["token"]
     job.clear()
     sys.modules["__main__"] = module = types.ModuleType("__main__")  # where pickle looks for the program's classes
@@ -194,31 +199,23 @@ def run(job: dict[str, Any], writing: int) -> None:
     os._exit(0)
 
 
-def forbid_sockets() -> None:
+def forbid_calls() -> None:
     """No new sockets, by a seccomp filter: a socket of this machine's own programs is a file, and files are still seen.
 
-    Pairs of connected sockets, which lead nowhere else, are left.
+    Nor anything else that reaches beyond the limits: see `FORBIDDEN`. Pairs of connected sockets, which lead nowhere
+    else, are left.
     """
-    forbidden = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}.get(os.uname().machine)
-    if forbidden is None:
+    if os.uname().machine not in FORBIDDEN:
         return
-    machine, socket = forbidden
+    machine, numbers = FORBIDDEN[os.uname().machine]
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # of classic BPF
-    denied, allowed, killed = 0x00050000 | 1, 0x7FFF0000, 0x80000000
-    program = [
-        (load, 0, 0, 4),
-        (equal, 1, 0, machine),
-        (give, 0, 0, killed),
-        (load, 0, 0, 0),
-        (at_least, 2, 0, 0x40000000),
-        (equal, 1, 0, socket),
-        (equal, 0, 1, IO_URING_SETUP),
-        (give, 0, 0, denied),
-        (give, 0, 0, allowed),
-    ]
-    packed = b"".join(struct.pack("HBBI", *line) for line in program)
+    denied, allowed, killed = (give, 0, 0, 0x00050000 | 1), (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x80000000)
+    program = [(load, 0, 0, 4), (equal, 1, 0, machine), killed, (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), denied]
+    for number in (*numbers, IO_URING_SETUP, FSOPEN):
+        program += [(equal, 0, 1, number), denied]
+    packed = b"".join(struct.pack("HBBI", *line) for line in [*program, allowed])
     lines = ctypes.create_string_buffer(packed, len(packed))
-    header = struct.pack("HxxxxxxP", len(program), ctypes.addressof(lines))
+    header = struct.pack("HxxxxxxP", len(program) + 1, ctypes.addressof(lines))
     call(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.create_string_buffer(header, len(header)), 0, 0))
 
 
