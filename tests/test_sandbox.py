@@ -155,6 +155,12 @@ def test_harm_is_contained(name: str, guard: Protection, tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] in (["keep", "socket"], ["socket", "keep"])
 
 
+def test_a_signal_is_named(guard: Protection) -> None:
+    for number, name in ((11, "Segmentation fault"), (40, "")):
+        verdict = run_program(f"import os; os.kill(os.getpid(), {number})", guard)
+        assert not verdict.passed and verdict.detail.startswith(f"ended by a signal: {name}")
+
+
 def test_many_are_run_and_reported_in_order() -> None:
     seen: list[tuple[int, int]] = []
     programs = ["x = 1", "assert False, 'no'", "while True: pass", "import os; os._exit(0)", "x = 2"]

@@ -126,7 +126,7 @@ def verdict(job: dict[str, Any], heard: bytes, status: int | None) -> dict[str, 
     if status == 0 and said == job["token"]:
         return {"passed": True, "detail": ""}
     if os.WIFSIGNALED(status):
-        return {"passed": False, "detail": f"ended by {signal.Signals(os.WTERMSIG(status)).name}"}
+        return {"passed": False, "detail": f"ended by a signal: {signal.strsignal(os.WTERMSIG(status))}"}
     return {"passed": False, "detail": said[:500] if said.startswith("raised ") else "ended before its tests were done"}
 
 
@@ -172,6 +172,21 @@ def run(job: dict[str, Any], writing: int) -> None:
         os.dup2(nothing, number)
     os.dup2(writing, 3)
     os.closerange(4, 65536)
+    try:
+        restrict(job)
+        program, token = job["program"], job["token"]
+        job.clear()
+        sys.modules["__main__"] = module = types.ModuleType("__main__")  # where pickle looks for the program's classes
+        exec(compile(program, "<program>", "exec", dont_inherit=True), module.__dict__)
+    except BaseException as error:
+        os.write(3, f"raised {type(error).__name__}: {str(error)[:300]}".encode(errors="replace"))
+        os._exit(1)
+    os.write(3, token.encode())
+    os._exit(0)
+
+
+def restrict(job: dict[str, Any]) -> None:
+    """Limits, and what cannot be undone."""
     megabytes = 2**20
     for limit, value in (
         (resource.RLIMIT_CPU, int(job["seconds"]) + 1),
@@ -187,16 +202,6 @@ def run(job: dict[str, Any], writing: int) -> None:
     call(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     if job["namespaces"]:
         forbid_calls()
-    program, token = job["program"], job["token"]
-    job.clear()
-    sys.modules["__main__"] = module = types.ModuleType("__main__")  # where pickle looks for the program's classes
-    try:
-        exec(compile(program, "<program>", "exec", dont_inherit=True), module.__dict__)
-    except BaseException as error:
-        os.write(3, f"raised {type(error).__name__}: {str(error)[:300]}".encode(errors="replace"))
-        os._exit(1)
-    os.write(3, token.encode())
-    os._exit(0)
 
 
 def forbid_calls() -> None:
