@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from forks import await_that, exit_code, forked
 
-from pissa_cli.evals.sandbox import Protection, protection, run_program, run_programs
+from pissa_cli.evals import sandbox
+from pissa_cli.evals.sandbox import Protection, Verdict, protection, run_program, run_programs
 
 HARMLESS = [
     "x = 1",
@@ -20,6 +24,8 @@ HARMLESS = [
     "print('a' * 10**6)",
     "",
     "import pickle\nclass A: pass\npickle.loads(pickle.dumps(A()))",
+    "import code; code.InteractiveConsole",  # not the file beside the one that runs this
+    "import multiprocessing as m\nwith m.Pool(2) as pool: assert pool.map(abs, [-1, 2]) == [1, 2]",
     "assert open('/proc/self/oom_score_adj').read() == '1000\\n'",
 ]
 LIBC = "import ctypes; libc = ctypes.CDLL(None)\n"
@@ -78,9 +84,18 @@ HOSTILE = {
         "libc.prctl(4, 1)\n"  # may write the following
         "for name, text in (('setgroups', 'deny'), ('uid_map', f'0 {user} 1'), ('gid_map', f'0 {group} 1')):\n"
         "    open(f'/proc/self/{name}', 'w').write(text)\n"
-        "assert libc.mount(b'tmpfs', b'/run', b'tmpfs', 0, b'size=8g') == 0; open('/run/x', 'w').write('x')"
+        "assert libc.mount(b'tmpfs', b'/run', b'tmpfs', 0, b'size=8g') == 0 or libc.syscall(430, b'tmpfs', 0) >= 0"
     ),
     "the user's keys": f"{LIBC}assert libc.syscall({KEYCTL}, 0, -3, 1) > 0",
+    "io_uring": f"{LIBC}assert libc.syscall(425, 8, ctypes.create_string_buffer(120)) >= 0",
+    "other processes": "import os; assert any(int(name) > 99 for name in os.listdir('/proc') if name.isdigit())",
+    "capabilities": (
+        "has = [line.split()[1] for line in open('/proc/self/status') if line.startswith('CapPrm')]\n"
+        "assert int(has[0], 16) & ~6"  # but to read, and to write, what root may
+    ),
+    "groups": "import os; assert os.getuid() >= 2 * 10**9 and (os.getgroups() or os.getgid() != 65534)",
+    "rights of a program of root": "assert 'NoNewPrivs:\\t0' in open('/proc/self/status').read()",
+    "a core file": "import resource; assert resource.getrlimit(resource.RLIMIT_CORE)[1]",
     "become root": "import os; os.setuid(0); os.setgroups([0]); open(MARK, 'w').write('x')",
     "more limits": (
         "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (10**5, 10**5)); resource.setrlimit("
@@ -102,6 +117,8 @@ NEEDS_NAMESPACES = {
     "message queues",
     "memory of a namespace of its own",
     "the user's keys",
+    "io_uring",
+    "other processes",
 }
 
 
@@ -153,6 +170,35 @@ def test_harm_is_contained(name: str, guard: Protection, tmp_path: Path, monkeyp
     assert not processes(tmp_path)
     assert keep.read_text() == "kept" and not mark.exists()
     assert [path.name for path in tmp_path.iterdir()] in (["keep", "socket"], ["socket", "keep"])
+
+
+def test_the_best_protection_is_taken() -> None:
+    possible = subprocess.run(["unshare", "--mount", "--pid", "--net", "--fork", "--mount-proc", "true"])
+    assert protection().namespaces >= (possible.returncode == 0)
+
+
+def test_nothing_goes_on_when_the_evaluation_is_killed(guard: Protection, tmp_path: Path) -> None:
+    def work() -> None:
+        tempfile.tempdir = str(tmp_path)
+        run_program("import time; open('here', 'w'); time.sleep(1000)", guard, seconds=60)
+
+    process = forked(work, tmp_path / "said")
+    await_that(lambda: len(processes(tmp_path)) == 2 + guard.namespaces)
+    os.kill(process, signal.SIGKILL)
+    assert exit_code(process) == -signal.SIGKILL
+    await_that(lambda: not processes(tmp_path), 5)
+
+
+def test_a_supervisor_that_stops_is_given_up(
+    guard: Protection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tmp_path / "child.py"
+    child.write_text("import time; time.sleep(1000)")
+    monkeypatch.setattr(sandbox, "CHILD", child)
+    monkeypatch.setattr(sandbox, "GRACE", 0.5)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run_program("", guard, seconds=0.5) == Verdict(False, "stopped answering")
+    assert not processes(tmp_path)
 
 
 def test_a_signal_is_named(guard: Protection) -> None:
