@@ -105,6 +105,7 @@ EXTRACTED = [
     ("The answer is: ", ""),
 ]
 GOLD = [
+    ("{x} is \\boxed5", None),
     ("So $\\boxed{5}$.", "5"),
     ("$\\boxed{\\frac{1}{2}}$", "\\frac{1}{2}"),
     ("$\\boxed{1}$ or $\\boxed{2}$", "2"),
