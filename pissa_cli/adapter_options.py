@@ -23,7 +23,8 @@ class AdapterBase(Section):
     method: str
     rank: int | Literal["auto"] = Field(256, ge=1)
     targets: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="all-linear (every linear layer but the output head) or a list of name endings"
+        "all-linear",
+        description="all-linear (every linear layer that text reaches, but the output head) or a list of name endings",
     )
 
     modules_to_save: list[str] = Field(

@@ -46,7 +46,8 @@ class Linear:
     name: of the module; tensor: of its weight on disk. num_out, num_in: the weight is (out, in), on disk (in, out) if
     `transposed`, as GPT-2's Conv1D and embeddings are. embedding: the linear map of one-hot vectors, out = its width,
     in = the size of the vocabulary. bypassed: see `is_bypassed`. dense: transformers never stores it in NF4, cannot
-    read it back, or `casts_to` its dtype. expert: the matrix of an expert that it is, if it is one.
+    read it back, or `casts_to` its dtype. textless: in a part of the model that takes no text, as pictures' towers do.
+    expert: the matrix of an expert that it is, if it is one.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Linear:
     embedding: bool = False
     bypassed: bool = False
     dense: bool = False
+    textless: bool = False
     expert: Expert | None = None
 
     @property
@@ -150,6 +152,11 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
     shape, or is no floating-point weight.
     """
     output, shared = model.get_output_embeddings(), shared_layers(model)
+    towers = tuple(
+        f"{name}."
+        for name, part in model.named_modules()
+        if isinstance(part, PreTrainedModel) and "text" not in part.input_modalities
+    )
     layers = []
     if weights is not None:
         disk_name = names_on_disk(model, weights)
@@ -177,7 +184,8 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
             holder = model.get_submodule(parent)
             bypassed = not embedding and is_bypassed(holder, kind)
             dense = UNREAD in name or name.endswith(tuple(model._keep_in_fp32_modules or ())) or casts_to(holder, kind)
-            layers.append(Linear(name, tensor, num_out, num_in, transposed, embedding, bypassed, subclass or dense))
+            facts = (transposed, embedding, bypassed, subclass or dense, name.startswith(towers))
+            layers.append(Linear(name, tensor, num_out, num_in, *facts))
     for name, expert, shape in expert_layers(model):
         tensor = f"{name}.weight"
         if weights is None or weights.is_packed(tensor) or weights.shapes.get(tensor) == tuple(shape):
@@ -218,10 +226,11 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
     """The layers that `adapter.targets` names: all linear ones, or those whose name is or ends in one of the list.
 
     A vector, as the gate of a shared expert, is not among all linear ones: a low rank cannot be below its own. Neither
-    is what is bypassed; that is refused if it is named.
+    is what is bypassed; that is refused if it is named. What is textless is never chosen, as texts are what trains.
 
     Raises UsageError, listing the kinds of linear layers there are, for an entry that matches none.
     """
+    layers = [layer for layer in layers if not layer.textless]
     linears = [layer for layer in layers if not layer.embedding and min(layer.num_out, layer.num_in) > 1]
     if targets == "all-linear" and linears:
         return [layer for layer in linears if not layer.bypassed]

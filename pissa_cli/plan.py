@@ -139,9 +139,9 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
 
 def _without_adapter(model: PreTrainedModel, linears: list[Linear]) -> set[str]:
     """The names of what holds matrices and gets no adapter, or one for each expert: stacked and shared weights, layers
-    that are bypassed, and linear layers that compute otherwise. Routers and heads do not count."""
+    that are bypassed or textless, and linear layers that compute otherwise. Routers and heads do not count."""
     known, output = {layer.name for layer in linears}, model.get_output_embeddings()
-    others = {layer.name for layer in linears if layer.bypassed}
+    others = {layer.name for layer in linears if layer.bypassed or layer.textless}
     for name, module in model.named_modules():
         otherwise = isinstance(module, nn.Linear) and module is not output  # torch's own are known, or share a weight
         if (otherwise or type(module).__name__ in STACKED) and name not in known and not in_head(name, model):

@@ -98,7 +98,8 @@ def left_without_adapter(names: list[str]) -> str | None:
     if not names:
         return None
     what = names[0] if len(names) == 1 else f"{names[0]}, ... ({len(names)} in all)"
-    return f"no adapter for weights that are stacked, shared, or multiplied by no plain linear layer: {what}"
+    why = "stacked, shared, reached by no text, or multiplied by no plain linear layer"
+    return f"no adapter for weights that are {why}: {what}"
 
 
 def left_dense(names: list[str]) -> str | None:

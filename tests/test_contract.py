@@ -38,7 +38,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.experts import expert_layers, expert_weight, part_of
 from pissa_cli.export import export_lora
 from pissa_cli.merge import merge
-from pissa_cli.model import linear_layers
+from pissa_cli.model import linear_layers, match_targets, skeleton
 from pissa_cli.plan import _without_adapter, make_plan
 from pissa_cli.rundir import Run
 from pissa_cli.train import train
@@ -387,7 +387,8 @@ def test_weights_that_get_no_adapter_are_named(
     outcome = pissa("init", "--model", folder, "--bits", 4, "--rank", 4, "--output", tmp_path / "run")
     assert outcome.code == 0
     told = (
-        "no adapter for weights that are stacked, shared, or multiplied by no plain linear layer: model.layers.0.block"
+        "no adapter for weights that are stacked, shared, reached by no text, or multiplied by no plain linear layer: "
+        "model.layers.0.block"
     )
     assert told in outcome.err
     outcome = pissa("train", "--model", folder, "--rank", 4, "-o", tmp_path / "trained", "--set", f"data.train={rows}")
@@ -402,7 +403,8 @@ def test_weights_that_get_no_adapter_are_named(
 
 
 def test_names_that_transformers_changes_as_it_loads(recipe: Make, rows: Path, tmp_path: Path) -> None:
-    """Gemma 3's files begin with language_model., its parameters with model.language_model."""
+    """Gemma 3's files begin with language_model., its parameters with model.language_model. Its tower for pictures,
+    which no text reaches, gets no adapter, and a q_proj is not that of the tower."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = sizes | {"vocab_size": 512, "num_key_value_heads": 1, "head_dim": 32}
@@ -413,6 +415,9 @@ def test_names_that_transformers_changes_as_it_loads(recipe: Make, rows: Path, t
     sets = ("model.bits=32", "adapter.rank=4", "train.lr=0.01", f"data.train={rows}", "train.steps=2")
     made = recipe(folder, *sets, "adapter.modules_to_save=[embed_tokens]")
     train(made)
+    assert not any("tower" in name for name in load_file(Path(made.output) / "adapter" / "adapter_model.safetensors"))
+    chosen = match_targets(linear_layers(skeleton(folder, made.model)), ["q_proj"])
+    assert [layer.name for layer in chosen] == ["model.language_model.layers.0.self_attn.q_proj"]
     path = merge(made)["path"]
     merged, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(info.values()) and set(load_file(Path(path) / "model.safetensors")) == set(
