@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from pissa_cli.batches import batch_losses, padding
 from pissa_cli.configuration import require_tokens
@@ -48,19 +52,40 @@ def probe_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rec
 
 
 def logit_difference(before: list[Tensor], after: list[Tensor]) -> dict[str, float]:
-    """The largest difference, and ||difference|| / ||before|| over all probes."""
-    pairs = list(zip(before, after, strict=True))
-    squares = sum(frobenius_norm(a - b) ** 2 for a, b in pairs)
+    """The largest difference, and `relative_difference`."""
     return {
-        "max_logit_difference": max(float((a - b).abs().max()) for a, b in pairs),
-        "relative_logit_difference": math.sqrt(squares / max(TINY, sum(frobenius_norm(a) ** 2 for a, _ in pairs))),
+        "max_logit_difference": max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True)),
+        "relative_logit_difference": relative_difference(before, after),
     }
+
+
+def relative_difference(before: list[Tensor], after: list[Tensor]) -> float:
+    """||difference|| / ||before|| over all probes."""
+    squares = sum(frobenius_norm(a - b) ** 2 for a, b in zip(before, after, strict=True))
+    return math.sqrt(squares / max(TINY, sum(frobenius_norm(a) ** 2 for a in before)))
 
 
 def typical_difference(before: list[Tensor], after: list[Tensor]) -> float:
     """||difference|| / ||before|| of the median token."""
     pairs = [(a.flatten(0, -2), b.flatten(0, -2)) for a, b in zip(before, after, strict=True)]
     return float(torch.cat([(a - b).norm(dim=1) / a.norm(dim=1).clamp_min(TINY) for a, b in pairs]).median())
+
+
+@contextmanager
+def outputs_rounded(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """In the block the output of each linear layer is changed at random, by a last bit of `dtype` at most: as rounding
+    of its weights or its products changes it, of which a deep model makes much more."""
+    draws = torch.Generator(model.device).manual_seed(0)
+
+    def change(_module: nn.Module, _given: Any, output: Tensor) -> Tensor:
+        noise = torch.rand(output.shape, generator=draws, device=output.device) * 2 - 1
+        return output + (output * noise * torch.finfo(dtype).eps).to(output.dtype)
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    hooks = [layer.register_forward_hook(change) for layer in layers]
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[float | None, str]:

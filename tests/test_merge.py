@@ -15,7 +15,7 @@ import bitsandbytes
 import pytest
 import torch
 import yaml
-from conftest import Outcome, exact_scales, make_model, save_model
+from conftest import CONFIGS, Outcome, exact_scales, make_model, save_model
 from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -287,6 +287,16 @@ def test_a_wrong_merge_is_refused(
     with pytest.raises(PissaError, match="logits differ"):
         merge(made)
     assert not Run(Path(made.output)).merged.exists()
+
+
+def test_of_a_deep_model_rounding_explains_more(recipe: Make, rows: Path, tmp_path: Path) -> None:
+    """So many layers make of roundings in bf16 a tenth of the logits and more."""
+    torch.manual_seed(0)
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers, config.initializer_range = 48, 0.3
+    folder = save_model(AutoModelForCausalLM.from_config(config).bfloat16(), tmp_path / "deep")
+    made = trained(recipe, folder, rows, "train.lr=1e-6", "train.steps=1")
+    assert 0.1 < merge(made)["relative_logit_difference"] < 0.5
 
 
 @pytest.mark.parametrize("bits", [32, 4])
