@@ -29,7 +29,6 @@ from pissa_cli.guards import (
     require_same_loss,
     runs_in_bf16,
 )
-from pissa_cli.initialize import read_start, require_base
 from pissa_cli.kernels import compile_blocks, misses_liger, use_liger, wants_liger
 from pissa_cli.loss import autocast_inside
 from pissa_cli.model import num_parameters
@@ -39,6 +38,7 @@ from pissa_cli.reached import facts_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import run_of
 from pissa_cli.sharding import Layout, shard
+from pissa_cli.started import read_start, require_base
 from pissa_cli.steps import count_steps
 from pissa_cli.trainer import Trainer, micro_batch_loss
 from pissa_cli.weights import open_weights

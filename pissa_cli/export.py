@@ -18,15 +18,15 @@ from pissa_cli.adapters.start import Adapter, Factors, as_lora, balanced
 from pissa_cli.answer_ends import unknown_ends
 from pissa_cli.card import model_card
 from pissa_cli.errors import UsageError
-from pissa_cli.initialize import open_run, read_start, require_plain_base
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.model import Linear, best_device, head_names, linear_layers, skeleton
 from pissa_cli.peft_files import PeftWriter, peft_config, peft_targets, rank_of, read_peft, reader_of
 from pissa_cli.probes import logit_difference, probe_logits
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import require_free, whole_folder, write_text
-from pissa_cli.serving import check_served, require_server
+from pissa_cli.serving import check_served
 from pissa_cli.side_files import copy_tokenizer
+from pissa_cli.started import open_run, read_start, require_plain_base
 from pissa_cli.svd import SVD
 from pissa_cli.trained import load_with, read_result
 from pissa_cli.weights import open_weights
@@ -54,8 +54,6 @@ def export_lora(
     """
     if isinstance(recipe.adapter, FullOptions):
         raise UsageError("full fine-tuning has no adapter", "export it with --as merged")
-    if server is not None:
-        require_server(server)
     run, manifest = open_run(recipe)
     output = output or run.exported
     require_free(output, run.exported)

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from pissa_cli.batches import collate, on_device
 from pissa_cli.errors import PissaError, UsageError, first_line
 from pissa_cli.examples import Examples
-from pissa_cli.initialize import open_run
 from pissa_cli.inputs import require_start
 from pissa_cli.loss import autocast, summed_loss
 from pissa_cli.packing import attend_by_mask, attend_by_sequence, takes_positions, without_mask
 from pissa_cli.reached import LENGTH, goes_on, latest_checkpoint, newest_facts, sections_before, step_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import run_of
+from pissa_cli.started import open_run
 from pissa_cli.steps import count_steps
 
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}

@@ -16,9 +16,9 @@ from typing import Any
 from pissa_cli import __version__
 from pissa_cli.card import default_repo
 from pissa_cli.errors import PissaError, UsageError, first_line
-from pissa_cli.initialize import open_run
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE
+from pissa_cli.started import open_run
 
 TIMEOUT = 60.0
 FIRST_WAIT, LONGEST_WAIT, PATIENCE = 1.0, 60.0, 900.0

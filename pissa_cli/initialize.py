@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,21 +17,17 @@ from pissa_cli import __version__, quant
 from pissa_cli.adapter_options import FullOptions, ScaledBase
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, Layer, Start
-from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.errors import PissaError
 from pissa_cli.inputs import local_base, require_place
 from pissa_cli.integrity import (
     hashes,
-    require_closed,
-    require_files,
     require_finite,
-    require_model,
-    require_sealed,
     sealed,
     settings_hash,
 )
 from pissa_cli.model import SMALL_FILES, Linear, best_device, resolve_base
 from pissa_cli.panels import converted, minus, minus_product
-from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config, read_peft
+from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config
 from pissa_cli.pipeline import in_flight, in_order
 from pissa_cli.plan import Plan, make_plan
 from pissa_cli.process import keep_freed_memory, release_freed_memory
@@ -43,10 +37,10 @@ from pissa_cli.recipe import Recipe
 from pissa_cli.recipe_file import dump
 from pissa_cli.rundir import Run, run_of, whole_folder, write_json, write_text
 from pissa_cli.side_files import write_nf4_config
+from pissa_cli.started import FORMAT, frozen_base, open_run, require_init
 from pissa_cli.svd import frobenius_norm, nuclear_norm
 from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, open_weights
 
-FORMAT = 2  # of the manifest
 START_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 Progress = Callable[[int, int, str], None]
 """Called with (tensors done, tensors in all, name of the tensor)."""
@@ -60,7 +54,7 @@ def initialize(recipe: Recipe, progress: Progress = lambda *_: None) -> dict[str
     run = run_of(recipe)
     if run.exists():
         manifest = open_run(recipe)[1]
-        _require_start(run, manifest)
+        require_init(run, manifest)
         return manifest
     require_place(run)
     plan, weights = plan_start(recipe)
@@ -78,61 +72,6 @@ def plan_start(recipe: Recipe) -> tuple[Plan, Weights]:
         make_plan(recipe, resolve_base(recipe.model, SMALL_FILES))
     weights = open_weights(resolve_base(recipe.model))
     return make_plan(recipe, weights.folder, weights), weights
-
-
-def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
-    """The run folder of a recipe and its manifest, after checking that the recipe asks for what was made there.
-
-    Raises UsageError for a folder that is no run, and for one whose start was made from another model, adapter or
-    seed. A base that was moved is fine: its fingerprint counts, not its name.
-    """
-    run = run_of(recipe)
-    manifest = run.read_manifest()
-    require_closed(run.folder)
-    require_sealed(manifest, run.manifest)
-    if manifest["format"] != FORMAT:
-        raise UsageError(
-            f"{run.manifest}: of format {manifest['format']}, this version of pissa reads {FORMAT}",
-            f"use that which made the run ({manifest['versions']['pissa']}), or start a new one",
-        )
-    wanted = start_of(recipe)
-    for key, value in manifest["start"].items():
-        if wanted.get(key) != value:
-            raise UsageError(
-                f"{run.folder}: this run was made with {key} = {value!r}, the recipe says {wanted.get(key)!r}",
-                "name another folder with --output, or remove this one",
-            )
-    if [recipe.model.name, recipe.model.revision] != [manifest["base"]["name"], manifest["base"]["revision"]]:
-        require_plain_base(manifest, recipe)
-    return run, manifest
-
-
-def require_plain_base(manifest: dict[str, Any], recipe: Recipe) -> Path:
-    """The folder of the dense base that a run was made on, checked by fingerprint."""
-    return require_model(resolve_base(recipe.model), manifest["base"])
-
-
-def require_base(manifest: dict[str, Any], recipe: Recipe) -> Path:
-    """The folder of the weights that a run computes with: `base/`, checked likewise, or the dense base."""
-    if "stored_fingerprint" in manifest["base"]:
-        return require_model(run_of(recipe).base, manifest["base"], "stored_")
-    return require_plain_base(manifest, recipe)
-
-
-def frozen_base(recipe: Recipe) -> str:
-    """What an adapter is valid on, as PEFT has it: the plain base, or `base/` where the run is now."""
-    return str(run_of(recipe).base.absolute()) if recipe.model.bits == 4 else recipe.model.name
-
-
-def read_start(run: Run, manifest: dict[str, Any]) -> tuple[dict[str, Any], Adapter]:
-    """The configuration and adapter of `init/`, refused if they are not those that init wrote."""
-    _require_start(run, manifest)
-    return read_peft(run.init, manifest["widest"])
-
-
-def _require_start(run: Run, manifest: dict[str, Any]) -> None:
-    again = f"pissa init {shlex.quote(str(run.folder))} --output NEW, and copy it from NEW/init"
-    require_files(run.init, manifest.get("init_hashes", {}), f"bring the file back, or make it again: {again}")
 
 
 def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress: Progress) -> dict[str, Any]:

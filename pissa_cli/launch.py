@@ -54,6 +54,11 @@ def launch(
     process has one, on CPUs they speak gloo. Raises UsageError for bad input, PissaError if a process failed,
     Interrupted after the checkpoint that follows SIGINT, SIGTERM or SIGHUP, to this process or to one of them.
     """
+    if processes > recipe.train.batch_size:
+        raise UsageError(
+            f"--processes {processes}: a step has {recipe.train.batch_size} examples (train.batch_size)",
+            "more processes would have nothing to do",
+        )
     if 0 < torch.cuda.device_count() < processes:
         raise UsageError(
             f"--processes {processes}: this machine has {torch.cuda.device_count()} GPUs", "each process needs its own"

@@ -10,11 +10,12 @@ import torch
 from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
-from pissa_cli.initialize import Progress, open_run, require_plain_base
+from pissa_cli.initialize import Progress
 from pissa_cli.model import Linear, best_device, linear_layers, read_weight, skeleton
 from pissa_cli.recipe import Recipe
 from pissa_cli.report import drawing, save_picture
 from pissa_cli.rundir import write_json
+from pissa_cli.started import open_run, require_plain_base
 from pissa_cli.svd import energies, nuclear_norm
 from pissa_cli.weights import open_weights
 

@@ -17,7 +17,7 @@ from pissa_cli.card import model_card
 from pissa_cli.dense import dense_tensors, written_name
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.experts import holders_of_3d_weights
-from pissa_cli.initialize import Progress, open_run
+from pissa_cli.initialize import Progress
 from pissa_cli.integrity import SEAL, model_facts, read_settings, sealed
 from pissa_cli.loading import load_model, load_tokenizer
 from pissa_cli.model import DTYPES, best_device, skeleton
@@ -25,6 +25,7 @@ from pissa_cli.probes import logit_difference, outputs_rounded, probe_logits, re
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, require_free, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, task_settings
+from pissa_cli.started import open_run
 from pissa_cli.trained import full_folder, load_with, read_result, trained_facts
 from pissa_cli.weights import ShardWriter, open_weights
 

@@ -14,7 +14,7 @@ from pissa_cli.data_options import sources_of
 from pissa_cli.examples import Examples, first_example
 from pissa_cli.guards import require_context, require_reach, resumes, schedule_change
 from pissa_cli.heads import head_note
-from pissa_cli.initialize import Progress, initialize, open_run, plan_start, require_base
+from pissa_cli.initialize import Progress, initialize, plan_start
 from pissa_cli.inputs import local_base, require_data
 from pissa_cli.kernels import require_kernels
 from pissa_cli.loading import load_tokenizer
@@ -25,6 +25,7 @@ from pissa_cli.report import notes_of
 from pissa_cli.rows import is_local, read_rows
 from pissa_cli.rundir import require_writable, run_of
 from pissa_cli.sets import load_sets, num_held_out
+from pissa_cli.started import open_run, require_base
 from pissa_cli.steps import count_steps, step_examples
 
 Prepared = tuple[dict[str, Any], PreTrainedTokenizerBase, Examples, Examples | None]

@@ -12,7 +12,6 @@ from pissa_cli.adapter_options import FullOptions
 from pissa_cli.answer_ends import write_answer_ends
 from pissa_cli.card import model_card
 from pissa_cli.errors import PissaError
-from pissa_cli.initialize import frozen_base, open_run, read_start, require_base
 from pissa_cli.integrity import hashes, model_facts, not_finite, read_settings, sealed
 from pissa_cli.model import head_names
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, peft_config, rank_of, reader_of, write_peft
@@ -20,6 +19,7 @@ from pissa_cli.reached import result_of
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, whole_folder, write_json, write_text
 from pissa_cli.side_files import copy_side_files, copy_tokenizer, task_settings
+from pissa_cli.started import frozen_base, open_run, read_start, require_base
 from pissa_cli.trained import exported_adapter
 from pissa_cli.weights import let_read
 

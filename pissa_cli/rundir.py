@@ -53,7 +53,7 @@ class Run:
         return self.manifest.is_file() and self.recipe.is_file()
 
     def read_manifest(self) -> dict[str, Any]:
-        """The manifest as it is; UsageError if there is none, or no JSON object. `initialize.open_run` checks it."""
+        """The manifest as it is; UsageError if there is none, or no JSON object. `started.open_run` checks it."""
         if not self.exists():
             raise UsageError(f"{self.folder}: not a run folder", "run `pissa init` or `pissa train` first")
         return read_json(self.manifest)

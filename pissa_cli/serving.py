@@ -85,12 +85,6 @@ class Rules:
     require: Callable[[set[str], dict[str, Any]], None] = lambda _layers, _base: None
 
 
-def require_server(name: str) -> None:
-    """UsageError for a server that is not known."""
-    if name not in SERVERS:
-        raise UsageError(f"--for {name}: unknown server", f"known: {', '.join(SERVERS)}")
-
-
 def check_served(folder: Path, server: str, output: Path, plain: Path, own_template: bool = False) -> str:
     """The line that serves the LoRA files in `folder` when they are in `output`; `plain`: the folder of their base;
     own_template: they come with a chat template that the base has not.

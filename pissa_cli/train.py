@@ -28,7 +28,7 @@ from pissa_cli.checkpoint import (
 from pissa_cli.errors import Interrupted
 from pissa_cli.examples import Examples
 from pissa_cli.faults import Faults
-from pissa_cli.initialize import Progress, require_base
+from pissa_cli.initialize import Progress
 from pissa_cli.loading import load_model
 from pissa_cli.optim import learning_rate
 from pissa_cli.prepare import prepare
@@ -40,6 +40,7 @@ from pissa_cli.report import draw_losses
 from pissa_cli.result import write_result
 from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, run_of, write_text
 from pissa_cli.sharding import asked_by_accelerate
+from pissa_cli.started import require_base
 from pissa_cli.steps import step_examples
 from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, tell_idle, update
 

@@ -17,7 +17,6 @@ from pissa_cli.adapters.start import Adapter, as_lora
 from pissa_cli.attach import attach, lowrank_layers, restore_whole, whole_modules
 from pissa_cli.checkpoint import checkpoint_tensors
 from pissa_cli.errors import UsageError
-from pissa_cli.initialize import open_run, read_start, require_base
 from pissa_cli.integrity import DISTRUST, SEAL, model_facts, not_finite, require_files, require_sealed
 from pissa_cli.loading import load_model
 from pissa_cli.model import dense_dtype, skeleton
@@ -27,6 +26,7 @@ from pissa_cli.quant import packed_weight, unpacked_linear
 from pissa_cli.reached import latest_checkpoint, newest_facts, result_of, step_of, trained_folder
 from pissa_cli.recipe import Recipe
 from pissa_cli.rundir import PROVENANCE, Run, read_json, run_of
+from pissa_cli.started import open_run, read_start, require_base
 from pissa_cli.weights import hash_file
 
 UNPACKED_ON_CPU = 2**31  # bytes

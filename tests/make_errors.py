@@ -16,7 +16,7 @@ AREAS = {
     "Recipe and flags": "yamlfile recipe_file recipe_errors other_tools recipe adapter_options data_options cli",
     "Base model": "inputs model configuration loading weights tensor_names plan attach ranks experts side_files heads",
     "Data": "data sets columns rows examples chat messages turns classification",
-    "Run folder": "rundir paths integrity initialize reached checkpoint trained result peft_files optim",
+    "Run folder": "rundir paths integrity initialize started reached checkpoint trained result peft_files optim",
     "Training": "train assembly trainer demo prepare guards kernels launch faults sharding zero process",
     "Evaluation": "evals",
     "Merge, quantize, export": "merge quantize dense export serving int4 probes card",

@@ -29,7 +29,7 @@ from pissa_cli.merge import merge
 from pissa_cli.model import Linear
 from pissa_cli.peft_files import peft_config, write_peft
 from pissa_cli.rundir import Run, read_json, write_json
-from pissa_cli.serving import check_served
+from pissa_cli.serving import SERVERS, check_served
 from pissa_cli.train import train
 from pissa_cli.trained import load_plain_base, load_result
 
@@ -131,7 +131,7 @@ def test_uniform_is_the_same_function_and_what_servers_want(
 ) -> None:
     patterns = ("adapter.rank_pattern={q_proj: 2}", "adapter.alpha_pattern={up_proj: 9}", "adapter.alpha=4")
     made = trained(recipe, models("llama"), rows, "model.bits=32", "adapter.rank=6", *patterns)
-    for server in ("vllm", "sglang", "tgi", "llama.cpp"):
+    for server in SERVERS:
         refused = pissa("export", made.output, "--for", server)
         assert refused.code == 2 and "_pattern" in refused.err and "--uniform" in refused.err
     assert not (Path(made.output) / "exported").exists()
@@ -161,7 +161,7 @@ def test_servers_refuse_what_they_cannot_serve(
     assert shlex.split(quoted.json["serve"])[2] == f"{made.output}/it's mine"
     more = pissa("export", made.output, "--rank", "500")
     assert more.code == 0 and "--rank 500: there is no more to write than rank 12" in more.out + more.err
-    assert pissa("export", made.output, "--for", "ollama").code == 2
+    assert pissa("export", made.output, "--for", "ollama", "--dry-run").code == 2
     assert pissa("export", made.output, "--as", "nf4", "--rank", "4").code == 2
 
 
@@ -277,7 +277,7 @@ def test_no_server_takes_transposed_layers(
     models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome]
 ) -> None:
     made = trained(recipe, models("gpt2"), rows, "model.bits=32", "adapter.rank=2")
-    for server in ("vllm", "sglang", "tgi", "llama.cpp"):
+    for server in SERVERS:
         refused = pissa("export", made.output, "--for", server)
         assert refused.code == 2 and "Conv1D" in refused.err and "--as merged" in refused.err
 

@@ -22,7 +22,7 @@ from runs import BASE, adapter, events, same
 from pissa_cli import train as module
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.faults import IN_A_ROW, Faults
-from pissa_cli.initialize import initialize, open_run
+from pissa_cli.initialize import initialize
 from pissa_cli.rundir import (
     Run,
     clear_leftovers,
@@ -34,6 +34,7 @@ from pissa_cli.rundir import (
     whole_folder,
     write_text,
 )
+from pissa_cli.started import open_run
 from pissa_cli.train import train
 from pissa_cli.trained import read_checkpoint
 
@@ -183,7 +184,8 @@ def test_with_no_whole_checkpoint_left_it_begins_again(models: Callable[[str], P
 HOLD = """
 import sys, time
 from pathlib import Path
-from pissa_cli.initialize import initialize, open_run
+from pissa_cli.initialize import initialize
+from pissa_cli.started import open_run
 from pissa_cli.rundir import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)

@@ -26,7 +26,7 @@ LAYERS = [
     "prepare kernels",
     "trained dense guards card serving probes layer_report int4",
     "initialize",
-    "ranks",
+    "ranks started",
     "memory",
     "plan checkpoint faults",
     "attach",

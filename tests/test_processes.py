@@ -426,6 +426,11 @@ def test_usage_errors_are_plain(models: Callable[[str], Path], pissa: Callable[.
     assert outcome.code == 2 and "none.jsonl: no such data file" in outcome.err
 
 
+def test_there_are_no_more_processes_than_examples_in_a_step(recipe: Any) -> None:
+    with pytest.raises(UsageError, match=r"--processes 3: a step has 2 examples \(train.batch_size\)"):
+        launch.launch(recipe(Path("x"), "train.batch_size=2"), False, 3, [], None, print)
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, recipe: Any) -> Callable[..., dict[str, Any]]:
     """Launch two processes that `ended` so, of which one `told` that; how they would have been started."""

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.attach import attach, lowrank_layers
 from pissa_cli.errors import UsageError
-from pissa_cli.initialize import initialize, open_run, read_start
+from pissa_cli.initialize import initialize
 from pissa_cli.integrity import sealed
 from pissa_cli.loading import load_model
 from pissa_cli.peft_files import read_peft
@@ -29,6 +29,7 @@ from pissa_cli.quant import packed_weight, read
 from pissa_cli.quantize import quantize
 from pissa_cli.report import notes_of
 from pissa_cli.rundir import Run, write_json
+from pissa_cli.started import open_run, read_start
 from pissa_cli.train import train
 
 STARTS = [("lora", "fast"), ("pissa", "fast"), ("pissa", "exact")]

@@ -28,7 +28,8 @@ def export_command(
         bool, typer.Option("--uniform", help="One rank and one scale for all layers (the same function).")
     ] = False,
     server: Annotated[
-        str | None, typer.Option("--for", help="Check the LoRA by the rules of vllm, sglang, tgi or llama.cpp.")
+        Literal["vllm", "sglang", "tgi", "llama.cpp"] | None,
+        typer.Option("--for", help="Check the LoRA by the rules of a server."),
     ] = None,
     checkpoint: options.Checkpoint = None,
     double_quant: options.DoubleQuant = None,

@@ -29,7 +29,6 @@ from pissa_cli.evals.sandbox import protection
 from pissa_cli.evals.served import Server, serve
 from pissa_cli.examples import Examples
 from pissa_cli.glue import GLUE, SETS
-from pissa_cli.initialize import open_run, require_base
 from pissa_cli.loading import load_tokenizer
 from pissa_cli.loss import autocast
 from pissa_cli.model import best_device, context_length
@@ -37,6 +36,7 @@ from pissa_cli.probes import PROBES
 from pissa_cli.recipe import Recipe
 from pissa_cli.rows import Row
 from pissa_cli.rundir import locked, require_writable
+from pissa_cli.started import open_run, require_base
 from pissa_cli.trained import load_plain_base, load_result, merged_folder, result_hash, trained_facts
 
 UNSCORED = {"metric": "not run", "note": "--allow-code-execution scores the answers, which are kept"}
