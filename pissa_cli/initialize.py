@@ -19,12 +19,7 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, Layer, Start
 from pissa_cli.errors import PissaError
 from pissa_cli.inputs import local_base, require_place
-from pissa_cli.integrity import (
-    hashes,
-    require_finite,
-    sealed,
-    settings_hash,
-)
+from pissa_cli.integrity import hashes, require_finite, sealed, settings_hash
 from pissa_cli.model import SMALL_FILES, Linear, best_device, resolve_base
 from pissa_cli.panels import converted, minus, minus_product
 from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config

@@ -226,7 +226,7 @@ def match_targets(layers: list[Linear], targets: str | list[str]) -> list[Linear
     """The layers that `adapter.targets` names: all linear ones, or those whose name is or ends in one of the list.
 
     A vector, as the gate of a shared expert, is not among all linear ones: a low rank cannot be below its own. Neither
-    is what is bypassed; that is refused if it is named. What is textless is never chosen, as texts are what trains.
+    is what is bypassed; that is refused if it is named. What is textless is never chosen: it would train nothing.
 
     Raises UsageError, listing the kinds of linear layers there are, for an entry that matches none.
     """

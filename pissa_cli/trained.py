@@ -200,7 +200,7 @@ def exported_adapter(recipe: Recipe, model: PreTrainedModel, start: Adapter, tra
     assert not isinstance(recipe.adapter, FullOptions)
     method, factors = METHODS[recipe.adapter.method], {}
     for name, before in start.factors.items():
-        now = {key: trained.get(f"{name}.{key}", factor) for key, factor in before.items()}
+        now = {k: trained[f"{name}.{k}"] if k in method.trains else factor for k, factor in before.items()}
         factors[name] = as_lora(now) if recipe.model.bits == 4 else method.on_plain_base(now, before)
     whole = whole_modules(model, recipe.adapter.modules_to_save)
     first = {parameter: name for name, parameter in model.named_parameters()}  # of tied ones
