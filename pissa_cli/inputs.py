@@ -13,7 +13,7 @@ from pissa_cli.errors import UsageError
 from pissa_cli.paths import holds_run, kind_of, run_around
 from pissa_cli.recipe import ModelSection, Recipe
 from pissa_cli.rows import is_local, read_rows
-from pissa_cli.rundir import Run, is_vacant, run_of
+from pissa_cli.rundir import Run, is_vacant, require_writable, run_of
 
 FIRST_ROWS = 1000
 """Of a file, in which every column has to come; training asks the same of so many."""
@@ -43,9 +43,10 @@ def require_scored(recipe: Recipe) -> None:
 
 
 def require_place(run: Run) -> None:
-    """UsageError for a folder that no run can be made in."""
+    """UsageError for a folder with something else in it, PissaError for one that cannot be written."""
     if not is_vacant(run.folder):
         raise UsageError(f"{run.folder}: exists and is not a run folder", "name another with --output")
+    require_writable(run.folder)
 
 
 def require_data(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -155,6 +156,7 @@ def test_where_accelerate_is_to_use_the_cpu_no_library_sees_a_gpu(value: str | N
         "eval gsm8k --bench gsm8k",
         "eval gsm8k --bench gsm9k",
         "eval gsm8k --bench gsm8k --data gsm8k=nowhere.jsonl",
+        "eval --set model.name=x --bench loss --data loss={rows} --samples {rows}",
         *(f"{command} gsm8k" for command in ("merge", "quantize", "export")),
     ],
 )
@@ -214,13 +216,39 @@ except ImportError:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def refused_without_torch(words: list[str], folder: Path) -> None:
-    code = (
+def test_a_taken_output_needs_no_torch(models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path) -> None:
+    made = recipe(models("llama"), "adapter.rank=4")
+    initialize(made)
+    (Path(made.output) / "adapter").mkdir()
+    taken = str(rows.parent)
+    for words in (["quantize", made.output], ["quantize", str(models("llama"))], ["export", made.output]):
+        assert "exists already" in refused_without_torch([*words, "--output", taken], rows.parent)
+    below = ["train", "--model", str(models("llama")), "--set", f"data.train={rows}", "--output", f"{rows}/below"]
+    assert "rows.jsonl: cannot write" in without_torch(below, rows.parent, 1)
+
+
+def test_outputs_of_another_program_are_scored_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "2 + 2?", "answer": "4\\n#### 4"}\n')
+    (tmp_path / "outputs.jsonl").write_text('{"id": 0, "output": "The answer is: 4"}\n')
+    words = ["eval", "--set", "model.name=x", "--bench", "gsm8k", "--data", "rows.jsonl", "--samples", "outputs.jsonl"]
+    without_torch(words, tmp_path, 0)
+    assert json.loads((tmp_path / "out/eval/samples/gsm8k/result.json").read_text())["score"] == 100
+
+
+def refused_without_torch(words: list[str], folder: Path) -> str:
+    return without_torch(words, folder, 2)
+
+
+def without_torch(words: list[str], folder: Path, code: int) -> str:
+    """What a command says that ends with this code, and has needed no library by then."""
+    program = (
         "import sys; from pissa_cli.cli import app; from pissa_cli.cli.edge import run_guarded; words = sys.argv[1:];"
-        "assert run_guarded(lambda: app(words, standalone_mode=False), words) == 2;"
+        f"assert run_guarded(lambda: app(words, standalone_mode=False), words) == {code};"
         "bad = {'torch', 'transformers', 'numpy'} & set(sys.modules); assert not bad, bad"
     )
-    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, cwd=folder)
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def test_every_module_is_on_the_map() -> None:

@@ -1,13 +1,16 @@
 """`pissa eval`."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pissa_cli.cli import options
 from pissa_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from pissa_cli.recipe import Recipe
 
 
 def evaluate_command(
@@ -61,6 +64,8 @@ def evaluate_command(
     from pissa_cli import inputs, reached
     from pissa_cli.cli import dryrun, show
     from pissa_cli.evals.benches import check_benches, check_files, runs_code, with_bench
+    from pissa_cli.evals.results import score_samples
+    from pissa_cli.evals.sandbox import protection
     from pissa_cli.rundir import run_of
 
     if samples is not None and (compare_base or checkpoint is not None):
@@ -72,33 +77,42 @@ def evaluate_command(
         inputs.require_scored(recipe)
         if checkpoint is not None or not compare_base:
             reached.require_trained(recipe, checkpoint)
-    show.load_libraries(debug)
-    from pissa_cli.evals.classify import METRICS
-    from pissa_cli.evals.results import score_samples
-    from pissa_cli.evals.run import evaluate
-    from pissa_cli.evals.sandbox import protection
-    from pissa_cli.trained import is_trained
-
     if dry_run:
+        show.load_libraries(debug)
         dryrun.dry_run(replace(loaded, recipe=recipe), as_json)
         return
     if allow_code_execution and runs_code(recipe):
         show.say(f"programs that the model writes run in {protection().text()}")
-    with show.counting("eval") as progress:
-        if samples is not None:
+    if samples is None:
+        show.load_libraries(debug)
+        result = _scored(recipe, compare_base, checkpoint, allow_code_execution)
+    else:
+        with show.counting("eval") as progress:
             result = {"results": score_samples(recipe, samples, allow_code_execution, progress)}
-        elif compare_base and checkpoint is None and not is_trained(recipe):
-            show.say(f"{recipe.output}: nothing is trained yet; the base alone is scored")
-            result = {"results": {}}
-        else:
-            result = {"results": evaluate(recipe, allow_code=allow_code_execution, progress=progress, step=checkpoint)}
-        if compare_base:
-            result["base"] = evaluate(recipe, base=True, allow_code=allow_code_execution, progress=progress)
     for results in result.values():
         for name, r in results.items():
-            for line in _notes(name, r, METRICS):
+            for line in _notes(name, r):
                 show.say(line)
     show.print_result(result, as_json, [], _table(result))
+
+
+def _scored(
+    recipe: "Recipe", compare_base: bool, checkpoint: int | None, allow_code: bool
+) -> dict[str, dict[str, Any]]:
+    """Results by benchmark, of what was trained and of the base."""
+    from pissa_cli.cli import show
+    from pissa_cli.evals.run import evaluate
+    from pissa_cli.trained import is_trained
+
+    result: dict[str, dict[str, Any]] = {"results": {}}
+    with show.counting("eval") as progress:
+        if compare_base and checkpoint is None and not is_trained(recipe):
+            show.say(f"{recipe.output}: nothing is trained yet; the base alone is scored")
+        else:
+            result["results"] = evaluate(recipe, allow_code=allow_code, progress=progress, step=checkpoint)
+        if compare_base:
+            result["base"] = evaluate(recipe, base=True, allow_code=allow_code, progress=progress)
+    return result
 
 
 def _table(result: dict[str, dict[str, dict[str, Any]]]) -> Any:
@@ -115,15 +129,17 @@ def _table(result: dict[str, dict[str, dict[str, Any]]]) -> Any:
     return table
 
 
-def _notes(name: str, r: dict[str, Any], metrics: Iterable[str]) -> Iterator[str]:
-    """What the person watching should know of the result of a benchmark; metrics: those of a classifier."""
+def _notes(name: str, r: dict[str, Any]) -> Iterator[str]:
+    """What the person watching should know of the result of a benchmark."""
     if "prompts_without_room" in r:
         yield f"{name}: {r['prompts_without_room']} prompts fill the model's context; their answers are empty"
     if "answers_without_end" in r:
         length = r["max_new_tokens"]
         yield f"{name}: {r['answers_without_end']} answers go on up to eval.max_new_tokens ({length})"
     if r["metric"].endswith("a text"):  # of a classifier
-        beside = ", ".join(f"{kind} {r[kind]:.2f} %" for kind in metrics if kind in r)
+        from pissa_cli.evals.classify import METRICS
+
+        beside = ", ".join(f"{kind} {r[kind]:.2f} %" for kind in METRICS if kind in r)
         yield f"{r['model']}, {name}: {beside}"
     if "note" in r:
         yield f"{name}: {r['note']}"

@@ -47,7 +47,7 @@ def export_command(
     loaded = options.load_recipe(target, set_)
     from pissa_cli import reached
     from pissa_cli.cli import dryrun, show
-    from pissa_cli.rundir import run_of
+    from pissa_cli.rundir import require_free, run_of
 
     if form != "lora" and (rank is not None or uniform or server is not None):
         raise UsageError(f"--rank, --uniform and --for are about LoRA files, not --as {form}", "leave them out")
@@ -55,6 +55,10 @@ def export_command(
         raise UsageError(f"--double-quant and --absmax are about NF4, not --as {form}", "leave them out")
     if not dry_run or run_of(loaded.recipe).exists():
         reached.require_trained(loaded.recipe, checkpoint)
+    recipe, run = loaded.recipe, run_of(loaded.recipe)
+    own = {"lora": run.exported, "merged": run.merged, "nf4": run.quantized, "compressed-tensors": run.int4}[form]
+    folder = Path(output) if output else own
+    require_free(folder, own)
     show.load_libraries(debug)
     if dry_run:
         dryrun.dry_run(loaded, as_json)
@@ -63,7 +67,6 @@ def export_command(
     from pissa_cli.merge import merge
     from pissa_cli.quantize import quantize
 
-    recipe, folder = loaded.recipe, Path(output) if output else None
     with show.counting("export") as progress:
         if form == "merged":
             result = merge(recipe, progress, output=folder, step=checkpoint)

@@ -30,10 +30,13 @@ def quantize_command(
         loaded = options.load_recipe(target, set_)
     from pissa_cli import reached
     from pissa_cli.cli import dryrun, show
-    from pissa_cli.rundir import run_of
+    from pissa_cli.rundir import require_free, run_of
 
     if not is_model and (not dry_run or run_of(loaded.recipe).exists()):
         reached.require_trained(loaded.recipe)
+    own = run_of(loaded.recipe).quantized
+    written = Path(output) if output else own
+    require_free(written, own)
     show.load_libraries(debug)
     if dry_run:
         dryrun.dry_run(loaded, as_json)
@@ -45,7 +48,7 @@ def quantize_command(
         result = quantize(
             loaded.recipe,
             folder if is_model else None,
-            Path(output) if output else None,
+            written,
             progress,
             double_quant=double_quant,
             absmax=absmax,
