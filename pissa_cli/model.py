@@ -188,6 +188,8 @@ def linear_layers(model: PreTrainedModel, weights: Weights | None = None) -> lis
             layers.append(Linear(name, tensor, num_out, num_in, *facts))
     for name, expert, shape in expert_layers(model):
         tensor = f"{name}.weight"
+        if weights is not None:
+            tensor = disk_name(tensor, required=False)
         if weights is None or weights.is_packed(tensor) or weights.shapes.get(tensor) == tuple(shape):
             layers.append(Linear(name, tensor, shape[0], shape[1], False, expert=expert))
     return layers

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from classifiers import CONFIGS, SHAPE, close, logits
-from conftest import Outcome, exact_scales, save_model
+from conftest import MOE_CONFIGS, Outcome, exact_scales, save_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Gemma3TextConfig, pipeline
 
@@ -138,6 +138,32 @@ def test_four_bits(encoders: Callable[[str], Path], classifier: Callable[..., An
     assert outcome.json["perplexity_before"] is None
     model = AutoModelForSequenceClassification.from_pretrained(outcome.json["path"], dtype=torch.float32)
     assert model.config.id2label[1] == "equivalent"
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_experts_of_a_backbone_alone(
+    architecture: str, bits: int, classifier: Callable[..., Any], pissa: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """Its files name them without `model.`"""
+    peft = pytest.importorskip("peft")
+    model = AutoModel.from_config(MOE_CONFIGS[architecture]())
+    folder = save_model(model, tmp_path / "backbone")
+    made = classifier(folder, f"model.bits={bits}", "train.precision=fp32")
+    train(made)
+    factors = load_file(Path(made.output) / "adapter" / "adapter_model.safetensors")
+    assert sum(".experts." in name and name.endswith("lora_A.weight") for name in factors) == 2 * 4 * 3
+    outcome = pissa("merge", made.output, "--json")
+    assert outcome.code == 0, outcome.err
+    merged = AutoModelForSequenceClassification.from_pretrained(outcome.json["path"], dtype=torch.float32)
+    ours = logits(load_result(made, torch.device("cpu")), folder)
+    close(logits(merged, folder), ours)
+    if bits == 4:
+        stored = load_file(Path(made.output) / "base" / "model.safetensors")
+        assert sum(".experts." in name and name.endswith(".absmax") for name in stored) == 2 * 4 * 3
+        return
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)
+    close(logits(peft.PeftModel.from_pretrained(base, Path(made.output) / "adapter"), folder), ours)
 
 
 def test_a_classifier_with_other_classes_gets_a_new_head(
