@@ -48,10 +48,11 @@ HOSTILE = {
     "endless output to the verdict": "import os\nwhile True: os.write(3, b'x' * 10**5)",
     "a verdict of its own": "import os; os.write(3, b'passed'); os._exit(0)",
     "a large file": "f = open('x', 'wb')\nwhile True: f.write(b'x' * 10**6); f.flush()",
+    "more files than its folder has room for": "for i in range(65): open(f'x{i}', 'wb').write(bytes(2**20))",
     "many files": "i = 0\nwhile True:\n    i += 1\n    open(f'x{i}', 'wb').write(b'x' * 10**6)",
     "a deep tree": "import os\nfor _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')\nassert False",
     "a shut folder": "import os; os.makedirs('a/b'); os.chmod('a', 0); assert False",
-    "open files": "x = [open(f'f{i}', 'w') for i in range(10**5)]",
+    "open files": "x = [open('f', 'w') for _ in range(64)]",
     "exit": "import sys; sys.exit(0)",
     "exit at once": "import os; os._exit(0)",
     "an exception that is no error": "raise KeyboardInterrupt",
@@ -96,13 +97,24 @@ HOSTILE = {
     "groups": "import os; assert os.getuid() >= 2 * 10**9 and (os.getgroups() or os.getgid() != 65534)",
     "rights of a program of root": "assert 'NoNewPrivs:\\t0' in open('/proc/self/status').read()",
     "a core file": "import resource; assert resource.getrlimit(resource.RLIMIT_CORE)[1]",
+    "processor time": "import resource; assert resource.getrlimit(resource.RLIMIT_CPU)[1] != 2",
     "become root": "import os; os.setuid(0); os.setgroups([0]); open(MARK, 'w').write('x')",
     "more limits": (
         "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (10**5, 10**5)); resource.setrlimit("
         "resource.RLIMIT_AS, (-1, -1)); x = bytearray(10**10)"
     ),
 }
+WHY = {
+    "too many forks": "Resource temporarily unavailable",
+    "threads": "can't start new thread",
+    "ten gigabytes": "MemoryError",
+    "a large file": "File too large",
+    "more files than its folder has room for": "No space left",
+    "open files": "Too many open files",
+}
+"""What a program is ended by, where its time would end it as well."""
 NEEDS_NAMESPACES = {
+    "more files than its folder has room for",
     "a socket of this machine",
     "outside its folder",
     "remove a file",
@@ -162,7 +174,7 @@ def test_harm_is_contained(name: str, guard: Protection, tmp_path: Path, monkeyp
     began = time.monotonic()
     verdict = run_program(program, guard, seconds=1.5)
     listening.close()
-    assert not verdict.passed and verdict.detail, verdict
+    assert not verdict.passed and verdict.detail and WHY.get(name, "") in verdict.detail, verdict
     assert time.monotonic() - began < 12
     deadline = time.monotonic() + 2
     while processes(tmp_path) and time.monotonic() < deadline:
