@@ -395,13 +395,14 @@ def test_kept_outputs_survive_a_cut_line_and_belong_to_one_model(gone: int, tmp_
         assert kept.outputs == {}
 
 
-def test_kept_outputs_end_before_a_line_that_is_damaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", ['{"key": "?"}', "5", "{"])
+def test_kept_outputs_end_before_a_line_that_is_damaged(damaged: str, tmp_path: Path) -> None:
     path, asked = tmp_path / "outputs.jsonl", ["a", "b", "c"]
     with Kept(path, "model", asked) as kept:
         for number in range(3):
             kept.add(number, f"of {number}")
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:2], '{"key": "?"}', lines[3], ""]))
+    path.write_text("\n".join([*lines[:2], damaged, lines[3], ""]))
     with Kept(path, "model", asked) as kept:
         assert kept.outputs == {0: "of 0"}
         kept.add(2, "anew")

@@ -230,10 +230,10 @@ def test_scores_are_compared_where_the_texts_are_one(
 
 def test_a_stop_string_is_seen_over_all_its_tokens_and_few_answers_end_a_batch(demo_base: tuple[Any, Any]) -> None:
     tokenizer = demo_base[1]
-    long = tokenizer("\u2713\u2713")["input_ids"]
-    assert len(long) == 6
-    ends = _Ends(tokenizer, 1, ["\u2713\u2713"], torch.tensor([1]), 0)
-    assert ends(torch.tensor([[5, *long], [5, *long[:3], 5, 5, 5]]), None).tolist() == [True, False]
+    long = tokenizer("\u2713\u2713\u2713")["input_ids"]
+    assert len(long) == 9
+    ends = _Ends(tokenizer, 1, ["\u2713\u2713\u2713"], torch.tensor([1]), 0)
+    assert ends(torch.tensor([[5, *long], [5, *long[:6], 5, 5, 5]]), None).tolist() == [True, False]
     ends = _Ends(tokenizer, 1, [], torch.tensor([1]), 1)
     assert ends(torch.tensor([[5, 1], [5, 6], [5, 6]]), None).tolist() == [True, False, False]
     assert ends(torch.tensor([[5, 1, 0], [5, 6, 1], [5, 6, 6]]), None).tolist() == [True, True, True]
@@ -248,9 +248,24 @@ def test_an_answer_shows_no_special_token(demo_base: tuple[Any, Any], monkeypatc
     assert dict(generate(model, tokenizer, [[5]], 1, 99)) == {0: tokenizer.decode(said + said)}
 
 
-def test_a_context_without_end(demo_base: tuple[Any, Any]) -> None:
-    config = LlamaConfig(max_position_embeddings=-1)
-    assert context_of(config) is None and context_of(demo_base[0].config) == 256
+def test_a_context_without_end(demo_base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = demo_base
+    assert context_of(model.config) == 256
+    wanted = dict(generate(model, tokenizer, [[5] * 9], 1, 4))
+    monkeypatch.setattr(model.config, "max_position_embeddings", -1)
+    assert context_of(model.config) is None and dict(generate(model, tokenizer, [[5] * 9], 1, 4)) == wanted
+
+
+def test_as_many_are_asked_together_as_should_fit(demo_base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the longest of those that wait, with room for its answer inside the context."""
+    model, tokenizer = demo_base
+    lengths: list[int] = []
+    rows: list[int] = []
+    monkeypatch.setattr("pissa_cli.evals.generate.fitting", lambda _, tokens: lengths.append(tokens) or 2)
+    original = model.generate
+    monkeypatch.setattr(model, "generate", lambda ids, **rest: rows.append(len(ids)) or original(ids, **rest))
+    assert len(dict(generate(model, tokenizer, [[5] * length for length in (9, 30, 250)], None, 8))) == 3
+    assert lengths == [256, 17] and rows[0] == 2
 
 
 def test_a_batch_on_a_gpu_goes_by_the_keys_and_values_of_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,13 +286,16 @@ def test_a_batch_on_a_gpu_goes_by_the_keys_and_values_of_every_layer(monkeypatch
     assert fits(mixed) == int(6_000_000 / (2 * (32 + 64 + 32) * 2 * 1000))
 
 
-def test_a_stop_string_in_the_prompt_stops_nothing(demo_base: tuple[Any, Any]) -> None:
+def test_a_stop_string_in_the_prompt_stops_nothing(demo_base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = demo_base
     prompt = [tokenizer("Anna has 12 apples. Anna finds 5 apples. Count the apples:")["input_ids"]]
     whole = dict(generate(model, tokenizer, prompt, 1, 20))[0]
     assert whole.startswith(" 12 + 5")
+    original, calls = model.generate, list[int]()
+    monkeypatch.setattr(model, "generate", lambda *ids, **rest: calls.append(1) or original(*ids, **rest))
     assert dict(generate(model, tokenizer, prompt, 1, 20, stop=["apples: 12", ": "]))[0] == whole.partition(": ")[0]
     assert dict(generate(model, tokenizer, prompt, 1, 20, stop=[" 12 +"])) == {0: ""}
+    assert len(calls) == 2
 
 
 def test_an_answer_ends_where_the_model_itself_says(
@@ -289,9 +307,12 @@ def test_an_answer_ends_where_the_model_itself_says(
     tokens = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
     end = max(tokens, key=tokens.index)  # the one that comes up last
     wanted = tokenizer.decode(tokens[: tokens.index(end)])
+    original, made = model.generate, list[torch.Tensor]()
+    monkeypatch.setattr(model, "generate", lambda *ids, **rest: made.append(original(*ids, **rest)) or made[-1])
     assert wanted and dict(generate(model, tokenizer, [prompt], 1, 20, stop_ids=[end])) == {0: wanted}
     monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=[tokenizer.eos_token_id, end]))
     assert dict(generate(model, tokenizer, [prompt], 1, 20)) == {0: wanted}
+    assert [one[0, len(prompt) :].tolist() for one in made] == [tokens[: tokens.index(end) + 1]] * 2
 
 
 def test_generation_stays_inside_the_context(demo_base: tuple[Any, Any]) -> None:

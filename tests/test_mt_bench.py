@@ -25,7 +25,7 @@ Reply = tuple[int, str]
 
 class StandIn:
     """Answers with what `script` says, one entry a request, then with `otherwise`; keeps what it was asked. 0: the
-    connection ends in the middle of the answer."""
+    connection ends in the middle of the answer. What follows "raw:" is the whole answer."""
 
     def __init__(self) -> None:
         self.script: list[Reply] = []
@@ -43,6 +43,7 @@ class StandIn:
                 code, text = stand_in.script.pop(0) if stand_in.script else stand_in.otherwise
                 answer: Any = {"choices": [{"message": {"role": "assistant", "content": text or None}}]}
                 reply = json.dumps(answer if code < 300 else {"error": {"message": text}}).encode()
+                reply = text.removeprefix("raw:").encode() if text.startswith("raw:") else reply
                 self.send_response(code or 200)
                 self.send_header("Retry-After", stand_in.wait)
                 self.send_header("Location", "/elsewhere")
@@ -107,6 +108,7 @@ def data(tmp_path: Path) -> Path:
         ("Rating: 5", None),
         ("[[0]]", None),
         ("[[11]]", None),
+        ("[5] first, then [[11]]", None),
         ("[[A]]", None),
         ("I cannot judge this.", None),
         ("", None),
@@ -126,24 +128,31 @@ def test_prompts_are_those_of_the_data(data: Path) -> None:
     assert mt_bench.judge_prompt(loaded, math, ["a", "b"], 1)[1].startswith("R2 four Q1 1 + 1?")
     for category in ("reasoning", "coding"):
         assert mt_bench.judge_prompt(loaded, math | {"category": category}, ["a", "b"], 0)[0] == "M"
+    loaded.prompts["single-v1"]["prompt_template"] = 'Rate {answer} as {"rating": {}}'
+    assert mt_bench.judge_prompt(loaded, writing, ["a", "b"], 0)[1] == 'Rate a as {"rating": {}}'
     assert [row["question_id"] for row in mt_bench.load(str(data), 1).questions] == [81]
 
 
 def test_a_judge_that_is_busy_is_asked_again(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "other")
     monkeypatch.setenv("PISSA_JUDGE_KEY", "secret")
-    stand_in.script = [*((code, "x") for code in (429, 500, 503, 408, 409, 0)), (200, "Rating: [[9]]")]
+    stand_in.script = [
+        *((code, "x") for code in (429, 500, 503, 408, 409, 0)),
+        (200, "raw:<html>"),
+        (200, "Rating: [[9]]"),
+    ]
     assert Judge(f"{stand_in.url}/", "gpt-4").ask("system", "prompt") == "Rating: [[9]]"
-    assert len(stand_in.asked) == 7
+    assert len(stand_in.asked) == 8
     last = stand_in.asked[-1]
-    assert (last["path"], last["model"], last["temperature"]) == ("/v1/chat/completions", "gpt-4", 0)
+    assert (last["path"], last["model"]) == ("/v1/chat/completions", "gpt-4")
+    assert (last["temperature"], last["max_tokens"]) == (0, 2048), "FastChat's"
     assert [(m["role"], m["content"]) for m in last["messages"]] == [("system", "system"), ("user", "prompt")]
     assert stand_in.headers[-1]["Authorization"] == "Bearer secret"
     monkeypatch.setenv("PISSA_JUDGE_KEY", " ")
     stand_in.script = [(200, "")]
     assert Judge(stand_in.url, "gpt-4").ask("system", "prompt") == ""
     assert stand_in.headers[-1]["Authorization"] == "Bearer other"
-    for answer in ([], {"choices": []}, {"choices": [None]}, {"choices": ["no"]}):
+    for answer in ([], {"choices": []}, {"choices": [None]}, {"choices": ["no"]}, {"choices": [{"message": "no"}]}):
         with pytest.raises(UsageError, match="not that of a chat completion"):
             judge._text(answer, "url")
 
@@ -187,10 +196,15 @@ def test_a_judge_that_refuses_or_is_away(stand_in: StandIn, monkeypatch: pytest.
     with pytest.raises(UsageError, match="401 Unauthorized: 'no such key'"):
         Judge(stand_in.url, "m").ask("s", "p")
     assert len(stand_in.asked) == 1
+    for body in ("<html>", '{"error": "no"}', '{"detail": "no"}', "[]"):
+        stand_in.script = [(404, f"raw:{body}")]
+        with pytest.raises(UsageError, match=r"404 Not Found$"):
+            Judge(stand_in.url, "m").ask("s", "p")
+    stand_in.asked.clear()
     stand_in.otherwise = (500, "x")
     with pytest.raises(UsageError, match="cannot be reached"):
         Judge(stand_in.url, "m").ask("s", "p")
-    assert len(stand_in.asked) == 1 + judge.TRIES
+    assert len(stand_in.asked) == judge.TRIES
     for url in ("file:///etc/passwd", "ftp://judge.test/v1", "http:///v1", "http://judge.test:0/v1", "http://x:99999"):
         with pytest.raises(UsageError, match="no http address"):
             Judge(url, "m").require()
@@ -203,6 +217,14 @@ def test_a_judge_that_refuses_or_is_away(stand_in: StandIn, monkeypatch: pytest.
     for scheme in ("http", "https"):
         Judge(f"{scheme}://judge.test/v1", "m").require()
     assert asked == [("judge.test", 80), ("judge.test", 443)]
+
+
+def test_a_judge_behind_a_proxy(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", stand_in.url.removesuffix("/v1"))
+    far = Judge("http://judge.invalid/v1", "m")
+    far.require()
+    assert far.ask("s", "p") == "Fine. Rating: [[7]]"
+    assert stand_in.asked[-1]["path"] == "http://judge.invalid/v1/chat/completions"
 
 
 def test_both_turns_are_judged_and_an_interruption_costs_nothing(
@@ -284,10 +306,12 @@ PROMPT = {"system_prompt": "", "prompt_template": ""}
         (0, QUESTION | {"turns": ["1 + 1?"]}, "question 111 has not two turns"),
         (0, QUESTION | {"turns": ["1 + 1?", "2 + 2?", "3 + 3?"]}, "question 111 has not two turns"),
         (0, QUESTION | {"turns": ["1 + 1?", 2]}, "question 111 has not two turns"),
+        (0, QUESTION | {"turns": "12"}, "question 111 has not two turns"),
         (0, QUESTION | {"category": None}, "line 3: 'category' is missing"),
         (0, QUESTION | {"question_id": 112}, "no reference answer for question 112"),
         (0, QUESTION | {"question_id": 112, "category": "coding"}, "no reference answer for question 112"),
         (1, PROMPT | {"name": "single-v1-multi-turn", "prompt_template": None}, "'prompt_template' is missing"),
+        (1, PROMPT | {"name": "single-v1", "system_prompt": None}, "'system_prompt' is missing"),
         (2, {"question_id": 112, "choices": [{"turns": ["two"]}]}, "question 112 has not two answers"),
     ],
 )

@@ -59,7 +59,6 @@ def generate(
         **(sampled if temperature else {"do_sample": False}),
         eos_token_id=stops,
         pad_token_id=pad,
-        bos_token_id=tokenizer.bos_token_id,
     )
     written: list[list[int]] = [[] for _ in prompts]
 
@@ -133,7 +132,7 @@ def same_in_batches(
         found = model.generate(
             ids, attention_mask=mask, generation_config=config, output_logits=True, return_dict_in_generate=True
         )
-        return [step[0].float() for step in found.logits]
+        return [step[0] for step in found.logits]
 
     alone, beside = scores([short]), scores([short, long[: len(short) + BESIDE]])
     compared = 2 if int(alone[0].argmax()) == int(beside[0].argmax()) else 1

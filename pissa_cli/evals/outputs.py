@@ -97,7 +97,7 @@ def read_samples(source: str, bench: Bench, rows: Sequence[Row]) -> list[str]:
     Raises UsageError for a row of `source` that is neither, names no row or one that has an output, and for rows
     without an output.
     """
-    numbers = {str(bench.identity(row)): number for number, row in enumerate(rows) if bench.identity(row) is not None}
+    numbers = {bench.identity(row): number for number, row in enumerate(rows) if bench.identity(row) is not None}
     found: dict[int, str] = {}
     for line, sample in read_rows(source):
         if isinstance(sample, str) or not isinstance(sample.get("output"), str):

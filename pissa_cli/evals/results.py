@@ -12,7 +12,7 @@ from typing import Any
 from pissa_cli import __version__
 from pissa_cli.errors import UsageError
 from pissa_cli.evals.bench import Count, Grade, pass_at, published_set
-from pissa_cli.evals.benches import GENERATED, check_benches, read_bench, source_of
+from pissa_cli.evals.benches import GENERATED, read_bench, source_of
 from pissa_cli.evals.outputs import read_samples
 from pissa_cli.evals.sandbox import protection
 from pissa_cli.recipe import Recipe
@@ -31,7 +31,6 @@ def score_samples(
 
     Writes eval/samples/<bench>/ in the run folder, which need not be a run.
     """
-    check_benches(recipe)
     if len(recipe.eval.bench) != 1 or recipe.eval.bench[0] not in GENERATED:
         raise UsageError("--samples: needs exactly one benchmark with questions", f"--bench {', '.join(GENERATED)}")
     (bench,) = recipe.eval.bench
