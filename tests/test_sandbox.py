@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -53,6 +54,8 @@ HOSTILE = {
     "a deep tree": "import os\nfor _ in range(1100):\n    os.mkdir('d')\n    os.chdir('d')\nassert False",
     "a shut folder": "import os; os.makedirs('a/b'); os.chmod('a', 0); assert False",
     "open files": "x = [open('f', 'w') for _ in range(64)]",
+    "files of its supervisor": "import os; os.fstat(4)",
+    "the group of its supervisor": "import os; assert os.getpgrp() != os.getpid()",
     "exit": "import sys; sys.exit(0)",
     "exit at once": "import os; os._exit(0)",
     "an exception that is no error": "raise KeyboardInterrupt",
@@ -89,6 +92,9 @@ HOSTILE = {
     ),
     "the user's keys": f"{LIBC}assert libc.syscall({KEYCTL}, 0, -3, 1) > 0",
     "io_uring": f"{LIBC}assert libc.syscall(425, 8, ctypes.create_string_buffer(120)) >= 0",
+    "sockets and terminals": (
+        "import os; assert any(os.listdir(place) for place in ('/run', '/dev/pts', '/dev/shm') if os.path.isdir(place))"
+    ),
     "other processes": "import os; assert any(int(name) > 99 for name in os.listdir('/proc') if name.isdigit())",
     "capabilities": (
         "has = [line.split()[1] for line in open('/proc/self/status') if line.startswith('CapPrm')]\n"
@@ -130,6 +136,7 @@ NEEDS_NAMESPACES = {
     "memory of a namespace of its own",
     "the user's keys",
     "io_uring",
+    "sockets and terminals",
     "other processes",
 }
 
@@ -187,6 +194,32 @@ def test_harm_is_contained(name: str, guard: Protection, tmp_path: Path, monkeyp
 def test_the_best_protection_is_taken() -> None:
     possible = subprocess.run(["unshare", "--mount", "--pid", "--net", "--fork", "--mount-proc", "true"])
     assert protection().namespaces >= (possible.returncode == 0)
+
+
+MOUNTS = """
+import subprocess, sys
+from pathlib import Path
+from pissa_cli.evals.sandbox import Protection, run_program
+(place,) = sys.argv[1:]
+subprocess.run(["mount", "--make-rshared", "/"], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "none", place], check=True)
+before = Path("/proc/self/mountinfo").read_text()
+assert "Read-only" in run_program(f"open({place!r} + '/x', 'w')", Protection(True)).detail
+assert Path("/proc/self/mountinfo").read_text() == before
+"""
+
+
+def test_the_mounts_of_this_machine_stay_as_they_are(tmp_path: Path) -> None:
+    """Those below the root are read-only to a program, too; and what is mounted for one reaches no shared mount."""
+    own = ["unshare", "--mount"]  # private, before they are shared among those of the test
+    if subprocess.run([*own, "true"]).returncode:
+        pytest.skip("this user can make no mounts")
+    subprocess.run([*own, sys.executable, "-c", MOUNTS, str(tmp_path)], check=True)
+
+
+def test_a_folder_where_others_are_hidden(guard: Protection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    assert run_program("open('a', 'w').write('x')", guard).passed
 
 
 def test_nothing_goes_on_when_the_evaluation_is_killed(guard: Protection, tmp_path: Path) -> None:

@@ -174,14 +174,12 @@ def run(job: dict[str, Any], writing: int) -> None:
     os.closerange(4, 65536)
     try:
         restrict(job)
-        program, token = job["program"], job["token"]
-        job.clear()
         sys.modules["__main__"] = module = types.ModuleType("__main__")  # where pickle looks for the program's classes
-        exec(compile(program, "<program>", "exec", dont_inherit=True), module.__dict__)
+        exec(compile(job["program"], "<program>", "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:
         os.write(3, f"raised {type(error).__name__}: {str(error)[:300]}".encode(errors="replace"))
         os._exit(1)
-    os.write(3, token.encode())
+    os.write(3, job["token"].encode())
     os._exit(0)
 
 
