@@ -38,10 +38,12 @@ from pissa_cli.data_options import DataSection
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals import run as module
-from pissa_cli.evals.generate import ON_CPU, _Ends, cut, fitting, generate, same_in_batches
+from pissa_cli.evals.generate import MOST, ON_CPU, _Ends, cut, fitting, generate, same_in_batches
 from pissa_cli.evals.load import load_bench
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.run import evaluate
+from pissa_cli.evals.served import Server
+from pissa_cli.model import best_device
 from pissa_cli.recipe_file import load
 from pissa_cli.result import write_result
 from pissa_cli.rundir import Run, locked
@@ -270,20 +272,22 @@ def test_as_many_are_asked_together_as_should_fit(demo_base: tuple[Any, Any], mo
 
 def test_a_batch_on_a_gpu_goes_by_the_keys_and_values_of_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10_000_000, 0))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 7_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 5_000_000)
     shape: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
 
-    def fits(config: PretrainedConfig) -> int:
+    def fits(config: PretrainedConfig, tokens: int = 1000) -> int:
         model: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=config)
-        return fitting(model, 1000)
+        return fitting(model, tokens)
 
-    assert fits(LlamaConfig(**shape, num_key_value_heads=2)) == int(6_000_000 / (3 * 2 * 32 * 2 * 1000))
+    config = LlamaConfig(**shape, num_key_value_heads=2)
+    assert fits(config) == int(7_200_000 / (3 * 2 * 32 * 2 * 1000))
+    assert (fits(config, 10), fits(config, 10**6)) == (MOST, 1)
     assert fits(MambaConfig()) == ON_CPU
     mixed = LlamaConfig(**shape, num_key_value_heads=2, per_layer_config={1: {"head_dim": 32}})
     if not getattr(mixed, "is_heterogeneous", False):
         pytest.skip("transformers has one width for all layers")
-    assert fits(mixed) == int(6_000_000 / (2 * (32 + 64 + 32) * 2 * 1000))
+    assert fits(mixed) == int(7_200_000 / (2 * (32 + 64 + 32) * 2 * 1000))
 
 
 def test_a_stop_string_in_the_prompt_stops_nothing(demo_base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,8 +319,10 @@ def test_an_answer_ends_where_the_model_itself_says(
     assert [one[0, len(prompt) :].tolist() for one in made] == [tokens[: tokens.index(end) + 1]] * 2
 
 
-def test_generation_stays_inside_the_context(demo_base: tuple[Any, Any]) -> None:
+def test_generation_stays_inside_the_context_and_the_vocabulary(demo_base: tuple[Any, Any]) -> None:
     model, tokenizer = demo_base
+    with pytest.raises(UsageError, match="the questions: token 99999 is beyond the model's vocabulary"):
+        list(generate(model, tokenizer, [[5, 99999]], 1, 100))
     assert dict(generate(model, tokenizer, [[5] * 250], 1, 100))
     told: list[tuple[int, int]] = []
     prompts = [[5] * 256, [5] * 9, [5] * 300]
@@ -412,8 +418,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(finished: Any, monke
     with pytest.raises(KeyboardInterrupt):
         evaluate(finished)
     assert (folder / ".gsm8k.outputs.jsonl").is_file()
-    again = evaluate(finished)["gsm8k"]
+    told: list[tuple[int, int, str]] = []
+    again = evaluate(finished, progress=lambda *given: told.append(given))["gsm8k"]
     assert asked == [6, 3] and again["score"] == whole["score"]
+    assert min(done for done, _, bench in told if bench == "gsm8k") > 3 and (6, 6, "gsm8k") in told
     assert (folder / "gsm8k" / "samples.jsonl").read_text() == wanted
     assert not (folder / ".gsm8k.outputs.jsonl").exists()
 
@@ -443,6 +451,34 @@ def test_answers_are_kept_for_the_same_settings_alone(
         assert ask(one)[0] == 3, one
         assert ask() == (3, 5)
     assert ask(step=3) == (3, 5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_how_a_model_or_a_server_is_asked(
+    precision: str, recipe: Callable[..., Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast where training was, and up to the template's end of a turn; a server with a seed for each answer,
+    whatever is kept."""
+    asked: list[Any] = []
+
+    def answers(_model: Any, _tokenizer: Any, prompts: list[Any], *settings: Any) -> Any:
+        asked.append((*settings[4:6], torch.is_autocast_enabled(best_device().type)))
+        yield from ((number, "an answer") for number in range(len(prompts)))
+
+    def served(_server: Server, prompts: list[Any], _length: int, _warmth: float, seeds: list[int], *rest: Any) -> Any:
+        asked.append((seeds, *rest[:2]))
+        yield 0, "an answer"
+
+    monkeypatch.setattr(module, "generate", answers)
+    monkeypatch.setattr(Server, "generate", served)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
+    sets = ["model.bits=32", f"train.precision={precision}", "data.format=chat", "eval.stop=[x]", "seed=5"]
+    for writer in (None, Server("", "", 99, []), Server("", "", 99, [])):
+        session: Any = SimpleNamespace(tokenizer=tokenizer, folder=tmp_path, facts={}, writer=writer, one_by_one=False)
+        session.recipe = recipe(tmp_path, *sets, *(["eval.engine=vllm"] if writer else []))
+        module._answers(session, "outputs", [(text, [5]) for text in ("one", "two", "two")], lambda *_: None)
+    ends = ["x"], [tokenizer.pad_token_id]
+    assert asked == [(*ends, precision == "bf16"), ([5, 6, 7], *ends), ([6, 7], *ends)]
 
 
 def test_published_figures_stand_beside_greedy_answers_of_the_trained_model(recipe: Callable[..., Any]) -> None:
@@ -658,10 +694,11 @@ def test_the_base_is_scored_where_nothing_is_trained(finished: Any, pissa: Any, 
 
 def test_rows_that_are_not_scored_are_said(finished: Any, pissa: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "2 + 2?", "answer": ""}\nno row\n')
+    empty = '{"question": "2 + 2?", "answer": ""}\n'
+    file.write_text(f'{{"question": "1 + 1?", "answer": "2"}}\n{empty}no row\n{empty}')
     outcome = pissa("eval", finished.output, "--bench", "loss", "--data", f"loss={file}", "--json")
-    assert (outcome.json["results"]["loss"]["n"], outcome.json["results"]["loss"]["rows_not_used"]) == (1, 2)
-    assert outcome.err.count("loss: rows not used: 1, ") == 2
+    assert (outcome.json["results"]["loss"]["n"], outcome.json["results"]["loss"]["rows_not_used"]) == (1, 3)
+    assert "loss: rows not used: 1, " in outcome.err and "loss: rows not used: 2, " in outcome.err
 
 
 def test_a_run_that_cannot_be_written_is_said_before_the_work(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:

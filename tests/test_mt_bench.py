@@ -261,6 +261,7 @@ def test_both_turns_are_judged_and_an_interruption_costs_nothing(
     asked = stand_in.asked[-3]["messages"][1]["content"]
     assert f"A1 {samples[0]['output']} Q2" in asked and asked.endswith(f"A2 {samples[1]['output']}")
     assert samples[0]["output"] != samples[1]["output"]
+    assert 2 < again["answers_without_end"] <= 4, "of both turns"
 
 
 def test_ratings_are_added_up(data: Path) -> None:
