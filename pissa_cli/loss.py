@@ -101,19 +101,12 @@ class HeadCrossEntropy(torch.autograd.Function):
                 if grad_W is not None:
                     grad_W += grad.T @ part
         ctx.save_for_backward(grad_x, grad_W, grad_b)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        grad_x, grad_W, grad_b = ctx.saved_tensors
-        dtype_W, dtype_b = ctx.dtypes
-        return (
-            None if grad_x is None else (grad_x.float() * grads[0]).to(grad_x.dtype),
-            None if grad_W is None else (grad_W * grads[0]).to(dtype_W),
-            None if grad_b is None else (grad_b * grads[0]).to(dtype_b),
-            None,
-        )
+        """In fp32; autograd rounds each to the dtype of its input."""
+        return *(None if grad is None else grad.float() * grads[0] for grad in ctx.saved_tensors), None
 
 
 @contextlib.contextmanager

@@ -19,6 +19,10 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "times of a transposed one": (lambda W, X, Y: panels.times(W.T, Y), lambda W, X, Y: W.T @ Y),
     "transposed times": (lambda W, X, Y: panels.transposed_times(W, Y), lambda W, X, Y: W.T @ Y),
     "transposed times of a transposed one": (lambda W, X, Y: panels.transposed_times(W.T, X), lambda W, X, Y: W @ X),
+    "transposed times in bf16": (
+        lambda W, X, Y: panels.transposed_times(W.bfloat16(), Y),
+        lambda W, X, Y: W.bfloat16().double().T @ Y.bfloat16().double(),
+    ),
     "minus a product": (lambda W, X, Y: panels.minus_product(W, Y, X.T, 0.5), lambda W, X, Y: W - 0.5 * Y @ X.T),
     "minus": (lambda W, X, Y: panels.minus(W, 2 * W), lambda W, X, Y: W - 2 * W),
     "converted": (lambda W, X, Y: panels.converted(W, torch.bfloat16), lambda W, X, Y: W.bfloat16()),

@@ -249,6 +249,7 @@ def test_dead_inputs(dead: int, rank: int) -> None:
     assert residual(weight, truncated_svd(weight, rank)) <= 1.001 * best + 3e-6 * float(weight.norm())
     spectrum = np.linalg.svd(weight.double().numpy(), compute_uv=False) ** 2
     np.testing.assert_allclose(energies(weight).numpy(), spectrum, rtol=1e-4, atol=1e-5 * spectrum[0])
+    assert bool((energies(weight) >= 0).all())
 
 
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**-30, 2.0**30, 2.0**60])

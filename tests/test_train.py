@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -506,6 +507,27 @@ def test_loss_in_chunks_against_the_whole(dtype: torch.dtype, bias: bool, monkey
     torch.testing.assert_close(parts, whole, rtol=tolerance, atol=0)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_of_many_chunks_are_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.LOGITS, "cpu", 50 * 16)
+    torch.manual_seed(0)
+    x, targets = torch.randn(4000, 12).bfloat16(), torch.randint(0, 50, (4000,))
+    head = torch.nn.Linear(12, 50).bfloat16()
+    exact = copy.deepcopy(head).float()
+    found = torch.autograd.grad(
+        loss.HeadCrossEntropy.apply(x, head.weight, head.bias, targets), list(head.parameters())
+    )
+    whole = torch.nn.functional.cross_entropy(exact(x.float()), targets, reduction="sum")
+    for one, other in zip(found, torch.autograd.grad(whole, list(exact.parameters())), strict=True):
+        assert one.dtype == torch.bfloat16 and float((one - other).norm()) < 2.0**-7 * float(other.norm())
+
+
+def test_the_loss_of_a_model_in_16_bits_is_in_fp32() -> None:
+    model, ids = make_model("llama").bfloat16(), torch.arange(5, 25)[None]
+    wanted = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum")
+    found = loss.summed_loss(model, {"input_ids": ids, "labels": ids.clone()})
+    assert found.dtype == torch.float32 and float(found) == pytest.approx(float(wanted), rel=1e-3)
 
 
 def test_a_held_out_loss_forms_no_gradients_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
