@@ -95,6 +95,9 @@ HOSTILE = {
     "sockets and terminals": (
         "import os; assert any(os.listdir(place) for place in ('/run', '/dev/pts', '/dev/shm') if os.path.isdir(place))"
     ),
+    "namespaces of this machine": (
+        "import os; assert any(os.readlink(f'/proc/self/ns/{kind}') == one for kind, one in OUTSIDE.items())"
+    ),
     "other processes": "import os; assert any(int(name) > 99 for name in os.listdir('/proc') if name.isdigit())",
     "capabilities": (
         "has = [line.split()[1] for line in open('/proc/self/status') if line.startswith('CapPrm')]\n"
@@ -137,6 +140,7 @@ NEEDS_NAMESPACES = {
     "the user's keys",
     "io_uring",
     "sockets and terminals",
+    "namespaces of this machine",
     "other processes",
 }
 
@@ -177,7 +181,9 @@ def test_harm_is_contained(name: str, guard: Protection, tmp_path: Path, monkeyp
     listening.bind("socket")  # by a short path
     listening.listen()
     (tmp_path / "socket").chmod(0o777)
-    program = f"KEEP, MARK, FOLDER = {str(keep)!r}, {str(mark)!r}, {str(tmp_path)!r}\n{HOSTILE[name]}\n"
+    outside = {kind: str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in ("ipc", "mnt", "net", "pid", "uts")}
+    program = f"KEEP, MARK, FOLDER = {str(keep)!r}, {str(mark)!r}, {str(tmp_path)!r}\n"
+    program += f"OUTSIDE = {outside}\n{HOSTILE[name]}\n"
     began = time.monotonic()
     verdict = run_program(program, guard, seconds=1.5)
     listening.close()
