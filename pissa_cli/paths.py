@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +18,12 @@ RUN_MANIFEST = "manifest.json"
 def kind_of(name: str | Path, source: str = "") -> Kind | None:
     """What is there under a name, links followed; None for nothing.
 
-    source: where the name was written, for the message. Raises UsageError for a name that no file can have, and for one
-    that may not be looked up.
+    source: where the name was written, for the message. Raises UsageError for a name that no file can have, for one
+    that may not be looked up, and for a text with `~`, which shells leave as it is in `--output=~/x` and `--set`.
     """
     before = f"{source}: " if source else ""
+    if isinstance(name, str) and (written_out := os.path.expanduser(name)) != name:  # noqa: PTH111  ~nobody is a name
+        raise UsageError(f"{before}{name}: ~ stands for a folder in a shell alone", f"write it out: {written_out}")
     if not str(name).isprintable():
         raise UsageError(f"{before}{str(name)!r}: a name with a character that cannot be printed", "rename it")
     try:

@@ -118,8 +118,6 @@ def _not_there(source: str) -> UsageError:
         hint = f"name the whole file, {name}; data.limit takes the first of its examples"
     elif "://" in source:
         hint = "download it, and name the file; a data set on the Hub is user/name"
-    elif source.startswith("~"):
-        hint = f"write the folder out: {os.path.expanduser(source)}"  # noqa: PTH111  as it is for ~nobody
     elif "[" in source:
         hint = "a data set on the Hub is id, id:subset or id:subset:split; data.limit takes the first of its examples"
     return UsageError(f"{source}: no such data file", hint)

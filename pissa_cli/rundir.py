@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pissa_cli.errors import PissaError, UsageError, cannot_write
-from pissa_cli.paths import RUN_MANIFEST, RUN_RECIPE
+from pissa_cli.paths import RUN_MANIFEST, RUN_RECIPE, kind_of
 from pissa_cli.recipe import Recipe
 
 PROVENANCE = "pissa.json"
@@ -98,8 +98,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def require_free(output: Path, own: Path) -> None:
-    """UsageError for an output folder with something in it, unless it is `own`, the run's place for this."""
-    if output.absolute() != own.absolute() and not is_vacant(output):
+    """UsageError for an output folder with something in it, or as `kind_of`, unless it is `own`, the run's place for
+    this."""
+    if output.absolute() != own.absolute() and kind_of(str(output), "--output") and not is_vacant(output):
         raise UsageError(f"{output}: exists already", "remove it, or name another with --output")
 
 

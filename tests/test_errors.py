@@ -37,10 +37,10 @@ from transformers import (
 
 from pissa_cli import inputs, recipe_file
 from pissa_cli.cli import edge
-from pissa_cli.errors import LAUNCHED
+from pissa_cli.errors import LAUNCHED, UsageError
 from pissa_cli.initialize import initialize
 from pissa_cli.rows import read_rows
-from pissa_cli.rundir import Run
+from pissa_cli.rundir import Run, require_free
 from pissa_cli.train import train
 from pissa_cli.weights import load_tensors
 
@@ -225,6 +225,34 @@ def test_targets(refused: Callable[..., str], models: Callable[[str], Path]) -> 
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in message
 
 
+def test_a_tilde_that_no_shell_has_written_out(
+    refused: Callable[..., str], models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as shells leave it in `--output=~/out` and `--set output=~/out`, and yaml in a recipe: the folder `~` here
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "recipe.yaml", "model: {name: ~/base}")
+    base, out = str(models("llama")), f"write it out: {Path.home()}/"
+    for command in (
+        ("init", "--model", base, "--output=~/out"),
+        ("init", "--model", base, "--set", "output=~/out"),
+        ("init", "--model", base, "--set", "output='~'"),
+        ("init", "--model=~/base"),
+        ("init", "recipe.yaml"),
+        ("train", "--model", base, "--set", "data.train=[~/a.jsonl, ~/b.jsonl]"),
+        ("eval", "--data", "gsm8k=~/rows.jsonl", "--set", f"model.name={base}"),
+        ("eval", "~/run"),
+        ("quantize", base, "--output=~/out"),
+    ):
+        message = refused(*command)
+        assert "~ stands for a folder in a shell alone" in message and out.rstrip("/") in message
+    with pytest.raises(UsageError, match="~ stands for"):  # of export, whose output is no key of the recipe
+        require_free(Path("~/out"), tmp_path / "exported")
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+    (tmp_path / "~").mkdir()  # but a file may be called so
+    write(tmp_path / "~" / "a.jsonl", "")
+    assert "no usable row" in refused("train", "--model", base, "--set", "data.train=./~/a.jsonl")
+
+
 def test_files_that_are_not_there(refused: Callable[..., str], models: Callable[[str], Path], tmp_path: Path) -> None:
     assert "no such recipe or run folder" in refused("train", "nothing.yaml")
     assert "did you mean 'gsm8k'" in refused("train", "gsm8")
@@ -248,11 +276,9 @@ def test_files_that_are_not_there(refused: Callable[..., str], models: Callable[
         (f"{tmp_path}/a.jsonl[:100]", f"name the whole file, {tmp_path}/a.jsonl; data.limit takes"),
         ("user/name[:100]", "id:subset:split; data.limit takes the first of its examples"),
         ("user/name,", "check the path"),
-        ("~/nothing.jsonl", f"write the folder out: {Path.home()}/nothing.jsonl"),
         ("https://host/rows.jsonl", "download it, and name the file"),
         ("https://host/datasets/user/name", "download it, and name the file"),
-        ("~/nothing", f"write the folder out: {Path.home()}/nothing"),
-        ("~nobody-here/rows.jsonl", "write the folder out: ~nobody-here/rows.jsonl"),
+        ("~nobody-here/rows.jsonl", "check the path"),
     ):
         assert advice in refused("train", "--model", models("llama"), "--set", f"data.train={names}")
     train = ("train", "--model", models("llama"), "--set")
