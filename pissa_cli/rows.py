@@ -20,6 +20,8 @@ from pissa_cli.paths import is_lfs_pointer, kind_of
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 LONGEST_CELL = 2**31 - 1
+SAVED = ("dataset_dict.json", "state.json")
+"""In a folder that `save_to_disk` of datasets has written, of several splits or of one."""
 SHEETS, PACKED = (".xlsx", ".xls", ".ods"), (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
@@ -82,7 +84,9 @@ def is_local(source: str) -> bool:
     if kind == "other":
         raise UsageError(f"{source}: not a file of data, but a pipe or device", "write its rows into a file first")
     if kind == "folder":
-        raise UsageError(f"{source}: a folder", f"name a file in it ({', '.join(SUFFIXES)})")
+        saved = any((path / name).is_file() for name in SAVED)
+        hint = f"have datasets write it anew: {_anew(path)}" if saved else f"name a file in it ({', '.join(SUFFIXES)})"
+        raise UsageError(f"{source}: a folder", hint)
     name, *rest = source.split(":")
     if "://" in source or Path(name).suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise _not_there(source)
@@ -103,14 +107,21 @@ def _not_rows(path: Path) -> UsageError:
     elif path.suffix in PACKED:
         hint = "unpack it"
     elif path.suffix == ".arrow":
-        hint = "have datasets write it anew: load_from_disk(FOLDER).to_json(FILE.jsonl)"
+        hint = f"have datasets write it anew: {_anew(path.parent)}"
     return UsageError(f"{path}: unknown kind of data file", hint)
+
+
+def _anew(folder: Path) -> str:
+    """Python that makes a file of a folder of `save_to_disk`."""
+    split = "['train']" if (folder / SAVED[0]).is_file() else ""
+    return f"load_from_disk({str(folder)!r}){split}.to_json({f'{folder.name}.jsonl'!r})"
 
 
 def _not_there(source: str) -> UsageError:
     """For what names no file: what to write in its place, if it names something else."""
     hint, parts = "check the path, which counts from the working directory", source.replace(",", " ").split()
-    files = sorted(glob.glob(source)) or [one for one in parts if all(map(os.path.isfile, parts))]  # noqa: PTH207
+    found = sorted(filter(os.path.isfile, glob.glob(source)))  # noqa: PTH207
+    files = found or [one for one in parts if all(map(os.path.isfile, parts))]
     if files:
         some = f"[{', '.join(files[:3])}{', ...' if len(files) > 3 else ''}]"
         hint = f"name one file; data.train and data.eval also take a list: {some}"

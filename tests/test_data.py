@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import EsmTokenizer, PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from pissa_cli.data import TEMPLATE, load_examples, question_prompt
 from pissa_cli.data_options import DataSection
 from pissa_cli.errors import UsageError
 from pissa_cli.examples import Examples, first_example
+from pissa_cli.rows import read_rows
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -243,6 +245,28 @@ def test_other_files_hold_the_same(suffix: str, tmp_path: Path, rows: Path, toke
     section = DataSection(limit=30)
     one, other = (load_examples(str(p), section, tokenizer, None) for p in (rows, path))
     assert len(one) == 30 and torch.equal(one.ids, other.ids) and torch.equal(one.targets, other.targets)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_datasets_has_saved_is_written_anew_as_the_hint_says(
+    several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = [{"instruction": f"say {number}", "output": str(number)} for number in range(3)]
+    saved = datasets.Dataset.from_list(content)
+    (datasets.DatasetDict({"train": saved}) if several else saved).save_to_disk(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="saved: a folder") as error:
+        list(read_rows("saved"))
+    assert error.value.hint is not None and "write it anew" in error.value.hint
+    eval(error.value.hint.partition(": ")[2], {"load_from_disk": datasets.load_from_disk})
+    assert [row for _, row in read_rows("saved.jsonl")] == content
+
+
+def test_a_link_to_nothing_is_no_file_to_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").symlink_to("moved.jsonl")
+    with pytest.raises(UsageError, match="no such data file") as error:
+        list(read_rows(str(tmp_path / "rows.jsonl")))
+    assert error.value.hint is not None and "name one file" not in error.value.hint
 
 
 def test_the_cache_is_by_content(
