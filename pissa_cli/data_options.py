@@ -76,10 +76,16 @@ class DataSection(Section):
     def _known_fields(self) -> DataSection:
         if self.glue is not None and self.columns:
             raise ValueError(f"columns: format {self.format} knows its columns; use format classification for others")
-        known = FIELDS.get(self.format, ()) + OPTIONAL_FIELDS.get(self.format, ())
+        needed = FIELDS.get(self.format, ())
+        known = needed + OPTIONAL_FIELDS.get(self.format, ())
         for name in self.columns:
             if name not in known:
                 raise ValueError(f"columns: format {self.format} has no field '{name}'; it has: {', '.join(known)}")
+        readers: dict[str, str] = {}
+        for name in dict.fromkeys((*needed, *self.columns)):
+            first = readers.setdefault(self.column(name), name)
+            if first != name:
+                raise ValueError(f"columns: '{self.column(name)}' is {first} and {name}; each field has its own column")
         if self.classifies and self.packing is True:
             raise ValueError("packing: texts that are classified are never packed; remove it")
         if self.template is not None:
