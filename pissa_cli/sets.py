@@ -26,7 +26,7 @@ def load_sets(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Say = lambda _: None
 ) -> tuple[Examples, Examples | None]:
     """(to train on, held out) as `data.train` and `data.eval` say; what is held out is used whole. say: as in
-    `load_examples`.
+    `load_examples`, and of held-out examples that are trained on.
 
     Raises UsageError as `load_examples`, and for a share of too few examples.
     """
@@ -37,7 +37,10 @@ def load_sets(
     if section.eval is None:
         return train, None
     whole = section.model_copy(update={"limit": None})
-    return train, load_sources(sources_of(section.eval), whole, recipe, tokenizer, say)
+    held_out = load_sources(sources_of(section.eval), whole, recipe, tokenizer, say)
+    if seen := int(torch.isin(_hashes(held_out), _hashes(train)).sum()):
+        say(f"data.eval: {seen:,} of {len(held_out):,} examples are trained on, too")
+    return train, held_out
 
 
 def load_held_out(
@@ -103,6 +106,12 @@ def num_held_out(num: int, share: float) -> int:
     return max(1, round(num * share))
 
 
+def _hashes(examples: Examples) -> Tensor:
+    """A number for each example, by its tokens."""
+    ids, offsets = examples.ids.numpy(), examples.offsets.tolist()
+    return torch.tensor([xxhash.xxh3_64_intdigest(ids[begin:end].data) >> 1 for begin, end in pairwise(offsets)])
+
+
 def _split(examples: Examples, share: float) -> tuple[Examples, Examples]:
     """(examples to train on, `share` of them that is held out).
 
@@ -110,9 +119,7 @@ def _split(examples: Examples, share: float) -> tuple[Examples, Examples]:
     later move few from one side to the other. An example that is there more often than the share has room for is passed
     over.
     """
-    ids, offsets = examples.ids.numpy(), examples.offsets.tolist()
-    hashes = [xxhash.xxh3_64_intdigest(ids[begin:end].data) >> 1 for begin, end in pairwise(offsets)]
-    groups, group_of, counts = torch.tensor(hashes).unique(return_inverse=True, return_counts=True)
+    groups, group_of, counts = _hashes(examples).unique(return_inverse=True, return_counts=True)
     taken, room = torch.zeros(len(groups), dtype=torch.bool), num_held_out(len(examples), share)
     for group, count in enumerate(counts.tolist()):
         if count <= room:

@@ -57,6 +57,17 @@ def test_sources_follow_each_other(tmp_path: Path, tokenizer: PreTrainedTokenize
     assert caught.value.hint == "all files of a list have the same columns: rename them in this one"
 
 
+def test_held_out_examples_that_are_trained_on_are_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    train = write(tmp_path / "a.jsonl", [row(number) for number in range(6)])
+    other = write(tmp_path / "b.jsonl", [row(9) | {"source": "same tokens"}, row(5), row(7), row(5)])
+    for held_out, limit, said in ((other, 6, ["2 of 4"]), (train, 4, ["4 of 6"]), (other, 5, []), ("30%", 6, [])):
+        lines: list[str] = []
+        load_sets(recipe(format="prompt", train=train, eval=held_out, limit=limit), tokenizer, lines.append)
+        assert [line for line in lines if "data.eval" in line] == [
+            f"data.eval: {share} examples are trained on, too" for share in said
+        ]
+
+
 def test_a_share_is_held_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [row(number) for number in range(200)]
     source = write(tmp_path / "rows.jsonl", [*rows, *rows[:50]])
