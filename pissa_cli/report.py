@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,18 @@ def mean_losses(metrics: Path) -> tuple[float, float, int]:
     return sum(losses[:few]) / few, sum(losses[-few:]) / few, few
 
 
-def read_metrics(metrics: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl with a step and a loss (None for a step that was left out). Damaged ones are no loss
-    to the model, and are left out."""
-    events = []
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-            numbers = [event["step"], event["loss"] or 0.0, event.get("eval_loss", 0.0)]
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            continue
-        if all(isinstance(number, int | float) and abs(number) < LARGEST for number in numbers):
-            events.append(event)
-    return events
+def read_metrics(metrics: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl with a step and a loss (None for a step that was left out), one by one. Damaged ones
+    are no loss to the model, and are left out."""
+    with metrics.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                event = json.loads(line)
+                numbers = [event["step"], event["loss"] or 0.0, event.get("eval_loss", 0.0)]
+            except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+                continue
+            if all(isinstance(number, int | float) and abs(number) < LARGEST for number in numbers):
+                yield event
 
 
 def draw_losses(runs: dict[str, Path], picture: Path) -> None:
@@ -39,7 +39,7 @@ def draw_losses(runs: dict[str, Path], picture: Path) -> None:
     figure, axes = drawing().subplots(figsize=(7, 4), dpi=120)
     for number, (name, metrics) in enumerate(runs.items()):
         label = name.replace("$", r"\$")  # between two of them would be a formula
-        events = read_metrics(metrics)
+        events = list(read_metrics(metrics))
         steps = [event["step"] for event in events]
         losses = [math.nan if event["loss"] is None else event["loss"] for event in events]
         axes.plot(steps, losses, color=f"C{number}", linewidth=1, label=f"{label}: training")

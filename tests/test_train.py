@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -400,6 +401,18 @@ def test_the_lowest_of_those_that_were_saved_is_kept(tmp_path: Path) -> None:
     for best_as_well, kept in ((True, ["step-2", "step-6"]), (False, ["step-6"])):
         remove_old(run, 1, best_as_well)
         assert sorted(folder.name for folder in run.checkpoints.iterdir()) == kept
+
+
+def test_a_checkpoint_takes_no_more_memory_after_a_day(tmp_path: Path) -> None:
+    """What the best one is asked for is read line by line: kept whole, a day's lines took 25 MB."""
+    run = Run(tmp_path)
+    line = '{"step": %d, "loss": 1.0, "lr": 1e-05, "grad_norm": 1.0, "tokens": 500, "seconds": 1.0}\n'
+    run.metrics.write_text("".join(line % step for step in range(1, 17281)) + '{"step": 9, "loss": 1, "eval_loss": 2}')
+    tracemalloc.start()
+    assert lowest_held_out(run) == (9, 2)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**18
 
 
 def test_a_diverging_run_stops_with_a_reason(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
