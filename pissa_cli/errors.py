@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+MOST_NAMES, FEW_NAMES = 10, 5
 
 LAUNCHED = "PISSA_LAUNCHED"
 """In the processes that `pissa train --processes` starts, the file that tells it of their first failure."""
@@ -52,3 +55,15 @@ def first_line(error: BaseException, said: str | None = None) -> str:
 def in_one_line(error: BaseException) -> str:
     """The first 300 characters of what an error says, white space as spaces; its kind where that is nothing."""
     return re.sub(r"\s+", " ", str(error)).strip()[:300] or type(error).__name__
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names with commas; of many the first few, and how many there are."""
+    if len(names) <= MOST_NAMES:
+        return ", ".join(map(escaped, names))
+    return f"{', '.join(map(escaped, names[:FEW_NAMES]))}, ... ({len(names)})"
+
+
+def escaped(text: str) -> str:
+    """A text in one line, with what cannot be printed as Python escapes it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

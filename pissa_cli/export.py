@@ -11,25 +11,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters import pissa
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, as_lora, balanced
-from pissa_cli.answer_ends import unknown_ends
-from pissa_cli.card import model_card
+from pissa_cli.base.loading import load_tokenizer
+from pissa_cli.base.model import Linear, best_device, head_names, linear_layers, skeleton
+from pissa_cli.base.peft_files import PeftWriter, peft_config, peft_targets, rank_of, read_peft, reader_of
+from pissa_cli.base.side_files import copy_tokenizer
+from pissa_cli.base.weights import open_weights
 from pissa_cli.errors import UsageError
-from pissa_cli.loading import load_tokenizer
-from pissa_cli.model import Linear, best_device, head_names, linear_layers, skeleton
-from pissa_cli.peft_files import PeftWriter, peft_config, peft_targets, rank_of, read_peft, reader_of
-from pissa_cli.probes import logit_difference, probe_logits
-from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import require_free, whole_folder, write_text
-from pissa_cli.serving import check_served
-from pissa_cli.side_files import copy_tokenizer
-from pissa_cli.started import open_run, read_start, require_plain_base
-from pissa_cli.svd import SVD
-from pissa_cli.trained import load_with, read_result
-from pissa_cli.weights import open_weights
+from pissa_cli.files import whole_folder, write_text
+from pissa_cli.matrices.svd import SVD
+from pissa_cli.outputs.answer_ends import unknown_ends
+from pissa_cli.outputs.card import model_card
+from pissa_cli.outputs.probes import logit_difference, probe_logits
+from pissa_cli.outputs.serving import check_served
+from pissa_cli.outputs.trained import load_with, read_result
+from pissa_cli.run.rundir import require_free
+from pissa_cli.run.started import open_run, read_start, require_plain_base
+from pissa_cli.schema.adapter_options import FullOptions
+from pissa_cli.schema.recipe import Recipe
 
 
 def export_lora(

@@ -13,28 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa_cli import __version__, quant
-from pissa_cli.adapter_options import FullOptions, ScaledBase
+from pissa_cli import __version__
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Adapter, Factors, Layer, Start
+from pissa_cli.base.folder import local_base
+from pissa_cli.base.integrity import hashes, require_finite, sealed, settings_hash
+from pissa_cli.base.model import SMALL_FILES, Linear, best_device, resolve_base
+from pissa_cli.base.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config
+from pissa_cli.base.plan import Plan, make_plan
+from pissa_cli.base.ranks import with_auto_ranks
+from pissa_cli.base.side_files import write_nf4_config
+from pissa_cli.base.weights import Fingerprint, ShardWriter, Weights, fingerprint, open_weights
 from pissa_cli.errors import PissaError
-from pissa_cli.inputs import local_base, require_place
-from pissa_cli.integrity import hashes, require_finite, sealed, settings_hash
-from pissa_cli.model import SMALL_FILES, Linear, best_device, resolve_base
-from pissa_cli.panels import converted, minus, minus_product
-from pissa_cli.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config
-from pissa_cli.pipeline import in_flight, in_order
-from pissa_cli.plan import Plan, make_plan
+from pissa_cli.files import whole_folder, write_json, write_text
+from pissa_cli.matrices import quant
+from pissa_cli.matrices.panels import converted, minus, minus_product
+from pissa_cli.matrices.pipeline import in_flight, in_order
+from pissa_cli.matrices.svd import frobenius_norm, nuclear_norm
 from pissa_cli.process import keep_freed_memory, release_freed_memory
-from pissa_cli.ranks import with_auto_ranks
-from pissa_cli.reached import start_of
-from pissa_cli.recipe import Recipe
-from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import Run, run_of, whole_folder, write_json, write_text
-from pissa_cli.side_files import write_nf4_config
-from pissa_cli.started import FORMAT, frozen_base, open_run, require_init
-from pissa_cli.svd import frobenius_norm, nuclear_norm
-from pissa_cli.weights import Fingerprint, ShardWriter, Weights, fingerprint, open_weights
+from pissa_cli.run.inputs import require_place
+from pissa_cli.run.reached import start_of
+from pissa_cli.run.rundir import Run, run_of
+from pissa_cli.run.started import FORMAT, frozen_base, open_run, require_init
+from pissa_cli.schema.adapter_options import FullOptions, ScaledBase
+from pissa_cli.schema.recipe import Recipe
+from pissa_cli.schema.recipe_file import dump
 
 START_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 Progress = Callable[[int, int, str], None]

@@ -10,24 +10,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
-from pissa_cli.answer_ends import write_answer_ends
-from pissa_cli.card import model_card
-from pissa_cli.dense import dense_tensors, written_name
+from pissa_cli.base.experts import holders_of_3d_weights
+from pissa_cli.base.integrity import SEAL, model_facts, read_settings, sealed
+from pissa_cli.base.loading import load_model, load_tokenizer
+from pissa_cli.base.model import DTYPES, best_device, skeleton
+from pissa_cli.base.side_files import copy_side_files, task_settings
+from pissa_cli.base.weights import ShardWriter, open_weights
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.experts import holders_of_3d_weights
+from pissa_cli.files import whole_folder, write_json, write_text
 from pissa_cli.initialize import Progress
-from pissa_cli.integrity import SEAL, model_facts, read_settings, sealed
-from pissa_cli.loading import load_model, load_tokenizer
-from pissa_cli.model import DTYPES, best_device, skeleton
-from pissa_cli.probes import logit_difference, outputs_rounded, probe_logits, relative_difference, typical_difference
-from pissa_cli.recipe import Recipe
-from pissa_cli.rundir import PROVENANCE, require_free, whole_folder, write_json, write_text
-from pissa_cli.side_files import copy_side_files, task_settings
-from pissa_cli.started import open_run
-from pissa_cli.trained import full_folder, load_with, read_result, trained_facts
-from pissa_cli.weights import ShardWriter, open_weights
+from pissa_cli.outputs.answer_ends import write_answer_ends
+from pissa_cli.outputs.card import model_card
+from pissa_cli.outputs.dense import dense_tensors, written_name
+from pissa_cli.outputs.probes import (
+    logit_difference,
+    outputs_rounded,
+    probe_logits,
+    relative_difference,
+    typical_difference,
+)
+from pissa_cli.outputs.trained import full_folder, load_with, read_result, trained_facts
+from pissa_cli.run.rundir import PROVENANCE, require_free
+from pissa_cli.run.started import open_run
+from pissa_cli.schema.adapter_options import FullOptions
+from pissa_cli.schema.recipe import Recipe
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest ||difference of logits|| / ||logits|| that merged weights, or products, of this dtype explain in any."""

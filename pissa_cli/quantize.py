@@ -13,27 +13,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli import int4, quant
-from pissa_cli.adapter_options import FullOptions
 from pissa_cli.adapters.start import Adapter
-from pissa_cli.answer_ends import write_answer_ends
-from pissa_cli.card import model_card
-from pissa_cli.data_options import held_out_sources
-from pissa_cli.dense import dense_tensors, rounded, written_name
+from pissa_cli.base.integrity import read_settings, require_finite
+from pissa_cli.base.loading import load_model, load_tokenizer, require_tensors
+from pissa_cli.base.model import Linear, best_device, head_names, linear_layers, read_weight, skeleton
+from pissa_cli.base.plan import require_packable, require_same_layout
+from pissa_cli.base.side_files import keep_problem_type, task_of, write_4bit_config, write_nf4_config
+from pissa_cli.base.weights import ShardWriter, Weights, open_weights
+from pissa_cli.data.rows import is_local
 from pissa_cli.errors import UsageError
+from pissa_cli.files import whole_folder, write_text
 from pissa_cli.initialize import Progress
-from pissa_cli.integrity import read_settings, require_finite
-from pissa_cli.loading import load_model, load_tokenizer, require_tensors
-from pissa_cli.model import Linear, best_device, head_names, linear_layers, read_weight, skeleton
-from pissa_cli.plan import require_packable, require_same_layout
-from pissa_cli.probes import logit_difference, perplexity, probe_logits
-from pissa_cli.recipe import Recipe
-from pissa_cli.rows import is_local
-from pissa_cli.rundir import require_free, run_of, whole_folder, write_text
-from pissa_cli.side_files import keep_problem_type, task_of, write_4bit_config, write_nf4_config
-from pissa_cli.svd import frobenius_norm
-from pissa_cli.trained import full_folder, load_with, read_result
-from pissa_cli.weights import ShardWriter, Weights, open_weights
+from pissa_cli.matrices import quant
+from pissa_cli.matrices.svd import frobenius_norm
+from pissa_cli.outputs import int4
+from pissa_cli.outputs.answer_ends import write_answer_ends
+from pissa_cli.outputs.card import model_card
+from pissa_cli.outputs.dense import dense_tensors, rounded, written_name
+from pissa_cli.outputs.probes import logit_difference, perplexity, probe_logits
+from pissa_cli.outputs.trained import full_folder, load_with, read_result
+from pissa_cli.run.rundir import require_free, run_of
+from pissa_cli.schema.adapter_options import FullOptions
+from pissa_cli.schema.data_options import held_out_sources
+from pissa_cli.schema.recipe import Recipe
 
 DENSE = "leave it in 16 bits: pissa merge"
 

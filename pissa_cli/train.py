@@ -14,10 +14,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from pissa_cli.adapter_options import FullOptions
-from pissa_cli.assembly import assemble
-from pissa_cli.batches import padding
-from pissa_cli.checkpoint import (
+from pissa_cli.base.loading import load_model
+from pissa_cli.data.examples import Examples
+from pissa_cli.errors import Interrupted
+from pissa_cli.files import locked, write_text
+from pissa_cli.initialize import Progress
+from pissa_cli.outputs.result import write_result
+from pissa_cli.process import keep_freed_memory, peak_memory, process_state, stop_signals
+from pissa_cli.run.reached import resume_hint, sections_of
+from pissa_cli.run.report import draw_losses
+from pissa_cli.run.rundir import PICTURE, Run, clear_leftovers, run_of
+from pissa_cli.run.started import require_base
+from pissa_cli.schema.adapter_options import FullOptions
+from pissa_cli.schema.recipe import Recipe, TrainSection
+from pissa_cli.schema.recipe_file import dump
+from pissa_cli.training.assembly import assemble
+from pissa_cli.training.batches import padding
+from pissa_cli.training.checkpoint import (
     lowest_held_out,
     remove_old,
     restore_checkpoint,
@@ -25,24 +38,12 @@ from pissa_cli.checkpoint import (
     trained_values,
     whole_checkpoint,
 )
-from pissa_cli.errors import Interrupted
-from pissa_cli.examples import Examples
-from pissa_cli.faults import Faults
-from pissa_cli.initialize import Progress
-from pissa_cli.loading import load_model
-from pissa_cli.optim import learning_rate
-from pissa_cli.prepare import prepare
-from pissa_cli.process import keep_freed_memory, peak_memory, process_state, stop_signals
-from pissa_cli.reached import resume_hint, sections_of
-from pissa_cli.recipe import Recipe, TrainSection
-from pissa_cli.recipe_file import dump
-from pissa_cli.report import draw_losses
-from pissa_cli.result import write_result
-from pissa_cli.rundir import PICTURE, Run, clear_leftovers, locked, run_of, write_text
-from pissa_cli.sharding import asked_by_accelerate
-from pissa_cli.started import require_base
-from pissa_cli.steps import step_examples
-from pissa_cli.trainer import Trainer, evaluate_loss, form_gradients, tell_idle, update
+from pissa_cli.training.faults import Faults
+from pissa_cli.training.optim import learning_rate
+from pissa_cli.training.prepare import prepare
+from pissa_cli.training.sharding import asked_by_accelerate
+from pissa_cli.training.steps import step_examples
+from pissa_cli.training.trainer import Trainer, evaluate_loss, form_gradients, tell_idle, update
 
 Watch = Callable[[dict[str, Any]], None]
 """Called with what goes to metrics.jsonl, and with {"note": text} for what the person watching should know."""

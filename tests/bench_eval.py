@@ -25,14 +25,14 @@ import transformers
 from peft import AutoPeftModelForCausalLM
 
 import pissa_cli
-from pissa_cli.data import question_prompt
+from pissa_cli.base.loading import load_tokenizer
+from pissa_cli.base.model import DTYPES, best_device
+from pissa_cli.data.rows import read_rows
+from pissa_cli.data.tokenize import question_prompt
 from pissa_cli.evals.generate import generate
-from pissa_cli.loading import load_tokenizer
-from pissa_cli.model import DTYPES, best_device
-from pissa_cli.recipe_file import load
-from pissa_cli.rows import read_rows
-from pissa_cli.rundir import run_of
-from pissa_cli.trained import load_result
+from pissa_cli.outputs.trained import load_result
+from pissa_cli.run.rundir import run_of
+from pissa_cli.schema.recipe_file import load
 
 REPEATS = 3
 BATCH = 32

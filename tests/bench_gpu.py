@@ -29,16 +29,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.liger import apply_liger_kernel
 
-from pissa_cli import quant
 from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
-from pissa_cli.attach import checkpoint_activations, forget_shared, join_gates, share_inputs
-from pissa_cli.kernels import LIGER as LIGER_PARTS
-from pissa_cli.kernels import compile_blocks
-from pissa_cli.loss import IGNORED, summed_loss
-from pissa_cli.pipeline import in_flight, in_order
-from pissa_cli.svd import truncated_svd
+from pissa_cli.base.attach import checkpoint_activations, forget_shared, join_gates, share_inputs
+from pissa_cli.matrices import quant
+from pissa_cli.matrices.pipeline import in_flight, in_order
+from pissa_cli.matrices.svd import truncated_svd
+from pissa_cli.training.kernels import LIGER as LIGER_PARTS
+from pissa_cli.training.kernels import compile_blocks
+from pissa_cli.training.loss import IGNORED, summed_loss
 
 SMALL = "--small" in sys.argv
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
+from pissa_cli.matrices.quant import Packed, Store, packable, read
+from pissa_cli.matrices.svd import truncated_svd
 from pissa_cli.process import keep_freed_memory
-from pissa_cli.quant import Packed, Store, packable, read
-from pissa_cli.svd import truncated_svd
 
 RANKS = (16, 64, 128)
 LLAMA_110M = [(768, 768)] * 4 + [(2048, 768)] * 2 + [(768, 2048)]

@@ -55,7 +55,7 @@ def llama_110m(folder: Path, tokenizer: Path) -> Path:
 
 
 def ours(model: str, rows: str, examples: int, folder: Path) -> dict[str, Any]:
-    from pissa_cli.recipe_file import load
+    from pissa_cli.schema.recipe_file import load
     from pissa_cli.train import train
 
     sets = [f"model.name={model}", f"output={folder}", f"data.train={rows}", f"data.limit={examples}"]
@@ -73,10 +73,10 @@ def peer(model: str, rows: str, examples: int, folder: Path, grouped: bool) -> d
     import peft
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    from pissa_cli.data import load_examples
-    from pissa_cli.loading import load_tokenizer
-    from pissa_cli.recipe_file import load
-    from pissa_cli.steps import step_examples
+    from pissa_cli.base.loading import load_tokenizer
+    from pissa_cli.data.tokenize import load_examples
+    from pissa_cli.schema.recipe_file import load
+    from pissa_cli.training.steps import step_examples
 
     sets = [f"model.name={model}", f"data.train={rows}", f"data.limit={examples}", f"train.batch_size={BATCH}"]
     sets += ["data.columns={instruction: question, output: answer}", f"data.max_length={MAX_LENGTH}"]

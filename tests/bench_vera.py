@@ -36,10 +36,10 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa_cli.adapters.lowrank import LowRank
 from pissa_cli.adapters.start import Factors, Projections
-from pissa_cli.attach import join_gates, share_inputs
-from pissa_cli.loss import summed_loss
+from pissa_cli.base.attach import join_gates, share_inputs
+from pissa_cli.matrices.products import has_fast_bf16
 from pissa_cli.process import keep_freed_memory
-from pissa_cli.products import has_fast_bf16
+from pissa_cli.training.loss import summed_loss
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

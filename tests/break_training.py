@@ -29,11 +29,11 @@ import transformers.models.llama.modeling_llama  # noqa: F401  all of them here,
 from forks import forked
 
 import pissa_cli.train
+from pissa_cli.base.weights import load_tensors
 from pissa_cli.cli.edge import run_guarded
-from pissa_cli.recipe import Recipe
-from pissa_cli.recipe_file import load
-from pissa_cli.rundir import Run
-from pissa_cli.weights import load_tensors
+from pissa_cli.run.rundir import Run
+from pissa_cli.schema.recipe import Recipe
+from pissa_cli.schema.recipe_file import load
 
 DEMO = Path(pissa_cli.train.__file__).parent / "demo"
 SETS = (

@@ -27,8 +27,8 @@ import torch
 import transformers
 
 import pissa_cli
+from pissa_cli.data.rows import Row, read_rows
 from pissa_cli.evals import competition_math, gsm8k, humaneval, mbpp
-from pissa_cli.rows import Row, read_rows
 
 SWAPPED: dict[type, type] = {
     ast.Add: ast.Sub,

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pissa_cli.report import draw_losses
+from pissa_cli.run.report import draw_losses
 
 RATES = {"pissa": ("2e-3", "4e-3", "8e-3"), "lora": ("4e-3", "8e-3", "1.6e-2")}
 

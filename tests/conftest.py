@@ -35,9 +35,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-import pissa_cli.layer_report  # before anything is put in the place of what it takes from report
-import pissa_cli.report
-from pissa_cli.recipe_file import load
+import pissa_cli.outputs.layer_report  # before anything is put in the place of what it takes from report
+import pissa_cli.run.report
+from pissa_cli.schema.recipe_file import load
 
 pytest_plugins = ["classifiers"]
 
@@ -139,9 +139,9 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the token cache of the tests out of the user's."""
-    import pissa_cli.sets
+    import pissa_cli.data.sets
 
-    pytest.MonkeyPatch().setattr(pissa_cli.sets, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
+    pytest.MonkeyPatch().setattr(pissa_cli.data.sets, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
 
 
 @pytest.fixture(autouse=True)
@@ -150,10 +150,10 @@ def _unrendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if "rendered" not in request.fixturenames:
 
         def save(figure: Any, picture: Path) -> None:
-            pissa_cli.report.drawing().close(figure)
+            pissa_cli.run.report.drawing().close(figure)
             picture.touch()
 
-        monkeypatch.setattr(pissa_cli.report, "save_picture", save)
+        monkeypatch.setattr(pissa_cli.run.report, "save_picture", save)
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from pissa_cli import sets
 from pissa_cli.__main__ import main
+from pissa_cli.data import sets
 from pissa_cli.process import process_state
-from pissa_cli.rundir import Run
+from pissa_cli.run.rundir import Run
 from pissa_cli.train import train
 
 

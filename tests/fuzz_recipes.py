@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import yaml
 from hypothesis import strategies as st
 
-from pissa_cli.other_tools import SYNONYMS
-from pissa_cli.recipe_errors import ADAPTER_OPTIONS, SECTIONS
-from pissa_cli.recipe_file import shipped
+from pissa_cli.schema.other_tools import SYNONYMS
+from pissa_cli.schema.recipe_errors import ADAPTER_OPTIONS, SECTIONS
+from pissa_cli.schema.recipe_file import shipped
 
 Pairs = list[tuple[str, Any]]
 """A mapping as YAML text would have it: keys and values are text to write as it is, values may be Pairs again."""
@@ -227,7 +227,7 @@ def _copy(pairs: Pairs) -> Pairs:
 
 
 def _keys() -> dict[str, list[str]]:
-    from pissa_cli.recipe import Recipe as Schema
+    from pissa_cli.schema.recipe import Recipe as Schema
 
     found: dict[str, list[str]] = {"": ["use", *Schema.model_fields]}
     for name in SECTIONS:

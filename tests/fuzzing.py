@@ -154,9 +154,9 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 def outside(paths: list[str], output: Path | None) -> list[str]:
     """Those of the written paths that are not the output folder, in it, on the way to it, or staged beside it as a
     temporary folder that takes its name in the end; the cache of tokens is nobody's loss either."""
-    import pissa_cli.sets
+    import pissa_cli.data.sets
 
-    roots = [os.devnull, pissa_cli.sets.HF_HOME]
+    roots = [os.devnull, pissa_cli.data.sets.HF_HOME]
     if output is not None:
         whole = output.resolve()
         roots += [str(whole), f"{whole.parent}/.{whole.name}.aside", f"{whole.parent}/.{whole.name}.lock"]

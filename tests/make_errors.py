@@ -13,31 +13,32 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 AREAS = {
     "Any command": "errors cli.edge",
-    "Recipe and flags": "yamlfile recipe_file recipe_errors other_tools recipe adapter_options data_options cli",
-    "Base model": "inputs model configuration loading weights tensor_names plan attach ranks experts side_files heads",
-    "Data": "data sets columns rows examples chat messages turns classification",
-    "Run folder": "rundir paths integrity initialize started reached checkpoint trained result peft_files optim",
-    "Training": "train assembly trainer demo prepare guards kernels launch faults sharding zero process",
+    "Recipe and flags": "schema cli",
+    "Base model": "base",
+    "Data": "data",
+    "Run folder": "run files paths initialize base.integrity base.peft_files training.checkpoint training.optim "
+    "outputs.trained outputs.result",
+    "Training": "train training process demo",
     "Evaluation": "evals",
-    "Merge, quantize, export": "merge quantize dense export serving int4 probes card",
-    "Upload": "hub",
+    "Merge, quantize, export": "merge quantize export outputs",
+    "Upload": "outputs.hub",
 }
 """By the modules that say them."""
-IN_MESSAGE = ("recipe", "adapter_options", "data_options")
+IN_MESSAGE = ("schema.recipe", "schema.adapter_options", "schema.data_options")
 """Their ValueErrors are messages on a recipe's keys, with the remedy in them; those of IN_ROWS are on a row of data."""
-IN_ROWS = ("data", "rows", "chat", "messages", "turns", "classification")
+IN_ROWS = tuple(f"data.{name}" for name in ("tokenize", "rows", "chat", "messages", "turns", "classification"))
 RETURNED = {
-    "recipe_errors": ("messages", "_unknown_key"),
-    "classification": ("encode_classified",),
-    "rows": ("_file_rows", "_json_lines", "_json_list"),
+    "schema.recipe_errors": ("messages", "_unknown_key"),
+    "data.classification": ("encode_classified",),
+    "data.rows": ("_file_rows", "_json_lines", "_json_list"),
 }
 NOTED = {
     "cli.evaluate": ("_notes",),
-    "examples": ("notes",),
-    "guards": ("schedule_change",),
-    "heads": ("head_note",),
-    "report": ("left_without_adapter", "left_by_peft"),
-    "classification": ("class_counts",),
+    "data.examples": ("notes",),
+    "training.guards": ("schedule_change",),
+    "base.heads": ("head_note",),
+    "run.report": ("left_without_adapter", "left_by_peft"),
+    "data.classification": ("class_counts",),
     "evals.gsm8k": ("other_form",),
 }
 """Functions that give messages, or notes, back."""
@@ -103,7 +104,7 @@ class Message:
 def page() -> str:
     """The whole of docs/errors.md."""
     lines, found = [INTRO], messages()
-    for area, modules in AREAS.items():
+    for area in AREAS:
         own = [message for message in found if message.code is not None and area_of(message.module) == area]
         lines += [f"## {area}\n"]
         if area in SECTION_NOTES:
@@ -111,7 +112,7 @@ def page() -> str:
         lines += ["| message | what to do | exit |", "|---|---|---|"]
         lines += [f"| {_cell(one.text)} | {_cell(one.hint)} | {one.code} |" for one in dict.fromkeys(own)]
         lines += [""]
-        reasons = [one for one in found if one.code is None and one.module in modules.split() and one.hint == "row"]
+        reasons = [one for one in found if one.hint == "row" and area_of(one.module) == area]
         if reasons:
             lines += ["Rows that cannot be used are counted and named, and the rest is used; why:\n"]
             lines += [f"- {_cell(one.text)}" for one in dict.fromkeys(reasons)] + [""]
@@ -122,7 +123,7 @@ def page() -> str:
 
 
 def area_of(module: str) -> str:
-    """The area of a module: that of the longest name in AREAS that it is or begins with."""
+    """The area of a module: that of the longest name in AREAS that it is or lies in."""
     owners = {name: area for area, modules in AREAS.items() for name in modules.split()}
     fitting = [name for name in owners if module == name or module.startswith(f"{name}.")]
     assert fitting, f"{module} has messages: give it an area in tests/make_errors.py"

@@ -67,7 +67,7 @@ STEPS = 3
 CHILD = """
 import json, sys
 from pissa_cli.process import peak_memory
-from pissa_cli.recipe_file import load
+from pissa_cli.schema.recipe_file import load
 from pissa_cli.train import train
 recipe, before = load(None, {}, sys.argv[1:]).recipe, peak_memory()
 print(json.dumps({"libraries": before} | train(recipe)))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pissa_cli.svd import truncated_svd
+from pissa_cli.matrices.svd import truncated_svd
 
 RANKS = (16, 64)
 

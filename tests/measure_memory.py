@@ -39,7 +39,7 @@ import json, sys, time
 import accelerate, bitsandbytes, torch, transformers
 import pissa_cli.train
 from pissa_cli.initialize import initialize
-from pissa_cli.recipe_file import load
+from pissa_cli.schema.recipe_file import load
 from pissa_cli.process import peak_memory
 recipe = load(None, {}, sys.argv[1:]).recipe
 from bitsandbytes import functional
@@ -54,9 +54,9 @@ def make_model(folder: Path, config: dict[str, object] = CONFIG, shard_bytes: in
     """Write random bf16 weights shard by shard; returns the number of parameters."""
     import torch
 
-    from pissa_cli import weights
-    from pissa_cli.model import skeleton
-    from pissa_cli.recipe import ModelSection
+    from pissa_cli.base import weights
+    from pissa_cli.base.model import skeleton
+    from pissa_cli.schema.recipe import ModelSection
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -19,10 +19,10 @@ from bitsandbytes import functional
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer
-from pissa_cli.quant import Packed, Store, pack
+from pissa_cli.matrices import quant
+from pissa_cli.matrices.quant import Packed, Store, pack
 
 RANKS = (16, 64)
 PASSES = 5

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from pissa_cli.rundir import Run
-from pissa_cli.weights import load_tensors
+from pissa_cli.base.weights import load_tensors
+from pissa_cli.run.rundir import Run
 
 BASE = ("model.bits=32", "adapter.rank=4", "train.lr=0.005", "train.batch_size=8", "train.micro_batch_size=4")
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from pissa_cli.data.examples import Examples
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals import code, competition_math, held_out, humaneval, mbpp, results
 from pissa_cli.evals import run as module
@@ -24,8 +25,7 @@ from pissa_cli.evals.outputs import Kept, read_samples
 from pissa_cli.evals.published import published
 from pissa_cli.evals.results import score_samples
 from pissa_cli.evals.run import evaluate
-from pissa_cli.examples import Examples
-from pissa_cli.glue import SETS
+from pissa_cli.schema.glue import SETS
 from pissa_cli.train import train
 
 EQUAL = [

@@ -10,10 +10,10 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pissa_cli.chat import encode_chats
-from pissa_cli.data import load_examples, question_prompt
-from pissa_cli.data_options import DataSection
-from pissa_cli.examples import Encoded
+from pissa_cli.data.chat import encode_chats
+from pissa_cli.data.examples import Encoded
+from pissa_cli.data.tokenize import load_examples, question_prompt
+from pissa_cli.schema.data_options import DataSection
 
 BLANK = "\u2581"
 VICUNA = (

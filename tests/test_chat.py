@@ -11,16 +11,16 @@ import pandas
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pissa_cli import chat
-from pissa_cli.answer_ends import unknown_ends, write_answer_ends
-from pissa_cli.chat import encode_chats, end_of_turn, unlearned_prompt
-from pissa_cli.data import load_examples, question_prompt
-from pissa_cli.data_options import DataSection
+from pissa_cli.base.loading import load_tokenizer
+from pissa_cli.base.side_files import copy_side_files, copy_tokenizer
+from pissa_cli.data import chat
+from pissa_cli.data.chat import encode_chats, end_of_turn, unlearned_prompt
+from pissa_cli.data.tokenize import load_examples, question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.evals.generate import special_stops
-from pissa_cli.loading import load_tokenizer
-from pissa_cli.recipe import ModelSection, Recipe
-from pissa_cli.side_files import copy_side_files, copy_tokenizer
+from pissa_cli.outputs.answer_ends import unknown_ends, write_answer_ends
+from pissa_cli.schema.data_options import DataSection
+from pissa_cli.schema.recipe import ModelSection, Recipe
 
 SECTION = DataSection(format="chat")
 PLAIN = (

@@ -35,19 +35,19 @@ from transformers import (
     XLNetConfig,
 )
 
-from pissa_cli.batches import collate
-from pissa_cli.data import load_examples
+from pissa_cli.base.heads import require_order
+from pissa_cli.base.loading import load_model
+from pissa_cli.base.plan import make_plan
+from pissa_cli.data.examples import Examples
+from pissa_cli.data.tokenize import load_examples
 from pissa_cli.errors import UsageError
-from pissa_cli.examples import Examples
-from pissa_cli.guards import require_padding_unseen, runs_in_bf16
-from pissa_cli.heads import require_order
+from pissa_cli.files import read_json, write_json
 from pissa_cli.initialize import initialize
-from pissa_cli.loading import load_model
-from pissa_cli.loss import summed_loss
-from pissa_cli.plan import make_plan
-from pissa_cli.rundir import read_json, write_json
+from pissa_cli.outputs.trained import load_result
 from pissa_cli.train import train
-from pissa_cli.trained import load_result
+from pissa_cli.training.batches import collate
+from pissa_cli.training.guards import require_padding_unseen, runs_in_bf16
+from pissa_cli.training.loss import summed_loss
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from pissa_cli.data.examples import Examples
 from pissa_cli.evals import classify
-from pissa_cli.examples import Examples
 from pissa_cli.train import train
 
 

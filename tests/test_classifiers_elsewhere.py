@@ -16,13 +16,13 @@ from conftest import MOE_CONFIGS, Outcome, exact_scales, save_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Gemma3TextConfig, pipeline
 
-from pissa_cli.configuration import read_config
+from pissa_cli.base.configuration import read_config
+from pissa_cli.base.loading import load_model
+from pissa_cli.base.side_files import copy_side_files, copy_tokenizer
 from pissa_cli.errors import UsageError
-from pissa_cli.loading import load_model
-from pissa_cli.rundir import read_json
-from pissa_cli.side_files import copy_side_files, copy_tokenizer
+from pissa_cli.files import read_json
+from pissa_cli.outputs.trained import load_result
 from pissa_cli.train import train
-from pissa_cli.trained import load_result
 
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))
@@ -251,8 +251,8 @@ def test_full_fine_tuning_names_the_class_as_it_was_before_sharding(
 
 
 def test_a_tokenizer_of_sentencepiece_alone_is_named(encoders: Callable[[str], Path], tmp_path: Path) -> None:
-    from pissa_cli.loading import load_tokenizer
-    from pissa_cli.recipe import ModelSection, Recipe
+    from pissa_cli.base.loading import load_tokenizer
+    from pissa_cli.schema.recipe import ModelSection, Recipe
 
     if importlib.util.find_spec("sentencepiece") is not None:
         pytest.skip("sentencepiece is installed")

@@ -33,16 +33,16 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.attach import lowrank_layers
+from pissa_cli.base.attach import lowrank_layers
+from pissa_cli.base.experts import expert_layers, expert_weight, part_of
+from pissa_cli.base.model import linear_layers, match_targets, skeleton
+from pissa_cli.base.plan import _without_adapter, make_plan
 from pissa_cli.errors import UsageError
-from pissa_cli.experts import expert_layers, expert_weight, part_of
 from pissa_cli.export import export_lora
 from pissa_cli.merge import merge
-from pissa_cli.model import linear_layers, match_targets, skeleton
-from pissa_cli.plan import _without_adapter, make_plan
-from pissa_cli.rundir import Run
+from pissa_cli.outputs.trained import load_result
+from pissa_cli.run.rundir import Run
 from pissa_cli.train import train
-from pissa_cli.trained import load_result
 
 Make = Callable[..., Any]
 STORES = {

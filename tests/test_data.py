@@ -16,12 +16,12 @@ import pytest
 import torch
 from transformers import EsmTokenizer, PreTrainedTokenizerBase
 
-from pissa_cli import data as module
-from pissa_cli.data import TEMPLATE, load_examples, question_prompt
-from pissa_cli.data_options import DataSection
+from pissa_cli.data import tokenize as module
+from pissa_cli.data.examples import Examples, first_example
+from pissa_cli.data.rows import read_rows
+from pissa_cli.data.tokenize import TEMPLATE, load_examples, question_prompt
 from pissa_cli.errors import UsageError
-from pissa_cli.examples import Examples, first_example
-from pissa_cli.rows import read_rows
+from pissa_cli.schema.data_options import DataSection
 
 
 def write(path: Path, rows: list[Any]) -> str:

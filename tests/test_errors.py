@@ -35,14 +35,15 @@ from transformers import (
     XmodForCausalLM,
 )
 
-from pissa_cli import inputs, recipe_file
+from pissa_cli.base.weights import load_tensors
 from pissa_cli.cli import edge
+from pissa_cli.data import columns
+from pissa_cli.data.rows import read_rows
 from pissa_cli.errors import LAUNCHED, UsageError
 from pissa_cli.initialize import initialize
-from pissa_cli.rows import read_rows
-from pissa_cli.rundir import Run, require_free
+from pissa_cli.run.rundir import Run, require_free
+from pissa_cli.schema import recipe_file
 from pissa_cli.train import train
-from pissa_cli.weights import load_tensors
 
 Pissa = Callable[..., Outcome]
 
@@ -353,7 +354,7 @@ def test_a_shard_that_fails(refused: Callable[..., str], models: Callable[[str],
 def test_what_is_wrong_with_the_adapter_costs_no_tokenization(
     refused: Callable[..., str], models: Callable[[str], Path], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pissa_cli.prepare.load_sets", lambda *_: pytest.fail("tokenized"))
+    monkeypatch.setattr("pissa_cli.training.prepare.load_sets", lambda *_: pytest.fail("tokenized"))
     words = ["train", "--model", models("llama"), "--set", f"data.train={rows}"]
     assert "adapter.rank" in refused(*words, "--rank", "4096")
     assert "adapter.targets" in refused(*words, "--set", "adapter.targets=[q_prj]")
@@ -726,7 +727,7 @@ def test_files_are_looked_at_once(
 ) -> None:
     """A json file has to be read in whole for it: not again by each of the processes that a command starts."""
     looked: list[Any] = []
-    monkeypatch.setattr(inputs, "read_rows", lambda *words: looked.append(words) or read_rows(*words))
+    monkeypatch.setattr(columns, "read_rows", lambda *words: looked.append(words) or read_rows(*words))
     words = ["--model", models("llama"), "--rank", 4, "--set", f"data.train={rows}", "--set", "train.steps=1"]
     assert pissa("train", *words, "--output", tmp_path / "one").code == 0 and len(looked) == 1
     monkeypatch.setenv(LAUNCHED, str(tmp_path / "failure.json"))

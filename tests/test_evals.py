@@ -30,11 +30,9 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from pissa_cli import trained
-from pissa_cli.card import model_card
-from pissa_cli.configuration import context_of
-from pissa_cli.data import question_prompt
-from pissa_cli.data_options import DataSection
+from pissa_cli.base.configuration import context_of
+from pissa_cli.base.model import best_device
+from pissa_cli.data.tokenize import question_prompt
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals import gsm8k
 from pissa_cli.evals import run as module
@@ -43,10 +41,13 @@ from pissa_cli.evals.load import load_bench
 from pissa_cli.evals.outputs import Kept
 from pissa_cli.evals.run import evaluate
 from pissa_cli.evals.served import Server
-from pissa_cli.model import best_device
-from pissa_cli.recipe_file import load
-from pissa_cli.result import write_result
-from pissa_cli.rundir import Run, locked
+from pissa_cli.files import locked
+from pissa_cli.outputs import trained
+from pissa_cli.outputs.card import model_card
+from pissa_cli.outputs.result import write_result
+from pissa_cli.run.rundir import Run
+from pissa_cli.schema.data_options import DataSection
+from pissa_cli.schema.recipe_file import load
 from pissa_cli.train import train
 
 FORMS = [
@@ -615,9 +616,9 @@ def test_answers_without_end_are_counted(finished: Any, monkeypatch: pytest.Monk
 
 
 def test_held_out_loss_is_the_plain_average(finished: Any) -> None:
-    from pissa_cli.batches import collate
-    from pissa_cli.data import load_examples
-    from pissa_cli.trained import load_result
+    from pissa_cli.data.tokenize import load_examples
+    from pissa_cli.outputs.trained import load_result
+    from pissa_cli.training.batches import collate
 
     result = evaluate(finished)["loss"]
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "base")

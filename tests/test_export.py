@@ -21,17 +21,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pissa_cli.adapters.start import Adapter
-from pissa_cli.block_scales import SCALE_GRID
+from pissa_cli.base.model import Linear
+from pissa_cli.base.peft_files import peft_config, write_peft
 from pissa_cli.errors import UsageError
 from pissa_cli.export import export_lora, recompress
-from pissa_cli.int4 import group_size, pack
+from pissa_cli.files import read_json, write_json
+from pissa_cli.matrices.block_scales import SCALE_GRID
 from pissa_cli.merge import merge
-from pissa_cli.model import Linear
-from pissa_cli.peft_files import peft_config, write_peft
-from pissa_cli.rundir import Run, read_json, write_json
-from pissa_cli.serving import SERVERS, check_served
+from pissa_cli.outputs.int4 import group_size, pack
+from pissa_cli.outputs.serving import SERVERS, check_served
+from pissa_cli.outputs.trained import load_plain_base, load_result
+from pissa_cli.run.rundir import Run
 from pissa_cli.train import train
-from pissa_cli.trained import load_plain_base, load_result
 
 Make = Callable[..., Any]
 
@@ -147,12 +148,10 @@ def test_uniform_is_the_same_function_and_what_servers_want(
 def test_servers_refuse_what_they_cannot_serve(
     models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome], monkeypatch: Any
 ) -> None:
-    import pissa_cli.serving
+    from pissa_cli.outputs import serving
 
     made = trained(recipe, models("llama"), rows, "model.bits=32", "adapter.rank=6")
-    monkeypatch.setattr(
-        pissa_cli.serving, "SERVERS", {"vllm": pissa_cli.serving.Rules("vLLM", (1, 8), "x {base} {folder} {rank}")}
-    )
+    monkeypatch.setattr(serving, "SERVERS", {"vllm": serving.Rules("vLLM", (1, 8), "x {base} {folder} {rank}")})
     refused = pissa("export", made.output, "--for", "vllm")
     assert refused.code == 2 and "ranks up to 8, this adapter has 12" in refused.err and "--rank 8" in refused.err
     done = pissa("export", made.output, "--for", "vllm", "--rank", "8", "--json")
@@ -285,7 +284,7 @@ def test_no_server_takes_transposed_layers(
 def test_vllm_counts_the_rank_that_peft_gives_to_stacked_experts(
     models: Callable[[str], Path], recipe: Make, rows: Path, pissa: Callable[..., Outcome], monkeypatch: Any
 ) -> None:
-    import pissa_cli.serving
+    from pissa_cli.outputs import serving
 
     made = trained(recipe, models("qwen2_moe"), rows, "model.bits=32", "adapter.rank=6")
     done = pissa("export", made.output, "--for", "vllm", "--json")
@@ -294,7 +293,7 @@ def test_vllm_counts_the_rank_that_peft_gives_to_stacked_experts(
     assert "--max-lora-rank 32" in done.json["serve"]
     served_by_sglang = pissa("export", made.output, "--for", "sglang", "--json").json["serve"]
     assert "--max-lora-rank 12" in served_by_sglang
-    monkeypatch.setattr(pissa_cli.serving, "SERVERS", {"vllm": pissa_cli.serving.Rules("vLLM", (1, 8, 16), "{rank}")})
+    monkeypatch.setattr(serving, "SERVERS", {"vllm": serving.Rules("vLLM", (1, 8, 16), "{rank}")})
     refused = pissa("export", made.output, "--for", "vllm")
     assert refused.code == 2 and "ranks up to 16, this adapter has 24" in refused.err and "--rank 8" in refused.err
     assert pissa("export", made.output, "--for", "vllm", "--rank", "8", "--json").json["serve"] == "16"

@@ -21,22 +21,13 @@ from runs import BASE, adapter, events, same
 
 from pissa_cli import train as module
 from pissa_cli.errors import PissaError, UsageError
-from pissa_cli.faults import IN_A_ROW, Faults
+from pissa_cli.files import locked, read_json, require_writable, set_aside, whole_folder, write_text
 from pissa_cli.initialize import initialize
-from pissa_cli.rundir import (
-    Run,
-    clear_leftovers,
-    locked,
-    read_json,
-    require_free,
-    require_writable,
-    set_aside,
-    whole_folder,
-    write_text,
-)
-from pissa_cli.started import open_run
+from pissa_cli.outputs.trained import read_checkpoint
+from pissa_cli.run.rundir import Run, clear_leftovers, require_free
+from pissa_cli.run.started import open_run
 from pissa_cli.train import train
-from pissa_cli.trained import read_checkpoint
+from pissa_cli.training.faults import IN_A_ROW, Faults
 
 Make = Callable[..., Any]
 STEADY = (*BASE, "train.schedule=constant", "train.warmup=0", "train.steps=12", "train.save_every=5")
@@ -185,8 +176,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from pissa_cli.initialize import initialize
-from pissa_cli.started import open_run
-from pissa_cli.rundir import locked
+from pissa_cli.run.started import open_run
+from pissa_cli.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -27,14 +27,14 @@ from fuzzing import examples, outside, patience, problem, run, tree, writes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pissa_cli.data import load_examples
-from pissa_cli.data_options import DataSection
+from pissa_cli.data.examples import Examples
+from pissa_cli.data.tokenize import load_examples
 from pissa_cli.errors import UsageError
 from pissa_cli.evals.benches import GENERATED, read_bench
-from pissa_cli.examples import Examples
-from pissa_cli.recipe import EvalSection
-from pissa_cli.recipe_file import dump, load
-from pissa_cli.steps import count_steps
+from pissa_cli.schema.data_options import DataSection
+from pissa_cli.schema.recipe import EvalSection
+from pissa_cli.schema.recipe_file import dump, load
+from pissa_cli.training.steps import count_steps
 
 pytestmark = pytest.mark.usefixtures("rendered")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pissa_cli import graphs
-from pissa_cli.pipeline import in_flight, in_order
-from pissa_cli.svd import SVD, truncated_svd
+from pissa_cli.matrices import graphs
+from pissa_cli.matrices.pipeline import in_flight, in_order
+from pissa_cli.matrices.svd import SVD, truncated_svd
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -19,10 +19,10 @@ import pytest
 from hub import TOKEN, Fault, Hub, Repo, serve
 from huggingface_hub import constants
 
-from pissa_cli import hub as module
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.initialize import initialize
-from pissa_cli.rundir import Run
+from pissa_cli.outputs import hub as module
+from pissa_cli.run.rundir import Run
 from pissa_cli.train import train
 
 NAME = "tester/llama-pissa-r4"

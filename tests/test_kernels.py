@@ -22,12 +22,12 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
-from pissa_cli.attach import share_inputs
+from pissa_cli.base.attach import share_inputs
 from pissa_cli.errors import UsageError
-from pissa_cli.kernels import compile_blocks, misses_liger, require_kernels, use_liger, wants_liger
-from pissa_cli.loss import summed_loss
-from pissa_cli.packing import attend_by_sequence
-from pissa_cli.recipe import TrainSection
+from pissa_cli.schema.recipe import TrainSection
+from pissa_cli.training.kernels import compile_blocks, misses_liger, require_kernels, use_liger, wants_liger
+from pissa_cli.training.loss import summed_loss
+from pissa_cli.training.packing import attend_by_sequence
 
 CPU = torch.device("cpu")
 
@@ -188,9 +188,9 @@ def test_unasked_kernels_that_fail_are_gone_without(
         raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", refuse)
-    monkeypatch.setattr("pissa_cli.assembly.wants_liger", lambda section: True)
-    monkeypatch.setattr("pissa_cli.kernels.require_kernels", lambda section: None)
-    monkeypatch.setattr("pissa_cli.prepare.require_kernels", lambda section: None)
+    monkeypatch.setattr("pissa_cli.training.assembly.wants_liger", lambda section: True)
+    monkeypatch.setattr("pissa_cli.training.kernels.require_kernels", lambda section: None)
+    monkeypatch.setattr("pissa_cli.training.prepare.require_kernels", lambda section: None)
     sets = (f"data.train={rows}", "adapter.rank=2", "train.steps=1")
     words = ["train", "--model", models("llama"), *(word for one in sets for word in ("--set", one))]
     said = "Liger's kernels fail: Failed to find C compiler."

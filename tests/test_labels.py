@@ -14,13 +14,13 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pissa_cli import data
-from pissa_cli.classification import label_number
-from pissa_cli.data import load_examples
-from pissa_cli.data_options import DataSection
+from pissa_cli.data import tokenize as data
+from pissa_cli.data.classification import label_number
+from pissa_cli.data.rows import read_rows
+from pissa_cli.data.tokenize import load_examples
 from pissa_cli.errors import UsageError
-from pissa_cli.rows import read_rows
-from pissa_cli.rundir import read_json, write_json
+from pissa_cli.files import read_json, write_json
+from pissa_cli.schema.data_options import DataSection
 from pissa_cli.train import train
 
 

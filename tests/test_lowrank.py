@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from pissa_cli.adapters import lowrank
 from pissa_cli.adapters.function import LowRankFunction, Part
 from pissa_cli.adapters.lowrank import LowRank, Siblings
-from pissa_cli.attach import forget_shared, join_gates, lowrank_layers, share_inputs
+from pissa_cli.base.attach import forget_shared, join_gates, lowrank_layers, share_inputs
 
 TOKENS, IN, OUT, R = (2, 3), 5, 4, 2
 IDS = torch.tensor([[3, 4]])

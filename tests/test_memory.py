@@ -18,16 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
 
-from pissa_cli.assembly import _one_pass
+from pissa_cli.base.model import resolve_base
+from pissa_cli.base.plan import make_plan
 from pissa_cli.errors import Interrupted
 from pissa_cli.heap import KERNELS, TUNABLES
-from pissa_cli.ledger import Ledger
-from pissa_cli.memory import KINDS, _chunks, _spread, forecast
-from pissa_cli.model import resolve_base
-from pissa_cli.pipeline import in_order
-from pissa_cli.plan import make_plan
+from pissa_cli.matrices.pipeline import in_order
 from pissa_cli.train import train
-from pissa_cli.trainer import Trainer, _accumulate
+from pissa_cli.training.assembly import _one_pass
+from pissa_cli.training.ledger import Ledger
+from pissa_cli.training.memory import KINDS, _chunks, _spread, forecast
+from pissa_cli.training.trainer import Trainer, _accumulate
 
 Make = Callable[..., Any]
 LENGTH = 96
@@ -83,11 +83,11 @@ def test_kernels_that_are_kept_are_foreseen(
 ) -> None:
     """Where products are of bf16 numbers, and the processor has such."""
     found = {}
-    monkeypatch.setattr("pissa_cli.memory.peak_memory", lambda: 0)
+    monkeypatch.setattr("pissa_cli.training.memory.peak_memory", lambda: 0)
     for precision, bits in (("bf16", 16), ("fp32", 32)):
         for fast, amx in ((False, False), (True, False), (True, True)):
-            monkeypatch.setattr("pissa_cli.memory.has_fast_bf16", lambda device, fast=fast: fast)
-            monkeypatch.setattr("pissa_cli.memory.has_amx", lambda amx=amx: amx)
+            monkeypatch.setattr("pissa_cli.training.memory.has_fast_bf16", lambda device, fast=fast: fast)
+            monkeypatch.setattr("pissa_cli.training.memory.has_amx", lambda amx=amx: amx)
             made = recipe(models("llama"), *LONG, f"data.train={long_rows}", f"model.bits={bits}")
             plan = make_plan(made, resolve_base(made.model))
             assert made.precision == precision
@@ -112,7 +112,7 @@ def test_to_see_which_parts_a_text_reaches_takes_no_more_than_a_step(
             peaks.append(ledger.peak.total())
         raise Interrupted("seen", "")
 
-    monkeypatch.setattr("pissa_cli.trainer._accumulate", looked_at)
+    monkeypatch.setattr("pissa_cli.training.trainer._accumulate", looked_at)
     with pytest.raises(Interrupted):
         train(made)
     assert peaks[1] <= peaks[0]
@@ -141,7 +141,7 @@ def test_the_ledger_counts_storages_until_they_are_freed() -> None:
 def test_the_heap_grows_by_what_is_taken_and_remembers_its_most() -> None:
     """In a process of its own: what other tests have freed would serve."""
     script = """
-from pissa_cli.ledger import Heap
+from pissa_cli.training.ledger import Heap
 heap, taken = Heap(), []
 for key in range(4 if heap.works else 0):
     heap.take(key, 2**26)
@@ -278,7 +278,7 @@ def test_where_a_model_looks_at_its_numbers_the_forecast_is_rough(
 def test_where_ligers_kernels_would_run_the_forecast_says_that_it_does_not_know_them(
     models: Callable[[str], Path], pissa: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pissa_cli.kernels.wants_liger", lambda section: True)
+    monkeypatch.setattr("pissa_cli.training.kernels.wants_liger", lambda section: True)
     outcome = pissa("train", "--model", models("llama"), "--dry-run", *(w for one in BASE for w in ("--set", one)))
     assert outcome.code == 0 and "roughly (Liger's kernels" in outcome.out + outcome.err
 

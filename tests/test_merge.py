@@ -30,24 +30,24 @@ from transformers import (
     RwkvConfig,
 )
 
-from pissa_cli import quant
 from pissa_cli.adapters.start import Adapter
-from pissa_cli.attach import lowrank_layers
-from pissa_cli.card import _prompt, _without_folders, model_card
-from pissa_cli.data_options import DataSection
-from pissa_cli.dense import dense_tensors, rounded
+from pissa_cli.base.attach import lowrank_layers
+from pissa_cli.base.loading import load_model
+from pissa_cli.base.model import linear_layers, read_weight, resolve_base, skeleton
+from pissa_cli.base.side_files import copy_side_files, copy_tokenizer
+from pissa_cli.base.weights import open_weights
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.run import evaluate
-from pissa_cli.loading import load_model
+from pissa_cli.matrices import quant
 from pissa_cli.merge import merge
-from pissa_cli.model import linear_layers, read_weight, resolve_base, skeleton
-from pissa_cli.probes import logit_difference, perplexity, probe_logits
+from pissa_cli.outputs.card import _prompt, _without_folders, model_card
+from pissa_cli.outputs.dense import dense_tensors, rounded
+from pissa_cli.outputs.probes import logit_difference, perplexity, probe_logits
+from pissa_cli.outputs.trained import load_plain_base, load_result, load_with, read_result
 from pissa_cli.quantize import quantize
-from pissa_cli.rundir import Run
-from pissa_cli.side_files import copy_side_files, copy_tokenizer
+from pissa_cli.run.rundir import Run
+from pissa_cli.schema.data_options import DataSection
 from pissa_cli.train import train
-from pissa_cli.trained import load_plain_base, load_result, load_with, read_result
-from pissa_cli.weights import open_weights
 
 Make = Callable[..., Any]
 IDS = torch.randint(2, 512, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -82,9 +82,9 @@ def test_factors_are_rounded_once_where_every_product_would(
     alpha = [] if method == "pissa" else ["adapter.alpha=null"]
     made = trained(recipe, models("llama"), rows, f"model.bits={bits}", f"adapter.method={method}", *alpha)
     exact = read_result(made)[1].factors
-    monkeypatch.setattr("pissa_cli.products._has_avx512_bf16", lambda: False)
+    monkeypatch.setattr("pissa_cli.matrices.products._has_avx512_bf16", lambda: False)
     for fast in (False, True):
-        monkeypatch.setattr("pissa_cli.products.has_amx", partial(bool, fast))
+        monkeypatch.setattr("pissa_cli.matrices.products.has_amx", partial(bool, fast))
         model = load_result(made, torch.device("cpu"))
         layers = lowrank_layers(model)
         wanted = torch.bfloat16 if fast and bits != 32 else torch.float32
@@ -104,7 +104,7 @@ def test_what_is_scored_reads_its_4_bits_once(
     cpu = torch.device("cpu")
     for load in (load_plain_base, load_result):
         read = load(made, cpu)
-        monkeypatch.setattr("pissa_cli.trained.UNPACKED_ON_CPU", 0)
+        monkeypatch.setattr("pissa_cli.outputs.trained.UNPACKED_ON_CPU", 0)
         stored = load(made, cpu)
         monkeypatch.undo()
         pairs = list(zip(lowrank_layers(read).values(), lowrank_layers(stored).values(), strict=True))

@@ -35,19 +35,19 @@ from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlas
 from transformers.models.rwkv.configuration_rwkv import RwkvConfig
 from transformers.models.rwkv.modeling_rwkv import RwkvBlock
 
-from pissa_cli import quant
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Layer, as_lora
-from pissa_cli.attach import attach, lowrank_layers
-from pissa_cli.bypassed import casts_to, is_bypassed
+from pissa_cli.base.attach import attach, lowrank_layers
+from pissa_cli.base.bypassed import casts_to, is_bypassed
+from pissa_cli.base.model import Linear, linear_layers, match_targets
+from pissa_cli.base.peft_files import peft_targets, read_peft
+from pissa_cli.base.plan import make_plan
 from pissa_cli.errors import PissaError, UsageError
+from pissa_cli.matrices import quant
 from pissa_cli.merge import merge
-from pissa_cli.model import Linear, linear_layers, match_targets
-from pissa_cli.peft_files import peft_targets, read_peft
-from pissa_cli.plan import make_plan
 from pissa_cli.quantize import quantize
-from pissa_cli.recipe_file import load
-from pissa_cli.rundir import Run
+from pissa_cli.run.rundir import Run
+from pissa_cli.schema.recipe_file import load
 from pissa_cli.train import train
 
 Make = Callable[..., Any]

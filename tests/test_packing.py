@@ -34,18 +34,18 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pissa_cli import batches, guards, packing
 from pissa_cli import train as module
 from pissa_cli.adapters.lowrank import LowRank
-from pissa_cli.attach import checkpoint_activations, join_gates, share_inputs
-from pissa_cli.batches import collate, micro_batches, row_length
-from pissa_cli.data import load_examples
-from pissa_cli.data_options import DataSection
+from pissa_cli.base.attach import checkpoint_activations, join_gates, share_inputs
+from pissa_cli.data.examples import Examples
+from pissa_cli.data.tokenize import load_examples
 from pissa_cli.errors import UsageError
-from pissa_cli.examples import Examples
-from pissa_cli.guards import pack_if_sound
-from pissa_cli.loss import IGNORED, summed_loss
-from pissa_cli.packing import attend_by_sequence
+from pissa_cli.schema.data_options import DataSection
+from pissa_cli.training import batches, guards, packing
+from pissa_cli.training.batches import collate, micro_batches, row_length
+from pissa_cli.training.guards import pack_if_sound
+from pissa_cli.training.loss import IGNORED, summed_loss
+from pissa_cli.training.packing import attend_by_sequence
 
 Make = Callable[..., Any]
 INDICES = [3, 8, 1, 5]
@@ -379,8 +379,8 @@ def test_two_hundred_steps_packed_and_fused_are_those_unpacked_and_plain(
 
     fast = losses("fast")
     monkeypatch.setattr(LowRank, "forward", plain_layer)
-    monkeypatch.setattr("pissa_cli.attach.join_gates", lambda _: None)
-    monkeypatch.setattr("pissa_cli.assembly.chunks_loss", lambda *_: False)
+    monkeypatch.setattr("pissa_cli.base.attach.join_gates", lambda _: None)
+    monkeypatch.setattr("pissa_cli.training.assembly.chunks_loss", lambda *_: False)
     plain = losses("plain", "data.packing=false", "train.micro_batch_size=1")
     assert len(plain) == 200 and plain[-1] < plain[0] - 0.2
     assert fast == pytest.approx(plain, rel=1e-4)

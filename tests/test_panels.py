@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pissa_cli import panels
-from pissa_cli.panels import rounded_at_random
-from pissa_cli.pipeline import in_order
-from pissa_cli.quant import Packed, Store, pack
-from pissa_cli.svd import generator, truncated_svd
+from pissa_cli.matrices import panels
+from pissa_cli.matrices.panels import rounded_at_random
+from pissa_cli.matrices.pipeline import in_order
+from pissa_cli.matrices.quant import Packed, Store, pack
+from pissa_cli.matrices.svd import generator, truncated_svd
 
 OPERATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "times": (lambda W, X, Y: panels.times(W, X), lambda W, X, Y: W @ X),

@@ -15,14 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from pissa_cli.batches import collate
-from pissa_cli.data import load_examples
+from pissa_cli.base.peft_files import peft_config, read_peft
+from pissa_cli.base.weights import StreamWriter
+from pissa_cli.data.tokenize import load_examples
+from pissa_cli.files import read_json, write_json
 from pissa_cli.initialize import initialize
-from pissa_cli.peft_files import peft_config, read_peft
-from pissa_cli.rundir import Run, read_json, write_json
+from pissa_cli.outputs.trained import load_result
+from pissa_cli.run.rundir import Run
 from pissa_cli.train import train
-from pissa_cli.trained import load_result
-from pissa_cli.weights import StreamWriter
+from pissa_cli.training.batches import collate
 
 peft = pytest.importorskip("peft")
 

@@ -15,7 +15,7 @@ from conftest import make_model
 from transformers import PreTrainedTokenizerBase
 
 from pissa_cli.errors import PissaError
-from pissa_cli.probes import PROBES, logit_difference, perplexity, probe_logits, typical_difference
+from pissa_cli.outputs.probes import PROBES, logit_difference, perplexity, probe_logits, typical_difference
 
 Make = Callable[..., Any]
 

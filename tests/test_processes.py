@@ -25,16 +25,18 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BigBirdConfig, ViTConfig, ViTModel
 
-from pissa_cli import launch, process
+from pissa_cli import process
+from pissa_cli.base.experts import has_experts, holders_of_3d_weights
+from pissa_cli.base.weights import load_tensors
 from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError
-from pissa_cli.experts import has_experts, holders_of_3d_weights
-from pissa_cli.launch import _wait
+from pissa_cli.files import locked
 from pissa_cli.process import stop_signals
-from pissa_cli.recipe_file import dump, load, shipped
-from pissa_cli.rundir import Run, locked
-from pissa_cli.sharding import asked_by_accelerate, shard
+from pissa_cli.run.rundir import Run
+from pissa_cli.schema.recipe_file import dump, load, shipped
 from pissa_cli.train import train
-from pissa_cli.weights import load_tensors
+from pissa_cli.training import launch
+from pissa_cli.training.launch import _wait
+from pissa_cli.training.sharding import asked_by_accelerate, shard
 
 ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 CLOSE = 1e-4
@@ -154,7 +156,7 @@ def test_what_is_spread_and_by_which_blocks(models: Callable[[str], Path], recip
 
 def test_a_part_that_text_does_not_reach(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """BigBird's pooler has an adapter that gets no gradient, which DDP does not take by itself."""
-    monkeypatch.setattr("pissa_cli.assembly.require_causal", lambda *_: None)  # transformers 5.17 has no such mask
+    monkeypatch.setattr("pissa_cli.training.assembly.require_causal", lambda *_: None)  # not in transformers 5.17
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     dropout = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}  # drawn by each process for itself

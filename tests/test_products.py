@@ -17,11 +17,12 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.pytorch_utils import Conv1D
 
-from pissa_cli import loss, products, quant
 from pissa_cli.adapters.lowrank import LowRank, multiply_in_fp32
-from pissa_cli.experts import adapted_forward
-from pissa_cli.loading import load_model
-from pissa_cli.recipe import ModelSection, Recipe
+from pissa_cli.base.experts import adapted_forward
+from pissa_cli.base.loading import load_model
+from pissa_cli.matrices import products, quant
+from pissa_cli.schema.recipe import ModelSection, Recipe
+from pissa_cli.training import loss
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -159,7 +160,7 @@ def test_a_model_multiplies_in_fp32_where_bf16_is_the_slower(
     slow: bool, architecture: str, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor(monkeypatch, not slow, False)
-    monkeypatch.setattr("pissa_cli.loading.best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("pissa_cli.base.loading.best_device", lambda: torch.device("cpu"))
     model = load_model(models(architecture), Recipe(model=ModelSection(name=architecture)))
     if architecture == "mixtral":
         for module in model.modules():  # a router's product is small

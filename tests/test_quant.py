@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pissa_cli import quant
 from pissa_cli.adapters.pissa import start
 from pissa_cli.adapters.start import Layer
-from pissa_cli.block_scales import Levels
 from pissa_cli.initialize import initialize
-from pissa_cli.quant import Packed, Store, pack, packed_weight, read, unpack
-from pissa_cli.rundir import Run
+from pissa_cli.matrices import quant
+from pissa_cli.matrices.block_scales import Levels
+from pissa_cli.matrices.quant import Packed, Store, pack, packed_weight, read, unpack
+from pissa_cli.run.rundir import Run
 
 
 def nf4(weight: Tensor, double_quant: bool = False) -> Tensor:

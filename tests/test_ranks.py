@@ -13,16 +13,17 @@ from safetensors.torch import load_file
 from test_start import logits, relative
 from transformers import AutoModelForCausalLM
 
+from pissa_cli.base.model import Linear
+from pissa_cli.base.plan import _ranks, make_plan
+from pissa_cli.base.ranks import allot
 from pissa_cli.cli.init import layer_table
 from pissa_cli.errors import UsageError
+from pissa_cli.files import read_json, write_json
 from pissa_cli.initialize import initialize
-from pissa_cli.model import Linear
-from pissa_cli.plan import _ranks, make_plan
-from pissa_cli.ranks import allot
-from pissa_cli.report import summarize
-from pissa_cli.rundir import Run, read_json, write_json
+from pissa_cli.outputs.trained import load_result
+from pissa_cli.run.report import summarize
+from pissa_cli.run.rundir import Run
 from pissa_cli.train import train
-from pissa_cli.trained import load_result
 
 peft = pytest.importorskip("peft")
 Make = Callable[..., Any]

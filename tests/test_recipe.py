@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from pissa_cli.errors import UsageError
-from pissa_cli.other_tools import ABSENT, SYNONYMS
-from pissa_cli.recipe_errors import SECTIONS, _keys
-from pissa_cli.recipe_file import dump, listing, load
-from pissa_cli.yamlfile import parse_scalar, read_flat, write_yaml
+from pissa_cli.schema.other_tools import ABSENT, SYNONYMS
+from pissa_cli.schema.recipe_errors import SECTIONS, _keys
+from pissa_cli.schema.recipe_file import dump, listing, load
+from pissa_cli.schema.yamlfile import parse_scalar, read_flat, write_yaml
 
 
 def write(path: Path, text: str) -> str:

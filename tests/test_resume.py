@@ -20,17 +20,18 @@ from conftest import PACKAGE
 from forks import await_that, entry, exit_code, forked
 from runs import BASE, adapter, events, same, state_of
 
-from pissa_cli.data_options import DataSection
 from pissa_cli.errors import Interrupted, UsageError
-from pissa_cli.guards import schedule_change
+from pissa_cli.files import write_json
 from pissa_cli.initialize import initialize
 from pissa_cli.merge import merge
-from pissa_cli.prepare import check_inputs
-from pissa_cli.reached import goes_on, require_step, resume_hint, sections_of, start_of
-from pissa_cli.recipe import TrainSection
-from pissa_cli.recipe_file import dump
-from pissa_cli.rundir import Run, write_json
+from pissa_cli.run.reached import goes_on, require_step, resume_hint, sections_of, start_of
+from pissa_cli.run.rundir import Run
+from pissa_cli.schema.data_options import DataSection
+from pissa_cli.schema.recipe import TrainSection
+from pissa_cli.schema.recipe_file import dump
 from pissa_cli.train import train
+from pissa_cli.training.guards import schedule_change
+from pissa_cli.training.prepare import check_inputs
 
 Make = Callable[..., Any]
 
@@ -248,7 +249,7 @@ def test_a_checkpoint_of_an_older_pissa_goes_by_the_recipe(
 
 
 def test_an_adapter_older_than_its_run_is_refused(models: Callable[[str], Path], recipe: Make, rows: Path) -> None:
-    from pissa_cli.trained import read_adapter
+    from pissa_cli.outputs.trained import read_adapter
 
     made = recipe(models("llama"), *BASE, f"data.train={rows}", "train.steps=2")
     train(made)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pissa_cli.data import load_examples
-from pissa_cli.data_options import DataSection
+from pissa_cli.data.examples import Examples
+from pissa_cli.data.sets import load_held_out, load_sets
+from pissa_cli.data.tokenize import load_examples
 from pissa_cli.errors import UsageError
-from pissa_cli.examples import Examples
-from pissa_cli.recipe import Recipe
-from pissa_cli.sets import load_held_out, load_sets
+from pissa_cli.schema.data_options import DataSection
+from pissa_cli.schema.recipe import Recipe
 
 
 def recipe(labels: int = 0, **data: Any) -> Recipe:

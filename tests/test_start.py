@@ -19,17 +19,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.attach import attach, lowrank_layers
+from pissa_cli.base.attach import attach, lowrank_layers
+from pissa_cli.base.integrity import sealed
+from pissa_cli.base.loading import load_model
+from pissa_cli.base.peft_files import read_peft
 from pissa_cli.errors import UsageError
+from pissa_cli.files import write_json
 from pissa_cli.initialize import initialize
-from pissa_cli.integrity import sealed
-from pissa_cli.loading import load_model
-from pissa_cli.peft_files import read_peft
-from pissa_cli.quant import packed_weight, read
+from pissa_cli.matrices.quant import packed_weight, read
 from pissa_cli.quantize import quantize
-from pissa_cli.report import notes_of
-from pissa_cli.rundir import Run, write_json
-from pissa_cli.started import open_run, read_start
+from pissa_cli.run.report import notes_of
+from pissa_cli.run.rundir import Run
+from pissa_cli.run.started import open_run, read_start
 from pissa_cli.train import train
 
 STARTS = [("lora", "fast"), ("pissa", "fast"), ("pissa", "exact")]

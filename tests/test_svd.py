@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pissa_cli import krylov, svd
-from pissa_cli.orthogonal import inverse, next_block, qr
-from pissa_cli.svd import energies, frobenius_norm, nuclear_norm, project, project_svd, truncated_svd
+from pissa_cli.matrices import krylov, svd
+from pissa_cli.matrices.orthogonal import inverse, next_block, qr
+from pissa_cli.matrices.svd import energies, frobenius_norm, nuclear_norm, project, project_svd, truncated_svd
 
 
 def decaying(out: int, inn: int, rate: float = 0.98, seed: int = 0) -> Tensor:

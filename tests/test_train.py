@@ -20,24 +20,24 @@ from conftest import DEMO, Outcome, make_model, save_model
 from runs import BASE, events
 from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BartForCausalLM, get_scheduler
 
-from pissa_cli import assembly, loss
 from pissa_cli import train as loop
-from pissa_cli import trainer as module
-from pissa_cli.batches import padding
-from pissa_cli.checkpoint import lowest_held_out, remove_old
+from pissa_cli.base.peft_files import read_peft
+from pissa_cli.base.weights import load_tensors, save_tensors
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.generate import generate
 from pissa_cli.initialize import initialize
-from pissa_cli.optim import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
-from pissa_cli.peft_files import read_peft
-from pissa_cli.reached import result_of
-from pissa_cli.recipe import TrainSection
-from pissa_cli.report import mean_losses
-from pissa_cli.rundir import Run
-from pissa_cli.steps import count_steps, seed_step, step_examples
+from pissa_cli.outputs.trained import load_result
+from pissa_cli.run.reached import result_of
+from pissa_cli.run.report import mean_losses
+from pissa_cli.run.rundir import Run
+from pissa_cli.schema.recipe import TrainSection
 from pissa_cli.train import train
-from pissa_cli.trained import load_result
-from pissa_cli.weights import load_tensors, save_tensors
+from pissa_cli.training import assembly, loss
+from pissa_cli.training import trainer as module
+from pissa_cli.training.batches import padding
+from pissa_cli.training.checkpoint import lowest_held_out, remove_old
+from pissa_cli.training.optim import learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+from pissa_cli.training.steps import count_steps, seed_step, step_examples
 
 Make = Callable[..., Any]
 
@@ -597,7 +597,7 @@ def test_training_in_chunks_is_training(
     results = []
     for chunked in (True, False):
         if not chunked:
-            monkeypatch.setattr("pissa_cli.assembly.chunks_loss", lambda *_: False)
+            monkeypatch.setattr("pissa_cli.training.assembly.chunks_loss", lambda *_: False)
         made = recipe(models(architecture), *sets, f"output={rows.parent / str(chunked)}")
         train(made)
         results.append([event["loss"] for event in events(made) if "loss" in event])

@@ -14,11 +14,11 @@ from test_start import logits, relative, started
 from transformers import AutoModelForCausalLM
 
 from pissa_cli.adapters.start import Adapter, Projections
-from pissa_cli.attach import lowrank_layers
-from pissa_cli.peft_files import peft_config, read_peft, write_peft
-from pissa_cli.rundir import Run
+from pissa_cli.base.attach import lowrank_layers
+from pissa_cli.base.peft_files import peft_config, read_peft, write_peft
+from pissa_cli.outputs.trained import load_result
+from pissa_cli.run.rundir import Run
 from pissa_cli.train import train
-from pissa_cli.trained import load_result
 
 Make = Callable[..., Any]
 

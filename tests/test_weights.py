@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pissa_cli import weights as module
+from pissa_cli.base import weights as module
+from pissa_cli.base.integrity import model_facts, require_model
+from pissa_cli.base.weights import DTYPE_NAMES, ShardWriter, fingerprint, open_weights
 from pissa_cli.errors import UsageError
-from pissa_cli.integrity import model_facts, require_model
-from pissa_cli.weights import DTYPE_NAMES, ShardWriter, fingerprint, open_weights
 
 
 def saved(folder: Path) -> dict[str, Tensor]:

@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from test_start import logits, relative
 from transformers import AutoModelForCausalLM
 
+from pissa_cli.base.plan import make_plan
 from pissa_cli.errors import UsageError
 from pissa_cli.export import export_lora
+from pissa_cli.files import read_json
 from pissa_cli.merge import merge
-from pissa_cli.plan import make_plan
+from pissa_cli.outputs.trained import load_result
 from pissa_cli.quantize import quantize
-from pissa_cli.rundir import Run, read_json
+from pissa_cli.run.rundir import Run
 from pissa_cli.train import train
-from pissa_cli.trained import load_result
 
 Make = Callable[..., Any]
 CASES = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pissa_cli.products import product_dtype, without_autocast
+from pissa_cli.matrices.products import product_dtype, without_autocast
 
 KEPT_FROM = 2  # times as many rows in x as in a merged weight, and it is kept: it takes at most half of what x does
 

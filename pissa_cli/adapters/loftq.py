@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pissa_cli import quant
 from pissa_cli.adapters import lora
 from pissa_cli.adapters.start import Layer, Method, Start, balanced
-from pissa_cli.panels import minus, minus_product
-from pissa_cli.svd import truncated_svd
+from pissa_cli.matrices import quant
+from pissa_cli.matrices.panels import minus, minus_product
+from pissa_cli.matrices.svd import truncated_svd
 
 
 def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:

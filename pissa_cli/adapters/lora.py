@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa_cli import quant
 from pissa_cli.adapters.start import Layer, Method, Start
-from pissa_cli.svd import generator
+from pissa_cli.matrices import quant
+from pissa_cli.matrices.svd import generator
 
 DEFAULT = {"init": "A", "distribution": "kaiming"}
 """Options for layers of other methods that have nothing to start from."""

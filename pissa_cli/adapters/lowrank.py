@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa_cli.adapters.function import Gate, LowRankFunction, Part
 from pissa_cli.adapters.start import Factors, Projections
-from pissa_cli.products import LinearFunction, in_autocast_dtype, product_dtype, widens, without_autocast
-from pissa_cli.quant import packed_weight, read
+from pissa_cli.matrices.products import LinearFunction, in_autocast_dtype, product_dtype, widens, without_autocast
+from pissa_cli.matrices.quant import packed_weight, read
 
 FACTOR_NAMES = ("A", "B", "d", "b")
 LINEAR_SUBCLASSES = ("FalconLinear",)

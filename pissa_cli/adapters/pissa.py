@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa_cli import quant
 from pissa_cli.adapters import lora
 from pissa_cli.adapters.start import Factors, Layer, Method, Start, balanced, energy
-from pissa_cli.panels import minus, minus_product
-from pissa_cli.quant import Packed
-from pissa_cli.svd import SVD, UNCHECKED, project, project_svd, truncated_svd
+from pissa_cli.matrices import quant
+from pissa_cli.matrices.panels import minus, minus_product
+from pissa_cli.matrices.quant import Packed
+from pissa_cli.matrices.svd import SVD, UNCHECKED, project, project_svd, truncated_svd
 
 OVER_RELAXATION = 0.8
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pissa_cli.quant import Packed, Store
-from pissa_cli.svd import SVD, frobenius_norm
+from pissa_cli.matrices.quant import Packed, Store
+from pissa_cli.matrices.svd import SVD, frobenius_norm
 
 Factors = dict[str, Tensor]
 """Named fp32 factors of one layer: A (r, in), B (out, r), and where a method has them d (r,), b (out,)."""
@@ -94,7 +94,7 @@ class Method:
     moves_base: whether the frozen weight differs from the base's (then a plain base needs `on_plain_base`).
     on_plain_base: (factors now, factors at step 0) -> LoRA {A, B} with s B A = W_frozen + s (B * d * b) A - W.
     share: (seed, r, widest out, widest in) -> projections that all layers share.
-    peft_type: the kind of PEFT files the factors at step 0 make; see `pissa_cli.peft_files`.
+    peft_type: the kind of PEFT files the factors at step 0 make; see `pissa_cli.base.peft_files`.
     embeddings, experts: whether it adapts embeddings, and experts stored as 3-D weights, as well.
     rank_limit: what a rank above the smaller dimension of a layer is: an "error", "lowered" to it, or "none".
     """

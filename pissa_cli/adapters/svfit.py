@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pissa_cli import quant
 from pissa_cli.adapters.start import Factors, Layer, Method, Start, energy
-from pissa_cli.panels import minus_product
-from pissa_cli.svd import truncated_svd
+from pissa_cli.matrices import quant
+from pissa_cli.matrices.panels import minus_product
+from pissa_cli.matrices.svd import truncated_svd
 
 
 def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:

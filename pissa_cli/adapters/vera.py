@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa_cli import quant
 from pissa_cli.adapters.start import Layer, Method, Projections, Start
+from pissa_cli.matrices import quant
 
 
 def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pissa_cli.cli.show import print_result
-from pissa_cli.recipe_file import Loaded, listing
+from pissa_cli.schema.recipe_file import Loaded, listing
 
 if TYPE_CHECKING:
-    from pissa_cli.memory import Forecast
+    from pissa_cli.training.memory import Forecast
 
 
 def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int, int] | None = None) -> None:
     """Print the plan; reads the configuration of the base, writes nothing. processes: that train; (steps, rows)."""
-    from pissa_cli.configuration import context_of, read_config
-    from pissa_cli.kernels import wants_liger
-    from pissa_cli.memory import forecast
-    from pissa_cli.model import SMALL_FILES, resolve_base
-    from pissa_cli.plan import make_plan
-    from pissa_cli.reached import is_started
-    from pissa_cli.report import left_without_adapter
-    from pissa_cli.started import open_run
+    from pissa_cli.base.configuration import context_of, read_config
+    from pissa_cli.base.model import SMALL_FILES, resolve_base
+    from pissa_cli.base.plan import make_plan
+    from pissa_cli.run.reached import is_started
+    from pissa_cli.run.report import left_without_adapter
+    from pissa_cli.run.started import open_run
+    from pissa_cli.training.kernels import wants_liger
+    from pissa_cli.training.memory import forecast
 
     recipe, rows, size = loaded.recipe, listing(loaded), loaded.recipe.train.batch_size
     planned = make_plan(recipe, resolve_base(recipe.model, SMALL_FILES))

@@ -162,7 +162,7 @@ def _explained(error: Exception, command: str) -> PissaError:
 
 def _show_usage(error: Any, command: str, as_json: bool) -> int:
     """What the parser says of flags and arguments; returns the exit code."""
-    from pissa_cli.recipe_errors import advice_on_flag
+    from pissa_cli.schema.recipe_errors import advice_on_flag
 
     found = re.search(r" argument.*\(([\w.]+=)", error.format_message())
     advice = advice_on_flag(getattr(error, "option_name", None) or (found[1] if found else ""), command)

@@ -10,7 +10,7 @@ from pissa_cli.cli import options
 from pissa_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from pissa_cli.recipe import Recipe
+    from pissa_cli.schema.recipe import Recipe
 
 
 def evaluate_command(
@@ -61,12 +61,12 @@ def evaluate_command(
         judge_model=judge_model,
         output=output,
     )
-    from pissa_cli import inputs, reached
     from pissa_cli.cli import dryrun, show
     from pissa_cli.evals.benches import check_benches, check_files, runs_code, with_bench
     from pissa_cli.evals.results import score_samples
     from pissa_cli.evals.sandbox import protection
-    from pissa_cli.rundir import run_of
+    from pissa_cli.run import inputs, reached
+    from pissa_cli.run.rundir import run_of
 
     if samples is not None and (compare_base or checkpoint is not None):
         raise UsageError("--samples: there is no model", "leave --compare-base and --checkpoint out")
@@ -102,7 +102,7 @@ def _scored(
     """Results by benchmark, of what was trained and of the base."""
     from pissa_cli.cli import show
     from pissa_cli.evals.run import evaluate
-    from pissa_cli.trained import is_trained
+    from pissa_cli.outputs.trained import is_trained
 
     result: dict[str, dict[str, Any]] = {"results": {}}
     with show.counting("eval") as progress:

@@ -9,7 +9,7 @@ from pissa_cli.cli import options
 from pissa_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from pissa_cli.recipe import Recipe
+    from pissa_cli.schema.recipe import Recipe
 
 
 def export_command(
@@ -45,9 +45,9 @@ def export_command(
 ) -> None:
     """Write a run, or one of its checkpoints, in a form that other programs load."""
     loaded = options.load_recipe(target, set_)
-    from pissa_cli import reached
     from pissa_cli.cli import dryrun, show
-    from pissa_cli.rundir import require_free, run_of
+    from pissa_cli.run import reached
+    from pissa_cli.run.rundir import require_free, run_of
 
     if form != "lora" and (rank is not None or uniform or server is not None):
         raise UsageError(f"--rank, --uniform and --for are about LoRA files, not --as {form}", "leave them out")
@@ -84,7 +84,7 @@ def export_command(
 def _summary(recipe: "Recipe", form: str, rank: int | None, result: dict[str, Any]) -> list[str]:
     """What was written and how exact it is, for the person watching; rank: as it was asked for."""
     from pissa_cli.cli.show import PACKED_EXPERTS
-    from pissa_cli.report import lost_in_4_bits
+    from pissa_cli.run.report import lost_in_4_bits
 
     lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
     if form == "lora":

@@ -32,7 +32,7 @@ def init_command(
     )
     from pissa_cli.cli import dryrun, show
     from pissa_cli.evals.benches import check_names
-    from pissa_cli.inputs import require_start
+    from pissa_cli.run.inputs import require_start
 
     check_names(loaded.recipe, loaded.sources)
     require_start(loaded.recipe)
@@ -41,8 +41,8 @@ def init_command(
         dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli.initialize import initialize
-    from pissa_cli.report import notes_of, summarize
-    from pissa_cli.trained import is_trained
+    from pissa_cli.outputs.trained import is_trained
+    from pissa_cli.run.report import notes_of, summarize
 
     recipe = loaded.recipe
     if report and recipe.adapter.method == "full":
@@ -64,7 +64,7 @@ def init_command(
         else f"next: pissa train {shlex.quote(recipe.output)}{'' if recipe.data.train else ' --set data.train=FILE'}",
     ]
     if report:
-        from pissa_cli.layer_report import by_kind, layer_report
+        from pissa_cli.outputs.layer_report import by_kind, layer_report
 
         with show.counting("report") as progress:
             result["report"] = layer_report(recipe, progress)

@@ -26,9 +26,9 @@ def merge_command(
 ) -> None:
     """Write one dense model, checked against the adapter; with --push, upload it in one commit, retried for 15 min."""
     loaded = options.load_recipe(target, set_, output=output, repo=repo)
-    from pissa_cli import reached
     from pissa_cli.cli import dryrun, show
-    from pissa_cli.rundir import run_of
+    from pissa_cli.run import reached
+    from pissa_cli.run.rundir import run_of
 
     if not push and (force or repo is not None):
         raise UsageError("--repo and --force are about an upload, and there is none", "add --push, or leave them out")
@@ -38,8 +38,8 @@ def merge_command(
     if dry_run:
         dryrun.dry_run(loaded, as_json)
         return
-    from pissa_cli import hub
     from pissa_cli.merge import merge
+    from pissa_cli.outputs import hub
 
     recipe = loaded.recipe
     if push:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from pissa_cli.recipe_file import Loaded
+    from pissa_cli.schema.recipe_file import Loaded
 
 Target = Annotated[
     str | None,
@@ -49,8 +49,8 @@ def load_recipe(
 ) -> "Loaded":
     """The recipe from a target, named flags, `--data` of eval and --set. flags: model, rank, ...; None is not given."""
     from pissa_cli.paths import RUN_RECIPE
-    from pissa_cli.recipe_file import load
-    from pissa_cli.yamlfile import parse_scalar
+    from pissa_cli.schema.recipe_file import load
+    from pissa_cli.schema.yamlfile import parse_scalar
 
     if flags.get("rank") is not None:
         flags["rank"] = parse_scalar(flags["rank"], "--rank")
@@ -88,8 +88,8 @@ def load_recipe(
 
 def _own_values(loaded: "Loaded", place: str) -> list[str]:
     """The method, and what else was written at a place and is no default of it."""
-    from pissa_cli.recipe import ModelSection, Recipe
-    from pissa_cli.recipe_file import Loaded, listing
+    from pissa_cli.schema.recipe import ModelSection, Recipe
+    from pissa_cli.schema.recipe_file import Loaded, listing
 
     adapter = loaded.recipe.adapter
     plain = Recipe.model_construct(model=ModelSection(name=loaded.recipe.model.name), adapter=type(adapter)())

@@ -28,9 +28,9 @@ def quantize_command(
         loaded = options.load_recipe(None, set_, model=target, output=output)
     else:
         loaded = options.load_recipe(target, set_)
-    from pissa_cli import reached
     from pissa_cli.cli import dryrun, show
-    from pissa_cli.rundir import require_free, run_of
+    from pissa_cli.run import reached
+    from pissa_cli.run.rundir import require_free, run_of
 
     if not is_model and (not dry_run or run_of(loaded.recipe).exists()):
         reached.require_trained(loaded.recipe)
@@ -42,7 +42,7 @@ def quantize_command(
         dryrun.dry_run(loaded, as_json)
         return
     from pissa_cli.quantize import quantize
-    from pissa_cli.report import lost_in_4_bits
+    from pissa_cli.run.report import lost_in_4_bits
 
     with show.counting("quantize") as progress:
         result = quantize(

@@ -36,7 +36,7 @@ def load_libraries(debug: bool) -> None:
     with for_good():
         import transformers
 
-        import pissa_cli.trained  # noqa: F401
+        import pissa_cli.outputs.trained  # noqa: F401
     if debug:
         return
 

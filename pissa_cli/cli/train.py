@@ -11,7 +11,7 @@ from pissa_cli.cli import options
 from pissa_cli.errors import LAUNCHED
 
 if TYPE_CHECKING:
-    from pissa_cli.recipe import Recipe
+    from pissa_cli.schema.recipe import Recipe
 
 
 def train_command(
@@ -36,9 +36,10 @@ def train_command(
     loaded = options.load_recipe(
         target, set_, model=model, method=method, rank=rank, svd=svd, bits=bits, seed=seed, output=output
     )
-    from pissa_cli import inputs, reached
     from pissa_cli.cli import dryrun, edge, show
+    from pissa_cli.data.columns import require_rows
     from pissa_cli.evals.benches import check_names
+    from pissa_cli.run import inputs, reached
 
     check_names(loaded.recipe, loaded.sources)
     inputs.require_start(loaded.recipe, resume)
@@ -46,16 +47,16 @@ def train_command(
     if not dry_run:
         inputs.require_data(loaded.recipe)
     if LAUNCHED not in os.environ:  # by a process that has looked
-        inputs.require_rows(loaded.recipe)
+        require_rows(loaded.recipe)
     show.load_libraries(debug)
     if dry_run:
-        from pissa_cli.prepare import check_inputs
+        from pissa_cli.training.prepare import check_inputs
 
         dryrun.dry_run(loaded, as_json, processes or 1, check_inputs(loaded.recipe, resume))
         return
     recipe = loaded.recipe
     if processes is not None and processes > 1:
-        from pissa_cli.launch import launch
+        from pissa_cli.training.launch import launch
 
         flags = [*(["--json"] if as_json else []), *(["--debug"] if debug else [])]
         with show.counting("init") as progress:
@@ -78,7 +79,7 @@ def train_command(
 
 def _summary(recipe: "Recipe", figures: dict[str, Any]) -> list[str]:
     """What `train` has reached, for the person watching."""
-    from pissa_cli.report import mean_losses
+    from pissa_cli.run.report import mean_losses
 
     held_out = f", held-out loss {figures['eval_loss']:.4f}" if figures["eval_loss"] is not None else ""
     lines = []

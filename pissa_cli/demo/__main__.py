@@ -21,7 +21,7 @@ def main() -> None:
     show.load_libraries(debug=False)
     from rich.table import Table
 
-    from pissa_cli.report import draw_losses
+    from pissa_cli.run.report import draw_losses
 
     began = time.monotonic()
     results = {method: best_of(method) for method in RATES}
@@ -58,7 +58,7 @@ def best_of(method: str) -> dict[str, Any]:
     from pissa_cli.evals.run import evaluate
     from pissa_cli.merge import merge
     from pissa_cli.quantize import quantize
-    from pissa_cli.recipe_file import load
+    from pissa_cli.schema.recipe_file import load
     from pissa_cli.train import train
 
     tried = []

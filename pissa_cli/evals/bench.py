@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pissa_cli.rows import Row
+from pissa_cli.data.rows import Row
 
 Count = Callable[[int, int], None]
 """Called with (done, in all) of one benchmark."""

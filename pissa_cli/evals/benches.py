@@ -6,15 +6,15 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pissa_cli.data_options import held_out_name, held_out_sources
+from pissa_cli.data.columns import check_columns
+from pissa_cli.data.rows import Row, is_local, read_rows, text_of
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import competition_math, gsm8k, harness, humaneval, mbpp, mt_bench
 from pissa_cli.evals.bench import Bench
-from pissa_cli.glue import GLUE, SETS
-from pissa_cli.inputs import check_columns
-from pissa_cli.recipe import Recipe
-from pissa_cli.rows import Row, is_local, read_rows, text_of
-from pissa_cli.yamlfile import KeyPath
+from pissa_cli.schema.data_options import held_out_name, held_out_sources
+from pissa_cli.schema.glue import GLUE, SETS
+from pissa_cli.schema.recipe import Recipe
+from pissa_cli.schema.yamlfile import KeyPath
 
 GENERATED: dict[str, Bench] = {
     "gsm8k": gsm8k.BENCH,

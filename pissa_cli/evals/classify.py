@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli.batches import collate, micro_batches, on_device, padding
+from pissa_cli.data.examples import Examples
 from pissa_cli.evals.bench import Count
-from pissa_cli.examples import Examples
-from pissa_cli.recipe import Recipe
+from pissa_cli.schema.recipe import Recipe
+from pissa_cli.training.batches import collate, micro_batches, on_device, padding
 
 RESAMPLED = 1000
 TOGETHER = 32  # texts at once, where the recipe does not say how many

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pissa_cli.data.rows import Row, value_of
 from pissa_cli.evals.bench import Count, Grade, Grading
 from pissa_cli.evals.sandbox import run_programs
-from pissa_cli.rows import Row, value_of
 
 INSTRUCTION = (
     "Please provide a self-contained Python script that solves the following problem in a markdown code block:"

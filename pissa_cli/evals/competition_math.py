@@ -10,9 +10,9 @@ import importlib.util
 import re
 from collections.abc import Sequence
 
+from pissa_cli.data.rows import Row
 from pissa_cli.evals.bench import Bench, Grade, row_by_row
 from pissa_cli.evals.gsm8k import MARKER
-from pissa_cli.rows import Row
 
 _REMOVED = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
 

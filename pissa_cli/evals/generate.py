@@ -15,9 +15,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from pissa_cli.batches import padding
-from pissa_cli.chat import special_tokens
-from pissa_cli.configuration import context_of, end_tokens, require_tokens
+from pissa_cli.base.configuration import context_of, end_tokens, require_tokens
+from pissa_cli.data.chat import special_tokens
+from pissa_cli.training.batches import padding
 
 TOP_P = 0.95
 MOST = 256  # prompts of a batch

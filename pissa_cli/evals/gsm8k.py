@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
+from pissa_cli.data.rows import Row
 from pissa_cli.evals.bench import Bench, Grade, row_by_row
-from pissa_cli.rows import Row
 
 MARKER = "The answer is: "
 _NUMBER = re.compile(r"[-+]?\d*[.,/]?\d+")

@@ -13,7 +13,7 @@ from pissa_cli.errors import PissaError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pissa_cli.recipe import Recipe
+    from pissa_cli.schema.recipe import Recipe
 
 PREFIX = "lm_eval:"
 MAIN = ("acc_norm", "exact_match", "acc", "f1", "em", "pass@1", "bleu", "rougeL", "word_perplexity")

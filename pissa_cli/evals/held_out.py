@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli.batches import batch_losses, padding
+from pissa_cli.data.examples import Examples
 from pissa_cli.evals.bench import Count
-from pissa_cli.examples import Examples
+from pissa_cli.training.batches import batch_losses, padding
 
 
 def score(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pissa_cli.data.rows import Row
 from pissa_cli.evals.bench import Bench
 from pissa_cli.evals.code import PROTOCOL, ask, graded, task_id, written
-from pissa_cli.rows import Row
 
 
 def program(row: Row, output: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pissa_cli.errors import UsageError
-from pissa_cli.yamlfile import shown
+from pissa_cli.schema.yamlfile import shown
 
 TRIES, TIMEOUT = 8, 300.0  # seconds
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; waits double

@@ -6,13 +6,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pissa_cli.data.sets import load_held_out, load_sources
 from pissa_cli.errors import Unreachable
 from pissa_cli.evals import harness, mt_bench
 from pissa_cli.evals.benches import GENERATED, is_held_out, read_bench, source_of
-from pissa_cli.guards import require_context
-from pissa_cli.recipe import Recipe
-from pissa_cli.sets import load_held_out, load_sources
-from pissa_cli.trained import trained_on
+from pissa_cli.outputs.trained import trained_on
+from pissa_cli.schema.recipe import Recipe
+from pissa_cli.training.guards import require_context
 
 
 def load_bench(bench: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int) -> Any:

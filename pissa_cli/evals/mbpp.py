@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pissa_cli.data.rows import Row, value_of
 from pissa_cli.evals.bench import Bench
 from pissa_cli.evals.code import PROTOCOL, ask, graded, task_id, written
-from pissa_cli.rows import Row, value_of
 
 
 def text(row: Row) -> Any:

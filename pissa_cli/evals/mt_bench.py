@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pissa_cli.data.rows import Row, read_rows, text_of
 from pissa_cli.errors import UsageError
 from pissa_cli.evals.bench import Count
 from pissa_cli.evals.judge import Judge
-from pissa_cli.rows import Row, read_rows, text_of
 
 DATA = "lmsys/mt-bench"
 FOLDER = "data/mt_bench"

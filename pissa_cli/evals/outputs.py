@@ -10,9 +10,9 @@ from pathlib import Path
 
 import xxhash
 
+from pissa_cli.data.rows import Row, read_rows
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.bench import Bench
-from pissa_cli.rows import Row, read_rows
 
 
 @contextlib.contextmanager

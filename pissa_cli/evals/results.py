@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from pissa_cli import __version__
+from pissa_cli.data.rows import Row
 from pissa_cli.errors import UsageError
 from pissa_cli.evals.bench import Count, Grade, pass_at, published_set
 from pissa_cli.evals.benches import GENERATED, read_bench, source_of
 from pissa_cli.evals.outputs import read_samples
 from pissa_cli.evals.sandbox import protection
-from pissa_cli.recipe import Recipe
-from pissa_cli.rows import Row
-from pissa_cli.rundir import run_of, whole_folder, write_json
+from pissa_cli.files import whole_folder, write_json
+from pissa_cli.run.rundir import run_of
+from pissa_cli.schema.recipe import Recipe
 
 PASS_AT = (1, 10, 100)
 Progress = Callable[[int, int, str], None]

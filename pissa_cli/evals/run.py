@@ -12,9 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pissa_cli.chat import end_of_turn
-from pissa_cli.configuration import read_config, require_tokens
-from pissa_cli.data import question_prompt
+from pissa_cli.base.configuration import read_config, require_tokens
+from pissa_cli.base.loading import load_tokenizer
+from pissa_cli.base.model import best_device, context_length
+from pissa_cli.data.chat import end_of_turn
+from pissa_cli.data.examples import Examples
+from pissa_cli.data.rows import Row
+from pissa_cli.data.tokenize import question_prompt
 from pissa_cli.errors import UsageError
 from pissa_cli.evals import classify, harness, held_out, mt_bench
 from pissa_cli.evals.bench import Count, published_set
@@ -27,17 +31,13 @@ from pissa_cli.evals.published import published
 from pissa_cli.evals.results import Progress, grade_outputs, write_scores
 from pissa_cli.evals.sandbox import protection
 from pissa_cli.evals.served import Server, serve
-from pissa_cli.examples import Examples
-from pissa_cli.glue import GLUE, SETS
-from pissa_cli.loading import load_tokenizer
-from pissa_cli.loss import autocast
-from pissa_cli.model import best_device, context_length
-from pissa_cli.probes import PROBES
-from pissa_cli.recipe import Recipe
-from pissa_cli.rows import Row
-from pissa_cli.rundir import locked, require_writable
-from pissa_cli.started import open_run, require_base
-from pissa_cli.trained import load_plain_base, load_result, merged_folder, result_hash, trained_facts
+from pissa_cli.files import locked, require_writable
+from pissa_cli.outputs.probes import PROBES
+from pissa_cli.outputs.trained import load_plain_base, load_result, merged_folder, result_hash, trained_facts
+from pissa_cli.run.started import open_run, require_base
+from pissa_cli.schema.glue import GLUE, SETS
+from pissa_cli.schema.recipe import Recipe
+from pissa_cli.training.loss import autocast
 
 UNSCORED = {"metric": "not run", "note": "--allow-code-execution scores the answers, which are kept"}
 BATCH_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}

@@ -23,7 +23,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from pissa_cli.configuration import end_tokens
+from pissa_cli.base.configuration import end_tokens
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.generate import TOP_P
 from pissa_cli.process import end_with_parent

@@ -1,0 +1,1 @@
+"""The model that is adapted: its files, its layers, the adapter around them."""

@@ -1,0 +1,1 @@
+"""The run folder: what lies where, how far it has come, what it says."""
