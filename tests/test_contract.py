@@ -28,6 +28,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     RwkvConfig,
+    SqueezeBertConfig,
+    SqueezeBertForSequenceClassification,
     Zamba2Config,
 )
 from transformers.pytorch_utils import Conv1D
@@ -357,6 +359,16 @@ def test_no_matrix_is_left_out_without_a_word(
 ) -> None:
     config.save_pretrained(tmp_path / "base")
     assert make_plan(recipe(tmp_path / "base", "adapter.rank=4"), tmp_path / "base").left_out == left_out
+
+
+def test_convolutions_of_one_token_are_named() -> None:
+    """They are matrices; those of several, as Mamba's, are not."""
+    shape = {"hidden_size": 32, "embedding_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    model = SqueezeBertForSequenceClassification(SqueezeBertConfig(vocab_size=64, num_hidden_layers=1, **shape))
+    names = ("attention.key", "attention.query", "attention.value", "intermediate.conv1d")
+    names = (*names, "output.conv1d", "post_attention.conv1d")
+    found = sorted(_without_adapter(model, linear_layers(model)))
+    assert [name.removeprefix("transformer.encoder.layers.0.") for name in found] == list(names)
 
 
 def test_a_head_of_another_class_is_not_left_out() -> None:

@@ -138,12 +138,12 @@ def make_plan(recipe: Recipe, folder: Path, weights: Weights | None = None) -> P
 
 
 def _without_adapter(model: PreTrainedModel, linears: list[Linear]) -> set[str]:
-    """The names of what holds matrices and gets no adapter, or one for each expert: stacked and shared weights, layers
-    that are bypassed or textless, and linear layers that compute otherwise. Routers and heads do not count."""
+    """The names of what holds matrices and gets no adapter, or one for each expert; routers and heads do not count."""
     known, output = {layer.name for layer in linears}, model.get_output_embeddings()
     others = {layer.name for layer in linears if layer.bypassed or layer.textless}
     for name, module in model.named_modules():
         otherwise = isinstance(module, nn.Linear) and module is not output  # torch's own are known, or share a weight
+        otherwise |= isinstance(module, nn.Conv1d) and module.kernel_size == (1,)  # SqueezeBERT's
         if (otherwise or type(module).__name__ in STACKED) and name not in known and not in_head(name, model):
             others.add(name)
     others = {name for name in others if "router" not in name.split(".")}  # Llama 4's, PhiMoE's and LongCat's
