@@ -17,6 +17,7 @@ from accelerate.utils import str_to_bool
 
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.initialize import initialize
+from pissa_cli.schema.recipe import Recipe
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pissa_cli"
 LAYERS = [
@@ -235,6 +236,17 @@ def test_every_module_is_on_the_map() -> None:
     empty = {path for path in PACKAGE.rglob("__init__.py") if path.parent.name != "cli"}
     there = {str(path.relative_to(PACKAGE)) for path in set(PACKAGE.rglob("*.py")) - empty}
     assert set(re.findall(r"`([\w/]+\.py)`", "".join(rows))) == there - commands - methods
+
+
+def test_functions_are_in_the_modules_that_the_design_names() -> None:
+    sources: dict[str, str] = {}
+    for path in PACKAGE.rglob("*.py"):
+        sources[path.stem] = sources.get(path.stem, "") + path.read_text()
+    design = (PACKAGE.parent / "docs" / "design.md").read_text()
+    modules = sources.keys() - Recipe.model_fields  # `train.lr` is a key
+    named = [pair for pair in re.findall(r"`(\w+)\.(?!py`)(\w+)`", design) if pair[0] in modules]
+    wrong = [pair for pair in named if not re.search(rf"(?m)^(?:def|class) {pair[1]}\b", sources[pair[0]])]
+    assert named and not wrong
 
 
 def test_files_stay_small() -> None:
