@@ -1,4 +1,5 @@
-"""The exceptions meant for users. Raised in the leaves, rendered once, at the edge in `pissa_cli.cli`."""
+"""The exceptions meant for users, raised in the leaves, rendered once, at the edge in `pissa_cli.cli`; and what their
+messages quote, in one line."""
 
 from __future__ import annotations
 
@@ -6,10 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-MOST_NAMES, FEW_NAMES = 10, 5
-
 LAUNCHED = "PISSA_LAUNCHED"
 """In the processes that `pissa train --processes` starts, the file that tells it of their first failure."""
+MOST_NAMES, FEW_NAMES = 10, 5
 
 
 class PissaError(Exception):

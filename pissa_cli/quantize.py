@@ -1,4 +1,4 @@
-"""`quantize`: stream a run, or a dense model, into one 4-bit model. The NF4 store itself is `quant`."""
+"""`quantize`: stream a run, or a dense model, into one 4-bit model. The NF4 store itself is `matrices.quant`."""
 
 from __future__ import annotations
 

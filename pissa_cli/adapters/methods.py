@@ -1,4 +1,5 @@
-"""The table of methods. A new one is a file beside this one, an options class in `adapter_options.py`, and a line here.
+"""The table of methods. A new one is a file beside this one, an options class in `schema/adapter_options.py`, and a
+line here.
 
 `full` trains the weights themselves and has no row.
 """

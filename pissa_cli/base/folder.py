@@ -1,4 +1,4 @@
-"""Where the base model lies on the disk. Knows no torch."""
+"""The folder of a base model, and what may not be in it. Knows no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The columns that rows have, and those that a format reads. Knows no torch."""
+"""The columns that rows and files have, and those that a format reads. Knows no torch."""
 
 from __future__ import annotations
 
