@@ -37,7 +37,7 @@ def train_command(
         target, set_, model=model, method=method, rank=rank, svd=svd, bits=bits, seed=seed, output=output
     )
     from pissa_cli.cli import dryrun, edge, show
-    from pissa_cli.data.columns import require_rows
+    from pissa_cli.data.columns import require_data, require_rows
     from pissa_cli.evals.benches import check_names
     from pissa_cli.run import inputs, reached
 
@@ -45,7 +45,7 @@ def train_command(
     inputs.require_start(loaded.recipe, resume)
     reached.require_step(loaded.recipe, resume)
     if not dry_run:
-        inputs.require_data(loaded.recipe)
+        require_data(loaded.recipe)
     if LAUNCHED not in os.environ:  # by a process that has looked
         require_rows(loaded.recipe)
     show.load_libraries(debug)

@@ -113,6 +113,12 @@ def _chat_of(messages: str, completion: str | None = None) -> str:
     return f"{{format: chat, columns: {{messages: {messages}{answer}}}}}"
 
 
+def require_data(recipe: Recipe) -> None:
+    """UsageError where there is nothing to train on."""
+    if recipe.data.train is None:
+        raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")
+
+
 def require_rows(recipe: Recipe) -> None:
     """UsageError for local files of data that are not there or lack a column in their first rows. Data on the Hub is
     not looked at."""

@@ -37,9 +37,3 @@ def require_place(run: Run) -> None:
     if not is_vacant(run.folder):
         raise UsageError(f"{run.folder}: exists and is not a run folder", "name another with --output")
     require_writable(run.folder)
-
-
-def require_data(recipe: Recipe) -> None:
-    """UsageError where there is nothing to train on."""
-    if recipe.data.train is None:
-        raise UsageError("data.train: no training data given", "name a file or a Hub id: --set data.train=file.jsonl")

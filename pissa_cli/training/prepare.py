@@ -13,13 +13,13 @@ from pissa_cli.base.loading import load_tokenizer
 from pissa_cli.base.model import context_length
 from pissa_cli.data.chat import require_template, unlearned_prompt
 from pissa_cli.data.classification import class_counts
+from pissa_cli.data.columns import require_data
 from pissa_cli.data.examples import Examples, first_example
 from pissa_cli.data.rows import is_local, read_rows
 from pissa_cli.data.sets import load_sets, num_held_out
 from pissa_cli.data.tokenize import Say
 from pissa_cli.files import require_writable
 from pissa_cli.initialize import Progress, initialize, plan_start
-from pissa_cli.run.inputs import require_data
 from pissa_cli.run.reached import newest_facts
 from pissa_cli.run.report import notes_of
 from pissa_cli.run.rundir import run_of
