@@ -197,6 +197,21 @@ def test_each_method_by_hand() -> None:
     assert not made.factors["A"].any() and made.factors["B"].all() and torch.equal(made.frozen, W)
 
 
+def test_energy_is_a_share_of_numbers_whose_squares_vanish() -> None:
+    layer = Layer("x", 1, 1.0, 0, quant.Store(32, torch.float32))
+    for size, wanted in ((0.0, 0), (1e-25, 0), (1e-15, 16 / 17), (1e15, 16 / 17)):
+        W = size * torch.diag(numbers([4.0, 1.0]))
+        assert METHODS["svfit"].start(W, layer, {"svd": "exact"}).figures["energy"] == pytest.approx(wanted)
+
+
+def test_what_16_bits_round_is_nothing_to_loftq() -> None:
+    """A layer that cannot be in 4 bits starts as LoRA's, whether or not it loses bits."""
+    layer = Layer("x", 2, 1.0, 0, quant.Store(16, torch.bfloat16))
+    for size in (1, 1 / 3):
+        made = METHODS["loftq"].start(size * torch.eye(8), layer, {"svd": "exact", "passes": 1})
+        assert made.factors["A"].all() and not made.factors["B"].any()
+
+
 @pytest.mark.parametrize("embedding", [False, True])
 @pytest.mark.parametrize("init", ["A", "B"])
 @pytest.mark.parametrize(("distribution", "variance"), [("kaiming", 1 / 3), ("gaussian", 1.0)])

@@ -119,7 +119,7 @@ def as_lora(factors: Factors) -> Factors:
 
 def energy(S: Tensor, weight: Tensor) -> float:
     """The share of ||W||^2 in these singular values (r,) of W (out, in)."""
-    return float(S.double().square().sum()) / max(frobenius_norm(weight) ** 2, 1e-300)
+    return float(S.square().sum()) / (frobenius_norm(weight) ** 2 or 1.0)
 
 
 def balanced(svd: SVD, scale: float) -> tuple[Tensor, Tensor]:
