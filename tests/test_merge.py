@@ -39,11 +39,11 @@ from pissa_cli.base.weights import open_weights
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.run import evaluate
 from pissa_cli.matrices import quant
-from pissa_cli.merge import merge
+from pissa_cli.merge import TOLERANCE, merge
 from pissa_cli.outputs.card import _prompt, _without_folders, model_card
 from pissa_cli.outputs.dense import dense_tensors, rounded
 from pissa_cli.outputs.probes import logit_difference, perplexity, probe_logits
-from pissa_cli.outputs.trained import load_plain_base, load_result, load_with, read_result
+from pissa_cli.outputs.trained import load_plain_base, load_result, load_with, merged_folder, read_result
 from pissa_cli.quantize import quantize
 from pissa_cli.run.rundir import Run
 from pissa_cli.schema.data_options import DataSection
@@ -94,6 +94,22 @@ def test_factors_are_rounded_once_where_every_product_would(
             for key, factor in layer.factors().items():
                 factor.data = exact[name][key]
         assert torch.equal(found, logits(model))
+
+
+def test_factors_of_a_layer_in_fp32_are_not_rounded(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, wide = trained(recipe, models("llama"), rows, "model.bits=16"), "model.layers.0.mlp.up_proj"
+
+    def load(*given: Any) -> Any:
+        model = load_model(*given)
+        model.get_submodule(wide).float()
+        return model
+
+    monkeypatch.setattr("pissa_cli.outputs.trained.load_model", load)
+    monkeypatch.setattr("pissa_cli.matrices.products.has_amx", lambda: True)
+    for name, layer in lowrank_layers(load_result(made, torch.device("cpu"))).items():
+        assert layer.A.dtype == layer.B.dtype == (torch.float32 if name == wide else torch.bfloat16)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -166,6 +182,24 @@ def test_a_sharded_bf16_base_merges_into_bf16(recipe: Make, rows: Path, tmp_path
     result = merge(made)
     merged = AutoModelForCausalLM.from_pretrained(result["path"])
     assert merged.dtype == torch.bfloat16 and 0 < result["relative_logit_difference"] < 5e-2
+
+
+def test_weights_in_bf16_explain_what_products_in_fp32_do_not(recipe: Make, rows: Path, tmp_path: Path) -> None:
+    folder = save_model(make_model("llama").bfloat16(), tmp_path / "model")
+    result = merge(trained(recipe, folder, rows, "model.bits=32"))
+    assert TOLERANCE[torch.float32] < result["relative_logit_difference"] < TOLERANCE[torch.bfloat16]
+
+
+def test_the_last_checkpoint_merged_is_the_result_merged(
+    models: Callable[[str], Path], recipe: Make, rows: Path
+) -> None:
+    made = trained(recipe, models("llama"), rows, "model.bits=32", "train.save_every=1", "train.keep=3")
+    merge(made, step=3)
+    assert merged_folder(made) == Run(Path(made.output)).merged
+    shutil.rmtree(merged_folder(made))
+    merge(made, step=2)
+    with pytest.raises(UsageError, match="is of step 2, the result of step 3"):
+        merged_folder(made)
 
 
 @pytest.mark.parametrize(("dtype", "lr"), [(torch.bfloat16, 4e-6), (torch.float16, 5e-7)])
