@@ -39,7 +39,7 @@ from pissa_cli.base.weights import open_weights
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.run import evaluate
 from pissa_cli.matrices import quant
-from pissa_cli.merge import TOLERANCE, merge
+from pissa_cli.merge import TOLERANCE, _compare, merge
 from pissa_cli.outputs.card import _prompt, _without_folders, model_card
 from pissa_cli.outputs.dense import dense_tensors, rounded
 from pissa_cli.outputs.probes import logit_difference, perplexity, probe_logits
@@ -321,6 +321,24 @@ def test_a_wrong_merge_is_refused(
     with pytest.raises(PissaError, match="logits differ"):
         merge(made)
     assert not Run(Path(made.output)).merged.exists()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "llama"])
+def test_one_token_may_go_to_another_expert(
+    kind: str, models: Callable[[str], Path], recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logits are others then, those of most tokens the same; without experts such a merge is wrong."""
+    apart = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0))
+    merged = apart.clone()
+    merged[0, 4] *= -1
+    monkeypatch.setattr("pissa_cli.merge.load_model", lambda *_: make_model(kind))
+    monkeypatch.setattr("pissa_cli.merge.probe_logits", lambda *_: [merged])
+    made: Any = recipe(models("llama"), "model.bits=32"), [apart], None, models("llama"), torch.float32
+    if kind == "mixtral":
+        assert _compare(*made)["relative_logit_difference"] > 0.1
+    else:
+        with pytest.raises(PissaError, match="the merged model's logits differ"):
+            _compare(*made)
 
 
 def test_of_a_deep_model_rounding_explains_more(recipe: Make, rows: Path, tmp_path: Path) -> None:
