@@ -75,9 +75,7 @@ def pack(store: Store, weight: Tensor) -> Packed | Tensor:
 
     weight = weight.contiguous()
     with _in_turn(weight.device):
-        data, state = functional.quantize_4bit(
-            weight, blocksize=BLOCK_SIZE, quant_type="nf4", compress_statistics=False
-        )
+        data, state = functional.quantize_4bit(weight, blocksize=BLOCK_SIZE, quant_type="nf4")
     return Packed(data, _state(store, weight, state.code, *_kept(store, state.absmax)[1:]))
 
 
