@@ -212,6 +212,17 @@ def test_the_way_of_a_gpu_turns_back_where_columns_vanish(as_on_a_gpu: list[int]
     assert as_on_a_gpu == [0]
 
 
+def test_what_a_gpu_launches_as_one_waits_for_nothing() -> None:
+    """A number that is asked for cannot be captured in a graph; meta tensors have none to give."""
+    weight, drawn, near = (torch.empty(700, width, device="meta") for width in (600, 20, 12))
+    Q, enlarged, doubt = svd.DOUBTED_SKETCH(weight, torch.empty(600, 32, device="meta"))
+    basis, *_, doubts = svd.DOUBTED_SKETCHED_BLOCKS(weight, Q, enlarged, 2, 3)
+    assert basis.shape == (600, 96) and doubt.shape == doubts.shape == ()
+    for begin, known, steps, rounded in ((drawn, near[:600], 1, False), (torch.empty_like(Q), near[:600, :0], 4, True)):
+        basis, *_, doubt = svd.DOUBTED_FIRST_BLOCKS(weight, begin, known, steps, rounded, 2)
+        assert basis.shape == (600, 64) and doubt.shape == ()
+
+
 @pytest.mark.parametrize(
     ("most", "least", "steps"),
     [
