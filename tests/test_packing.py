@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,7 @@ from pissa_cli.data.examples import Examples
 from pissa_cli.data.tokenize import load_examples
 from pissa_cli.errors import UsageError
 from pissa_cli.schema.data_options import DataSection
+from pissa_cli.schema.recipe import Recipe
 from pissa_cli.training import batches, guards, packing
 from pissa_cli.training.batches import collate, micro_batches, row_length
 from pissa_cli.training.guards import pack_if_sound
@@ -67,6 +69,10 @@ def close(
         assert float((found[name] - gradient).norm()) <= share * float(gradient.norm()) + rounding, name
 
 
+def packs(made: Recipe, model: PreTrainedModel, examples: Examples) -> bool:
+    return pack_if_sound(made, model, examples, partial(guards.probe_loss, made, model, examples, 0, True))
+
+
 @pytest.fixture
 def leaking() -> PreTrainedModel:
     """Short convolutions see across where an example begins; weights so large that it shows."""
@@ -87,7 +93,7 @@ def test_a_leak_shows_whatever_the_first_example(first: int, leaking: PreTrained
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     examples = Examples(ids, torch.ones(len(ids), dtype=torch.bool), offsets)
     made = recipe(Path("none"), "train.precision=bf16")
-    assert not pack_if_sound(made, leaking.bfloat16(), examples, 0)
+    assert not packs(made, leaking.bfloat16(), examples)
 
 
 def test_a_leak_is_looked_for_at_both_ends_of_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +123,7 @@ def test_the_longest_row_is_compared_as_well(recipe: Make) -> None:
     examples = Examples(ids, torch.ones(len(ids), dtype=torch.bool), torch.arange(0, 8 * 40 + 1, 40))
     for size, sound in (("2", True), ("8", False)):
         made = recipe(Path("none"), "model.bits=32", "train.precision=fp32", f"train.micro_batch_size={size}")
-        assert pack_if_sound(made, model, examples, 0) == sound
+        assert packs(made, model, examples) == sound
 
 
 def test_memory_that_does_not_suffice_says_nothing_of_packing(
@@ -134,10 +140,10 @@ def test_memory_that_does_not_suffice_says_nothing_of_packing(
 
     monkeypatch.setattr(guards, "summed_loss", full)
     made = recipe(Path("none"), "model.bits=32", "train.precision=fp32")
-    assert pack_if_sound(made, model, examples, 0) and seen[0] > 600  # on the first few already
+    assert packs(made, model, examples) and seen[0] > 600  # on the first few already
     monkeypatch.setattr(guards, "summed_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("never")))
     with pytest.raises(torch.OutOfMemoryError):
-        pack_if_sound(made, model, examples, 0)
+        packs(made, model, examples)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU attends in bf16")

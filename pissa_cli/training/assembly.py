@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -75,10 +76,11 @@ def assemble(
         attend_in_fp32()
     else:
         model.to(device)
-    probe = partial(probe_loss, recipe, model, examples, pad_id)
-    _take_kernels(recipe, model, probe, say)
     with runs_in_bf16(model, recipe.precision):
-        packed = _settle_packing(recipe, model, examples, pad_id, say)
+        chunked = chunks_loss(model, examples)
+        probe = partial(probe_loss, recipe, model, examples, pad_id, chunked)
+        _take_kernels(recipe, model, probe, say)
+        packed = _settle_packing(recipe, model, examples, pad_id, probe, say)
         if isinstance(recipe.adapter, FullOptions):
             model.requires_grad_(True)
         else:
@@ -87,7 +89,7 @@ def assemble(
     head = model.get_output_embeddings()
     trains_head = head is not None and head.weight.requires_grad
     inside = (experts and not alone) or layout == "zero-3"  # what trains has to be used within the model there
-    chunked = chunks_loss(model, examples) and not (inside and trains_head)
+    chunked = chunked and type(head) is nn.Linear and not (inside and trains_head)  # it may have an adapter by now
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)
     if recipe.train.torch_compile:
@@ -182,9 +184,11 @@ def _take_kernels(recipe: Recipe, model: PreTrainedModel, probe: Callable[[], fl
         say(f"liger-kernel is not installed; {advice}")
 
 
-def _settle_packing(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, say: Say) -> bool:
+def _settle_packing(
+    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, probe: Callable[..., float], say: Say
+) -> bool:
     """As `pack_if_sound`. UsageError for a model that sees what it should not: padding, or what follows."""
-    packed = pack_if_sound(recipe, model.eval(), examples, pad_id)
+    packed = pack_if_sound(recipe, model.eval(), examples, probe)
     if recipe.data.classifies:
         require_padding_unseen(recipe, model, examples, pad_id)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
@@ -102,6 +102,7 @@ def probe_loss(
     model: PreTrainedModel,
     examples: Examples,
     pad_id: int,
+    chunked: bool,
     packing: bool = False,
     chosen: Sequence[int] = (),
 ) -> float:
@@ -109,7 +110,6 @@ def probe_loss(
     takes."""
     few = chosen or _first_few(recipe, examples)
     batch = collate(examples, few, pad_id, packing)
-    chunked = not recipe.data.classifies and chunks_loss(model, examples)
     with autocast(recipe, model.device):
         total = summed_loss(model.eval(), on_device(batch, model.device), chunked)
     return float(total) / sum(examples.num_targets(i) for i in few)
@@ -176,10 +176,10 @@ def require_causal(recipe: Recipe, model: PreTrainedModel, examples: Examples) -
         )
 
 
-def pack_if_sound(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int) -> bool:
+def pack_if_sound(recipe: Recipe, model: PreTrainedModel, examples: Examples, probe: Callable[..., float]) -> bool:
     """Have the model attend to packed examples one by one, where it can, and return whether examples are packed: if
     `data.packing` asks for it and it is sound in this model. With `auto` it must cost nothing either, as a mask over
-    the whole row would.
+    the whole row would. probe: (packing, chosen) -> `probe_loss`.
 
     Raises UsageError where the recipe insists on packing and it is not sound.
     """
@@ -190,14 +190,14 @@ def pack_if_sound(recipe: Recipe, model: PreTrainedModel, examples: Examples, pa
         for attend in (attend_by_sequence, attend_by_mask):
             with suppress(ValueError):  # parts of the model may have no SDPA
                 attend(model)
-            if (wanted is True or without_mask(model)) and _packs_soundly(recipe, model, examples, pad_id):
+            if (wanted is True or without_mask(model)) and _packs_soundly(recipe, model, examples, probe):
                 return True
     if wanted == "auto":
         return False
     raise UsageError("data.packing: this model lets packed examples see each other", "set data.packing to false")
 
 
-def _packs_soundly(recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int) -> bool:
+def _packs_soundly(recipe: Recipe, model: PreTrainedModel, examples: Examples, probe: Callable[..., float]) -> bool:
     """Whether packing changes nothing. The loss has to be that of padded examples, of the first few and in the longest
     row that a step can have; and the logits of a row's second example may not change when its first is another."""
     longest = examples.by_length()[-recipe.train.micro_batch_size :].tolist()
@@ -207,7 +207,7 @@ def _packs_soundly(recipe: Recipe, model: PreTrainedModel, examples: Examples, p
     others = examples.ids.roll(-int(examples.offsets[longest[-1]]) - len(examples.ids) // 2 - 1)[: len(first)]
     positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None].to(model.device)
     try:
-        if not all(_same_packed(recipe, model, examples, pad_id, chosen) for chosen in tried):
+        if not all(_same_packed(recipe.precision, probe, chosen) for chosen in tried):
             return False
         rows = [torch.cat([before, second]).long()[None].to(model.device) for before in (first, others)]
         with autocast(recipe, model.device):
@@ -219,14 +219,12 @@ def _packs_soundly(recipe: Recipe, model: PreTrainedModel, examples: Examples, p
     return float((logits - changed).abs().max()) <= LEAK_TOLERANCE[recipe.precision] * float(logits.abs().max())
 
 
-def _same_packed(
-    recipe: Recipe, model: PreTrainedModel, examples: Examples, pad_id: int, chosen: Sequence[int]
-) -> bool:
+def _same_packed(precision: str, probe: Callable[..., float], chosen: Sequence[int]) -> bool:
     """Whether the loss on `chosen` examples, or on as many as memory has room for, is the same packed and padded."""
     while True:
         try:
-            padded, packed = (probe_loss(recipe, model, examples, pad_id, way, chosen) for way in (False, True))
-            return abs(packed - padded) <= PACKING_TOLERANCE[recipe.precision] * max(1.0, abs(padded))
+            padded, packed = (probe(way, chosen) for way in (False, True))
+            return abs(packed - padded) <= PACKING_TOLERANCE[precision] * max(1.0, abs(padded))
         except torch.OutOfMemoryError:
             if len(chosen) < 2:
                 raise
