@@ -37,7 +37,7 @@ NOTED = {
     "data.examples": ("notes",),
     "training.guards": ("schedule_change",),
     "base.heads": ("head_note",),
-    "run.report": ("left_without_adapter", "left_by_peft"),
+    "run.report": ("_not_used", "_left_without_adapter", "_left_dense", "left_by_peft"),
     "data.classification": ("class_counts",),
     "evals.gsm8k": ("other_form",),
 }

@@ -19,7 +19,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
     from pissa_cli.base.model import SMALL_FILES, resolve_base
     from pissa_cli.base.plan import make_plan
     from pissa_cli.run.reached import is_started
-    from pissa_cli.run.report import left_without_adapter
+    from pissa_cli.run.report import notes_of
     from pissa_cli.run.started import open_run
     from pissa_cli.training.kernels import wants_liger
     from pissa_cli.training.memory import forecast
@@ -58,7 +58,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
         "",
         f"{result['trainable']:,} parameters train, the base has {result['parameters']:,} ({share:.2%}); adapters in "
         f"{result['layers']} layers of {planned.folder}",
-        *filter(None, [left_without_adapter(planned.left_out)]),
+        *notes_of(result),
         *([f"ranks are chosen at init from the spectra; counted here: {counted}"] if auto else []),
         *([f"{steps[0]:,} steps of {size} examples, if all {steps[1]:,} rows can be used"] if steps else []),
         _memory_line(memory, processes, recipe.data.max_length, context),

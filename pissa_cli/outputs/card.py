@@ -48,7 +48,8 @@ def model_card(recipe: Recipe, what: str, library: str = "transformers", step: i
         return "\n".join([*lines, f"# {base}", "", f"{base}, {what} with `pissa {__version__}`.", ""])
     lines += [f"# {default_repo(recipe)}", "", f"{base}, fine-tuned with `pissa {__version__}` (method {method}{rank})"]
     lines += [f"and {what}.", ""]
-    if library == "peft" and (note := left_by_peft(run.read_manifest().get("lost_in_peft", []))):
+    if library == "peft" and (lost := run.read_manifest().get("lost_in_peft")):
+        note = left_by_peft(lost)
         lines += [f"{note[0].upper()}{note[1:]}.", ""]
     if figures := _figures(run, step):
         lines += ["| figure | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in figures), ""]

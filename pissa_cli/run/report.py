@@ -73,54 +73,46 @@ def save_picture(figure: Any, picture: Path) -> None:
     temporary.replace(picture)
 
 
-def notes_of(manifest: dict[str, Any]) -> list[str]:
-    """Of a start, for the person watching: tensors of the base that are not used, what gets no adapter, the layers that
-    stay dense, and those that stock PEFT does not find."""
-    notes = (
-        _not_used(manifest.get("unused", [])),
-        left_without_adapter(manifest.get("left_out", [])),
-        left_dense(manifest.get("kept_dense", [])),
-        left_by_peft(manifest.get("lost_in_peft", [])),
-    )
-    return [note for note in notes if note is not None]
+def notes_of(record: dict[str, Any]) -> list[str]:
+    """For the person watching, what a manifest, or another record with some of its keys, says of: tensors of the base
+    that are not used, what gets no adapter, the layers that stay dense, and those that stock PEFT does not find."""
+    notes = {
+        "unused": _not_used,
+        "left_out": _left_without_adapter,
+        "kept_dense": _left_dense,
+        "lost_in_peft": left_by_peft,
+    }
+    return [note(names) for key, note in notes.items() if (names := record.get(key))]
 
 
-def _not_used(names: list[str]) -> str | None:
-    """A line about tensors of the base that the model has no place for; None if there are none."""
-    if not names:
-        return None
+def _not_used(names: list[str]) -> str:
+    """A line about tensors of the base that the model has no place for."""
     what = names[0] if len(names) == 1 else f"{names[0]}, ... ({len(names)} in all)"
     return f"the model that config.json describes has no place for some of the base's tensors: {what}"
 
 
-def left_without_adapter(names: list[str]) -> str | None:
-    """A line about parts of a model that can get no adapter; None if there are none."""
-    if not names:
-        return None
+def _left_without_adapter(names: list[str]) -> str:
+    """A line about parts of a model that can get no adapter."""
     what = names[0] if len(names) == 1 else f"{names[0]}, ... ({len(names)} in all)"
     why = "stacked, shared, reached by no text, or multiplied by no plain linear layer"
     return f"no adapter for weights that are {why}: {what}"
 
 
-def left_dense(names: list[str]) -> str | None:
-    """A line about linear layers that 4 bits leave as they are; None if there are none."""
-    if not names:
-        return None
-    what, more = ("1 linear layer stays", "") if len(names) == 1 else (f"{len(names)} linear layers stay", ", ...")
+def _left_dense(names: list[str]) -> str:
+    """A line about linear layers that 4 bits leave as they are."""
+    what = "1 linear layer stays" if len(names) == 1 else f"{len(names)} linear layers stay"
     why = "as gates, for rows that are no whole blocks of 64, or as the model reads them otherwise"
-    return f"{what} dense, {why}: {names[0]}{more}"
+    return f"{what} dense, {why}: {names[0]}{', ...' if len(names) > 1 else ''}"
 
 
 def lost_in_4_bits(result: dict[str, Any]) -> list[str]:
     """Of what `quantize` has returned: the layers that stay dense, where there are any, and the error of the others."""
     error = f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)"
-    return [*filter(None, [left_dense(result["kept_dense"])]), error]
+    return [*notes_of(result), error]
 
 
-def left_by_peft(names: list[str]) -> str | None:
-    """A line about adapted layers that stock PEFT does not find in an adapter's files; None if there are none."""
-    if not names:
-        return None
+def left_by_peft(names: list[str]) -> str:
+    """A line about adapted layers that stock PEFT does not find in an adapter's files."""
     what = f"the adapter of {names[0]}" if len(names) == 1 else f"the adapters of {names[0]}, ... ({len(names)} in all)"
     why = "renames their tensors as those of a base"
     return f"stock PEFT leaves out {what}, as it {why}; `pissa merge` has everything"
