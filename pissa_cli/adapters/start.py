@@ -93,7 +93,6 @@ class Method:
     trains: names of the factors that get gradients.
     moves_base: whether the frozen weight differs from the base's (then a plain base needs `on_plain_base`).
     on_plain_base: (factors now, factors at step 0) -> LoRA {A, B} with s B A = W_frozen + s (B * d * b) A - W.
-    share: (seed, r, widest out, widest in) -> projections that all layers share.
     peft_type: the kind of PEFT files the factors at step 0 make; see `pissa_cli.base.peft_files`.
     embeddings, experts: whether it adapts embeddings, and experts stored as 3-D weights, as well.
     rank_limit: what a rank above the smaller dimension of a layer is: an "error", "lowered" to it, or "none".
@@ -103,7 +102,6 @@ class Method:
     trains: frozenset[str]
     moves_base: bool = False
     on_plain_base: Callable[[Factors, Factors], Factors] = lambda now, _start: now
-    share: Callable[[int, int, int, int], Projections] | None = None
     rank_limit: Literal["error", "lowered", "none"] = "error"
     peft_type: Literal["LORA", "VERA", "SVFIT"] = "LORA"
     embeddings: bool = False

@@ -36,7 +36,6 @@ def projections(seed: int, rank: int, num_out: int, num_in: int) -> Projections:
 VERA = Method(
     start=start,
     trains=frozenset({"d", "b"}),
-    share=projections,
     rank_limit="none",
     peft_type="VERA",
     experts=False,  # PEFT would leave them out of its files without a word

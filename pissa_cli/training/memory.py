@@ -234,7 +234,7 @@ def _adapter(plan: Plan, method: Method) -> Adapter:
         for name, shapes in plan.factor_shapes().items()
     }
     projections = None
-    if method.share is not None:
+    if method.peft_type == "VERA":
         rank, (num_out, num_in) = max(plan.ranks.values()), plan.widest
         projections = Projections(torch.empty(rank, num_in), torch.empty(num_out, rank))
     return Adapter(factors, plan.scales, projections)
