@@ -93,7 +93,7 @@ def _write_run(recipe: Recipe, plan: Plan, weights: Weights, run: Run, progress:
     with whole_folder(run.folder) as folder:
         staged = Run(folder)
         if isinstance(adapter, FullOptions):
-            base["fingerprint"] = fingerprint(weights)
+            base["fingerprint"] = fingerprint(weights.folder)
         else:
             manifest |= _split(recipe, plan, weights, staged, progress)
             base |= manifest.pop("stored")

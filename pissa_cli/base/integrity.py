@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from pissa_cli.base.weights import Weights, fingerprint, hash_file, load_tensors, open_weights
+from pissa_cli.base.weights import Weights, fingerprint, hash_file, load_tensors
 from pissa_cli.errors import UsageError
 
 COSMETIC = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -63,7 +63,7 @@ def require_files(folder: Path, expected: Mapping[str, str], hint: str) -> None:
 
 def model_facts(folder: Path) -> dict[str, str]:
     """What `require_model` compares of a model folder: `fingerprint` of its weights, and `settings`."""
-    return {"fingerprint": fingerprint(open_weights(folder)), "settings": settings_hash(folder)}
+    return {"fingerprint": fingerprint(folder), "settings": settings_hash(folder)}
 
 
 def settings_hash(folder: Path) -> str:
@@ -88,7 +88,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def require_model(folder: Path, facts: Mapping[str, Any], prefix: str = "") -> Path:
     """The folder, if its weights, configuration and vocabulary are those of `facts`; else UsageError."""
-    found, expected = fingerprint(open_weights(folder)), facts[f"{prefix}fingerprint"]
+    found, expected = fingerprint(folder), facts[f"{prefix}fingerprint"]
     if found != expected:
         raise UsageError(
             f"{folder}: not the model this run was made on (fingerprint {found}, expected {expected})",

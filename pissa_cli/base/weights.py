@@ -163,10 +163,10 @@ class Fingerprint:
         return f"xxh3:{xxhash.xxh3_128_hexdigest(lines.encode())}"
 
 
-def fingerprint(weights: Weights) -> str:
-    """The fingerprint of a checkpoint on disk; its bytes are read once a process unless a file changes."""
-    stats = [(file, file.stat()) for file in sorted(set(weights.files.values()))]
-    return _fingerprint(weights.folder, tuple((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+def fingerprint(folder: Path) -> str:
+    """The fingerprint of the checkpoint in a folder; its bytes are read once a process unless a file changes."""
+    stats = [(file, file.stat()) for file in sorted(set(open_weights(folder).files.values()))]
+    return _fingerprint(folder, tuple((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats))
 
 
 @functools.lru_cache(maxsize=4)
