@@ -1,11 +1,9 @@
-"""That the files of a run are those that were written, and that none of them leads out of its folder."""
+"""That files are those that were written, and weights finite."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,6 @@ from pissa_cli.errors import UsageError
 COSMETIC = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Keys of config.json that change nothing here."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
-FILES = ("metrics.jsonl", "loss.png", "report.json", "report.png")
-FOLDERS = ("init", "base", "checkpoints", "adapter", "merged", "quantized", "int4", "exported", "eval")
 SEAL = "seal"
 LARGEST = 1e15
 """Of weights: sums of their squares have to fit into fp32."""
@@ -100,27 +96,6 @@ def require_model(folder: Path, facts: Mapping[str, Any], prefix: str = "") -> P
             "bring the old files back (of a model on the Hub: set model.revision), or start a new run",
         )
     return folder
-
-
-def require_closed(folder: Path) -> None:
-    """UsageError for a link that leads out of a run folder, which would be written through, for a pipe or device, which
-    would be waited for, and for a file in the place of a folder or the other way round."""
-    root = folder.resolve()
-    for parent, folders, files in os.walk(folder):
-        for path in (Path(parent, name) for name in (*folders, *files)):
-            try:
-                mode = path.lstat().st_mode
-            except FileNotFoundError:  # a training removes its old checkpoints
-                continue
-            if stat.S_ISLNK(mode):
-                if not Path(os.path.realpath(path)).is_relative_to(root):
-                    raise UsageError(f"{path}: a link that leads out of the run folder", "put what it stands for here")
-            elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                raise UsageError(f"{path}: neither a file nor a folder", "remove it")
-    for names, is_kind, kind in ((FILES, Path.is_file, "file"), (FOLDERS, Path.is_dir, "folder")):
-        for path in (folder / name for name in names):
-            if os.path.lexists(path) and not is_kind(path):
-                raise UsageError(f"{path}: not a {kind}", "remove it")
 
 
 def not_finite(tensor: Tensor) -> bool:

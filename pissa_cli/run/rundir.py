@@ -1,8 +1,10 @@
-"""The run folder: what lies where in it, and what a killed training leaves there."""
+"""The run folder: what lies where in it, what may not, and what a killed training leaves there."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,29 @@ def require_free(output: Path, own: Path) -> None:
     this."""
     if output.absolute() != own.absolute() and kind_of(str(output), "--output") and not is_vacant(output):
         raise UsageError(f"{output}: exists already", "remove it, or name another with --output")
+
+
+def require_closed(run: Run) -> None:
+    """UsageError for a link that leads out of a run folder, which would be written through, for a pipe or device, which
+    would be waited for, and for a file in the place of a folder or the other way round."""
+    root = run.folder.resolve()
+    for parent, folders, files in os.walk(run.folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # a training removes its old checkpoints
+                continue
+            if stat.S_ISLNK(mode):
+                if not Path(os.path.realpath(path)).is_relative_to(root):
+                    raise UsageError(f"{path}: a link that leads out of the run folder", "put what it stands for here")
+            elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise UsageError(f"{path}: neither a file nor a folder", "remove it")
+    files_of_run = [run.metrics, *(run.folder / name for name in (PICTURE, "report.json", "report.png"))]
+    folders_of_run = [run.init, run.base, run.checkpoints, run.adapter, *run.made_from_result]
+    for paths, is_kind, kind in ((files_of_run, Path.is_file, "file"), (folders_of_run, Path.is_dir, "folder")):
+        for path in paths:
+            if os.path.lexists(path) and not is_kind(path):
+                raise UsageError(f"{path}: not a {kind}", "remove it")
 
 
 def clear_leftovers(run: Run) -> None:

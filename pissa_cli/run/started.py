@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pissa_cli.adapters.start import Adapter
-from pissa_cli.base.integrity import require_closed, require_files, require_model, require_sealed
+from pissa_cli.base.integrity import require_files, require_model, require_sealed
 from pissa_cli.base.model import resolve_base
 from pissa_cli.base.peft_files import read_peft
 from pissa_cli.errors import UsageError
 from pissa_cli.run.reached import start_of
-from pissa_cli.run.rundir import Run, run_of
+from pissa_cli.run.rundir import Run, require_closed, run_of
 from pissa_cli.schema.recipe import Recipe
 
 FORMAT = 2  # of the manifest
@@ -26,7 +26,7 @@ def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
     """
     run = run_of(recipe)
     manifest = run.read_manifest()
-    require_closed(run.folder)
+    require_closed(run)
     require_sealed(manifest, run.manifest)
     if manifest["format"] != FORMAT:
         raise UsageError(
