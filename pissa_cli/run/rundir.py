@@ -11,7 +11,7 @@ from typing import Any
 
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.files import is_vacant, lock_of, locked, read_json
-from pissa_cli.paths import RUN_MANIFEST, RUN_RECIPE, kind_of
+from pissa_cli.paths import RUN_MANIFEST, RUN_RECIPE, holds_run, kind_of
 from pissa_cli.schema.recipe import Recipe
 
 PROVENANCE = "pissa.json"
@@ -39,7 +39,7 @@ class Run:
 
     def exists(self) -> bool:
         """Whether init finished here."""
-        return self.manifest.is_file() and self.recipe.is_file()
+        return holds_run(self.folder)
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest as it is; UsageError if there is none, or no JSON object. `started.open_run` checks it."""
