@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pissa_cli.base.integrity import hashes
 from pissa_cli.base.weights import hash_file, load_tensors, save_tensors
 from pissa_cli.errors import UsageError
 from pissa_cli.files import read_json, remove_folder, set_aside, whole_folder, write_json
@@ -43,8 +44,7 @@ def save_checkpoint(
     with whole_folder(run.checkpoints / f"step-{step}") as folder:
         for name, content in zip(_TENSORS, tensors, strict=True):
             save_tensors(folder / name, content)
-        hashes = {name: hash_file(folder / name) for name in _TENSORS}
-        write_json(folder / "state.json", {"step": step, "hashes": hashes} | facts)
+        write_json(folder / "state.json", {"step": step, "hashes": hashes(folder, _TENSORS)} | facts)
 
 
 def remove_old(run: Run, keep: int, best_as_well: bool) -> None:
@@ -110,8 +110,8 @@ def damage(folder: Path) -> str | None:
     if unreadable:
         raise UsageError(f"{folder / unreadable[0]}: cannot be read", "check the rights to read it, and the disk")
     try:
-        hashes = read_json(folder / "state.json")["hashes"]
-        return next((f"{name} has changed" for name in _TENSORS if hash_file(folder / name) != hashes[name]), None)
+        known = read_json(folder / "state.json")["hashes"]
+        return next((f"{name} has changed" for name in _TENSORS if hash_file(folder / name) != known[name]), None)
     except UsageError as error:
         return error.message
     except (KeyError, TypeError):
