@@ -15,7 +15,7 @@ from pissa_cli.matrices.svd import truncated_svd
 
 
 def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
-    """options: `svd` (fast, exact) and `passes` (T). Starts on quantize, ends on SVD (Algorithm 1):
+    """options: `svd` (fast, 1%, exact) and `passes` (T). Starts on quantize, ends on SVD (Algorithm 1):
 
     L = 0;  T times: Q <- store(W - L);  L = s B A <- SVD_r(W - Q).
 

@@ -14,7 +14,7 @@ from pissa_cli.matrices.svd import truncated_svd
 
 
 def start(weight: Tensor, layer: Layer, options: Mapping[str, Any]) -> Start:
-    """options: `svd` (fast, exact). A = Vh, B = U, d = S; W_e = store(W - U diag(d) Vh); s = 1."""
+    """options: `svd` (fast, 1%, exact). A = Vh, B = U, d = S; W_e = store(W - U diag(d) Vh); s = 1."""
     U, S, Vh = truncated_svd(weight, layer.rank, options["svd"], layer.seed, layer.name)
     frozen = quant.pack(layer.store, minus_product(weight, U * S, Vh))
     return Start({"A": Vh, "B": U, "d": S}, frozen, {"energy": energy(S, weight)})

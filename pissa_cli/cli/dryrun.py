@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int, int] | None = None) -> None:
-    """Print the plan; reads the configuration of the base, writes nothing. processes: that train; (steps, rows)."""
+    """Print the plan; reads the configuration of the base, writes nothing. processes: how many train; steps: (steps,
+    rows) as `prepare.steps_to_take` gives them."""
     from pissa_cli.base.configuration import context_of, read_config
     from pissa_cli.base.model import SMALL_FILES, resolve_base
     from pissa_cli.base.plan import make_plan

@@ -1,6 +1,7 @@
 """How a frozen weight is stored: dense in some dtype, or NF4. `read(pack(W))` is what the layer computes with.
 
-The only file that imports bitsandbytes. NF4 as in QLoRA (arXiv 2305.14314): blocks of 64, each with its absmax.
+bitsandbytes is imported here alone, but for its optimizer. NF4 as in QLoRA (arXiv 2305.14314): blocks of 64, each with
+its absmax.
 """
 
 from __future__ import annotations
