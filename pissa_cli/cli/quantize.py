@@ -20,9 +20,8 @@ def quantize_command(
     debug: options.Debug = False,
 ) -> None:
     """Write a 4-bit (NF4) model from a run, or from a dense model folder (then --output names the result)."""
-    folder = Path(target) if target else None
-    is_model = folder is not None and (folder / "config.json").is_file()
-    if is_model:
+    model = Path(target) if target and (Path(target) / "config.json").is_file() else None
+    if model is not None:
         if not output:
             raise UsageError(f"{target} is a model, not a run", "say where its 4-bit form goes: --output FOLDER")
         loaded = options.load_recipe(None, set_, model=target, output=output)
@@ -32,7 +31,7 @@ def quantize_command(
     from pissa_cli.run import reached
     from pissa_cli.run.rundir import require_free, run_of
 
-    if not is_model and (not dry_run or run_of(loaded.recipe).exists()):
+    if model is None and (not dry_run or run_of(loaded.recipe).exists()):
         reached.require_trained(loaded.recipe)
     own = run_of(loaded.recipe).quantized
     written = Path(output) if output else own
@@ -45,14 +44,7 @@ def quantize_command(
     from pissa_cli.run.report import lost_in_4_bits
 
     with show.counting("quantize") as progress:
-        result = quantize(
-            loaded.recipe,
-            folder if is_model else None,
-            written,
-            progress,
-            double_quant=double_quant,
-            absmax=absmax,
-        )
+        result = quantize(loaded.recipe, model, written, progress, double_quant=double_quant, absmax=absmax)
     before, after = result["perplexity_before"], result["perplexity_after"]
     lines = [
         f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB (dense: {result['dense_bytes'] / 2**20:,.1f} MiB)",
