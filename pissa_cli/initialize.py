@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pissa_cli import __version__
 from pissa_cli.adapters.methods import METHODS
-from pissa_cli.adapters.start import Adapter, Factors, Layer, Start
+from pissa_cli.adapters.start import Factors, Layer, Start, as_lora
 from pissa_cli.base.folder import local_base
 from pissa_cli.base.integrity import hashes, require_finite, sealed, settings_hash
 from pissa_cli.base.model import SMALL_FILES, Linear, best_device, resolve_base
@@ -217,9 +217,9 @@ def _errors(W: Tensor, start: Start, layer: Layer) -> dict[str, float]:
     NF4 also `frobenius` and `nuclear`, its norms, and `plain_frobenius` and `plain_nuclear`, those of W stored in NF4
     as it is. Raises PissaError where the error of a dense store is more than rounding."""
     error = minus(quant.read(start.frozen), W)
-    if "A" in start.factors:  # VeRA's b is zero, so that its projections add nothing
-        A, B = Adapter({layer.name: start.factors}, {layer.name: layer.scale}).pair(layer.name, W.shape, W.device)
-        minus_product(error, B, A, -1.0, into=error)
+    factors = as_lora(start.factors)
+    if "A" in factors:  # VeRA's b is zero, so that its projections add nothing
+        minus_product(error, layer.scale * factors["B"], factors["A"], -1.0, into=error)
     norm = frobenius_norm(error)
     relative = norm / max(frobenius_norm(W), 1e-30)
     if layer.store.bits == 4:
