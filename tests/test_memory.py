@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from classifiers import CONFIGS
+from conftest import save_model
 from runs import BASE
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
 
 from pissa_cli.base.model import resolve_base
@@ -291,3 +293,11 @@ def test_the_forecast_says_of_what_rows_it_is(
 ) -> None:
     words = [word for one in (*BASE, f"data.max_length={longest}") for word in ("--set", one)]
     assert f"if rows are as long as {said}: " in pissa("train", "--model", models("llama"), "--dry-run", *words).out
+
+
+def test_a_roberta_sees_as_many_tokens_as_it_has_positions_for(tmp_path: Path, pissa: Callable[..., Any]) -> None:
+    """They begin behind its padding's number: of 130 positions two are no token's."""
+    folder = save_model(AutoModel.from_config(CONFIGS["roberta"]()), tmp_path / "roberta")
+    sets = ("model.task=sequence-classification", "data.format=glue/mrpc", "adapter.rank=4")
+    words = [word for one in sets for word in ("--set", one)]
+    assert "the model's context (128 tokens)" in pissa("train", "--model", folder, "--dry-run", *words).out

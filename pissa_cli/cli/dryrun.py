@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int, int] | None = None) -> None:
     """Print the plan; reads the configuration of the base, writes nothing. processes: how many train; steps: (steps,
     rows) as `prepare.steps_to_take` gives them."""
-    from pissa_cli.base.configuration import context_of, read_config
-    from pissa_cli.base.model import SMALL_FILES, resolve_base
+    from pissa_cli.base.model import SMALL_FILES, context_length, resolve_base
     from pissa_cli.base.plan import make_plan
     from pissa_cli.run.reached import is_started
     from pissa_cli.run.report import notes_of
@@ -32,7 +31,7 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
         chosen = {layer["name"]: layer["rank"] for layer in open_run(recipe)[1]["layers"]}
         if chosen.keys() == planned.ranks.keys():
             planned, auto = replace(planned, ranks=chosen), False
-    memory, context = forecast(recipe, planned, processes), context_of(read_config(planned.folder, recipe.model))
+    memory, context = forecast(recipe, planned, processes), context_length(planned.folder, recipe.model)
     if memory.rough is None and wants_liger(recipe.train):
         memory = replace(memory, rough="Liger's kernels are not counted")
     counted = "all of adapter.max_parameters" if getattr(recipe.adapter, "max_parameters", None) else "rank 1"
