@@ -306,6 +306,7 @@ def test_a_second_interrupt_does_not_wait_for_the_step(
     await_that(Run(tmp_path / "out").metrics.is_file)
     workers = _workers(started)
     assert len(workers) == 2
+    time.sleep(2)  # until the other one is in its first step as well
     try:
         os.kill(started, signal.SIGINT)
         time.sleep(2)
