@@ -32,6 +32,8 @@ from transformers import (
     DebertaV2Config,
     RobertaConfig,
     T5Config,
+    T5GemmaConfig,
+    T5GemmaModuleConfig,
     XLNetConfig,
 )
 
@@ -174,6 +176,25 @@ def test_what_pools_the_end_of_a_text_sees_one(t5: Path, classifier: Callable[..
     (plain / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     with pytest.raises(UsageError, match=r"no eos_token_id in its config\.json"):
         train(classifier(plain, *sets, f"output={tmp_path / 'none'}", "data.limit=1"))
+
+
+def test_t5gemma_trains_as_an_encoder_alone(classifier: Callable[..., Any], tmp_path: Path) -> None:
+    """What the message says is done. Padding moves the token that its decoder looks at, and no end-of-text does."""
+    half = T5GemmaModuleConfig(**SHAPE, num_key_value_heads=4, head_dim=16, bos_token_id=2, eos_token_id=1)
+    config = T5GemmaConfig(encoder=half.to_dict(), decoder=half.to_dict(), vocab_size=512, pad_token_id=0)
+    torch.manual_seed(0)
+    folder = save_model(AutoModel.from_config(config), tmp_path / "t5gemma")
+    ids = torch.arange(3, 9)[None]
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        alone, padded = (model(nn.functional.pad(ids, (0, more))).logits for more in (0, 1))
+    assert float((alone - padded).norm() / alone.norm()) > 0.01
+    made = classifier(folder, "model.bits=32", "train.steps=1")
+    with pytest.raises(UsageError, match="changes with the padding") as raised:
+        train(made)
+    assert '"is_encoder_decoder": false in its config.json' in str(raised.value.hint)
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"is_encoder_decoder": False})
+    assert train(classifier(folder, "model.bits=32", "train.steps=1", f"output={tmp_path / 'new'}"))["steps"] == 1
 
 
 def test_token_types_that_the_model_does_not_know_are_left_out(

@@ -85,6 +85,12 @@ def load_sources(
         return join([(source, load_examples(source, section, tokenizer, cache, say=say)) for source in sources])
     folder = Path(tokenizer.name_or_path)
     config = read_config(folder, recipe.model)
+    if config.is_encoder_decoder and config.model_type.startswith("t5gemma"):
+        raise UsageError(
+            f"{folder}: a T5Gemma's answer to a text changes with the padding on the right of it",
+            'use another model; of T5Gemma, not 2, "is_encoder_decoder": false in its config.json takes the encoder '
+            "alone",
+        )
     ends = end_tokens(getattr(config, "eos_token_id", None)) if config.is_encoder_decoder else []
     if config.is_encoder_decoder and not ends:
         raise UsageError(
