@@ -131,14 +131,17 @@ def _learned(recipe: Recipe, adapter: Adapter) -> Adapter:
     What 4 bits lost of W stays where it was. The best LoRA of W_trained - W would spend its rank on that, and drop what
     was learned at a low learning rate.
     """
-    if not METHODS[recipe.adapter.method].moves_base:
+    method = METHODS[recipe.adapter.method]
+    if not method.moves_base:
         return adapter
     _, start = read_start(*open_run(recipe))
     factors = {}
     for name, now in adapter.factors.items():
         before = as_lora(start.factors[name])
-        same = torch.equal(now["A"], before["A"])  # SVFit's does not train
-        factors[name] = now | {"B": now["B"] - before["B"]} if same else pissa.on_plain_base(now, before)
+        if "A" in method.trains:  # even of an expert that got no token: PEFT wants all of one rank
+            factors[name] = pissa.on_plain_base(now, before)
+        else:
+            factors[name] = now | {"B": now["B"] - before["B"]}
     return replace(adapter, factors=factors)
 
 

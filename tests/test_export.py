@@ -13,8 +13,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import Outcome
-from safetensors.torch import load_file
+from conftest import Outcome, save_model
+from safetensors.torch import load_file, save_file
 from test_contract import stored_base
 from test_start import logits, relative
 from torch import Tensor
@@ -125,6 +125,29 @@ def test_what_was_learned_over_nf4_is_all_of_it(
         assert result["relative_error"] == pytest.approx(true, rel=1e-3, abs=1e-5)
         assert result["rank"] == min(rank or own, own) and (true > 1e-3) == (rank == 4)
         assert 1e-4 < result["relative_logit_difference"] < 1, "that of 4 bits"
+
+
+def test_an_expert_that_got_no_token_has_the_rank_of_the_others(
+    models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    """PEFT stacks what they have. The first two have opposite logits, of which one is above the zeros of the others."""
+    model = AutoModelForCausalLM.from_pretrained(models("qwen3_moe"))
+    model.config.num_experts_per_tok = 1
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data[1:] = torch.stack([-layer.mlp.gate.weight[0], *torch.zeros(2, 64)])
+    folder = save_model(model, tmp_path / "base")
+    made = trained(recipe, folder, rows, "model.bits=4", "train.precision=fp32", "adapter.rank=4", "train.lr=0.01")
+    run = Run(Path(made.output))
+    start, end = change(run.init), change(run.adapter)
+    assert any(".experts." in name and torch.equal(start[name], end[name]) for name in end)
+    assert export_lora(made, run.exported)["ranks"] == [8, 8]
+    tensors = load_file(folder / "model.safetensors")
+    for name in end:
+        tensors[f"{name}.weight"] += (end[name] - start[name]).float()
+    found = by_peft(folder, run.exported)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    wanted = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    assert relative(found, wanted) < 1e-5
 
 
 def test_uniform_is_the_same_function_and_what_servers_want(
