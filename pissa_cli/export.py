@@ -93,7 +93,7 @@ def export_lora(
             writer.add(layer.name, factors)
         writer.close()
         copy_tokenizer(plain, folder, recipe)
-        what = f"written as a LoRA for the plain base model and {reader_of(config)}"
+        what = f"written as a LoRA for the plain base model and {reader_of(config, ranks)}"
         write_text(folder / "README.md", model_card(recipe, what, "peft", step))
         own_template = recipe.data.chat_template is not None
         serve = check_served(folder, server, output, plain, own_template) if server else None

@@ -241,6 +241,8 @@ def test_experts_resume_export_and_count(
     name = "block_sparse_moe.experts.3.w2" if architecture == "mixtral" else "mlp.experts.3.down_proj"
     assert f"base_model.model.model.layers.1.{name}.lora_B.weight" in one
     exported = export_lora(whole, Path(whole.output) / "exported", step=4)["path"]
+    cards = [(folder / "README.md").read_text() for folder in (Path(exported), Run(Path(whole.output)).adapter)]
+    assert all("PEFT 0.20 or later" in card for card in cards)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     result = logits(load_result(whole, torch.device("cpu")))
     assert relative(logits(peft.PeftModel.from_pretrained(base, exported)), result) < 1e-5

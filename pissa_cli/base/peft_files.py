@@ -199,9 +199,10 @@ def peft_targets(
     return found | ({"target_parameters": sorted(parameters)} if parameters else {})
 
 
-def reader_of(config: dict[str, Any]) -> str:
-    """Who loads it. Of a model with experts older versions leave some out, 0.18 without a word."""
-    return "PEFT 0.20 or later" if config.get("target_parameters") else "PEFT"
+def reader_of(config: dict[str, Any], layers: Iterable[str]) -> str:
+    """Who loads an adapter of these layers. Of those with experts 0.18 leaves some out without a word."""
+    experts = any(".experts." in name for name in layers)
+    return "PEFT 0.20 or later" if experts or config.get("target_parameters") else "PEFT"
 
 
 def _module(parameter: str, heads: Sequence[str]) -> str:

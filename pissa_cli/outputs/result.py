@@ -99,7 +99,7 @@ def _write_adapter(recipe: Recipe, model: PreTrainedModel, trained: dict[str, Te
     with whole_folder(run.adapter) as folder:
         write_peft(folder, result, config)
         copy_tokenizer(require_base(manifest, recipe), folder, recipe)
-        what = f"exported as an adapter for {reader_of(config)}"
+        what = f"exported as an adapter for {reader_of(config, result.factors)}"
         if recipe.doubles_rank:
             what += ", of twice the rank: what was trained, less what it started from"
         write_text(folder / "README.md", model_card(recipe, what, "peft", facts["step"]))
