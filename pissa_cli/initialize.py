@@ -150,6 +150,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, staged: Run, progress: 
         "left_out": plan.left_out,
         "lost_in_peft": plan.lost_in_peft,
         "kept_dense": [layer.name for layer in plan.linears if four and not layer.packable and not layer.embedding],
+        "packed_experts": four and any(layer.expert and layer.packable for layer in plan.linears),
         "stored": facts,
     }
 

@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -414,6 +415,22 @@ def test_weights_that_get_no_adapter_are_named(
     assert "1 linear layer stays dense, as gates" in outcome.out + outcome.err
     sets = ("--set", f"data.train={rows}", "--set", "train.steps=1")
     assert "1 linear layer stays dense, as gates" in pissa("train", tmp_path / "moe", *sets).err
+
+
+@pytest.mark.parametrize(("architecture", "bits"), [("qwen3_moe", 4), ("qwen3_moe", 32), ("llama", 4)])
+def test_a_base_that_transformers_does_not_read_is_named(
+    architecture: str, bits: int, models: Callable[[str], Path], pissa: Any, rows: Path, tmp_path: Path
+) -> None:
+    """As the run begins, and where the adapter says what it is for."""
+    sets = ("--set", f"data.train={rows}", "--set", "train.steps=1", "--rank", 4, "--bits", bits)
+    outcome = pissa("train", "--model", models(architecture), "--output", tmp_path / "out", *sets)
+    assert outcome.code == 0
+    told = "experts in 4 bits are packed one by one: pissa reads that, transformers 5 does not"
+    packed = (architecture, bits) == ("qwen3_moe", 4)
+    assert (told in outcome.err) == (told in (tmp_path / "out" / "adapter" / "README.md").read_text()) == packed
+    read = nullcontext() if not packed else pytest.raises(RuntimeError)
+    with read:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base" if bits == 4 else models(architecture))
 
 
 def test_names_that_transformers_changes_as_it_loads(recipe: Make, rows: Path, tmp_path: Path) -> None:

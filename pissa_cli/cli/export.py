@@ -83,7 +83,6 @@ def export_command(
 
 def _summary(recipe: "Recipe", form: str, rank: int | None, result: dict[str, Any]) -> list[str]:
     """What was written and how exact it is, for the person watching; rank: as it was asked for."""
-    from pissa_cli.cli.show import PACKED_EXPERTS
     from pissa_cli.run.report import lost_in_4_bits
 
     lines = [f"{result['path']}: {result['bytes'] / 2**20:,.1f} MiB"]
@@ -102,8 +101,6 @@ def _summary(recipe: "Recipe", form: str, rank: int | None, result: dict[str, An
             )
     elif form != "merged":
         lines += lost_in_4_bits(result)
-    if result.get("packed_experts"):
-        lines.append(PACKED_EXPERTS)
     if result.get("relative_logit_difference") is not None:
         lines.append(f"difference of logits: {result['relative_logit_difference']:.1e} relative")
     if result.get("serve"):

@@ -52,6 +52,4 @@ def quantize_command(
     ]
     if before is not None:
         lines.append(f"perplexity {before:.3f} -> {after:.3f} on {result['perplexity_data']}")
-    if result["packed_experts"]:
-        lines.append(show.PACKED_EXPERTS)
     show.print_result(result, as_json, lines)

@@ -47,12 +47,6 @@ def load_libraries(debug: bool) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-PACKED_EXPERTS = (
-    "its experts are packed one by one: pissa reads that, transformers 5 does not; it reads what "
-    "`pissa export --as compressed-tensors` or `--as merged` writes"
-)
-
-
 def say(text: str) -> None:
     """A line for the person watching."""
     stderr.print(text, markup=False, soft_wrap=True)

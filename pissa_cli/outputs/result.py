@@ -19,6 +19,7 @@ from pissa_cli.outputs.answer_ends import write_answer_ends
 from pissa_cli.outputs.card import model_card
 from pissa_cli.outputs.trained import exported_adapter
 from pissa_cli.run.reached import result_of
+from pissa_cli.run.report import PACKED_EXPERTS
 from pissa_cli.run.rundir import PROVENANCE
 from pissa_cli.run.started import frozen_base, open_run, read_start, require_base
 from pissa_cli.schema.adapter_options import FullOptions
@@ -102,6 +103,8 @@ def _write_adapter(recipe: Recipe, model: PreTrainedModel, trained: dict[str, Te
         what = f"exported as an adapter for {reader_of(config, result.factors)}"
         if recipe.doubles_rank:
             what += ", of twice the rank: what was trained, less what it started from"
+        if manifest.get("packed_experts"):
+            what += f", on `base/`: {PACKED_EXPERTS}"
         write_text(folder / "README.md", model_card(recipe, what, "peft", facts["step"]))
         facts["hashes"] = hashes(folder, (PEFT_CONFIG, PEFT_WEIGHTS))
         write_json(folder / PROVENANCE, sealed(facts))

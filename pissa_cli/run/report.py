@@ -11,6 +11,10 @@ from typing import Any
 
 LARGEST = 1e30
 """Numbers that can be drawn."""
+PACKED_EXPERTS = (
+    "experts in 4 bits are packed one by one: pissa reads that, transformers 5 does not; it reads what "
+    "`pissa export --as compressed-tensors` or `--as merged` writes"
+)
 
 
 def mean_losses(metrics: Path) -> tuple[float, float, int]:
@@ -75,12 +79,14 @@ def save_picture(figure: Any, picture: Path) -> None:
 
 def notes_of(record: dict[str, Any]) -> list[str]:
     """For the person watching, what a manifest, or another record with some of its keys, says of: tensors of the base
-    that are not used, what gets no adapter, the layers that stay dense, and those that stock PEFT does not find."""
+    that are not used, what gets no adapter, the layers that stay dense, those that stock PEFT does not find, and
+    experts that stock transformers does not read."""
     notes = {
         "unused": _not_used,
         "left_out": _left_without_adapter,
         "kept_dense": _left_dense,
         "lost_in_peft": left_by_peft,
+        "packed_experts": lambda _: PACKED_EXPERTS,
     }
     return [note(names) for key, note in notes.items() if (names := record.get(key))]
 
@@ -106,7 +112,7 @@ def _left_dense(names: list[str]) -> str:
 
 
 def lost_in_4_bits(result: dict[str, Any]) -> list[str]:
-    """Of what `quantize` has returned: the layers that stay dense, where there are any, and the error of the others."""
+    """Of what `quantize` has returned: its notes, and the error of the layers in 4 bits."""
     error = f"error of the quantized weights: {result['relative_error']:.2%} (Frobenius, relative)"
     return [*notes_of(result), error]
 
