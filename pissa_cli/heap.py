@@ -44,6 +44,6 @@ def for_good() -> Iterator[None]:
     try:
         yield
     finally:
+        if len(sys.modules) > known:
+            gc.freeze()
         gc.enable()
-    if len(sys.modules) > known:
-        gc.freeze()

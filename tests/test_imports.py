@@ -186,9 +186,10 @@ show.load_libraries(debug=False)
 assert gc.isenabled() and gc.get_freeze_count() == frozen > 100_000
 try:
     with for_good():
-        import nothing_of_this_name
-except ImportError:
-    assert gc.isenabled()
+        import wave
+        raise KeyboardInterrupt
+except KeyboardInterrupt:  # and a second one is not lost in a finalizer, with a traceback
+    assert gc.isenabled() and gc.get_freeze_count() > frozen
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
