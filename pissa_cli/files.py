@@ -42,11 +42,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, then rename it into place. Half a character (a lone surrogate) is
-    escaped, as JSON has it."""
+    """Write a small file under a temporary name, sync it, then rename it into place. Half a character (a lone
+    surrogate) is escaped, as JSON has it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        _sync(temporary)
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):
@@ -182,9 +183,9 @@ def set_aside(path: Path) -> Path:
         raise cannot_write(aside, error) from None
 
 
-def _sync(folder: Path) -> None:
-    """Bring all that is in a folder to the disk, so that the rename never outruns it."""
-    for path in [*(p for p in folder.rglob("*") if p.is_file() or p.is_dir()), folder]:
+def _sync(made: Path) -> None:
+    """Bring a file, or a folder with all that is in it, to the disk, so that the rename never outruns it."""
+    for path in [*(p for p in made.rglob("*") if p.is_file() or p.is_dir()), made]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -342,6 +342,23 @@ def test_a_file_is_as_before_where_it_cannot_be_written_anew(tmp_path: Path, mon
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", r"before \ud83d")]
 
 
+def test_a_small_file_has_its_name_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without, a file system may have it empty after a power failure: a run without a recipe."""
+    synced, replace = list[tuple[int, int]](), Path.replace
+
+    def move(path: Path, target: Path) -> Path:
+        assert (path.stat().st_ino, len("recipe")) in synced
+        return replace(path, target)
+
+    def sync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", move)
+    write_text(tmp_path / "x", "recipe")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "recipe")]
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder where no file can be made, by anyone")
 def test_a_folder_where_no_file_can_be_made_is_no_other_process_at_work() -> None:
     with pytest.raises(PissaError, match="/proc/nothing: cannot write"), locked(Path("/proc/nothing")):
