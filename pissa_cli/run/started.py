@@ -38,7 +38,7 @@ def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
         if wanted.get(key) != value:
             raise UsageError(
                 f"{run.folder}: this run was made with {key} = {value!r}, the recipe says {wanted.get(key)!r}",
-                "name another folder with --output, or remove this one",
+                "set it as it was; for a new run name another folder with --output",
             )
     if [recipe.model.name, recipe.model.revision] != [manifest["base"]["name"], manifest["base"]["revision"]]:
         require_plain_base(manifest, recipe)
