@@ -30,7 +30,7 @@ from pissa_cli.matrices.quant import packed_weight, read
 from pissa_cli.quantize import quantize
 from pissa_cli.run.report import notes_of
 from pissa_cli.run.rundir import Run
-from pissa_cli.run.started import open_run, read_start
+from pissa_cli.run.started import open_run, read_start, require_base
 from pissa_cli.train import train
 
 STARTS = [("lora", "fast"), ("pissa", "fast"), ("pissa", "exact")]
@@ -160,6 +160,30 @@ def test_a_damaged_start_is_refused_and_can_be_made_again(
     assert pissa("init", made.output, "--output", tmp_path / "new").code == 0
     shutil.copy(tmp_path / "new" / "init" / file.name, file)
     assert pissa("init", made.output).code == 0
+
+
+@pytest.mark.parametrize("damage", ["gone", "weights", "config.json"])
+def test_a_damaged_base_of_a_run_is_refused_and_can_be_made_again(
+    damage: str, models: Callable[[str], Path], recipe: Callable[..., Any], pissa: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = recipe(models("llama"), "adapter.rank=4", "model.bits=4")
+    manifest, run = initialize(made), Run(Path(made.output))
+    assert require_base(manifest, made) == run.base
+    if damage == "weights":
+        content = bytearray((run.base / "model.safetensors").read_bytes())
+        content[-100] ^= 1
+        (run.base / "model.safetensors").write_bytes(content)
+    elif damage == "config.json":
+        (run.base / damage).write_text((run.base / damage).read_text().replace("silu", "gelu"))
+    else:
+        shutil.rmtree(run.base)
+    with pytest.raises(UsageError, match=f"^{run.base}: ") as refused:
+        require_base(manifest, made)
+    again = f"pissa init {made.output} --output NEW, and copy it from NEW/base"
+    assert refused.value.hint == f"bring the file back, or make it again: {again}"
+    assert pissa("init", made.output, "--output", tmp_path / "new").code == 0
+    shutil.copytree(tmp_path / "new" / "base", run.base, dirs_exist_ok=True)
+    assert require_base(manifest, made) == run.base
 
 
 def test_a_run_of_another_format_is_refused(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:

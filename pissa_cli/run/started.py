@@ -52,9 +52,14 @@ def require_plain_base(manifest: dict[str, Any], recipe: Recipe) -> Path:
 
 def require_base(manifest: dict[str, Any], recipe: Recipe) -> Path:
     """The folder of the weights that a run computes with: `base/`, checked likewise, or the dense base."""
-    if "stored_fingerprint" in manifest["base"]:
-        return require_model(run_of(recipe).base, manifest["base"], "stored_")
-    return require_plain_base(manifest, recipe)
+    if "stored_fingerprint" not in manifest["base"]:
+        return require_plain_base(manifest, recipe)
+    run = run_of(recipe)
+    try:
+        return require_model(run.base, manifest["base"], "stored_")
+    except UsageError as error:
+        error.hint = _again(run.base)
+        raise
 
 
 def frozen_base(recipe: Recipe) -> str:
@@ -70,5 +75,10 @@ def read_start(run: Run, manifest: dict[str, Any]) -> tuple[dict[str, Any], Adap
 
 def require_init(run: Run, manifest: dict[str, Any]) -> None:
     """UsageError for files of `init/` that are not those that init wrote."""
-    again = f"pissa init {shlex.quote(str(run.folder))} --output NEW, and copy it from NEW/init"
-    require_files(run.init, manifest.get("init_hashes", {}), f"bring the file back, or make it again: {again}")
+    require_files(run.init, manifest.get("init_hashes", {}), _again(run.init))
+
+
+def _again(part: Path) -> str:
+    """How to come by a folder of a run that init wrote: the same recipe gives the same bits."""
+    made = f"pissa init {shlex.quote(str(part.parent))} --output NEW, and copy it from NEW/{part.name}"
+    return f"bring the file back, or make it again: {made}"
