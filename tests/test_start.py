@@ -23,6 +23,8 @@ from pissa_cli.base.attach import attach, lowrank_layers
 from pissa_cli.base.integrity import sealed
 from pissa_cli.base.loading import load_model
 from pissa_cli.base.peft_files import read_peft
+from pissa_cli.cli.init import layer_table
+from pissa_cli.cli.show import print_table
 from pissa_cli.errors import UsageError
 from pissa_cli.files import write_json
 from pissa_cli.initialize import initialize
@@ -192,6 +194,21 @@ def test_a_run_of_another_format_is_refused(models: Callable[[str], Path], recip
     write_json(Run(Path(made.output)).manifest, sealed(manifest | {"format": 3}))
     with pytest.raises(UsageError, match="of format 3, this version of pissa reads 2"):
         open_run(made)
+
+
+@pytest.mark.parametrize("environment", [{"COLUMNS": "40"}, {"TERM": "dumb", "FORCE_COLOR": "1"}, {}])
+def test_no_figure_is_cut_off(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a narrow terminal, in one that says nothing of itself and in a file, which rich takes for 80 columns."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    figures = {"layers": 32, "rank": 128, "energy": 0.123, "start_error": 1.4e-3}
+    figures |= {"plain_nuclear": 1233.5, "nuclear": 1111.25, "nuclear_reduction": 9.9}
+    print_table(layer_table([{"kind": "attention.query_key_value", **figures}]))
+    row = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    said = "attention.query_key_value │ 32 │ 128 │ 12.3% │ 1.4e-03 │ 1233.50 │ 1111.25 │ 9.9 %"
+    assert [" ".join(words) for words in row] == [f"│ {said} │"]
 
 
 def test_seconds_do_not_go_by_a_clock_that_is_set(

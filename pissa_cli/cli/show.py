@@ -65,8 +65,8 @@ def print_result(result: dict[str, Any], as_json: bool, lines: list[str], table:
 
 
 def print_table(table: Table) -> None:
-    """A table on stdout."""
-    _Stdout(highlight=False, emoji=False).print(table)
+    """A table on stdout, as wide as it is: rich would cut figures off to fit a narrow terminal, or a file."""
+    _Stdout(highlight=False, emoji=False, width=1000, height=25).print(table)  # a dumb terminal needs both
 
 
 class _Stdout(Console):
