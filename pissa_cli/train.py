@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from pissa_cli.base.loading import load_model
 from pissa_cli.data.examples import Examples
-from pissa_cli.errors import Interrupted
+from pissa_cli.errors import Interrupted, PissaError
 from pissa_cli.files import locked, write_text
 from pissa_cli.initialize import Progress
 from pissa_cli.outputs.result import write_result
@@ -58,7 +58,8 @@ def train(
     """Train by the recipe, initializing first where that was not done. Returns the figures of the run.
 
     Raises UsageError for bad input, Interrupted after the checkpoint that follows SIGINT, SIGTERM or SIGHUP, and
-    PissaError for a loss that is not finite and for a disk that fails; earlier checkpoints stay whole.
+    PissaError for a loss that is not finite, a disk that fails and a run folder that is gone; earlier checkpoints stay
+    whole.
     """
     state = process_state()
     keep_freed_memory()
@@ -201,6 +202,11 @@ def _save(run: Run, trainer: Trainer, step: int) -> None:
     save_checkpoint(run, step, trainer.names, trainer.optimizer, facts, first)
     if first:
         remove_old(run, recipe.train.keep, not isinstance(recipe.adapter, FullOptions))
+        if not run.exists():
+            raise PissaError(
+                f"{run.folder}: moved or removed while it trained; {run.checkpoints / f'step-{step}'} is saved",
+                "move that into checkpoints/ of the run, where it is now, and go on there with --resume",
+            )
     trainer.accelerator.wait_for_everyone()
 
 

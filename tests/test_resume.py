@@ -20,7 +20,7 @@ from conftest import PACKAGE
 from forks import await_that, entry, exit_code, forked
 from runs import BASE, adapter, events, same, state_of
 
-from pissa_cli.errors import Interrupted, UsageError
+from pissa_cli.errors import Interrupted, PissaError, UsageError
 from pissa_cli.files import write_json
 from pissa_cli.initialize import initialize
 from pissa_cli.merge import merge
@@ -171,6 +171,27 @@ def test_a_file_gets_lines_and_no_bar(models: Callable[[str], Path], recipe: Mak
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"FORCE_COLOR": "1"})
     assert done.returncode == 0, done.stderr
     assert "step 3/3" in re.sub(r"\x1b\[[\d;]*m", "", done.stderr) and "\x1b[2K" not in done.stderr
+
+
+def test_a_run_that_is_moved_while_it_trains_is_not_trained_to_its_end(
+    models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    """It could not write a result there; with the checkpoint that was saved, nothing is lost."""
+    sets = (*BASE, f"data.train={rows}", "train.steps=8", "train.save_every=2")
+    whole = recipe(models("llama"), *sets, f"output={tmp_path / 'whole'}")
+    train(whole)
+    made, moved = recipe(models("llama"), *sets), tmp_path / "moved"
+
+    def move(event: dict[str, Any]) -> None:
+        if event.get("step") == 3:
+            Path(made.output).rename(moved)
+
+    with pytest.raises(PissaError, match=r"out: moved or removed while it trained; .*/step-4 is saved"):
+        train(made, watch=move)
+    (Run(Path(made.output)).checkpoints / "step-4").rename(Run(moved).checkpoints / "step-4")
+    there = recipe(models("llama"), *sets, f"output={moved}")
+    assert train(there, resume=True)["steps_taken"] == 4
+    assert same(adapter(there), adapter(whole)) and len(events(there)) == 8
 
 
 @pytest.mark.parametrize("seed", [1, 2])
