@@ -346,5 +346,5 @@ def test_other_tools_names_of_a_method(tmp_path: Path) -> None:
     for name, wanted in (("pissa_niter_16", r"adapter\.svd"), ("dora", "there is no DoRA here"), ("qlora", "--bits 4")):
         with pytest.raises(UsageError, match=f"adapter.method: unknown method; .*{wanted}"):
             load(write(tmp_path / "r.yaml", f"model: {{name: x}}\nadapter: {{method: {name}}}\n"), {})
-    with pytest.raises(UsageError, match=r"adapter: is a section with keys, as in adapter: \{key: value\}"):
+    with pytest.raises(UsageError, match=r"adapter: is a section with keys, as in adapter: \{method: VALUE\}"):
         load(write(tmp_path / "r.yaml", "model: {name: x}\nadapter: qlora\n"), {})

@@ -48,7 +48,8 @@ def messages(error: ValidationError, values: Mapping[KeyPath, Value], tree: dict
         elif item["type"] == "list_type" and isinstance(item["input"], str):
             text = f"should be a list, [{item['input']}] (found {shown(item['input'])})"
         elif item["type"] in ("model_type", "model_attributes_type") and path in values:
-            text = f"is a section with keys, as in {path[-1]}: {{key: value}} (found {shown(values[path].value)})"
+            first = _keys(path, tree)[0]
+            text = f"is a section with keys, as in {path[-1]}: {{{first}: VALUE}} (found {shown(values[path].value)})"
         else:
             text = f"{text[0].lower()}{text[1:]}"
             if path in values:
