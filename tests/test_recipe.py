@@ -144,6 +144,12 @@ def test_keys_of_other_tools_are_translated() -> None:
         "lora_r=8": "adapter.rank",
         "adapter.target_modules=[x]": "adapter.targets",
         "data.cutoff_len=5": "data.max_length",
+        "model_revision=main": "model.revision",
+        "disable_gradient_checkpointing=true": "train.gradient_checkpointing",
+        "embedding_learning_rate=1e-5": "train.head_lr",
+        "loss_watchdog_threshold=5": "train.spike",
+        "train.bfloat16=true": "train.precision",
+        "chat_template_jinja=x": "data.template",
     }.items():
         with pytest.raises(UsageError, match=f"unknown key; here it is {wanted}"):
             load(None, {("model", "name"): ("--model", "x")}, [text])
@@ -190,10 +196,22 @@ def test_what_is_not_here_is_said(tmp_path: Path) -> None:
         load(file, {})
     assert f"{file}:1: report_to: unknown key; the figures of every step are in" in raised.value.message
     assert "r.yaml:3: train.flash_attn: unknown key; this is chosen here" in raised.value.message
+    for key, word in {
+        "early_stopping_steps": "the lowest held-out loss is kept",
+        "wandb_mode": "metrics.jsonl",
+        "hf_hub_token": "HF_TOKEN",
+        "default_system": "a system message",
+        "cache_dir": "HF_HOME",
+        "shuffle_dataset": "the seed",
+        "predict_with_generate": "pissa eval",
+    }.items():
+        with pytest.raises(UsageError, match=f"{key}: unknown key; .*{word}"):
+            load(None, {}, [f"{key}=1"])
 
 
 def test_a_key_of_another_section_is_misplaced_whatever_is_like_it() -> None:
-    for given, section in (("alpha_pattern={q_proj: 8}", "adapter"), ("data.epochs=3", "train")):
+    vera = "d_initial=0.1"  # of another method than that of the recipe
+    for given, section in (("alpha_pattern={q_proj: 8}", "adapter"), ("data.epochs=3", "train"), (vera, "adapter")):
         with pytest.raises(UsageError, match=f"misplaced key; it belongs under '{section}'"):
             load(None, {}, ["model.name=m", given])
 

@@ -108,6 +108,21 @@ SYNONYMS = {
     "use_gradient_checkpointing": "train.gradient_checkpointing",
     "eval_max_new_tokens": "eval.max_new_tokens",
     "hub_private_repo": "hub.private",
+    "model_revision": "model.revision",
+    "base_model_name_or_path": "model.name",
+    "disable_gradient_checkpointing": "train.gradient_checkpointing",
+    "bfloat16": "train.precision",
+    "float16": "train.precision (bf16 or fp32)",
+    "pure_bf16": "train.precision",
+    "chat_template_jinja": "data.template",
+    "chat_template_path": "data.template (its text)",
+    "embedding_learning_rate": "train.head_lr (of adapter.modules_to_save)",
+    "loss_watchdog_threshold": "train.spike",
+    "loftq_iter": "adapter.passes",
+    "vera_dropout": "adapter.dropout",
+    "peft_type": "adapter.method",
+    "projection_prng_key": "seed",
+    "do_sample": "eval.temperature",
     "data_seed": "seed",
     "random_state": "seed",
 }
@@ -126,30 +141,48 @@ _ADAPTER = "a run goes on by pissa train RUN --resume; other rows are trained ov
 _BIASES = "biases are not trained with an adapter; leave it out"
 _MERGED = "pissa merge RUN writes merged/, a model of its own"
 _LOGIN = "the token is that of `hf auth login`, or HF_TOKEN"
+_ORDER = "rows come in another order in each epoch, by the seed"
+_SCORES = "pissa eval RUN --bench scores what the model writes"
+_SYSTEM = "a system message is one of a row's messages, or in its column system (data.format: chat)"
+_UPLOAD = "pissa merge RUN --push uploads"
+_NEWEST = "pissa train RUN --resume goes on from the newest checkpoint"
+_FILLED = "examples are not filled up; leave it out"
 _TARGETS = "the layers are those whose names end as adapter.targets says"
 ABSENT = {
     **dict.fromkeys(["report_to", "wandb_project", "wandb_name", "run_name", "logging_steps", "logging_dir"], _FIGURES),
-    **dict.fromkeys(["wandb_entity", "wandb_watch", "wandb_log_model", "logging_strategy"], _FIGURES),
+    **dict.fromkeys(["wandb_entity", "wandb_watch", "wandb_log_model", "wandb_mode", "use_wandb"], _FIGURES),
+    **dict.fromkeys(["logging_strategy", "logging_first_step", "use_swanlab", "mlflow_experiment_name"], _FIGURES),
     **dict.fromkeys(["overwrite_cache", "tokenized_path", "dataset_prepared_path"], _TOKENS),
     **dict.fromkeys(["special_tokens", "eos_token", "pad_token"], _FILES),
-    **dict.fromkeys(["adapter_name_or_path", "lora_model_dir"], _ADAPTER),
+    **dict.fromkeys(["adapter_name_or_path", "lora_model_dir", "create_new_adapter"], _ADAPTER),
     **dict.fromkeys(["export_dir", "export_size", "export_device", "export_legacy_format"], _MERGED),
-    **dict.fromkeys(["hub_token", "token"], _LOGIN),
+    **dict.fromkeys(["hub_token", "hf_hub_token", "token"], _LOGIN),
     **dict.fromkeys(["bias", "lora_bias"], _BIASES),
     **dict.fromkeys(["layers_to_transform", "layers_pattern", "exclude_modules"], _TARGETS),
+    "peft_layers_to_transform": _TARGETS,
     **dict.fromkeys(["early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"], _LOWEST),
+    **dict.fromkeys(["early_stopping_steps", "greater_is_better"], _LOWEST),
     **dict.fromkeys(["train_on_inputs", "train_on_prompt", "train_on_responses_only", "mask_history"], _ANSWERS),
     **dict.fromkeys(["completion_only_loss", "assistant_only_loss", "roles_to_train", "train_on_eos"], _ANSWERS),
     **dict.fromkeys(["attn_implementation", "flash_attn", "flash_attention", "device_map", "tf32"], _ITSELF),
     **dict.fromkeys(["dataloader_num_workers", "preprocessing_num_workers", "streaming", "tokenizer"], _ITSELF),
+    **dict.fromkeys(["dataloader_pin_memory", "dataset_num_proc", "dataset_processes", "low_cpu_mem_usage"], _ITSELF),
+    **dict.fromkeys(["use_fast_tokenizer", "tokenizer_use_fast", "remove_unused_columns"], _ITSELF),
     **dict.fromkeys(["model_type", "tokenizer_type", "use_unsloth", "fan_in_fan_out", "lora_fan_in_fan_out"], _ITSELF),
     **dict.fromkeys(["sdp_attention", "xformers_attention", "gradient_checkpointing_kwargs", "plugins"], _ITSELF),
     **dict.fromkeys(["deepspeed", "fsdp", "fsdp_config", "ddp_find_unused_parameters"], _SHARED),
-    **dict.fromkeys(["local_rank", "ddp_timeout"], _SHARED),
+    **dict.fromkeys(["local_rank", "ddp_timeout", "ddp_backend"], _SHARED),
     **dict.fromkeys(["do_train", "do_eval", "do_predict", "stage"], _COMMANDS),
-    **dict.fromkeys(["dpo_beta", "pref_beta", "pref_loss", "rl"], _PAIRS),
+    **dict.fromkeys(["dpo_beta", "dpo_label_smoothing", "pref_beta", "pref_ftx", "pref_loss", "rl"], _PAIRS),
+    **dict.fromkeys(["shuffle_dataset", "shuffle_merged_datasets", "disable_shuffling"], _ORDER),
+    **dict.fromkeys(["predict_with_generate", "compute_accuracy"], _SCORES),
+    **dict.fromkeys(["system", "default_system", "default_system_message"], _SYSTEM),
+    **dict.fromkeys(["push_to_hub", "hub_strategy"], _UPLOAD),
+    **dict.fromkeys(["resume_from_checkpoint", "auto_resume_from_checkpoints"], _NEWEST),
+    **dict.fromkeys(["pad_to_sequence_len", "pad_to_multiple_of"], _FILLED),
     **dict.fromkeys(["dora", "use_dora", "peft_use_dora"], _DORA),
     **dict.fromkeys(["neftune_noise_alpha", "label_smoothing_factor"], "there is no such noise here; leave it out"),
+    "cache_dir": "what comes from the Hub is kept where HF_HOME in the environment says",
     "fp8": "products are in bf16 or fp32 (train.precision)",
     "group_by_length": "there is no padding where examples are packed (data.packing); leave it out",
     "quantization_method": "4 bits are NF4 of bitsandbytes (model.bits); leave it out",
@@ -159,13 +192,9 @@ ABSENT = {
     "pissa_convert": "adapter/ and what `pissa export` writes are plain LoRAs, always",
     "plot_loss": "loss.png of the run shows it, always",
     "padding_free": "there is no padding where examples are packed (data.packing); leave it out",
-    "pad_to_sequence_len": "examples are not filled up; leave it out",
-    "system": "a system message is one of a row's messages, or in its column system (data.format: chat)",
     "adam_beta1": "AdamW's betas are 0.9 and 0.999; leave it out",
     "adam_beta2": "AdamW's betas are 0.9 and 0.999; leave it out",
-    "resume_from_checkpoint": "pissa train RUN --resume goes on from the newest checkpoint",
     "overwrite_output_dir": "a run is not overwritten: give another output, or go on with --resume",
-    "push_to_hub": "pissa merge RUN --push uploads",
 }
 """What there is in place of those that have no key here."""
 _BENCHES = "benchmarks are named by --bench, those of EleutherAI's harness as lm_eval:<task>"

@@ -112,13 +112,15 @@ def _unknown_key(path: KeyPath, tree: dict[str, Any]) -> str:
         return f"unknown key; {ABSENT[key]}"
     if section and key in Recipe.model_fields:
         return "misplaced key; it belongs at the top, beside the sections"
-    owners = [name for name in SECTIONS if key in _keys((name,), tree)]
+    methods = [name for name, options in ADAPTER_OPTIONS.items() if key in options.model_fields]
+    elsewhere = ["adapter"] if methods and section != ("adapter",) else []
+    owners = [name for name in SECTIONS if key in _keys((name,), tree)] or elsewhere
     if owners:
         return f"misplaced key; it belongs under '{owners[0]}'"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if near:
         return f"unknown key; did you mean '{'.'.join((*section, near[0]))}'?"
-    if section == ("adapter",) and (methods := [name for name, o in ADAPTER_OPTIONS.items() if key in o.model_fields]):
+    if methods:
         wanted = f"(it is one of {', '.join(methods)}); remove it, or --set adapter.{key}=null"
         return f"method {tree['adapter'].get('method')} has no such option {wanted}"
     return f"unknown key; known here: {', '.join(known)}"
