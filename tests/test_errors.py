@@ -484,6 +484,10 @@ def test_adapter_on_the_wrong_base(
     shutil.copytree(models("llama"), folder)
     made = recipe(folder, "adapter.rank=4", f"data.train={rows}", "train.steps=1", "train.batch_size=2")
     train(made)
+    second = shutil.copytree(made.output, tmp_path / "second")
+    for command in ("merge", "eval"):
+        said = f"{made.output} is the run, --output names another, {second} next: leave --output out"
+        assert said in refused(command, made.output, "--output", second)
     save_model(make_model("llama", seed=1), folder)
     for command in (["eval", "--bench", "loss", "--data", rows], ["merge"], ["quantize"], ["train", "--resume"]):
         message = refused(command[0], made.output, *command[1:])

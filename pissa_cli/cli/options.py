@@ -1,9 +1,13 @@
 """The options that commands share, each defined once, and the recipe they make."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from pissa_cli.errors import UsageError
+from pissa_cli.paths import RUN_RECIPE, holds_run
 
 if TYPE_CHECKING:
     from pissa_cli.schema.recipe_file import Loaded
@@ -48,7 +52,6 @@ def load_recipe(
     target: str | None, sets: list[str] | None, eval_data: dict[str, str] | None = None, **flags: Any
 ) -> "Loaded":
     """The recipe from a target, named flags, `--data` of eval and --set. flags: model, rank, ...; None is not given."""
-    from pissa_cli.paths import RUN_RECIPE
     from pissa_cli.schema.recipe_file import load
     from pissa_cli.schema.yamlfile import parse_scalar
 
@@ -84,6 +87,16 @@ def load_recipe(
         if flags.get("model") is not None and (own := _own_values(loaded, f"{run}:")):  # given as for a new run
             say(f"by the recipe there: {', '.join(own)}; for a new run name another --output")
     return loaded
+
+
+def require_one_run(target: str | None, output: str) -> None:
+    """UsageError where a run is named and --output names another, which would be taken instead."""
+    if target is not None and holds_run(Path(target)) and Path(target).resolve() != Path(output).resolve():
+        merged = f"pissa export {shlex.quote(target)} --as merged --output {shlex.quote(output)}"
+        raise UsageError(
+            f"{target} is the run, --output names another, {output}",
+            f"leave --output out; its merged model in a folder elsewhere: {merged}",
+        )
 
 
 def _own_values(loaded: "Loaded", place: str) -> list[str]:
