@@ -514,7 +514,7 @@ def test_run_folder_of_another_recipe(
     assert pissa("init", "--model", models("llama"), "--rank", 4, "--output", tmp_path / "out").code == 0
     message = refused("init", "--model", models("llama"), "--rank", 8, "--output", tmp_path / "out")
     made = "this run was made with adapter.rank = 4, the recipe says 8 next: set it as it was; for a new run name"
-    assert made in message
+    assert made in message and "to begin from the weights of this one: pissa merge" in message
     message = refused("init", "--model", models("gpt2"), "--rank", 4, "--output", tmp_path / "out")
     assert "not the model this run was made on" in message
     assert "out: the run there, which --output names" in pissa("train", "--output", tmp_path / "out", "--dry-run").err

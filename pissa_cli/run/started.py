@@ -38,7 +38,8 @@ def open_run(recipe: Recipe) -> tuple[Run, dict[str, Any]]:
         if wanted.get(key) != value:
             raise UsageError(
                 f"{run.folder}: this run was made with {key} = {value!r}, the recipe says {wanted.get(key)!r}",
-                "set it as it was; for a new run name another folder with --output",
+                "set it as it was; for a new run name another --output, and to begin from the weights of this one: "
+                f"pissa merge {shlex.quote(str(run.folder))}, then --model {shlex.quote(str(run.merged))}",
             )
     if [recipe.model.name, recipe.model.revision] != [manifest["base"]["name"], manifest["base"]["revision"]]:
         require_plain_base(manifest, recipe)
