@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from accelerate.utils import str_to_bool
 
+from pissa_cli import __version__
 from pissa_cli.adapters.methods import METHODS
 from pissa_cli.initialize import initialize
 from pissa_cli.schema.recipe import Recipe
@@ -253,3 +254,23 @@ def test_functions_are_in_the_modules_that_the_design_names() -> None:
 def test_files_stay_small() -> None:
     long = {str(p): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
     assert not long
+
+
+def test_a_command_ends_without_the_interpreters_end() -> None:
+    """Where what the collector passes over is called leaked, by Triton 3.9 with a page of lines."""
+    code = """
+import atexit, os, sys
+from pissa_cli.__main__ import main
+
+class Last:
+    def __del__(self, write=os.write):
+        write(1, b"the interpreter's end")
+
+sys.last = Last()
+atexit.register(print, "registered")
+sys.argv = ["pissa", "--version"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.splitlines() == [f"pissa {__version__}", "registered"]

@@ -1,5 +1,6 @@
 """The command line: parse, load the recipe, call the core, print. No heavy import before a command runs."""
 
+import atexit
 import os
 import signal
 import sys
@@ -68,8 +69,6 @@ def run() -> None:
     if "--json" in sys.argv and "--help" not in sys.argv:
         keep_stdout_for_document()
     code = run_guarded(lambda: app(standalone_mode=False), sys.argv[1:])
-    if of_several():  # threads of gloo or DeepSpeed may abort an interpreter that ends
-        leave_at_once(code)
-    if code == 130:  # `python -m` may end by SIGINT where text that a library executed was interrupted
-        leave_at_once(code)
-    sys.exit(code)
+    if code != 130 and not of_several():
+        atexit._run_exitfuncs()
+    leave_at_once(code)

@@ -50,7 +50,8 @@ def of_several() -> bool:
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """End the process without what the interpreter does at its end."""
+    """End the process without what the interpreter does at its end. Threads of gloo or DeepSpeed may abort that, after
+    an interrupt `python -m` may end by SIGINT there, and Triton prints what the collector passes over (`for_good`)."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, AttributeError):  # a reader that is gone
             stream.flush()
