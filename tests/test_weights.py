@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pissa_cli.base import weights as module
-from pissa_cli.base.integrity import model_facts, require_model
+from pissa_cli.base.integrity import model_facts, require_finite, require_model
 from pissa_cli.base.weights import DTYPE_NAMES, ShardWriter, fingerprint, open_weights
 from pissa_cli.errors import UsageError
 
@@ -35,6 +35,13 @@ def test_reads_what_safetensors_reads(tmp_path: Path) -> None:
         found = weights.read(name)
         assert found.dtype == tensor.dtype and found.shape == tensor.shape == weights.shapes[name]
         assert torch.equal(found.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
+
+
+def test_only_floating_point_numbers_can_be_damaged(tmp_path: Path) -> None:
+    """A large identifier is none, and where nothing is there is no largest."""
+    tensors, weights = saved(tmp_path), open_weights(tmp_path)
+    for name, tensor in (tensors | {"identifier": torch.tensor([2**62])}).items():
+        require_finite(name, tensor, weights)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts mappings in /proc")
