@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import sys
 import threading
@@ -24,8 +25,8 @@ import json, os, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 given = sys.argv[1:]
 if os.environ.get("STAND_IN_FAILS"):
-    print("first line\\nCUDA is not here")
-    sys.exit(3)
+    print("first line", flush=True)
+    sys.exit("CUDA is not here")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = given[1]
@@ -128,7 +129,9 @@ def test_what_a_server_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Server, "_post", post)
     server, prompts = Server("", "", 10, [7]), [[5] * length for length in (4, 9, 10, 12)]
-    found = dict(server.generate(prompts, 5, 0.8, [20, 21, 22, 23], ["end"], [3], lambda *_: None))
+    told: list[tuple[int, int]] = []
+    found = dict(server.generate(prompts, 5, 0.8, [20, 21, 22, 23], ["end"], [3], lambda *done: told.append(done)))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert found == {0: "of 4", 1: "of 9", 2: "", 3: ""} and sorted(bodies) == [4, 9]
     assert [(body["max_tokens"], body["seed"]) for body in (bodies[4], bodies[9])] == [(5, 20), (1, 21)]
     assert set(bodies[4]["stop_token_ids"]) == {3, 7} and bodies[4]["stop"] == ["end"]
@@ -137,12 +140,15 @@ def test_what_a_server_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (bodies[4]["temperature"], bodies[4]["top_p"]) == (0.0, 1.0)
 
 
-def test_how_a_server_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_a_server_is_started_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a process of its own that does not end when asked to."""
     started: list[tuple[list[str], dict[str, Any], Any]] = []
-    start = served.subprocess.Popen
+    start, (reads, held) = served.subprocess.Popen, os.pipe()
+    stubborn = "exec 3>&0; (trap '' TERM; echo >&3; exec sleep 60) & exec sleep 60"
 
     def popen(command: list[str], **rest: Any) -> Any:
-        started.append((command, rest, start(["sleep", "60"], **rest)))
+        started.append((command, rest, start(["sh", "-c", stubborn], stdin=held, **rest)))
+        os.read(reads, 1)
         return started[-1][2]
 
     monkeypatch.setattr(served.subprocess, "Popen", popen)
@@ -160,13 +166,16 @@ def test_how_a_server_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "generation_config.json").write_text("no JSON")
     with serve(tmp_path, "fp32", 256) as server:
         assert (server.context, server.stop_ids) == (256, []) and "--trust-remote-code" not in started[1][0]
+    os.close(held)
+    with os.fdopen(reads) as pipe:
+        assert select.select([pipe], [], [], 20)[0] and pipe.read() == "", "both are gone"
 
 
 def test_a_server_that_does_not_come_up_or_breaks(
     run: str, log: Path, pissa: Callable[..., Any], models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STAND_IN_FAILS", "1")
-    with pytest.raises(PissaError, match="CUDA is not here"), serve(models("llama"), "bf16", 256):
+    with pytest.raises(PissaError, match="first line\nCUDA is not here"), serve(models("llama"), "bf16", 256):
         pass
     monkeypatch.delenv("STAND_IN_FAILS")
     assert pissa("merge", run).code == 0
