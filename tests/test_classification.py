@@ -287,6 +287,7 @@ def test_full_fine_tuning(encoders: Callable[[str], Path], classifier: Callable[
     made = classifier(folder, "model.bits=32", "adapter.method=full", "train.lr=0.001")
     figures = train(made)
     model = AutoModelForSequenceClassification.from_pretrained(figures["result"])
+    assert model.config.id2label == {0: "not_equivalent", 1: "equivalent"}
     close(logits(model, folder), logits(load_result(made, torch.device("cpu")), folder))
 
 
