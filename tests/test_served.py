@@ -159,7 +159,9 @@ def test_how_a_server_is_started_and_ends(tmp_path: Path, monkeypatch: pytest.Mo
         command, rest, process = started[0]
         assert command[:3] == ["/opt/vllm", "serve", str(tmp_path)] and command[-1] == "--trust-remote-code"
         options = dict(zip(command[3:-1:2], command[4:-1:2], strict=True))
-        assert (options["--dtype"], options["--max-model-len"]) == ("bfloat16", "16384")
+        wanted = {"--host": "127.0.0.1", "--served-model-name": "tuned", "--generation-config": "vllm"}
+        wanted |= {"--port": options["--port"], "--dtype": "bfloat16", "--max-model-len": "16384"}
+        assert options == wanted
         assert (server.context, server.stop_ids, server.key) == (2**14, [7, 9], rest["env"]["VLLM_API_KEY"])
         assert server.url == f"http://127.0.0.1:{options['--port']}" and process.poll() is None
     assert process.poll() is not None
