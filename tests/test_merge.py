@@ -580,6 +580,14 @@ def test_a_head_is_written_beside_names_of_its_kind(bits: int, recipe: Make, tmp
         assert all(name.startswith(("bert.", "classifier.")) for name in names)
 
 
+def test_without_a_head_names_stay_those_of_the_base(recipe: Make, rows: Path, tmp_path: Path) -> None:
+    """GPT-2's own files have no prefix."""
+    folder = save_model(make_model("gpt2").base_model, tmp_path / "gpt2")
+    result = merge(trained(recipe, folder, rows, "model.bits=32"))
+    names = set(load_file(folder / "model.safetensors"))
+    assert "h.0.attn.c_attn.weight" in names and set(open_weights(Path(result["path"])).files) == names
+
+
 @pytest.mark.parametrize("form", ["nf4", "compressed-tensors"])
 def test_routers_are_named_as_dense(form: Any, models: Callable[[str], Path], recipe: Make, tmp_path: Path) -> None:
     """transformers 4 and vLLM have linear layers there, which they would take for packed ones."""
