@@ -241,6 +241,14 @@ def test_a_change_below_the_last_bit_is_merged_over_nf4(recipe: Make, rows: Path
     assert 0.8 < among / whole < 1.2
 
 
+def test_what_nf4_holds_beside_the_targets_is_merged_in_the_dtype_of_the_base(
+    recipe: Make, rows: Path, tmp_path: Path
+) -> None:
+    folder = save_model(make_model("llama").bfloat16(), tmp_path / "model")
+    made = trained(recipe, folder, rows, "model.bits=4", "adapter.targets=[q_proj]")
+    assert set(open_weights(Path(merge(made)["path"])).dtypes.values()) == {torch.bfloat16}
+
+
 def test_merge_holds_one_model_at_a_time(
     models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
