@@ -229,11 +229,13 @@ def test_a_quantized_head_without_a_plain_embedding(
 def test_a_quantized_classifier_stays_what_it_was(
     problem: str | None, encoders: Callable[[str], Path], pissa: Callable[..., Any], tmp_path: Path
 ) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(encoders("bert"), num_labels=1, problem_type=problem)
+    kind = {"num_labels": 1, "problem_type": problem, "dtype": torch.bfloat16}
+    model = AutoModelForSequenceClassification.from_pretrained(encoders("bert"), **kind)
     folder = save_model(model, tmp_path / "theirs")
     outcome = pissa("quantize", folder, "--output", tmp_path / "four")
     assert outcome.code == 0, outcome.err
     assert read_json(tmp_path / "four" / "config.json").get("problem_type") == problem
+    assert torch.equal(load_file(tmp_path / "four" / "model.safetensors")["classifier.weight"], model.classifier.weight)
 
 
 def test_full_fine_tuning_names_the_class_as_it_was_before_sharding(
