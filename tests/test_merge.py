@@ -158,6 +158,7 @@ def test_merged_is_the_trained_model(
     original = load_file(models(architecture) / "model.safetensors")
     found = load_file(Path(result["path"]) / "model.safetensors")
     assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in original.items()}
+    assert result["bytes"] == sum(tensor.nbytes for tensor in original.values())
     assert (Path(result["path"]) / "tokenizer.json").is_file() and "pissa" in (
         Path(result["path"]) / "README.md"
     ).read_text()
@@ -487,6 +488,7 @@ def test_full_fine_tuning_needs_no_merge_and_quantizes(models: Callable[[str], P
     train(made)
     result = merge(made)
     assert result["max_logit_difference"] is None and (Path(result["path"]) / "README.md").is_file()
+    assert result["bytes"] == (Path(result["path"]) / "model.safetensors").stat().st_size
     for _ in range(2):
         assert quantize(made, None, Run(Path(made.output)).quantized)["relative_error"] > 0
     with pytest.raises(UsageError, match="no checkpoints to load"):
