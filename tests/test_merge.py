@@ -598,6 +598,17 @@ def test_without_a_head_names_stay_those_of_the_base(recipe: Make, rows: Path, t
     assert "h.0.attn.c_attn.weight" in names and set(open_weights(Path(result["path"])).files) == names
 
 
+def test_an_incomplete_model_is_refused_before_any_of_it_is_quantized(
+    models: Callable[[str], Path], recipe: Make, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(models("llama"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UsageError, match=r"not in its files \(model\.norm\.weight\)"):
+        quantize(recipe(folder), folder, tmp_path / "four", lambda *_: pytest.fail("it had begun"))
+
+
 @pytest.mark.parametrize("form", ["nf4", "compressed-tensors"])
 def test_routers_are_named_as_dense(form: Any, models: Callable[[str], Path], recipe: Make, tmp_path: Path) -> None:
     """transformers 4 and vLLM have linear layers there, which they would take for packed ones."""
