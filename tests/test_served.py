@@ -45,6 +45,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with open({log!r}, "a") as log: log.write(json.dumps([given, body]) + "\\n")
         if self.headers["Authorization"] != "Bearer " + os.environ["VLLM_API_KEY"]: return self.answer(401, {{}})
+        if self.headers["Content-Type"] != "application/json": return self.answer(415, {{}})  # as vllm does
         if os.environ.get("STAND_IN_BREAKS"): return self.answer(500, {{"error": "out of blocks"}})
         ids = torch.tensor([body["prompt"]])
         with torch.no_grad():
