@@ -175,6 +175,9 @@ def test_merged_weight_by_hand(models: Callable[[str], Path], recipe: Make, rows
     A, B = (factors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
     found = load_file(run.merged / "model.safetensors")[f"{name}.weight"]
     torch.testing.assert_close(found, W + 6 / 4 * B @ A)
+    with pytest.raises(UsageError, match="exists already"):
+        merge(made, output=rows.parent)
+    assert rows.is_file()
 
 
 def test_a_sharded_bf16_base_merges_into_bf16(recipe: Make, rows: Path, tmp_path: Path) -> None:
