@@ -237,7 +237,12 @@ def test_changed_data_and_fewer_steps_are_refused_on_resume(
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_an_adapter_names_its_base_where_it_is_now(
-    bits: int, models: Callable[[str], Path], recipe: Make, rows: Path, tmp_path: Path
+    bits: int,
+    models: Callable[[str], Path],
+    recipe: Make,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sets = (*BASE[1:], f"model.bits={bits}", f"data.train={rows}")
     base = tmp_path / "base"
@@ -247,7 +252,8 @@ def test_an_adapter_names_its_base_where_it_is_now(
     moved = tmp_path / "moved"
     Path(made.output).rename(moved)
     base = base.rename(tmp_path / "new")
-    train(recipe(base, *sets, "train.steps=2", f"output={moved}"), resume=True)
+    monkeypatch.chdir(tmp_path)
+    train(recipe(base, *sets, "train.steps=2", "output=moved"), resume=True)
     named = json.loads((moved / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(moved / "base" if bits == 4 else base)
 
