@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -39,6 +40,7 @@ def forked(work: Callable[[], Any], log: Path, environment: Mapping[str, str] | 
     if process:
         return process
     code: Any = 70
+    atexit._clear()  # what is registered there is the other process's
     try:
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)

@@ -97,27 +97,29 @@ def test_no_torch_before_work_starts(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_fp32_products_keep_their_bits_in_containers_that_ask_for_fewer() -> None:
+def said_at_its_end(expression: str, environment: dict[str, str]) -> str:
+    """What an expression of torch's gives when `pissa --version` has run."""
     code = (
-        "import sys; from pissa_cli.cli import run; sys.argv = ['pissa', '--version']\n"
-        "try:\n    run()\nexcept SystemExit:\n    import torch; assert not torch.backends.cuda.matmul.allow_tf32"
+        "import atexit, sys; from pissa_cli.cli import run; sys.argv = ['pissa', '--version']\n"
+        f"def tell():\n    import torch; print({expression})\n"
+        "atexit.register(tell); run()"
     )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    return done.stdout.splitlines()[-1]
+
+
+def test_fp32_products_keep_their_bits_in_containers_that_ask_for_fewer() -> None:
     environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+    assert said_at_its_end("torch.backends.cuda.matmul.allow_tf32", environment) == "False"
 
 
 @pytest.mark.parametrize("value", ["true", "Yes", "1", "on", "false", "0", None])
 def test_where_accelerate_is_to_use_the_cpu_no_library_sees_a_gpu(value: str | None) -> None:
     """transformers put a 4-bit base on the GPU that it saw, and the rows stayed on the CPU."""
-    code = (
-        "import sys; from pissa_cli.cli import run; sys.argv = ['pissa', '--version']\n"
-        "try:\n    run()\nexcept SystemExit:\n    import torch; print(torch.cuda._parse_visible_devices())"
-    )
     environment = {name: own for name, own in os.environ.items() if name != "ACCELERATE_USE_CPU"}
     environment |= {"CUDA_VISIBLE_DEVICES": "0"} | ({} if value is None else {"ACCELERATE_USE_CPU": value})
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
     on_cpu = value is not None and bool(str_to_bool(value))
-    assert done.stdout.splitlines()[-1] == ("[]" if on_cpu else "[0]")
+    assert said_at_its_end("torch.cuda._parse_visible_devices()", environment) == ("[]" if on_cpu else "[0]")
 
 
 @pytest.mark.parametrize(
