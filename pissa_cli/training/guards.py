@@ -106,8 +106,8 @@ def probe_loss(
     packing: bool = False,
     chosen: Sequence[int] = (),
 ) -> float:
-    """The loss on `chosen` examples, or the first few, without dropout; in no more memory than a step of training
-    takes."""
+    """The loss on `chosen` examples, or the first few, without dropout, in no more memory than a step of training
+    takes. chunked: what `chunks_loss` tells of the model."""
     few = chosen or _first_few(recipe, examples)
     batch = collate(examples, few, pad_id, packing)
     with autocast(recipe, model.device):
