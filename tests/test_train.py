@@ -510,6 +510,7 @@ def test_gradient_checkpointing_changes_nothing(
 @pytest.mark.parametrize("bias", [False, True])
 def test_loss_in_chunks_against_the_whole(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss.LOGITS, "cpu", 50 * 16)
+    monkeypatch.setattr(loss, "ROWS", 16)
     torch.manual_seed(0)
     head = torch.nn.Linear(12, 50, bias=bias, dtype=dtype)
     x, targets = torch.randn(70, 12, dtype=dtype).requires_grad_(), torch.randint(0, 50, (70,))
@@ -525,6 +526,7 @@ def test_loss_in_chunks_against_the_whole(dtype: torch.dtype, bias: bool, monkey
 
 def test_gradients_of_many_chunks_are_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss.LOGITS, "cpu", 50 * 16)
+    monkeypatch.setattr(loss, "ROWS", 16)
     torch.manual_seed(0)
     x, targets = torch.randn(4000, 12).bfloat16(), torch.randint(0, 50, (4000,))
     head = torch.nn.Linear(12, 50).bfloat16()

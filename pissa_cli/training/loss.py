@@ -17,8 +17,8 @@ from pissa_cli.schema.recipe import Recipe
 from pissa_cli.training.zero import gathered
 
 IGNORED = -100
-LOGITS = {"cpu": 2**22, "cuda": 2**27}  # numbers of a chunk of logits
-ROWS = 16, 64  # of a chunk at least; where a part of the head is cast to the dtype of the products for each
+LOGITS = {"cpu": 2**20, "cuda": 2**27}  # numbers of a chunk of logits; on a CPU what its caches hold
+ROWS = 128  # of a chunk at least: the head is read for each
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Tensor], chunked: bool = False) -> Tensor:
@@ -84,15 +84,15 @@ class HeadCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if needs_x else None
         grad_W = torch.zeros_like(weight, dtype=torch.float32) if needs_W else None
         grad_b = torch.zeros_like(bias, dtype=torch.float32) if needs_b and bias is not None else None
-        rows = max(ROWS[in_parts], LOGITS[x.device.type] // len(weight))
+        rows = max(ROWS, LOGITS[x.device.type] // len(weight))
         with torch.autocast(x.device.type, enabled=False):
             for begin in range(0, len(x), rows):
                 part, wanted = x[begin : begin + rows].to(dtype), targets[begin : begin + rows, None]
-                logits = linear(part, W, b).float()
-                total += (logits.logsumexp(1, keepdim=True) - logits.gather(1, wanted)).sum()
+                log_p = torch.log_softmax(linear(part, W, b), 1, dtype=torch.float32)
+                total -= log_p.gather(1, wanted).sum()
                 if not (needs_x or needs_W or needs_b):
                     continue
-                grad = torch.softmax(logits, 1).scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=torch.float32))
+                grad = log_p.exp_().scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=torch.float32))
                 if grad_b is not None:
                     grad_b += grad.sum(0)
                 grad = grad.to(dtype)
