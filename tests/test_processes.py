@@ -185,9 +185,11 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
     whole = ["train", "--model", str(models("llama")), *words, "--output", str(tmp_path / "whole")]
     assert pissa(*whole).code == 0
     command = ["train", "--model", str(models("llama")), *words, "--output", str(tmp_path / "out")]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     started = subprocess.Popen(
         [sys.executable, "-m", "pissa_cli", *command, "--processes", "2"],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {"TMPDIR": str(scratch)},
         stderr=subprocess.PIPE,
     )
     await_that((Run(tmp_path / "out").checkpoints / "step-2").is_dir)
@@ -197,6 +199,7 @@ def test_the_command_survives_a_killed_process_and_goes_on_alone(
     _, said = started.communicate(timeout=300)
     assert said.count(b"cut at data.max_length") == 1
     assert b"in 2 processes failed: " in said and b"please report it" not in said
+    assert not list(scratch.iterdir())
     outcome = pissa(*command, "--resume", "--json")
     assert outcome.code == 0, outcome.err
     one, two = (adapter(load(str(tmp_path / name), {}).recipe) for name in ("whole", "out"))
@@ -498,9 +501,9 @@ def test_what_processes_are_given(
     seen = launched()
     assert [seen["env"].get(name) for name in names] == ["4", "600", "true", "1"]
     words = " ".join(seen["words"])
-    assert words.startswith(
-        "--standalone --local-addr=127.0.0.1 --nproc-per-node=2 -m pissa_cli train "
-    ) and words.endswith(".yaml --json")
+    log, _, others = words.removeprefix("--standalone --local-addr=127.0.0.1 --log-dir=").partition(" ")
+    assert not Path(log).exists(), "it is gone with the recipe"
+    assert others.startswith(f"--nproc-per-node=2 -m pissa_cli train {log}/") and others.endswith(".yaml --json")
     assert seen["stdout"] == 7 and seen["start_new_session"] and seen["recipe"].lr == 3e-3
     assert (seen["resume"], seen["init_progress"]) == (False, print)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

@@ -76,8 +76,8 @@ def launch(
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     if Path.cwd() != Path(__file__).parents[2]:  # a checkout has to be there for them
         environment["PYTHONSAFEPATH"] = "1"
-    command = [sys.executable, "-c", LAUNCHER, *HERE, f"--nproc-per-node={processes}"]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # torchrun would leave its own behind
+        command = [sys.executable, "-c", LAUNCHER, *HERE, f"--log-dir={folder}", f"--nproc-per-node={processes}"]
         file, failure = Path(folder) / "recipe.yaml", Path(folder) / "failure.json"
         file.write_text(dump(recipe), encoding="utf-8")
         command += ["-m", "pissa_cli", "train", str(file), *(["--resume"] if resume else []), *flags]
