@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +152,23 @@ def handling_stops(handle: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def start_beside(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a program in another session, which SIGTERM asks to stop when this process is killed, be it by SIGKILL.
+
+    Signals wait meanwhile: what a handler raises while Python forks, Python forgets.
+    """
+    asked: list[int] = []
+    with handling_stops(lambda number, _: asked.append(number)):
+        process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent, **options)
+    try:
+        for number in asked:
+            signal.raise_signal(number)
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
+    return process
 
 
 def end_with_parent(number: int = signal.SIGTERM) -> None:

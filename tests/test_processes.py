@@ -262,6 +262,22 @@ def test_the_launcher_hears_of_one_stop() -> None:
     assert _wait(child) == (1, True)
 
 
+def test_a_stop_that_comes_while_the_launcher_is_forked(
+    models: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    """Python itself forgets what a handler raises there, and says so."""
+    words = ["train", "--model", models("llama"), *(word for one in BASE for word in ("--set", one))]
+    words += ["--set", f"data.train={rows}", "--output", tmp_path / "out", "--processes", "2"]
+
+    def work() -> None:
+        os.register_at_fork(before=lambda: signal.raise_signal(signal.SIGTERM))
+        entry(*words)()
+
+    assert exit_code(forked(work, tmp_path / "said", ENVIRONMENT)) == 130
+    assert "ignored" not in (tmp_path / "said").read_text()
+    assert not Run(tmp_path / "out").metrics.exists()
+
+
 @pytest.mark.parametrize(("system", "second"), [("linux", "kill"), ("darwin", "send_signal")])
 def test_a_second_interrupt_ends_the_launcher(system: str, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at once where Linux tells the processes of it; elsewhere asked again. SIGTERM asks once."""

@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 from pissa_cli.base.configuration import end_tokens
 from pissa_cli.errors import PissaError, UsageError
 from pissa_cli.evals.generate import TOP_P
-from pissa_cli.process import end_with_parent
+from pissa_cli.process import start_beside
 
 NAME = "tuned"
 STARTUP, ANSWER = 1800.0, 3600.0  # seconds that the server may take to come up, and for an answer
@@ -123,14 +123,7 @@ def serve(folder: Path, dtype: str, context: int, trust_remote_code: bool = Fals
     command += ["--dtype", {"bf16": "bfloat16", "fp32": "float32"}[dtype], "--generation-config", "vllm"]
     command += ["--max-model-len", str(context), *(["--trust-remote-code"] if trust_remote_code else [])]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"VLLM_API_KEY": key},
-            start_new_session=True,
-            preexec_fn=end_with_parent,
-        )
+        process = start_beside(command, stdout=log, stderr=log, env=os.environ | {"VLLM_API_KEY": key})
         try:
             _wait(process, url, log)
             yield Server(url, key, context, _stop_ids(folder))

@@ -17,7 +17,7 @@ import torch
 from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError
 from pissa_cli.files import locked
 from pissa_cli.initialize import Progress
-from pissa_cli.process import end_with_parent, handling_stops
+from pissa_cli.process import handling_stops, start_beside
 from pissa_cli.run.reached import resume_hint
 from pissa_cli.run.rundir import run_of
 from pissa_cli.schema.recipe import Recipe
@@ -82,10 +82,7 @@ def launch(
         file.write_text(dump(recipe), encoding="utf-8")
         command += ["-m", "pissa_cli", "train", str(file), *(["--resume"] if resume else []), *flags]
         environment |= {LAUNCHED: str(failure)}
-        launcher = subprocess.Popen(
-            command, stdout=stdout, env=environment, start_new_session=True, preexec_fn=end_with_parent
-        )
-        code, stopped = _wait(launcher)
+        code, stopped = _wait(start_beside(command, stdout=stdout, env=environment))
         told = json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else {}
     told_of_failure = told.get("exit_code", STOPPED) != STOPPED
     if code and (not told_of_failure if stopped else code == STOPPED):
