@@ -252,6 +252,8 @@ def test_mutated_rows_of_benchmarks(place: Path) -> None:
 
 
 def test_training_on_mutated_rows(place: Path, models: Callable[[str], Path]) -> None:
+    model = models("llama")
+
     @examples(150, 4)
     @given(fuzz_rows.mutated(fuzz_rows.FORMATS), st.booleans())
     def check(data: fuzz_rows.Data, held_out: bool) -> None:
@@ -268,7 +270,7 @@ def test_training_on_mutated_rows(place: Path, models: Callable[[str], Path]) ->
                     f"model.labels={json.dumps(fuzz_rows.LABELS[data.format])}",
                 ]
             with writes() as written:
-                outcome = run("train", "--model", models("llama"), *[word for text in sets for word in ("--set", text)])
+                outcome = run("train", "--model", model, *[word for text in sets for word in ("--set", text)])
             reason = problem(outcome)
             output = example.work / "out"
             if reason is None and (outside(written, output) or changed(before, tree(example.folder, output), output)):
