@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, BigBirdConfig, ViTConfig, ViTMode
 from pissa_cli import process
 from pissa_cli.base.experts import has_experts, holders_of_3d_weights
 from pissa_cli.base.weights import load_tensors
+from pissa_cli.cli.edge import _tell_launcher
 from pissa_cli.errors import LAUNCHED, Interrupted, PissaError, UsageError
 from pissa_cli.files import locked
 from pissa_cli.process import stop_signals
@@ -470,7 +471,14 @@ def launched(monkeypatch: pytest.MonkeyPatch, recipe: Any) -> Callable[..., dict
             if told is not None:
                 Path(options["env"][LAUNCHED]).write_text(json.dumps(told))
 
+        def late(*path: Any, **options: Any) -> None:
+            """A folder goes away, and a process that the launcher did not wait for tells how it ended."""
+            _tell_launcher(Path(seen["env"][LAUNCHED]), Interrupted("interrupted", None))
+            remove(*path, **options)
+
+        remove = os.rmdir
         with monkeypatch.context() as patch:
+            patch.setattr(os, "rmdir", late)
             patch.setattr(launch, "prepare", ready)
             patch.setattr(launch.gc, "collect", lambda: None)  # which takes its time after many tests
             patch.setattr(launch, "_wait", lambda _: ended)

@@ -76,14 +76,17 @@ def launch(
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     if Path.cwd() != Path(__file__).parents[2]:  # a checkout has to be there for them
         environment["PYTHONSAFEPATH"] = "1"
-    with tempfile.TemporaryDirectory() as folder:  # torchrun would leave its own behind
+    with tempfile.TemporaryDirectory() as scratch:  # torchrun would leave its own behind
+        folder = Path(scratch) / "ours"
+        folder.mkdir()
         command = [sys.executable, "-c", LAUNCHER, *HERE, f"--log-dir={folder}", f"--nproc-per-node={processes}"]
-        file, failure = Path(folder) / "recipe.yaml", Path(folder) / "failure.json"
+        file, failure = folder / "recipe.yaml", folder / "failure.json"
         file.write_text(dump(recipe), encoding="utf-8")
         command += ["-m", "pissa_cli", "train", str(file), *(["--resume"] if resume else []), *flags]
         environment |= {LAUNCHED: str(failure)}
         code, stopped = _wait(start_beside(command, stdout=stdout, env=environment))
         told = json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else {}
+        folder.rename(folder.with_name("over"))  # after a second SIGINT processes live on, which would write into it
     told_of_failure = told.get("exit_code", STOPPED) != STOPPED
     if code and (not told_of_failure if stopped else code == STOPPED):
         raise Interrupted("stopped", resume_hint(recipe.output))
