@@ -635,3 +635,27 @@ def test_micro_batches_that_do_not_fit_are_halved(
     monkeypatch.setattr(module, "summed_loss", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("never")))
     with pytest.raises(torch.OutOfMemoryError):
         train(recipe(models("llama"), *sets, f"output={tmp_path / 'never'}"))
+
+
+def test_held_out_rows_that_do_not_fit_are_halved(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They may be longer than those that train: the steps until then are not lost."""
+    sets = (*BASE[:3], f"data.train={rows}", f"data.eval={rows}", "train.batch_size=8", "train.steps=2")
+    wanted = recipe(models("llama"), *sets, "train.micro_batch_size=2", f"output={tmp_path / 'wanted'}")
+    train(wanted)
+    original, notes = module.summed_loss, list[dict[str, Any]]()
+
+    def full(model: Any, batch: Any, *rest: Any) -> Any:
+        if not model.training and batch["input_ids"].numel() > 400:
+            raise torch.OutOfMemoryError("no room")
+        return original(model, batch, *rest)
+
+    monkeypatch.setattr(module, "summed_loss", full)
+    made = recipe(models("llama"), *sets, "train.micro_batch_size=8")
+    train(made, watch=notes.append)
+    assert [note["note"][:34] for note in notes if "out of memory" in note.get("note", "")] == [
+        "out of memory: micro-batches of 4 ",
+        "out of memory: micro-batches of 2 ",
+    ]
+    assert events(made)[-1]["eval_loss"] == pytest.approx(events(wanted)[-1]["eval_loss"], rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,23 +56,27 @@ def form_gradients(trainer: Trainer, step: int) -> tuple[float, float, int]:
     """
     accelerator, examples, section = trainer.accelerator, trainer.examples, trainer.recipe.train
     indices = step_examples(step, len(examples), trainer.recipe, trainer.missed)
-    while True:
-        try:
-            total = _accumulate(trainer, step, indices)
-            break
-        except torch.OutOfMemoryError:
-            trainer.optimizer.zero_grad()
-            forget_shared(trainer.model)
-            if trainer.micro_batch_size == 1 or accelerator.num_processes > 1:  # others wait in the middle of a step
-                raise
-            trainer.micro_batch_size //= 2
-            trainer.say(f"out of memory: micro-batches of {trainer.micro_batch_size} examples from here on")
-        torch.cuda.empty_cache()
+    total = _halving(trainer, lambda: _accumulate(trainer, step, indices))
     if zero.spreads(trainer.model):  # which clips in its step
         grad_norm = zero.gradient_norm(trainer.names)
     else:
         grad_norm = float(whole(accelerator.clip_grad_norm_(trainer.model.parameters(), section.max_grad_norm)))
     return float(accelerator.reduce(total, "sum")), grad_norm, sum(examples.length(i) for i in indices)
+
+
+def _halving(trainer: Trainer, work: Callable[[], Tensor]) -> Tensor:
+    """work(), with micro-batches that fit into memory."""
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            trainer.optimizer.zero_grad()
+            forget_shared(trainer.model)
+            if trainer.micro_batch_size == 1 or trainer.accelerator.num_processes > 1:
+                raise  # others wait in the middle of a step
+            trainer.micro_batch_size //= 2
+            trainer.say(f"out of memory: micro-batches of {trainer.micro_batch_size} examples from here on")
+        torch.cuda.empty_cache()
 
 
 def tell_idle(trainer: Trainer) -> None:
@@ -115,12 +120,17 @@ def _accumulate(trainer: Trainer, step: int, indices: list[int]) -> Tensor:
 
 @torch.no_grad()
 def evaluate_loss(trainer: Trainer, examples: Examples) -> float:
-    """The loss averaged over all target tokens of `examples`, without dropout."""
+    """The loss averaged over all target tokens of `examples`, without dropout. Micro-batches are halved as in a step:
+    held-out rows may be longer."""
+
+    def summed() -> Tensor:
+        total = torch.zeros((), device=trainer.accelerator.device, dtype=torch.float64)
+        for chunk, counts in _own_chunks(trainer, examples, list(range(len(examples)))):
+            total += micro_batch_loss(trainer, examples, chunk) * float(counts)
+        return total
+
     trainer.model.eval()
-    total = torch.zeros((), device=trainer.accelerator.device, dtype=torch.float64)
-    for chunk, counts in _own_chunks(trainer, examples, list(range(len(examples)))):
-        total += micro_batch_loss(trainer, examples, chunk) * float(counts)
-    total = trainer.accelerator.reduce(total, "sum")
+    total = trainer.accelerator.reduce(_halving(trainer, summed), "sum")
     if isinstance(trainer.model, FSDPModule):
         trainer.model.reshard()  # which only a backward pass does by itself
     return float(total) / sum(examples.num_targets(i) for i in range(len(examples)))
