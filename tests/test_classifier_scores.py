@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,6 +85,8 @@ class Sums:
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
         if len(input_ids) > 2:
+            activations = torch.ones(len(input_ids))
+            self.held = weakref.ref(activations)
             raise torch.OutOfMemoryError
         sums = (input_ids * attention_mask).sum(1, keepdim=True) - 4.0
         return SimpleNamespace(logits=torch.cat([torch.zeros_like(sums)] * (self.classes - 1) + [sums], 1))
@@ -97,10 +100,13 @@ def scored(classes: list[str], labels: list[float], metric: str | None, monkeypa
     examples = Examples(ids, torch.zeros_like(ids, dtype=torch.bool), offsets, labels=torch.tensor(labels))
     told: list[int] = []
     model: Any = Sums(len(classes))
+    freed: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(model.held() is None))
     recipe: Any = SimpleNamespace(model=SimpleNamespace(labels=classes), eval=SimpleNamespace(batch_size=5))
     tokenizer: Any = None
     found = classify.score(model, tokenizer, examples, recipe, metric, lambda done, _: told.append(done))
     assert told[-1] == len(labels) and told == sorted(set(told))
+    assert all(freed) and bool(freed) == (len(labels) > 2)
     return found
 
 

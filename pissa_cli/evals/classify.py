@@ -88,6 +88,8 @@ def logits_of(model: PreTrainedModel, examples: Examples, pad_id: int, size: int
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
                 raise
+            found = None
+        if found is None:  # after the exception, which holds on to what is to be freed
             torch.cuda.empty_cache()
             middle = len(chunk) // 2
             todo += [chunk[:middle], chunk[middle:]]
