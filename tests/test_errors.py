@@ -488,6 +488,9 @@ def test_adapter_on_the_wrong_base(
     for command in ("merge", "eval"):
         said = f"{made.output} is the run, --output names another, {second} next: leave --output out"
         assert said in refused(command, made.output, "--output", second)
+    for command in ("merge", "eval", "quantize", "export"):
+        said = f"{made.output} is the run, --set output names another, {second} next: leave --set output out"
+        assert said in refused(command, made.output, "--set", f"output={second}")
     save_model(make_model("llama", seed=1), folder)
     for command in (["eval", "--bench", "loss", "--data", rows], ["merge"], ["quantize"], ["train", "--resume"]):
         message = refused(command[0], made.output, *command[1:])

@@ -71,7 +71,7 @@ def evaluate_command(
     if samples is not None and (compare_base or checkpoint is not None):
         raise UsageError("--samples: there is no model", "leave --compare-base and --checkpoint out")
     if samples is None:
-        options.require_one_run(target, loaded.recipe.output)
+        options.require_one_run(target, loaded)
     recipe = with_bench(loaded.recipe)
     check_benches(recipe, compare_base, loaded.sources)
     check_files(recipe)

@@ -45,6 +45,7 @@ def export_command(
 ) -> None:
     """Write a run, or one of its checkpoints, in a form that other programs load."""
     loaded = options.load_recipe(target, set_)
+    options.require_one_run(target, loaded)
     from pissa_cli.cli import dryrun, show
     from pissa_cli.run import reached
     from pissa_cli.run.rundir import require_free, run_of

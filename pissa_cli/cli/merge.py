@@ -26,7 +26,7 @@ def merge_command(
 ) -> None:
     """Write one dense model, checked against the adapter; with --push, upload it in one commit, retried for 15 min."""
     loaded = options.load_recipe(target, set_, output=output, repo=repo)
-    options.require_one_run(target, loaded.recipe.output)
+    options.require_one_run(target, loaded)
     from pissa_cli.cli import dryrun, show
     from pissa_cli.run import reached
     from pissa_cli.run.rundir import run_of

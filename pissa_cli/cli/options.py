@@ -89,13 +89,15 @@ def load_recipe(
     return loaded
 
 
-def require_one_run(target: str | None, output: str) -> None:
-    """UsageError where a run is named and --output names another, which would be taken instead."""
+def require_one_run(target: str | None, loaded: "Loaded") -> None:
+    """UsageError where a run is named and --output, or --set output, names another, which would be taken instead."""
+    output = loaded.recipe.output
     if target is not None and holds_run(Path(target)) and Path(target).resolve() != Path(output).resolve():
+        flag = loaded.sources[("output",)]
         merged = f"pissa export {shlex.quote(target)} --as merged --output {shlex.quote(output)}"
         raise UsageError(
-            f"{target} is the run, --output names another, {output}",
-            f"leave --output out; its merged model in a folder elsewhere: {merged}",
+            f"{target} is the run, {flag} names another, {output}",
+            f"leave {flag} out; its merged model in a folder elsewhere: {merged}",
         )
 
 

@@ -27,6 +27,7 @@ def quantize_command(
         loaded = options.load_recipe(None, set_, model=target, output=output)
     else:
         loaded = options.load_recipe(target, set_)
+        options.require_one_run(target, loaded)
     from pissa_cli.cli import dryrun, show
     from pissa_cli.run import reached
     from pissa_cli.run.rundir import require_free, run_of
