@@ -107,7 +107,7 @@ def train(
                 if before and first_step < trainer.total_steps:
                     say(f"{', '.join(before)}: of before these steps; make them again")
                 draw_losses({run.folder.name: run.metrics}, run.folder / PICTURE)
-    return figures | {"data": facts}
+    return {"method": recipe.adapter.method, "lr": recipe.lr, **figures, "data": facts}
 
 
 def _loop(

@@ -53,6 +53,7 @@ def test_the_loss_falls_and_everything_is_recorded(models: Callable[[str], Path]
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert figures["loss_last"] < figures["loss_first"] - 0.05
     assert figures["tokens"] == sum(e["tokens"] for e in lines)
+    assert (figures["method"], figures["lr"]) == ("pissa", 0.005) and max(e["lr"] for e in lines) <= 0.005
     assert [e["step"] for e in lines if "eval_loss" in e] == [6, 12] and lines[-1]["eval_loss"] == figures["eval_loss"]
     assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert figures["result"] == str(run.adapter) and not list(run.folder.rglob("*.tmp*"))

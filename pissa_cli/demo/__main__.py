@@ -72,7 +72,7 @@ def best_of(method: str) -> dict[str, Any]:
         except Interrupted:
             raise Interrupted("stopped", "the demo begins anew") from None
         show.say(f"  held-out loss {figures['eval_loss']:.4f} after {figures['seconds']:.1f} s")
-        tried.append({**figures, "lr": rate, "recipe": recipe, "run": str(output)})
+        tried.append({**figures, "recipe": recipe, "run": str(output)})
     best = min(tried, key=lambda one: one["eval_loss"])
     recipe = best["recipe"]
     best["before"] = evaluate(recipe, base=True)["gsm8k"]
