@@ -278,11 +278,12 @@ def test_where_a_model_looks_at_its_numbers_the_forecast_is_rough(
 
 
 def test_where_ligers_kernels_would_run_the_forecast_says_that_it_does_not_know_them(
-    models: Callable[[str], Path], pissa: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    models: Callable[[str], Path], recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pissa_cli.training.kernels.wants_liger", lambda section: True)
-    outcome = pissa("train", "--model", models("llama"), "--dry-run", *(w for one in BASE for w in ("--set", one)))
-    assert outcome.code == 0 and "roughly (Liger's kernels" in outcome.out + outcome.err
+    monkeypatch.setattr("pissa_cli.training.memory.wants_liger", lambda section: True)
+    made = recipe(models("llama"), *BASE)
+    plan = make_plan(made, resolve_base(made.model))
+    assert forecast(made, plan, 1).rough == "Liger's kernels are not counted"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
     from pissa_cli.run.reached import is_started
     from pissa_cli.run.report import notes_of
     from pissa_cli.run.started import open_run
-    from pissa_cli.training.kernels import wants_liger
     from pissa_cli.training.memory import forecast
 
     recipe, rows, size = loaded.recipe, listing(loaded), loaded.recipe.train.batch_size
@@ -32,8 +31,6 @@ def dry_run(loaded: Loaded, as_json: bool, processes: int = 1, steps: tuple[int,
         if chosen.keys() == planned.ranks.keys():
             planned, auto = replace(planned, ranks=chosen), False
     memory, context = forecast(recipe, planned, processes), context_length(planned.folder, recipe.model)
-    if memory.rough is None and wants_liger(recipe.train):
-        memory = replace(memory, rough="Liger's kernels are not counted")
     counted = "all of adapter.max_parameters" if getattr(recipe.adapter, "max_parameters", None) else "rank 1"
     result: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json"),

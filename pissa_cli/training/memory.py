@@ -30,6 +30,7 @@ from pissa_cli.process import peak_memory
 from pissa_cli.schema.adapter_options import FullOptions
 from pissa_cli.schema.recipe import Recipe
 from pissa_cli.training.batches import row_length
+from pissa_cli.training.kernels import wants_liger
 from pissa_cli.training.ledger import Heap, Ledger, Operations
 from pissa_cli.training.loss import autocast, loss_at, summed_loss
 from pissa_cli.training.optim import Names, make_optimizer
@@ -54,13 +55,14 @@ class Forecast:
 def forecast(recipe: Recipe, plan: Plan, processes: int) -> Forecast:
     """The most memory that one of `processes` processes holds while it trains with micro-batches of full length: of the
     GPU where there is one, else of the process. A guess, which `rough` says, where the model cannot be run over tensors
-    without content, or is spread over the processes."""
+    without content, is spread over the processes, or runs by Liger's kernels."""
     device, sharded = best_device(), recipe.train.shard and processes > 1
     if recipe.model.bits == 4:  # fills the caches of bitsandbytes with content
         quant.pack(quant.Store(4, torch.float32, double_quant=True), torch.zeros(1, quant.BLOCK_SIZE))
     libraries = peak_memory() + _kernels(recipe, device) if device.type == "cpu" else WORKSPACES * _workspace(device)
     heap = Heap() if device.type == "cpu" else None
-    rough = "the processes share the model" if sharded else None
+    liger = "Liger's kernels are not counted" if wants_liger(recipe.train) else None
+    rough = "the processes share the model" if sharded else liger
     try:
         found = _step(recipe, plan, processes, heap, device)
     except Exception as error:  # a model raises what it likes where it looks at the numbers
