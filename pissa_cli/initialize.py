@@ -18,7 +18,7 @@ from pissa_cli.adapters.methods import METHODS
 from pissa_cli.adapters.start import Factors, Layer, Start, as_lora
 from pissa_cli.base.folder import local_base
 from pissa_cli.base.integrity import hashes, require_finite, sealed, settings_hash
-from pissa_cli.base.model import SMALL_FILES, Linear, best_device, resolve_base
+from pissa_cli.base.model import SMALL_FILES, Linear, best_device, kept_dense, resolve_base
 from pissa_cli.base.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, PeftWriter, peft_config
 from pissa_cli.base.plan import Plan, make_plan
 from pissa_cli.base.ranks import with_auto_ranks
@@ -149,7 +149,7 @@ def _split(recipe: Recipe, plan: Plan, weights: Weights, staged: Run, progress: 
         "layers": [figures[layer.name] for layer in plan.targets],
         "left_out": plan.left_out,
         "lost_in_peft": plan.lost_in_peft,
-        "kept_dense": [layer.name for layer in plan.linears if four and not layer.packable and not layer.embedding],
+        "kept_dense": kept_dense(plan.linears, lambda layer: layer.packable, quant.BLOCK_SIZE) if four else {},
         "packed_experts": four and any(layer.expert and layer.packable for layer in plan.linears),
         "stored": facts,
     }

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pissa_cli.adapters.start import Adapter
 from pissa_cli.base.integrity import read_settings, require_finite
 from pissa_cli.base.loading import load_model, load_tokenizer, require_tensors
-from pissa_cli.base.model import Linear, best_device, head_names, linear_layers, read_weight, skeleton
+from pissa_cli.base.model import Linear, best_device, head_names, kept_dense, linear_layers, read_weight, skeleton
 from pissa_cli.base.plan import require_packable, require_same_layout
 from pissa_cli.base.side_files import keep_problem_type, task_of, write_4bit_config, write_nf4_config
 from pissa_cli.base.weights import ShardWriter, Weights, open_weights
@@ -96,7 +96,7 @@ def quantize(
         "path": str(output),
         "bytes": writer.total_bytes,
         "dense_bytes": dense_bytes,
-        "kept_dense": [layer.name for layer in linears if not (four.takes(layer) or layer.embedding)],
+        "kept_dense": kept_dense(linears, four.takes, four.block),
         "relative_error": math.sqrt(error / max(norm, 1e-300)),
         "packed_experts": nf4 and any(layer.expert and layer.packable for layer in linears),
         **compared,
@@ -142,12 +142,13 @@ def _part(recipe: Recipe, weights: Weights, four: _Form, name: str, linear: Line
 class _Form:
     """A way to write weights in 4 bits.
 
-    takes: whether it stores a layer. pack: (name on disk, W (out, in) fp32, dtype on disk) -> (its tensors by name, W
-    as it reads back). write_config: writes the side files of a folder. recast: dtypes, by parts of the model that stay
-    dense and are not left in their own.
+    takes: whether it stores a layer. block: numbers of a row that have one scale. pack: (name on disk, W (out, in)
+    fp32, dtype on disk) -> (its tensors by name, W as it reads back). write_config: writes the side files of a folder.
+    recast: dtypes, by parts of the model that stay dense and are not left in their own.
     """
 
     takes: Callable[[Linear], bool]
+    block: int
     pack: Callable[[str, Tensor, torch.dtype], tuple[dict[str, Tensor], Tensor]]
     write_config: Callable[[Path], None]
     recast: Mapping[str, torch.dtype] = field(default_factory=dict)
@@ -160,6 +161,7 @@ def _nf4(recipe: Recipe, model: PreTrainedModel, weights: Weights, linears: list
     recast = dict.fromkeys(heads, read_weight(weights, linears[0], torch.device("cpu"))[1]) if heads else {}
     return _Form(
         lambda linear: linear.packable,
+        quant.BLOCK_SIZE,
         lambda name, W, dtype: quant.pack_tensors(name, quant.Store(4, dtype, section.double_quant, section.absmax), W),
         lambda target: write_nf4_config(weights.folder, target, recipe, linears),
         recast,
@@ -172,6 +174,7 @@ def _compressed_tensors(recipe: Recipe, weights: Weights, linears: list[Linear])
     taken = {layer.name for layer in linears if int4.takes(layer, group)}
     return _Form(
         lambda linear: linear.name in taken,
+        group,
         lambda name, W, dtype: int4.pack(name, W, dtype, group),
         lambda target: write_4bit_config(weights.folder, target, recipe, taken, partial(int4.config, group)),
     )

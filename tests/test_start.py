@@ -294,6 +294,21 @@ def test_tensors_of_a_base_that_have_no_place_are_named(
         assert initialize(whole)["unused"] == [] == notes_of(open_run(whole)[1])
 
 
+def test_why_layers_stay_dense_is_said_by_reason(models: Callable[[str], Path], recipe: Callable[..., Any]) -> None:
+    """A hidden size of 96 and an inner one of 128: only the rows of down_proj are whole blocks."""
+    manifest = initialize(recipe(models("uneven"), "adapter.rank=4", "model.bits=4"))
+    parts = [f"self_attn.{kind}_proj" for kind in "qkvo"] + ["mlp.gate_proj", "mlp.up_proj"]
+    names = [f"model.layers.{number}.{part}" for number in range(2) for part in parts]
+    assert manifest["kept_dense"] == dict.fromkeys(names, "rows of no whole blocks of 64")
+    said = notes_of({"kept_dense": {"router": "one output, as of gates", **manifest["kept_dense"]}})
+    assert said == [
+        "1 linear layer stays dense (one output, as of gates): router\n"
+        f"12 linear layers stay dense (rows of no whole blocks of 64): {names[0]}, ..."
+    ]
+    said = notes_of({"kept_dense": names})
+    assert said == [f"12 linear layers stay dense (the run does not say why): {names[0]}, ..."]
+
+
 def test_what_is_wrong_with_the_adapter_costs_no_download_of_weights(
     models: Callable[[str], Path], recipe: Callable[..., Any], rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -273,6 +274,16 @@ def context_length(folder: Path, section: ModelSection) -> int | None:
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 return length - int(module.padding_idx) - 1
     return length
+
+
+def kept_dense(layers: list[Linear], takes: Callable[[Linear], bool], block: int) -> dict[str, str]:
+    """The linear layers that a store in 4 bits, with a scale for each `block` numbers, does not take: why, by name."""
+    rows, other = f"rows of no whole blocks of {block}", "read otherwise by the model"
+    return {
+        layer.name: "one output, as of gates" if layer.num_out == 1 else rows if layer.num_in % block else other
+        for layer in layers
+        if not (layer.embedding or takes(layer))
+    }
 
 
 def best_device() -> torch.device:

@@ -104,11 +104,16 @@ def _left_without_adapter(names: list[str]) -> str:
     return f"no adapter for weights that are {why}: {what}"
 
 
-def _left_dense(names: list[str]) -> str:
-    """A line about linear layers that 4 bits leave as they are."""
-    what = "1 linear layer stays" if len(names) == 1 else f"{len(names)} linear layers stay"
-    why = "as gates, for rows that are no whole blocks of 64, or as the model reads them otherwise"
-    return f"{what} dense, {why}: {names[0]}{', ...' if len(names) > 1 else ''}"
+def _left_dense(reasons: dict[str, str] | list[str]) -> str:
+    """A line for each reason about the linear layers that 4 bits leave as they are."""
+    if isinstance(reasons, list):  # of an earlier init
+        reasons = dict.fromkeys(reasons, "the run does not say why")
+    lines = []
+    for why in dict.fromkeys(reasons.values()):
+        names = [name for name, reason in reasons.items() if reason == why]
+        what = "1 linear layer stays" if len(names) == 1 else f"{len(names)} linear layers stay"
+        lines.append(f"{what} dense ({why}): {names[0]}{', ...' if len(names) > 1 else ''}")
+    return "\n".join(lines)
 
 
 def lost_in_4_bits(result: dict[str, Any]) -> list[str]:
