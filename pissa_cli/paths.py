@@ -13,6 +13,8 @@ from pissa_cli.errors import UsageError
 Kind = Literal["file", "folder", "other"]
 RUN_RECIPE = "recipe.yaml"
 RUN_MANIFEST = "manifest.json"
+PARTS = ("init/adapter_model.safetensors", "adapter/pissa.json", "checkpoints/step-*")
+"""Of a run, any of which tells one."""
 
 
 def kind_of(name: str | Path, source: str = "") -> Kind | None:
@@ -49,6 +51,22 @@ def located(name: str, roots: Sequence[Path], source: str) -> str:
 def holds_run(folder: Path) -> bool:
     """Whether `pissa init` or `pissa train` has made this folder."""
     return kind_of(folder / RUN_RECIPE) == kind_of(folder / RUN_MANIFEST) == "file"
+
+
+def run_with(recipe: Path) -> Path | None:
+    """The run whose recipe a file is. UsageError where that has lost its manifest: the recipe names the folder that the
+    run was made in, which is another one where it was copied."""
+    folder = recipe.parent
+    if recipe.name != RUN_RECIPE:
+        return None
+    if (folder / RUN_MANIFEST).is_file():
+        return folder
+    if any(next(folder.glob(part), None) for part in PARTS):
+        raise UsageError(
+            f"{folder}: a run without its {RUN_MANIFEST}",
+            "copy that there, too; for a new run by the same recipe put a copy of it elsewhere",
+        )
+    return None
 
 
 def run_around(folder: Path) -> Path | None:

@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import Outcome, make_model, save_model
 from forks import entry, exit_code, forked
+from runs import state_of
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -505,6 +506,27 @@ def test_adapter_on_the_wrong_base(
     assert "no such folder" in refused("merge", made.output)
     save_model(make_model("llama"), tmp_path / "moved")
     assert pissa("merge", made.output, "--set", f"model.name={tmp_path / 'moved'}").code == 0
+
+
+@pytest.mark.parametrize("sets", [(), ("adapter.method=full", "model.bits=32")])
+def test_a_copy_without_the_manifest_is_not_taken_for_the_run_that_it_came_from(
+    sets: tuple[str, ...],
+    refused: Callable[..., str],
+    models: Callable[[str], Path],
+    recipe: Callable[..., Any],
+    rows: Path,
+    tmp_path: Path,
+) -> None:
+    made = recipe(models("llama"), *sets, f"data.train={rows}", "train.steps=1", "train.batch_size=2")
+    train(made)
+    copy = shutil.copytree(made.output, tmp_path / "copy", ignore=shutil.ignore_patterns("manifest.json"))
+    before = state_of(Path(made.output))
+    for command in ("merge", "export", "quantize", "eval", "train", "init"):
+        for target in (copy, copy / "recipe.yaml"):
+            assert f"{copy}: a run without its manifest.json next: copy that there" in refused(command, target)
+    assert state_of(Path(made.output)) == before
+    alone = shutil.copy(copy / "recipe.yaml", tmp_path / "recipe.yaml")
+    assert recipe_file.load(str(alone), {}).recipe.output == made.output
 
 
 def test_run_folder_of_another_recipe(

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pissa_cli.errors import UsageError
-from pissa_cli.paths import RUN_MANIFEST, RUN_RECIPE, holds_run, kind_of, located, run_around
+from pissa_cli.paths import RUN_RECIPE, holds_run, kind_of, located, run_around, run_with
 from pissa_cli.schema.adapter_options import ScaledBase
 from pissa_cli.schema.other_tools import ABSENT, SYNONYMS
 from pissa_cli.schema.recipe import ModelSection, Recipe
@@ -73,8 +73,8 @@ def _load_unnamed(folder: Path, given: Mapping[KeyPath, Value]) -> Loaded:
 def _load(target: str | None, given: Mapping[KeyPath, Value]) -> Loaded:
     file = find_recipe(target) if target is not None else None
     flat: dict[KeyPath, Value] = dict(read_flat(file)) if file else {}
-    if file and file.name == RUN_RECIPE and (file.parent / RUN_MANIFEST).is_file():
-        flat[("output",)] = Value(str(file.parent), "the run folder")
+    if file and (run := run_with(file)) is not None:
+        flat[("output",)] = Value(str(run), "the run folder")
     _require_names(flat)
     flat = _over(flat, given)
     values = _blocks(flat)
