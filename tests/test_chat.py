@@ -585,9 +585,9 @@ def test_rows_of_another_format_are_told(tmp_path: Path, tokenizer: PreTrainedTo
         ({"talk": [{"from": "human", "value": "Hi"}], "n": 1}, "{format: chat, columns: {messages: talk}}"),
         ({"question": "a", "answer": "b"}, "data.columns={instruction: question, output: answer}"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences are not trained here"),
-        ({"prompt": "a", "completion": "b", "label": True}, "keep the rows whose label is true"),
+        ({"prompt": "a", "completion": "b", "label": True}, "rows whose label is true can be: data: {format: prompt}"),
         ({"prompt": [], "completion": []}, "data: {format: chat, columns: {messages: prompt}}"),
-        ({"prompt": [], "completion": [], "label": True}, "whose label is true, and give data: {format: chat, columns"),
+        ({"prompt": [], "completion": [], "label": True}, "whose label is true can be: data: {format: chat, columns"),
         ({"prompt": [], "chosen": [], "rejected": []}, "chat, columns: {messages: prompt, completion: chosen}}"),
     ]
     for row, hint in rows:

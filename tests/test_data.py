@@ -56,6 +56,31 @@ def test_an_input_is_shown(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -
     assert "paired with an input" in prompt and "### Input:\n1 {output} 2\n\n### Response:" in prompt
 
 
+def test_what_people_did_not_like_is_not_imitated(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """KTO's rows; a label that is 0, or what is learned, is none of theirs."""
+    rows = [{"prompt": f"{n} + 1 =", "completion": str(n + 1), "label": n != 1} for n in range(3)]
+    roles = {"prompt": "user", "completion": "assistant"}
+    chats = [row | {key: [{"role": role, "content": row[key]}] for key, role in roles.items()} for row in rows]
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,completion,label\n" + "".join(f"{','.join(map(str, row.values()))}\n" for row in rows))
+    for source, section in (
+        (write(tmp_path / "rows.jsonl", rows), DataSection(format="prompt")),
+        (str(table), DataSection(format="prompt")),
+        (write(tmp_path / "chats.jsonl", chats), DataSection(format="chat", columns={"messages": "prompt"})),
+    ):
+        examples = load_examples(source, section, tokenizer, None)
+        answers = [split(examples, index, tokenizer)[1].removesuffix("<eos>") for index in range(len(examples))]
+        assert answers == ["1", "3"] and not examples.unused
+        assert examples.unusable == {"'label' is false: not to be imitated": [2]}
+    learned = DataSection(format="prompt", columns={"completion": "label"})
+    source = write(tmp_path / "learned.jsonl", [{**row, "label": str(row["label"])} for row in rows])
+    assert len(load_examples(source, learned, tokenizer, None)) == 3
+    numbers = write(tmp_path / "numbers.jsonl", [{**row, "label": 0} for row in rows])
+    examples = load_examples(numbers, DataSection(format="prompt"), tokenizer, None)
+    assert len(examples) == 3 and examples.unused == ["label"]
+
+
 def test_other_formats(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     row = {"prompt": "Q: 1 + 2\nA:", "completion": " 3"}
     assert load_one(tmp_path, tokenizer, row, format="prompt") == ("Q: 1 + 2\nA:", " 3<eos>")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pissa_cli.data.rows import is_local, read_rows
@@ -14,6 +14,8 @@ from pissa_cli.schema.recipe import Recipe
 FIRST_ROWS = 1000
 """Of a file, in which every column has to come; training asks the same of so many."""
 
+PREFERRED = {"prompt", "completion", "label"}
+"""The columns of KTO's rows; the label, true or false, says whether the completion is one to imitate."""
 ASKED, ANSWERED = ("question", "query", "problem", "prompt", "input"), ("answer", "response", "solution", "completion")
 USUAL = {"instruction": ASKED, "prompt": ASKED, "output": ANSWERED, "completion": ANSWERED}
 """What else data sets call these fields."""
@@ -30,12 +32,21 @@ def label_columns(section: DataSection, columns: Sequence[str]) -> dict[str, str
     return {name: section.column(name) for name in fields}
 
 
-def unused_columns(section: DataSection, columns: Iterable[str]) -> list[str]:
-    """The columns that a format does not read; those of GLUE's own files are known."""
+def preference(section: DataSection, row: Mapping[str, Any]) -> str | None:
+    """true or false, the label of a row of KTO's; None for other rows, and where the label is what is learned."""
+    if section.classifies or "label" in section.columns.values() or not row.keys() >= PREFERRED:
+        return None
+    said = str(row["label"]).lower()
+    return said if said in ("true", "false") else None
+
+
+def unused_columns(section: DataSection, columns: Mapping[str, Any]) -> list[str]:
+    """The columns, with a value of each, that a format does not read; those of GLUE's own files are known."""
     if section.glue is not None:
         return []
     needed = {section.column(name) for name in FIELDS[section.format]}
     read = needed | {section.optional_column(name) for name in OPTIONAL_FIELDS.get(section.format, ())}
+    read |= {"label"} if preference(section, columns) else set()
     return [column for column in columns if column not in read]
 
 
@@ -72,8 +83,8 @@ def require_columns(source: str, section: DataSection, columns: Mapping[str, Any
     elif {"chosen", "rejected"} <= set(columns):
         hint = "preferences are not trained here, but what was chosen can be: map it to a field, as "
         hint += "{format: prompt, columns: {completion: chosen}} or {format: chat, columns: {messages: chosen}}"
-    elif {"prompt", "completion", "label"} <= set(columns):
-        hint = f"preferences are not trained here: keep the rows whose label is true, and give data: {other}"
+    elif set(columns) >= PREFERRED:
+        hint = f"preferences are not trained here, but rows whose label is true can be: data: {other}"
     elif other is not None:
         hint = f"these are columns of another format: data: {other}"
     else:

@@ -187,7 +187,7 @@ def cache_key(
     whole = xxhash.xxh3_128(content.encode())
     for part in (json.dumps(options, sort_keys=True), identity, str(settings)):
         whole.update(part.encode())
-    return f"v13-{whole.hexdigest()}"
+    return f"v14-{whole.hexdigest()}"
 
 
 def _files_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:

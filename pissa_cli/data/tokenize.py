@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from pissa_cli.base.configuration import no_panic
 from pissa_cli.data.chat import encode_chats, question_text, require_template
 from pissa_cli.data.classification import encode_classified, labels_of, require_from_zero
-from pissa_cli.data.columns import require_columns, unused_columns
+from pissa_cli.data.columns import preference, require_columns, unused_columns
 from pissa_cli.data.examples import CUT, Encoded, Examples, cache_key, no_usable_row, read_cache, refuse, write_cache
 from pissa_cli.data.messages import unused_keys
 from pissa_cli.data.rows import Row, content_hash, read_rows, text_of, value_of
@@ -124,7 +124,7 @@ def _tokenize(
     columns: dict[str, Any] = {}
     inner: dict[str, None] = {}
     said = time.monotonic()
-    for batch, last in _batches(source, section.limit, taken.unusable):
+    for batch, last in _batches(source, section, taken.unusable):
         rows = list(batch.values())
         for row in rows:
             if len(columns) < 100:
@@ -144,16 +144,21 @@ def _tokenize(
     return taken.examples([*unused_columns(section, columns), *inner])
 
 
-def _batches(source: str, limit: int | None, unusable: dict[str, list[int]]) -> Iterator[tuple[dict[int, Row], bool]]:
+def _batches(
+    source: str, section: DataSection, unusable: dict[str, list[int]]
+) -> Iterator[tuple[dict[int, Row], bool]]:
     """(rows by their number, whether they are the last): BATCH rows of `source` at a time, fewer where they are long.
 
-    What is no row goes to `unusable`. The last batch may be empty.
+    What is no row goes to `unusable`, and what is none to imitate. The last batch may be empty.
     """
     batch: dict[int, Row] = {}
     characters = 0
-    for number, row in read_rows(source, limit):
+    for number, row in read_rows(source, section.limit):
         if isinstance(row, str):
             refuse(unusable, row, number)
+            continue
+        if preference(section, row) == "false":
+            refuse(unusable, "'label' is false: not to be imitated", number)
             continue
         batch[number] = row
         characters += sum(len(str(value)) for value in row.values())
