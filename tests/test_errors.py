@@ -826,16 +826,21 @@ def test_a_model_whose_code_wants_more_than_a_text(pissa: Pissa, rows: Path, tmp
             "the model's own code fails (modeling_a",
         ),
         (["transformers_modules/a/modeling_a.py", "torch/nn/linear.py"], "the model's own code fails (modeling_a"),
+        (["transformers/models/a/modeling_a.py", "python3.11/functools.py"], "the model's own code fails (modeling_a"),
+        (["transformers/generation/utils.py", "transformers/a.py", "<frozen abc>"], "the model's own code fails"),
+        (["transformers/generation/utils.py", "pissa_cli/evals/generate.py"], "unexpected"),
+        (["transformers/models/a/modeling_a.py", "python3.11/site-packages/b/c.py"], "unexpected"),
         (["transformers/models/a/modeling_a.py", "torch/nn/module.py", "pissa_cli/adapters/lowrank.py"], "unexpected"),
         (["transformers/generic.py", "torch/nn/module.py"], "unexpected"),
     ],
 )
 def test_whose_code_fails(called: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """That of the last file that is neither torch's nor transformers' own; `called` is each by the one before."""
+    """That of the last file that is not torch's, transformers' or Python's own; `called` is each by the one before."""
     run: Callable[[], Any] | None = None
     for file in reversed(called):
         names: dict[str, Any] = {"then": run}
-        exec(compile("def run(): then() if then else int('x')", f"/lib/{file}", "exec"), names)
+        path = file if file.startswith("<") else f"/lib/{file}"
+        exec(compile("def run(): then() if then else int('x')", path, "exec"), names)
         run = names["run"]
     assert edge.run_guarded(run, ["train"]) == 1
     assert f"error: {said}" in capsys.readouterr().err

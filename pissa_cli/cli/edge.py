@@ -28,9 +28,12 @@ LESS_MEMORY = {
 }
 LOST = ("gloo", "NCCL", "Connection closed by peer")
 """Words of torch's when another process is gone."""
-MODELS_CODE = re.compile(r"[/\\](transformers[/\\]models|transformers_modules)[/\\]")
-"""In the paths of files that define models."""
-CALLED_BY_MODELS = re.compile(r"[/\\](torch|transformers(?![/\\]models))[/\\]")
+MODELS_CODE = re.compile(r"[/\\](transformers[/\\](models|generation)|transformers_modules)[/\\]")
+"""In the paths of files that define models, and how they write."""
+CALLED_BY_MODELS = re.compile(
+    r"[/\\](torch|transformers(?![/\\](models|generation))|lib[/\\]python3\.\d+(?![/\\]\w+-packages))[/\\]|^<frozen "
+)
+"""torch, the rest of transformers, and Python's own library."""
 ClickException = typer.BadParameter.__mro__[2]
 """The root of the parser's errors, wherever typer keeps its click."""
 document: int | None = None
