@@ -139,10 +139,12 @@ def test_kernels_that_fail_or_change_the_loss_leave_the_model_as_it_was(monkeypa
         raise TypeError("The model must be Gemma3ForCausalLM.")
 
     fails = Mock(side_effect=[2.0, RuntimeError("another signature")])
+    fills = Mock(side_effect=[2.0, torch.OutOfMemoryError("out of memory")])
     changes = iter([2.0, 2.11]).__next__
     for patched_by, loss, says, hint in (
         (refuse, lambda: 1.0, "Liger's kernels fail: The model must be Gemma3ForCausalLM.", "pip install -U"),
         (patch, fails, "Liger's kernels fail: another signature", "pip install -U liger-kernel, or set it to false"),
+        (patch, fills, "Liger's kernels fail: out of memory", "set it to false"),
         (patch, changes, "with Liger's kernels the loss is 2.1100, without 2.0000", "set it to false"),
     ):
         monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", patched_by)
