@@ -82,6 +82,7 @@ def train(
                 say(line)
             if first:
                 remove_old(run, recipe.train.keep, not full)  # as a training killed just before it would have done
+        say("loading the model, and trying it out before the first step")
         model = load_model(require_base(manifest, recipe), recipe)
         pad_id = padding(model, tokenizer)
         trainer = assemble(manifest, recipe, model, examples, pad_id, checkpoint, layout, say)

@@ -59,6 +59,20 @@ def test_the_loss_falls_and_everything_is_recorded(models: Callable[[str], Path]
     assert figures["result"] == str(run.adapter) and not list(run.folder.rglob("*.tmp*"))
 
 
+def test_what_may_take_minutes_before_the_first_step_is_said(
+    models: Callable[[str], Path], recipe: Make, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = list[dict[str, Any]]()
+
+    def load_model(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "load_model", load_model)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(models("llama"), *BASE, f"data.train={rows}"), watch=notes.append)
+    assert notes[-1] == {"note": "loading the model, and trying it out before the first step"}
+
+
 @pytest.mark.parametrize("method", ["pissa", "full"])
 def test_layers_that_no_text_reaches_are_said(method: str, recipe: Make, rows: Path, tmp_path: Path) -> None:
     """Of BART's decoder alone those that attend to what it writes from: transformers' own gradients pass them by."""
