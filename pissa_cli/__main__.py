@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 from pissa_cli.heap import for_good, restart_with_lean_heap
 
@@ -10,7 +11,9 @@ def main() -> None:
     """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     try:
         _main()
-    except KeyboardInterrupt:  # while modules are imported; a command has its own word for it
+    except KeyboardInterrupt:  # while modules are imported, or a second one while a command says so itself
+        with suppress(OSError):
+            os.write(2, b"error: interrupted\n")
         os._exit(130)  # after `sys.exit` Python may end by SIGINT
 
 
