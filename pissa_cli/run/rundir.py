@@ -57,7 +57,7 @@ def require_free(output: Path, own: Path) -> None:
     """UsageError for an output folder with something in it, or as `kind_of`, unless it is `own`, the run's place for
     this."""
     if output.absolute() != own.absolute() and kind_of(str(output), "--output") and not is_vacant(output):
-        raise UsageError(f"{output}: exists already", "remove it, or name another with --output")
+        raise UsageError(f"{output}: exists already", "name another with --output")
 
 
 def require_closed(run: Run) -> None:
