@@ -74,6 +74,15 @@ def run_around(folder: Path) -> Path | None:
     return next((outer for outer in folder.absolute().parents[:2] if holds_run(outer)), None)
 
 
+def as_recipe(file: Path) -> Path:
+    """The file. UsageError for rows of data, and for a file of a run that is none of YAML."""
+    if file.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
+        raise UsageError(f"{file}: rows of data, no recipe", f"they go with one: --set data.train={file}")
+    if file.suffix in (".json", ".safetensors") and (run := run_around(file)) is not None:
+        raise UsageError(f"{file}: a file of a run, no recipe", f"name the run: {run}")
+    return file
+
+
 def is_lfs_pointer(file: Path) -> bool:
     """Whether a file is what `git clone` leaves of a large one where Git LFS is not installed."""
     try:

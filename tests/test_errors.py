@@ -320,6 +320,12 @@ def test_what_is_no_run_or_no_model_is_called_what_it_is(
         assert "a run, not a model next: pissa merge" in refused("init", "--model", folder)
     with contextlib.chdir(tmp_path / "run" / "adapter"):
         assert f"name that, {tmp_path}/run (eval" in refused("merge", ".")
+    write(tmp_path / "run" / "adapter" / "adapter_config.json", "{}")
+    for file in ("run/manifest.json", "run/adapter/adapter_config.json"):
+        assert f"{file}: a file of a run, no recipe next: name the run: {tmp_path}/run" in refused("merge", file)
+    write(tmp_path / "rows.jsonl", "{}\n{}\n")
+    said = "rows.jsonl: rows of data, no recipe next: they go with one: --set data.train=rows.jsonl"
+    assert said in refused("train", "rows.jsonl")
     assert "it is a model: init and train take it by --model" in refused("eval", models("llama"))
     assert "model.safetensors: a file, not a model folder" in refused(
         "init", "--model", models("llama") / "model.safetensors"

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pissa_cli.errors import UsageError
-from pissa_cli.paths import RUN_RECIPE, holds_run, kind_of, located, run_around, run_with
+from pissa_cli.paths import RUN_RECIPE, as_recipe, holds_run, kind_of, located, run_around, run_with
 from pissa_cli.schema.adapter_options import ScaledBase
 from pissa_cli.schema.other_tools import ABSENT, SYNONYMS
 from pissa_cli.schema.recipe import ModelSection, Recipe
@@ -108,7 +108,7 @@ def find_recipe(target: str) -> Path:
     short = target.removeprefix("recipes/").removesuffix(".yaml")
     for candidate in (path, Path("recipes") / f"{short}.yaml", shipped("recipes") / f"{short}.yaml"):
         if kind_of(candidate) == "file":
-            return candidate
+            return as_recipe(candidate)
     known, runs = names_in(shipped("recipes")), [str(file.parent) for file in path.parent.glob(f"*/{RUN_RECIPE}")]
     near = difflib.get_close_matches(short.rstrip("/"), [*known, *runs], n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"shipped recipes: {', '.join(known)}"
