@@ -352,6 +352,10 @@ def test_flags_that_are_keys_of_a_recipe(flag: str, key: str | None, pissa: Call
         (["merge", "--model", "out"], "as in pissa merge RUN; init and train take --model"),
         (["export", "--format", "gguf"], "--for which server has to take it"),
         (["quantize", "--method", "gptq"], "in the form that vLLM reads: pissa export"),
+        (["quantize", "out", "--bits", "4"], "in the form that vLLM reads: pissa export"),
+        (["quantize", "out", "--checkpoint", "4"], "pissa export RUN --as nf4 --checkpoint N"),
+        (["merge", "out", "--checkpoint", "4"], "pissa export RUN --as merged --checkpoint N"),
+        (["eval", "out", "--rank", "4"], "a run has what it was made with; leave it out"),
         (["train", "--hub-token", "x"], "or HF_TOKEN"),
     ],
 )

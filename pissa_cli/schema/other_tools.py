@@ -200,7 +200,11 @@ ABSENT = {
 _BENCHES = "benchmarks are named by --bench, those of EleutherAI's harness as lm_eval:<task>"
 _FORMS = "--as says in what form it is written, --for which server has to take it"
 _RUN = {
-    command: {"model": f"a run is named without a flag, as in pissa {command} RUN; init and train take --model"}
+    command: {
+        **dict.fromkeys(["method", "rank", "svd", "bits", "seed"], "a run has what it was made with; leave it out"),
+        "model": f"a run is named without a flag, as in pissa {command} RUN; init and train take --model",
+        "checkpoint": f"pissa export RUN --as {'nf4' if command == 'quantize' else 'merged'} --checkpoint N",
+    }
     for command in ("eval", "merge", "quantize", "export")
 }
 _PROCESSES = "--processes N trains in N processes on this machine"
@@ -208,7 +212,8 @@ FLAGS = {
     "train": dict.fromkeys(["num_processes", "nproc_per_node", "num_gpus", "gpus"], _PROCESSES),
     "eval": dict.fromkeys(["task", "tasks", "benchmark", "benchmarks"], _BENCHES) | _RUN["eval"],
     "merge": _RUN["merge"],
-    "quantize": _RUN["quantize"] | {"method": "4 bits are NF4; in the form that vLLM reads: pissa export"},
+    "quantize": _RUN["quantize"]
+    | dict.fromkeys(["method", "bits"], "what it writes is NF4, in 4 bits; in the form that vLLM reads: pissa export"),
     "export": dict.fromkeys(["format", "to", "type", "outtype"], _FORMS) | _RUN["export"],
 }
 """Flags that a command has under another name, or not at all."""
