@@ -496,8 +496,9 @@ def test_adapter_on_the_wrong_base(
         said = f"{made.output} is the run, --output names another, {second} next: leave --output out"
         assert said in refused(command, made.output, "--output", second)
     for command in ("merge", "eval", "quantize", "export"):
-        said = f"{made.output} is the run, --set output names another, {second} next: leave --set output out"
-        assert said in refused(command, made.output, "--set", f"output={second}")
+        for target in (made.output, f"{made.output}/recipe.yaml"):
+            said = f"{target} is the run, --set output names another, {second} next: leave --set output out"
+            assert said in refused(command, target, "--set", f"output={second}")
     save_model(make_model("llama", seed=1), folder)
     for command in (["eval", "--bench", "loss", "--data", rows], ["merge"], ["quantize"], ["train", "--resume"]):
         message = refused(command[0], made.output, *command[1:])

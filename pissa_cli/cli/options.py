@@ -91,8 +91,9 @@ def load_recipe(
 
 def require_one_run(target: str | None, loaded: "Loaded") -> None:
     """UsageError where a run is named and --output, or --set output, names another, which would be taken instead."""
-    output = loaded.recipe.output
-    if target is not None and holds_run(Path(target)) and Path(target).resolve() != Path(output).resolve():
+    output, named = loaded.recipe.output, Path(target or "")
+    run = named.parent if named.name == RUN_RECIPE else named
+    if target is not None and holds_run(run) and run.resolve() != Path(output).resolve():
         flag = loaded.sources[("output",)]
         merged = f"pissa export {shlex.quote(target)} --as merged --output {shlex.quote(output)}"
         raise UsageError(
