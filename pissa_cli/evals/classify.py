@@ -88,14 +88,13 @@ def logits_of(model: PreTrainedModel, examples: Examples, pad_id: int, size: int
         except torch.OutOfMemoryError:
             if len(chunk) == 1:
                 raise
-            found = None
-        if found is None:  # after the exception, which holds on to what is to be freed
-            torch.cuda.empty_cache()
-            middle = len(chunk) // 2
-            todo += [chunk[:middle], chunk[middle:]]
+        else:
+            logits |= dict(zip(chunk, found, strict=True))
+            progress(len(logits), len(examples))
             continue
-        logits |= dict(zip(chunk, found, strict=True))
-        progress(len(logits), len(examples))
+        torch.cuda.empty_cache()  # after the exception, which held on to what is to be freed
+        middle = len(chunk) // 2
+        todo += [chunk[:middle], chunk[middle:]]
     return torch.stack([logits[number] for number in range(len(examples))])
 
 
